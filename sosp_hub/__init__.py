@@ -1,0 +1,52 @@
+"""Structured pruning for the Hugging Face ecosystem: score with second-order saliency, cut for real, publish.
+
+The seven verbs are loaded when first used, so that importing the package costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sosp_hub.allocate import allocate
+    from sosp_hub.checkpoint.io import from_pretrained, save_pretrained
+    from sosp_hub.criteria.registry import score
+    from sosp_hub.hub.push import push_to_hub
+    from sosp_hub.plan import PruningPlan
+    from sosp_hub.structure.trace import trace
+    from sosp_hub.surgery.apply import apply, apply_
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PruningPlan": "sosp_hub.plan",
+    "allocate": "sosp_hub.allocate",
+    "apply": "sosp_hub.surgery.apply",
+    "apply_": "sosp_hub.surgery.apply",
+    "from_pretrained": "sosp_hub.checkpoint.io",
+    "push_to_hub": "sosp_hub.hub.push",
+    "save_pretrained": "sosp_hub.checkpoint.io",
+    "score": "sosp_hub.criteria.registry",
+    "trace": "sosp_hub.structure.trace",
+}
+
+__all__ = [
+    "PruningPlan",
+    "allocate",
+    "apply",
+    "apply_",
+    "from_pretrained",
+    "push_to_hub",
+    "save_pretrained",
+    "score",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public object
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'sosp_hub' has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

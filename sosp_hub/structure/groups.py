@@ -1,0 +1,74 @@
+"""What a trace finds: groups of slices that must be cut together, as plain data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sosp_hub.types import Kind
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dimension of a parameter or buffer that loses slices when the group does.
+
+    Attributes:
+        tensor: Name in the model's ``state_dict``.
+        dim: Dimension of that tensor.
+        index: For each position along ``dim`` the structure it belongs to, or -1 (another group's position).
+        reads: The forward pass sums over this dimension (an input axis); otherwise it makes it (an output axis).
+    """
+
+    tensor: str
+    dim: int
+    index: NDArray[np.int64]
+    reads: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where the group's activation is read. A gate multiplies the tensor here; gate 0 at all sites = pruned.
+
+    Exactly one of ``module`` and ``weight`` is set.
+
+    Attributes:
+        module: Module whose first input is the tensor that disappears.
+        weight: Parameter that reads it inside a module's code; scaling it along ``dim`` is the same linear gate.
+        dim: Dimension of that input (1 for convolutions, -1 for linear layers) or of that parameter.
+        index: For each position along ``dim`` the structure it belongs to, or -1.
+    """
+
+    module: str | None
+    weight: str | None
+    dim: int
+    index: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Structures ``0..size-1`` that are cut by the same kept indices everywhere.
+
+    Attributes:
+        name: Stable name: the module that makes the slices, then the kind, as in ``layer1.0.conv1:channel``.
+        kind: What one structure is.
+        size: Number of structures.
+        members: Every parameter and buffer dimension that is cut.
+        sites: Where the activation is read; the gates sit here. Empty where no gate can stand for the cut.
+        reasons: Why a cut is not equal to a masked model (a normalisation over the axis, ...); empty = exact.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    members: tuple[Member, ...]
+    sites: tuple[Site, ...]
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the cut model computes what the dense model computes with these activations at zero."""
+        return not self.reasons
+
+
+Groups = Mapping[str, Group]

@@ -1,0 +1,24 @@
+"""Names that every room shares. Plain data: importing this file loads neither torch nor transformers."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["channel", "head", "kv_group", "head_dim", "neuron", "residual", "expert", "layer"]
+"""What a structure is. ``residual`` is a channel of a stream that a normalisation runs over."""
+
+Task = Literal["image-classification", "text-classification", "causal-lm"]
+Library = Literal["timm", "transformers"]
+
+Inputs = "tuple[Tensor, ...] | Mapping[str, Tensor]"
+"""Positional or keyword tensors of one forward pass."""
+
+Batch = "tuple[Any, Tensor] | Mapping[str, Tensor]"
+"""``(inputs, labels)``, or a dict as a transformers model takes it (labels under ``labels``)."""
+
+if TYPE_CHECKING:
+    Batches = Iterable[tuple[Any, Tensor] | Mapping[str, Tensor]]
+    LossFn = Callable[[Any, Tensor], Tensor]
+    Saliency = dict[str, Tensor]
