@@ -1,0 +1,1 @@
+"""Recipes: typed schema, loading, all faults at once. Loads without torch."""

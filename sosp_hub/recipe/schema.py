@@ -1,4 +1,4 @@
-"""The recipe: one typed section per stage. Every default and its meaning is written here and nowhere else."""
+"""The recipe: one typed section per stage. Defaults and their meaning are written here alone."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -19,22 +19,38 @@ class Section(BaseModel):
 
 
 class TrainSection(Section):
-    """How to train; ``model.train`` (the dense model, before pruning) and ``finetune`` (after) share these keys."""
+    """How to train: the dense model before pruning (``model.train``) and the cut one after."""
 
-    epochs: Annotated[int, Field(ge=0)] = Field(10, description="passes over the train split; 0 = no training")
+    epochs: Annotated[int, Field(ge=0)] = Field(
+        10, description="passes over the train split; 0 = no training"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has Nesterov momentum")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="not applied to biases and norms")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="not applied to biases and norms"
+    )
     batch_size: Count = Field(64, description="samples of one step on one process")
     gradient_accumulation: Count = Field(1, description="batches of one optimizer step")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of all steps")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="classification only")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="gradient clipping; null = none")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="as Accelerate names them")
-    augment: bool = Field(False, description="images: random horizontal flip and shift by up to 1/8")
-    save_every_steps: Count | None = Field(None, description="resumable state every so many steps; null = each epoch")
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="share of all steps"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="classification only"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="gradient clipping; null = none"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="as Accelerate names them"
+    )
+    augment: bool = Field(
+        False, description="images: random horizontal flip and shift by up to 1/8"
+    )
+    save_every_steps: Count | None = Field(
+        None, description="resumable state every so many steps; null = each epoch"
+    )
 
 
 class ModelSection(Section):
@@ -44,24 +60,37 @@ class ModelSection(Section):
     id: Annotated[str, Field(min_length=1)] = Field(description="timm name, hub id or local folder")
     task: Task = Field(description="fixes loss, example inputs and metrics")
     revision: str | None = Field(None, description="commit, branch or tag on the hub")
-    pretrained: bool = Field(True, description="load weights; false = random weights, to be trained")
-    num_labels: Count | None = Field(None, description="classes of the head; null = as the data has")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights")
-    kwargs: dict[str, Scalar | list[Scalar]] = Field(
-        default_factory=dict, description="plain values for timm.create_model or the transformers config"
+    pretrained: bool = Field(
+        True, description="load weights; false = random weights, to be trained"
     )
-    train: TrainSection | None = Field(None, description="train the dense model first; keys as in `finetune`")
+    num_labels: Count | None = Field(
+        None, description="classes of the head; null = as the data has"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the weights"
+    )
+    kwargs: dict[str, Scalar | list[Scalar]] = Field(
+        default_factory=dict,
+        description="plain values for timm.create_model or the transformers config",
+    )
+    train: TrainSection | None = Field(
+        None, description="train the dense model first; keys as in `finetune`"
+    )
 
 
 class DataSection(Section):
-    """What calibrates, trains and measures. Calibration samples come from ``train``, never from ``test``."""
+    """What calibrates, trains and measures. Calibration samples come from ``train`` alone."""
 
     id: str | None = Field(None, description="hub id, or sklearn/digits (in the box)")
-    path: str | None = Field(None, description="local folder or file; goes before `id`, which then only names it")
+    path: str | None = Field(
+        None, description="local folder or file; goes before `id`, which then only names it"
+    )
     name: str | None = Field(None, description="configuration of the hub data set")
     revision: str | None = Field(None, description="commit, branch or tag of the hub data set")
     train: str = Field("train", description="name of the training split")
-    test: str | None = Field("test", description="name of the test split; null = held out from train")
+    test: str | None = Field(
+        "test", description="name of the test split; null = held out from train"
+    )
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of train held out where `test` is null"
     )
@@ -70,14 +99,20 @@ class DataSection(Section):
     text: str = Field("text", description="column of the texts")
     num_train: Count | None = Field(None, description="training samples used; null = all")
     num_test: Count | None = Field(None, description="test samples used; null = all")
-    image_size: Count | None = Field(None, description="pixels; null = the model's own, or the data's")
+    image_size: Count | None = Field(
+        None, description="pixels; null = the model's own, or the data's"
+    )
     max_length: Count = Field(512, description="tokens of one sample")
-    num_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that load data; 0 = this one")
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="processes that load data; 0 = this one"
+    )
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
         if self.id is None and self.path is None:
-            raise ValueError("neither `id` nor `path` is given; write a hub id or a local folder or file")
+            raise ValueError(
+                "neither `id` nor `path` is given; write a hub id or a local folder or file"
+            )
         return self
 
 
@@ -85,12 +120,15 @@ class StructureSection(Section):
     """Which structures may go."""
 
     kinds: Annotated[tuple[Kind, ...], Field(min_length=1, strict=False)] = Field(
-        ("channel", "head", "kv_group", "neuron"), description="`residual` (transformer width) is opt-in"
+        ("channel", "head", "kv_group", "neuron"),
+        description="`residual` (transformer width) is opt-in",
     )
     outputs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
         None, description="outputs that count, where a model returns more; null = all"
     )
-    verify: Literal["thorough", "fast"] = Field("thorough", description="how each cut is proved equal to a mask")
+    verify: Literal["thorough", "fast"] = Field(
+        "thorough", description="how each cut is proved equal to a mask"
+    )
 
 
 class CriterionSection(Section):
@@ -109,8 +147,12 @@ class SospHSection(CriterionSection):
     """Second-order saliency with exact Hessian products in gate space."""
 
     name: Literal["sosp_h"] = Field("sosp_h", description="abs(g) + 1/2 abs(r)")
-    mode: Literal["exact", "differences", "auto"] = Field("auto", description="auto = exact where kernels allow")
-    gate: Literal["activation", "weight"] = Field("activation", description="what a gate multiplies")
+    mode: Literal["exact", "differences", "auto"] = Field(
+        "auto", description="auto = exact where kernels allow"
+    )
+    gate: Literal["activation", "weight"] = Field(
+        "activation", description="what a gate multiplies"
+    )
 
 
 class TaylorSection(CriterionSection):
@@ -132,22 +174,29 @@ class RandomSection(CriterionSection):
 
 
 CRITERIA = (SospHSection, TaylorSection, MagnitudeSection, RandomSection)
+CRITERION_NAMES = tuple(section.model_fields["name"].default for section in CRITERIA)
 AnyCriterion = Annotated[
     SospHSection | TaylorSection | MagnitudeSection | RandomSection, Field(discriminator="name")
 ]
 
 
 class BudgetSection(Section):
-    """What is kept, as a fraction of the dense model. Several at once must all hold; none at all means macs: 0.5."""
+    """What is kept, as a fraction. Several at once must all hold; none means ``macs: 0.5``."""
 
     macs: Share | None = Field(None, description="multiply-accumulates of one sample")
     params: Share | None = Field(None, description="parameters")
     structures: Share | None = Field(None, description="structures")
     memory_bytes: Share | None = Field(None, description="bytes of the weights")
     latency_s: Share | None = Field(None, description="measured seconds of one forward pass")
-    keep_at_least: Share = Field(0.1, description="floor of each group, as a share of it; at least one stays")
-    round_to: Count = Field(1, description="kept counts are multiples of this, where the group allows")
-    uniform: bool = Field(False, description="the same share in each layer, for a native checkpoint")
+    keep_at_least: Share = Field(
+        0.1, description="floor of each group, as a share of it; at least one stays"
+    )
+    round_to: Count = Field(
+        1, description="kept counts are multiples of this, where the group allows"
+    )
+    uniform: bool = Field(
+        False, description="the same share in each layer, for a native checkpoint"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -164,17 +213,25 @@ class BudgetSection(Section):
 class FinetuneSection(TrainSection):
     """Recovery after the cut."""
 
-    recalibrate_norm: bool = Field(True, description="re-estimate BatchNorm statistics on the calibration data")
-    distill: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="weight of the dense model's outputs")
+    recalibrate_norm: bool = Field(
+        True, description="re-estimate BatchNorm statistics on the calibration data"
+    )
+    distill: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="weight of the dense model's outputs"
+    )
     temperature: Annotated[float, Field(gt=0)] = Field(2.0, description="of the distillation")
 
 
 class EvaluateSection(Section):
     """What is measured: before the cut, after it, and at the end."""
 
-    metrics: Annotated[
-        tuple[Literal["accuracy", "loss", "perplexity", "per_class_accuracy"], ...], Field(strict=False)
-    ] | None = Field(None, description="null = accuracy, or perplexity for causal-lm")
+    metrics: (
+        Annotated[
+            tuple[Literal["accuracy", "loss", "perplexity", "per_class_accuracy"], ...],
+            Field(strict=False),
+        ]
+        | None
+    ) = Field(None, description="null = accuracy, or perplexity for causal-lm")
     batch_size: Count = Field(64, description="samples of one step")
     latency: bool = Field(True, description="measure seconds of a forward pass before and after")
     latency_batch_size: Count = Field(8, description="samples of that pass")

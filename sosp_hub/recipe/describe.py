@@ -1,0 +1,127 @@
+"""The schema as text: what ``--help`` prints, made from the fields themselves."""
+
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from sosp_hub.recipe.schema import (
+    CRITERIA,
+    CriterionSection,
+    FinetuneSection,
+    Recipe,
+    Section,
+    TrainSection,
+)
+
+_NAMES = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    type(None): "null",
+}
+_WIDTH = 110
+
+
+def describe_recipe() -> str:
+    """Every section and key with what it takes, its default and its meaning."""
+    return "\n\n".join("\n".join(block) for block in _blocks())
+
+
+def _blocks() -> Iterator[list[str]]:
+    for name, field in Recipe.model_fields.items():
+        if name == "criterion":
+            yield [f"{name}:", *_rows(CriterionSection)]
+            for criterion in CRITERIA:
+                yield [
+                    f"  name: {criterion.model_fields['name'].default}",
+                    *_rows(criterion, skip=CriterionSection),
+                ]
+        elif section := _section(field.annotation):
+            skip = TrainSection if section is FinetuneSection else None
+            note = f"   ({field.description}; default: null)" if field.description else ""
+            note = "   (and all keys of model.train)" if skip else note
+            yield [f"{name}:{note}", *_rows(section, skip)]
+            if name == "model":
+                yield ["  train:   (the same keys, and more, under finetune)", *_rows(TrainSection)]
+        else:
+            yield [_row(name, field, indent="")]
+
+
+def _rows(section: type[Section], skip: type[Section] | None = None) -> list[str]:
+    left_out = {"name"} & section.model_fields.keys() if section in CRITERIA else set()
+    left_out |= set(skip.model_fields) if skip else set()
+    return [
+        _row(name, field) for name, field in section.model_fields.items() if name not in left_out
+    ]
+
+
+def _row(name: str, field: FieldInfo, indent: str = "    ") -> str:
+    if field.is_required():
+        default = "required"
+    else:
+        default = f"default: {_yaml(field.get_default(call_default_factory=True))}"
+    head = f"{indent}{name:<22}"
+    text = f"{field.description} ({_type(field)}; {default})"
+    return textwrap.fill(
+        text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+    )
+
+
+def _yaml(value: Any) -> str:  # noqa: ANN401 - any default
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _type(field: FieldInfo) -> str:
+    spelled = _spell(field.annotation)
+    bounds = [
+        f"{symbol} {getattr(bound, key):g}"
+        for bound in _metadata(field)
+        for key, symbol in _BOUNDS.items()
+        if hasattr(bound, key)
+    ]
+    return " ".join([spelled.removesuffix(" | null"), *bounds]) + (
+        " | null" if spelled.endswith(" | null") else ""
+    )
+
+
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _metadata(field: FieldInfo) -> Iterator[Any]:
+    """Bounds of a field, also those inside ``X | None``."""
+    yield from field.metadata
+    for part in typing.get_args(field.annotation):
+        if typing.get_origin(part) is typing.Annotated:
+            for info in part.__metadata__:
+                yield from info.metadata
+
+
+def _spell(annotation: Any) -> str:  # noqa: ANN401 - any annotation
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _spell(args[0])
+    if origin is typing.Literal:
+        return " | ".join(args)
+    if origin is tuple:
+        return f"list of {_spell(args[0])}"
+    if origin is dict:
+        return "keys with plain values"
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_spell(arg) for arg in args)
+    return "keys as below" if _section(annotation) else _NAMES[annotation]
+
+
+def _section(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - any annotation
+    parts = typing.get_args(annotation) or (annotation,)
+    return next(
+        (part for part in parts if isinstance(part, type) and issubclass(part, Section)), None
+    )

@@ -1,0 +1,130 @@
+"""From a YAML file and ``key.path=value`` overrides to a ``Recipe``, or to every fault at once."""
+
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from sosp_hub.errors import RecipeError
+from sosp_hub.recipe.faults import explain
+from sosp_hub.recipe.schema import CRITERION_NAMES, CriterionSection, Recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: ``key.path=value`` each, the value parsed as YAML; goes before the file.
+
+    Raises:
+        RecipeError: Anything that keeps the recipe from being valid; all faults at once.
+    """
+    path = Path(path)
+    faults: list[str] = []
+    data = _read(path)
+    for override in overrides:
+        try:
+            _override(data, override)
+        except ValueError as error:
+            faults.append(str(error))
+    output = data.setdefault("output", {})
+    if isinstance(output, dict) and output.get("dir") is None:
+        output["dir"] = f"runs/{path.stem}"
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        faults.extend(explain(error))
+    if faults:
+        raise RecipeError(str(path), faults)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every key written out; ``load_recipe`` reads the same recipe from it."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML that refuses repeated keys, where 1e-3 is a number and ``no`` is a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                message = f"the key `{key.value}` is written twice; keep one of the two"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    source = str(path)
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        fault = "no such file; write the path of a recipe, such as recipes/quickstart.yaml"
+        raise RecipeError(source, [fault]) from None
+    except UnicodeDecodeError:
+        raise RecipeError(source, ["not a text file; a recipe is YAML in UTF-8"]) from None
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror}); write the path of a recipe file"
+        raise RecipeError(source, [fault]) from None
+    data = _parse(text, source)
+    if not isinstance(data, dict):
+        given = "nothing" if data is None else f"a {type(data).__name__}"
+        fault = f"holds {given}; expected the sections `model:` and `data:` at least"
+        raise RecipeError(source, [fault])
+    return data
+
+
+def _parse(text: str, source: str) -> Any:  # noqa: ANN401 - whatever the text holds
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(source, [f"not valid YAML: {where}{problem}"]) from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Sets one key; raises ValueError with a fault."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"override {override!r}: expected key.path=value, such as budget.macs=0.3")
+    try:
+        value = _parse(text, override)
+    except RecipeError as error:
+        raise ValueError(f"override {override!r}: {error.faults[0]}") from None
+    for key in keys[:-1]:
+        if data.get(key) is None:
+            data[key] = {}
+        data = data[key]
+        if not isinstance(data, dict):
+            raise ValueError(
+                f"override {override!r}: `{key}` holds {data!r} and has no keys of its own"
+            )
+    if keys == ["criterion", "name"] and data.get("name", CRITERION_NAMES[0]) != value:
+        for key in data.keys() - CriterionSection.model_fields.keys():
+            del data[key]  # options of the criterion that was there
+    data[keys[-1]] = value
