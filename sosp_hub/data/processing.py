@@ -1,0 +1,52 @@
+"""How a model wants its inputs: what the zoo says and the data rooms obey. Plain data and one callable."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageProcessing:
+    """How pixels become a batch.
+
+    Attributes:
+        shape: Channels, height and width of one input.
+        mean: Per channel, on a scale of 0 to 1.
+        std: Per channel, on a scale of 0 to 1.
+        interpolation: ``nearest``, ``bilinear`` or ``bicubic``, for a change of size.
+        key: Name under which a transformers model takes the images; None for positional ``(images, labels)``.
+        transform: Given whether it is for training with augmentation, the map from an opened image to its input
+            tensor. Used for images that do not all have one small size.
+        label_order: Head output of each class of the data, where the model knows the same classes by name in
+            another order; None = as they come.
+    """
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    key: str | None
+    transform: Callable[[bool], Callable[["Image"], "Tensor"]]
+    label_order: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TextProcessing:
+    """How text becomes a batch.
+
+    Attributes:
+        tokenizer: A transformers tokenizer.
+        max_positions: Tokens that the model can take at most; None = no limit known.
+        label_order: As in `ImageProcessing`.
+    """
+
+    tokenizer: Any
+    max_positions: int | None = None
+    label_order: tuple[int, ...] | None = None
+
+
+Processing = ImageProcessing | TextProcessing
