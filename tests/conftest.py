@@ -1,0 +1,42 @@
+"""The surroundings of every test: no hub, no telemetry, no display, one thread, one seed."""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+
+import pytest
+
+_SURROUNDINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",  # the same sums in the same order, also under `pytest -n 2`
+}
+_SEED = 0
+
+# Set before anything imports torch or a hub client. Workers of pytest-xdist inherit them all.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ.update(_SURROUNDINGS)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CUDA_VISIBLE_DEVICES=0 pytest: on a GPU
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sosp_hub-tests-hf-")
+    for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        os.environ.pop(secret, None)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same seed, whatever ran before it."""
+    random.seed(_SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(_SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(_SEED)
