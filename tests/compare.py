@@ -23,9 +23,8 @@ def assert_close(actual, expected, *, relative: float = 1e-5, what: str = "value
     """
     if isinstance(expected, Mapping):
         assert isinstance(actual, Mapping), f"{what}: a {type(actual).__name__}, expected a mapping"
-        missing = sorted(expected.keys() - actual.keys())
-        extra = sorted(actual.keys() - expected.keys())
-        assert not (missing or extra), f"{what}: missing {missing}, extra {extra}"
+        odd = [sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())]
+        assert odd == [[], []], f"{what}: missing {odd[0]}, extra {odd[1]}"
         keys = list(expected)
     elif isinstance(expected, Sequence) and not isinstance(expected, str):
         assert isinstance(actual, Sequence), f"{what}: a {type(actual).__name__}, expected a list"
