@@ -1,0 +1,54 @@
+"""What holds for the package as a whole."""
+
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import sosp_hub
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "timm", "datasets", "accelerate", "sklearn", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["sosp_hub", "sosp_hub.plan", "sosp_hub.errors", "sosp_hub.recipe.schema", "sosp_hub.types"],
+)
+def test_an_import_that_must_be_cheap_loads_nothing_heavy(module):
+    code = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", sosp_hub.__all__)
+def test_every_public_name_is_there(name):
+    assert callable(getattr(sosp_hub, name))
+    assert name in dir(sosp_hub)
+
+
+def test_a_wrong_name_lists_the_right_ones():
+    with pytest.raises(AttributeError, match=r"'prune_it'.*allocate.*trace"):
+        _ = sosp_hub.prune_it
+
+
+def test_the_version_is_the_installed_one():
+    assert sosp_hub.__version__ == metadata.version("sosp_hub")
+
+
+def test_dependencies_have_lower_bounds_and_no_upper_pins():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    assert len(wanted) > 20
+    for requirement in wanted:
+        assert ">=" in requirement, requirement
+        assert not any(sign in requirement for sign in ("<", "==", "~=", "@", "://")), requirement
+
+
+def test_no_source_file_is_two_rooms():
+    lengths = {path: len(path.read_text().splitlines()) for path in ROOT.glob("sosp_hub/**/*.py")}
+    assert len(lengths) > 10
+    assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 500} == {}
