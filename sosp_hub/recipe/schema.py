@@ -22,34 +22,37 @@ class TrainSection(Section):
     """How to train: the dense model before pruning (``model.train``) and the cut one after."""
 
     epochs: Annotated[int, Field(ge=0)] = Field(
-        10, description="passes over the train split; 0 = no training"
+        default=10, description="passes over the train split; 0 = no training"
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has Nesterov momentum")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=1e-3, description="peak learning rate"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="sgd has Nesterov momentum"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="of sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.01, description="not applied to biases and norms"
+        default=0.01, description="not applied to biases and norms"
     )
-    batch_size: Count = Field(64, description="samples of one step on one process")
-    gradient_accumulation: Count = Field(1, description="batches of one optimizer step")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    batch_size: Count = Field(default=64, description="samples of one step on one process")
+    gradient_accumulation: Count = Field(default=1, description="batches of one optimizer step")
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="after the warm-up"
+    )
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.05, description="share of all steps"
+        default=0.05, description="share of all steps"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="classification only"
+        default=0.0, description="classification only"
     )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="gradient clipping; null = none"
-    )
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="as Accelerate names them"
+        default=1.0, description="gradient clipping; null = none"
     )
     augment: bool = Field(
-        False, description="images: random horizontal flip and shift by up to 1/8"
+        default=False, description="images: random horizontal flip and shift by up to 1/8"
     )
     save_every_steps: Count | None = Field(
-        None, description="resumable state every so many steps; null = each epoch"
+        default=None, description="resumable state every so many steps; null = each epoch"
     )
 
 
@@ -59,52 +62,54 @@ class ModelSection(Section):
     library: Library = Field(description="library that builds the model")
     id: Annotated[str, Field(min_length=1)] = Field(description="timm name, hub id or local folder")
     task: Task = Field(description="fixes loss, example inputs and metrics")
-    revision: str | None = Field(None, description="commit, branch or tag on the hub")
+    revision: str | None = Field(default=None, description="commit, branch or tag on the hub")
     pretrained: bool = Field(
-        True, description="load weights; false = random weights, to be trained"
+        default=True, description="load weights; false = random weights, to be trained"
     )
     num_labels: Count | None = Field(
-        None, description="classes of the head; null = as the data has"
+        default=None, description="classes of the head; null = as the data has"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the weights"
+        default="float32", description="of the weights"
     )
     kwargs: dict[str, Scalar | list[Scalar]] = Field(
         default_factory=dict,
         description="plain values for timm.create_model or the transformers config",
     )
     train: TrainSection | None = Field(
-        None, description="train the dense model first; keys as in `finetune`"
+        default=None, description="train the dense model first; keys as in `finetune`"
     )
 
 
 class DataSection(Section):
     """What calibrates, trains and measures. Calibration samples come from ``train`` alone."""
 
-    id: str | None = Field(None, description="hub id, or sklearn/digits (in the box)")
+    id: str | None = Field(default=None, description="hub id, or sklearn/digits (in the box)")
     path: str | None = Field(
-        None, description="local folder or file; goes before `id`, which then only names it"
+        default=None, description="local folder or file; goes before `id`, which then only names it"
     )
-    name: str | None = Field(None, description="configuration of the hub data set")
-    revision: str | None = Field(None, description="commit, branch or tag of the hub data set")
-    train: str = Field("train", description="name of the training split")
+    name: str | None = Field(default=None, description="configuration of the hub data set")
+    revision: str | None = Field(
+        default=None, description="commit, branch or tag of the hub data set"
+    )
+    train: str = Field(default="train", description="name of the training split")
     test: str | None = Field(
-        "test", description="name of the test split; null = held out from train"
+        default="test", description="name of the test split; null = held out from train"
     )
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="share of train held out where `test` is null"
+        default=0.2, description="share of train held out where `test` is null"
     )
-    image: str = Field("image", description="column of the images")
-    label: str = Field("label", description="column of the classes")
-    text: str = Field("text", description="column of the texts")
-    num_train: Count | None = Field(None, description="training samples used; null = all")
-    num_test: Count | None = Field(None, description="test samples used; null = all")
+    image: str = Field(default="image", description="column of the images")
+    label: str = Field(default="label", description="column of the classes")
+    text: str = Field(default="text", description="column of the texts")
+    num_train: Count | None = Field(default=None, description="training samples used; null = all")
+    num_test: Count | None = Field(default=None, description="test samples used; null = all")
     image_size: Count | None = Field(
-        None, description="pixels; null = the model's own, or the data's"
+        default=None, description="pixels; null = the model's own, or the data's"
     )
-    max_length: Count = Field(512, description="tokens of one sample")
+    max_length: Count = Field(default=512, description="tokens of one sample")
     num_workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="processes that load data; 0 = this one"
+        default=0, description="processes that load data; 0 = this one"
     )
 
     @model_validator(mode="after")
@@ -120,22 +125,22 @@ class StructureSection(Section):
     """Which structures may go."""
 
     kinds: Annotated[tuple[Kind, ...], Field(min_length=1, strict=False)] = Field(
-        ("channel", "head", "kv_group", "neuron"),
+        default=("channel", "head", "kv_group", "neuron"),
         description="`residual` (transformer width) is opt-in",
     )
     outputs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
-        None, description="outputs that count, where a model returns more; null = all"
+        default=None, description="outputs that count, where a model returns more; null = all"
     )
     verify: Literal["thorough", "fast"] = Field(
-        "thorough", description="how each cut is proved equal to a mask"
+        default="thorough", description="how each cut is proved equal to a mask"
     )
 
 
 class CriterionSection(Section):
     """What every criterion takes."""
 
-    num_samples: Count = Field(1024, description="calibration samples, over all processes")
-    batch_size: Count = Field(32, description="calibration samples of one step")
+    num_samples: Count = Field(default=1024, description="calibration samples, over all processes")
+    batch_size: Count = Field(default=32, description="calibration samples of one step")
 
     def options(self) -> dict[str, Any]:
         """The options of this criterion alone."""
@@ -146,31 +151,33 @@ class CriterionSection(Section):
 class SospHSection(CriterionSection):
     """Second-order saliency with exact Hessian products in gate space."""
 
-    name: Literal["sosp_h"] = Field("sosp_h", description="abs(g) + 1/2 abs(r)")
+    name: Literal["sosp_h"] = Field(default="sosp_h", description="abs(g) + 1/2 abs(r)")
     mode: Literal["exact", "differences", "auto"] = Field(
-        "auto", description="auto = exact where kernels allow"
+        default="auto", description="auto = exact where kernels allow"
     )
     gate: Literal["activation", "weight"] = Field(
-        "activation", description="what a gate multiplies"
+        default="activation", description="what a gate multiplies"
     )
 
 
 class TaylorSection(CriterionSection):
     """First-order saliency."""
 
-    name: Literal["taylor"] = Field("taylor", description="first-order gate gradient")
+    name: Literal["taylor"] = Field(default="taylor", description="first-order gate gradient")
 
 
 class MagnitudeSection(CriterionSection):
     """Norm of the weights; needs no data."""
 
-    name: Literal["magnitude"] = Field("magnitude", description="L2 norm of a structure's weights")
+    name: Literal["magnitude"] = Field(
+        default="magnitude", description="L2 norm of a structure's weights"
+    )
 
 
 class RandomSection(CriterionSection):
     """The control; needs no data."""
 
-    name: Literal["random"] = Field("random", description="uniform, from the recipe's seed")
+    name: Literal["random"] = Field(default="random", description="uniform, from the recipe's seed")
 
 
 CRITERIA = (SospHSection, TaylorSection, MagnitudeSection, RandomSection)
@@ -183,19 +190,21 @@ AnyCriterion = Annotated[
 class BudgetSection(Section):
     """What is kept, as a fraction. Several at once must all hold; none means ``macs: 0.5``."""
 
-    macs: Share | None = Field(None, description="multiply-accumulates of one sample")
-    params: Share | None = Field(None, description="parameters")
-    structures: Share | None = Field(None, description="structures")
-    memory_bytes: Share | None = Field(None, description="bytes of the weights")
-    latency_s: Share | None = Field(None, description="measured seconds of one forward pass")
+    macs: Share | None = Field(default=None, description="multiply-accumulates of one sample")
+    params: Share | None = Field(default=None, description="parameters")
+    structures: Share | None = Field(default=None, description="structures")
+    memory_bytes: Share | None = Field(default=None, description="bytes of the weights")
+    latency_s: Share | None = Field(
+        default=None, description="measured seconds of one forward pass"
+    )
     keep_at_least: Share = Field(
-        0.1, description="floor of each group, as a share of it; at least one stays"
+        default=0.1, description="floor of each group, as a share of it; at least one stays"
     )
     round_to: Count = Field(
-        1, description="kept counts are multiples of this, where the group allows"
+        default=1, description="kept counts are multiples of this, where the group allows"
     )
     uniform: bool = Field(
-        False, description="the same share in each layer, for a native checkpoint"
+        default=False, description="the same share in each layer, for a native checkpoint"
     )
 
     @model_validator(mode="before")
@@ -213,13 +222,18 @@ class BudgetSection(Section):
 class FinetuneSection(TrainSection):
     """Recovery after the cut."""
 
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
+        default=None, description="of all training in the run; null = as `accelerate launch` says"
+    )
     recalibrate_norm: bool = Field(
-        True, description="re-estimate BatchNorm statistics on the calibration data"
+        default=True, description="re-estimate BatchNorm statistics on the calibration data"
     )
     distill: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="weight of the dense model's outputs"
+        default=0.0, description="weight of the dense model's outputs"
     )
-    temperature: Annotated[float, Field(gt=0)] = Field(2.0, description="of the distillation")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=2.0, description="of the distillation"
+    )
 
 
 class EvaluateSection(Section):
@@ -231,28 +245,34 @@ class EvaluateSection(Section):
             Field(strict=False),
         ]
         | None
-    ) = Field(None, description="null = accuracy, or perplexity for causal-lm")
-    batch_size: Count = Field(64, description="samples of one step")
-    latency: bool = Field(True, description="measure seconds of a forward pass before and after")
-    latency_batch_size: Count = Field(8, description="samples of that pass")
+    ) = Field(default=None, description="null = accuracy, or perplexity for causal-lm")
+    batch_size: Count = Field(default=64, description="samples of one step")
+    latency: bool = Field(
+        default=True, description="measure seconds of a forward pass before and after"
+    )
+    latency_batch_size: Count = Field(default=8, description="samples of that pass")
 
 
 class OutputSection(Section):
     """Where the result goes."""
 
-    dir: str | None = Field(None, description="output folder; null = runs/NAME_OF_THE_RECIPE")
-    max_shard_size: str = Field("5GB", description="largest safetensors file")
-    figures: bool = Field(True, description="draw kept widths, saliency and metrics")
+    dir: str | None = Field(
+        default=None, description="output folder; null = runs/NAME_OF_THE_RECIPE"
+    )
+    max_shard_size: str = Field(default="5GB", description="largest safetensors file")
+    figures: bool = Field(default=True, description="draw kept widths, saliency and metrics")
 
 
 class PushSection(Section):
     """Where on the hub the result goes."""
 
     repo_id: Annotated[str, Field(min_length=1)] = Field(description="NAMESPACE/NAME")
-    private: bool = Field(True, description="of a repository that is created")
-    revision: str | None = Field(None, description="branch; null = main")
-    create_pr: bool = Field(False, description="open a pull request instead of a commit")
-    commit_message: str | None = Field(None, description="null = one that names model and budget")
+    private: bool = Field(default=True, description="of a repository that is created")
+    revision: str | None = Field(default=None, description="branch; null = main")
+    create_pr: bool = Field(default=False, description="open a pull request instead of a commit")
+    commit_message: str | None = Field(
+        default=None, description="null = one that names model and budget"
+    )
 
 
 class Recipe(Section):
@@ -260,14 +280,16 @@ class Recipe(Section):
 
     model: ModelSection
     data: DataSection
-    structure: StructureSection = StructureSection()
-    criterion: AnyCriterion = SospHSection()
-    budget: BudgetSection = BudgetSection()
-    finetune: FinetuneSection = FinetuneSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    output: OutputSection = OutputSection()
-    push: PushSection | None = Field(None, description="publish the result; null = keep it here")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of everything random")
+    structure: StructureSection = Field(default=StructureSection())
+    criterion: AnyCriterion = Field(default=SospHSection())
+    budget: BudgetSection = Field(default=BudgetSection())
+    finetune: FinetuneSection = Field(default=FinetuneSection())
+    evaluate: EvaluateSection = Field(default=EvaluateSection())
+    output: OutputSection = Field(default=OutputSection())
+    push: PushSection | None = Field(
+        default=None, description="publish the result; null = keep it here"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of everything random")
 
     @model_validator(mode="before")
     @classmethod

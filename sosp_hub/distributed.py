@@ -1,0 +1,102 @@
+"""Processes, devices, log lines and progress bars: the only file that knows Accelerate's state."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, reduce, send_to_device
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+console = Console(stderr=True)
+logger = logging.getLogger("sosp_hub")
+
+
+def process_state() -> PartialState:
+    """Which of the processes this is; the first call joins them."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return process_state().is_main_process
+
+
+def wait_for_everyone() -> None:
+    """Returns when every process has come here."""
+    process_state().wait_for_everyone()
+
+
+def process_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on the device that it came from."""
+    state = process_state()
+    if state.num_processes == 1:
+        return tensor
+    total: Any = reduce(tensor.to(state.device), reduction="sum")
+    return total.to(tensor.device)
+
+
+def to_device(batch: Any) -> Any:  # noqa: ANN401 - (inputs, labels) or a dict
+    """A batch on the device of this process."""
+    return send_to_device(batch, process_state().device)
+
+
+def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accelerator:
+    """The accelerator of a run.
+
+    Loaders that it prepares shuffle by ``seed`` and epoch alone, and repeat no sample to even out
+    the processes.
+
+    Args:
+        mixed_precision: ``no``, ``bf16``, ``fp16``; None = as ``accelerate launch`` says.
+        seed: Of the order of the samples.
+    """
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        dataloader_config=DataLoaderConfiguration(
+            even_batches=False, use_seedable_sampler=True, data_seed=seed
+        ),
+        project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
+    )
+
+
+@contextmanager
+def progress_bar(
+    description: str, total: int | None, start: int = 0
+) -> Iterator[Callable[..., None]]:
+    """A bar of one long stage, shown by the main process alone.
+
+    Yields:
+        A function that moves the bar on by one; its argument, if any, is shown behind the bar.
+    """
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not is_main()) as bar:
+        task = bar.add_task(description, total=total, completed=start, note="")
+
+        def advance(note: str | None = None) -> None:
+            bar.update(task, advance=1)
+            if note is not None:
+                bar.update(task, note=note)
+
+        yield advance
+
+
+def progress(iterable: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+    """What is iterated over, with a bar."""
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)  # pyright: ignore[reportArgumentType]
+    with progress_bar(description, total) as advance:
+        for item in iterable:
+            yield item
+            advance()

@@ -1,0 +1,283 @@
+"""Recovery: training that survives a kill, and re-estimated normalisation statistics.
+
+The same loop trains the dense model before it is pruned. Everything random depends on the seed and
+the step alone, so that a run that was killed and continued ends as one that was not.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset
+
+from sosp_hub.data.loading import make_loader
+from sosp_hub.distributed import (
+    logger,
+    make_accelerator,
+    process_state,
+    process_sum,
+    progress_bar,
+    to_device,
+)
+from sosp_hub.errors import DataError, ModelError
+from sosp_hub.recipe.schema import FinetuneSection, TrainSection
+from sosp_hub.zoo.loss import batch_loss
+
+_POINTS = 100  # of the loss curve, at most
+
+
+def finetune(
+    model: nn.Module,
+    train: Dataset[Any],
+    config: TrainSection,
+    *,
+    teacher: nn.Module | None = None,
+    checkpoint_dir: Path | None = None,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    description: str = "fine-tune",
+) -> list[dict[str, float]]:
+    """Trains ``model`` in place and leaves it in eval mode.
+
+    Args:
+        model: The model.
+        train: A split that gives whole batches, as `load_split` does.
+        config: How to train.
+        teacher: The dense model; its outputs count with ``config.distill``.
+        checkpoint_dir: Where resumable state is kept; a call that finds some goes on from there.
+        accelerator: Of this run; None = a new one.
+        seed: Order of the samples, dropout and augmentation.
+        num_workers: Processes that load data.
+        description: In front of the progress bar.
+
+    Returns:
+        The loss curve: ``step``, ``epoch``, ``loss``, ``learning_rate`` of each point.
+
+    Raises:
+        ModelError: A loss that is not finite.
+    """
+    accelerator = accelerator or make_accelerator(seed=seed)
+    batch_size = min(config.batch_size, len(train) // accelerator.num_processes)  # pyright: ignore
+    if batch_size == 0:
+        raise DataError(
+            f"{len(train)} training samples for {accelerator.num_processes} processes;"  # pyright: ignore
+            " each needs one at least: start fewer processes or raise data.num_train"
+        )
+    loader = make_loader(
+        _Reproducible(train, seed),  # pyright: ignore[reportArgumentType]
+        batch_size,
+        shuffle=True,
+        seed=seed,
+        drop_last=True,
+        num_workers=num_workers,
+    )
+    wrapped, optimizer, loader = accelerator.prepare(model, _optimizer(model, config), loader)
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation
+    steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation)
+    total = config.epochs * steps_per_epoch
+    save_every = config.save_every_steps or steps_per_epoch
+    saved = _Saved(checkpoint_dir, accelerator, total)
+    step, history = saved.load()
+    losses: list[Tensor] = []
+    model.train()
+    with progress_bar(description, total, step) as advance:
+        for epoch in range(step // steps_per_epoch, config.epochs):
+            loader.set_epoch(epoch)
+            done = (step - epoch * steps_per_epoch) * config.gradient_accumulation
+            batches = accelerator.skip_first_batches(loader, done) if done else loader
+            for index, batch in enumerate(batches, start=epoch * len(loader) + done):
+                learning_rate = config.learning_rate * _schedule(step, total, config)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                rank, world = accelerator.process_index, accelerator.num_processes
+                set_seed((seed * 1_000_003 + index * world + rank) % 2**32)
+                with accelerator.accumulate(wrapped):
+                    loss = batch_loss(wrapped, batch, _loss_fn(config))
+                    value = loss.value
+                    if teacher and isinstance(config, FinetuneSection) and config.distill:
+                        with torch.no_grad(), accelerator.autocast():
+                            target = batch_loss(teacher, batch).logits
+                        follow = _distillation(loss.logits, target, batch, config.temperature)
+                        value = (1 - config.distill) * value + config.distill * follow
+                    accelerator.backward(value)
+                    if accelerator.sync_gradients and config.max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(value.detach())
+                if not accelerator.sync_gradients:
+                    continue
+                step += 1
+                save = step % save_every == 0 and step < total
+                if save or step == total or step % max(1, total // _POINTS) == 0:
+                    point = _point(losses, step, step / steps_per_epoch, learning_rate)
+                    history.append(point)
+                    advance(f"loss {point['loss']:.4g}")
+                    losses.clear()
+                else:
+                    advance()
+                if save:
+                    saved.save(step, history)
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    model.eval()
+    return history
+
+
+@torch.no_grad()
+def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
+    """Re-estimates the running statistics of every BatchNorm, in place; needs no labels.
+
+    The statistics become the mean over the batches of all processes.
+
+    Args:
+        model: A model in eval mode; all but the statistics is left as it is.
+        batches: Calibration batches of this process. A batch of one sample has no variance and is
+            left out where there are others.
+
+    Returns:
+        The number of layers that were re-estimated.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return 0
+    momenta = [norm.momentum for norm in norms]
+    several = [batch for batch in batches if _num_samples(batch) > 1] or batches
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over the batches
+            norm.train()
+        for batch in several:
+            batch_loss(model, to_device(batch))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+    num_batches = torch.tensor(float(len(several)))
+    share = num_batches / process_sum(num_batches.clone())
+    for norm in norms:
+        for statistic in (norm.running_mean, norm.running_var):
+            statistic.copy_(process_sum(statistic * share.to(statistic)))  # pyright: ignore
+    return len(norms)
+
+
+class _Reproducible(Dataset):
+    """A split whose augmentation depends on the seed and on which samples form the batch."""
+
+    def __init__(self, split: Any, seed: int) -> None:  # noqa: ANN401 - any split
+        self.split, self.seed = split, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:  # noqa: ANN401 - a batch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.seed, *indices)) % 2**63)
+            return self.split.__getitems__(indices)
+
+
+class _Saved:
+    """Resumable state of a training run: always one whole folder, never half of one."""
+
+    def __init__(self, folder: Path | None, accelerator: Accelerator, total: int) -> None:
+        self.folder, self.accelerator = folder, accelerator
+        self.shape = {"total_steps": total, "num_processes": accelerator.num_processes}
+
+    def load(self) -> tuple[int, list[dict[str, float]]]:
+        """Steps that are done and their history; nothing where there is no state that fits."""
+        states = sorted(self.folder.glob("step-*[0-9]")) if self.folder else []
+        if not states:
+            return 0, []
+        record = json.loads((states[-1] / "progress.json").read_text())
+        if any(record[key] != value for key, value in self.shape.items()):
+            logger.info("%s was written by a run of another shape: starting again", states[-1])
+            return 0, []
+        self.accelerator.load_state(str(states[-1]))
+        logger.info("going on from step %d of %d", record["step"], record["total_steps"])
+        return record["step"], record["history"]
+
+    def save(self, step: int, history: list[dict[str, float]]) -> None:
+        """Writes beside and renames, so that a kill at any time leaves the last whole state."""
+        if self.folder is None:
+            return
+        final = self.folder / f"step-{step:09d}"
+        draft = final.with_suffix(".draft")
+        self.accelerator.save_state(str(draft), safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            record = {"step": step, **self.shape, "history": history}
+            (draft / "progress.json").write_text(json.dumps(record))
+            draft.rename(final)
+            for old in self.folder.iterdir():
+                if old != final:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+
+def _optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    nesterov = config.momentum > 0
+    return torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov)
+
+
+def _schedule(step: int, total: int, config: TrainSection) -> float:
+    """Share of the peak learning rate: linear warm-up, then half a cosine or flat."""
+    warmup = round(config.warmup_share * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _loss_fn(config: TrainSection) -> Any:  # noqa: ANN401 - a loss function or None
+    if config.label_smoothing == 0:
+        return None
+
+    def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+        if logits.ndim == 3:  # a language model: the next token is the label
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+
+    return smoothed
+
+
+def _distillation(logits: Tensor, target: Tensor, batch: Any, temperature: float) -> Tensor:  # noqa: ANN401
+    """Kullback-Leibler divergence from the teacher, times the squared temperature (Hinton 2015)."""
+    if logits.ndim == 3:
+        counted = batch["labels"][:, 1:] != -100
+        logits, target = logits[:, :-1][counted], target[:, :-1][counted]
+    student = F.log_softmax(logits.float() / temperature, dim=-1)
+    wanted = F.log_softmax(target.float() / temperature, dim=-1)
+    return F.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _point(losses: list[Tensor], step: int, epoch: float, learning_rate: float) -> dict[str, float]:
+    mean = process_sum(torch.stack(losses).float().mean()) / process_state().num_processes
+    if not mean.isfinite():
+        raise ModelError(
+            f"the training loss is {mean.item()} at step {step}; expected a finite number: lower"
+            f" the learning rate (now {learning_rate:g}), or train without mixed precision"
+        )
+    return {"step": step, "epoch": epoch, "loss": mean.item(), "learning_rate": learning_rate}
+
+
+def _num_samples(batch: Any) -> int:  # noqa: ANN401 - (inputs, labels) or a dict
+    return len(batch["labels"] if isinstance(batch, dict) else batch[1])
