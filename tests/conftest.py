@@ -27,6 +27,19 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ.pop(secret, None)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--regenerate",
+        action="store_true",
+        help="write golden files and generated tables anew instead of comparing with them",
+    )
+
+
+@pytest.fixture
+def regenerate(request) -> bool:
+    return request.config.getoption("regenerate")
+
+
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

@@ -1,0 +1,74 @@
+"""The README tells the truth: its code runs, its tables are made from what is there.
+
+`pytest tests/test_readme.py --regenerate` writes the tables anew.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sosp_hub
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/**/*.yaml"))
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def recipe_table() -> str:
+    rows = []
+    for path in RECIPES:
+        recipe = yaml.safe_load((ROOT / path).read_text())
+        budget = ", ".join(f"{key} {value}" for key, value in recipe.get("budget", {}).items())
+        data = recipe["data"].get("id") or recipe["data"]["path"]
+        model = recipe["model"]["id"]
+        rows.append((f"[{path.stem}]({path})", f"`{model}`", f"`{data}`", budget))
+    return table(("recipe", "model", "data", "kept"), rows)
+
+
+def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = code_blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    names = {}
+    exec(compile(code, str(README), "exec"), names)
+    graph, plan, images = names["graph"], names["plan"], names["images"]
+    from sosp_hub.cost import cost
+
+    assert 0.4 < cost(graph, plan).macs / cost(graph).macs <= 0.5
+    assert (tmp_path / "out/resnet18-small/model.safetensors").stat().st_size > 0
+    loaded, cut = names["pruned"], sosp_hub.apply(names["model"], graph, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(images), cut(images), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "make"), [("recipes", recipe_table)])
+def test_a_table_is_current(name, make, regenerate):
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    text = README.read_text()
+    before, rest = text.split(begin)
+    found, after = rest.split(end)
+    wanted = f"\n{make()}\n"
+    if regenerate:
+        README.write_text(f"{before}{begin}{wanted}{end}{after}")
+    else:
+        assert found == wanted, "run `pytest tests/test_readme.py --regenerate`"
+
+
+def test_every_file_that_is_named_exists():
+    text = README.read_text()
+    named = re.findall(r"\]\(([^)#:]+)\)|\b((?:recipes|tests|sosp_hub)/[\w./]+)|(\.ci/run)", text)
+    paths = {next(filter(None, match)).rstrip(".") for match in named}
+    assert len(paths) > 5
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
