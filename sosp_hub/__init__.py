@@ -6,6 +6,8 @@ The seven verbs are loaded when first used, so that importing the package costs 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sosp_hub.checkpoint.hooks import disable, enable  # on import: pruned checkpoints just load
+
 if TYPE_CHECKING:
     from sosp_hub.allocate import allocate
     from sosp_hub.checkpoint.io import from_pretrained, save_pretrained
@@ -34,6 +36,8 @@ __all__ = [
     "allocate",
     "apply",
     "apply_",
+    "disable",
+    "enable",
     "from_pretrained",
     "push_to_hub",
     "save_pretrained",

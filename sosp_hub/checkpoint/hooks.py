@@ -1,0 +1,90 @@
+"""Lets transformers and timm load pruned checkpoints once ``sosp_hub`` is imported, at no cost until then.
+
+Importing either library later, or having it imported already, makes no difference. The environment
+variable ``SOSP_HUB_HOOKS=0`` leaves both libraries alone.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_SWITCH = "SOSP_HUB_HOOKS"
+_LOADERS = {
+    "transformers.modeling_utils": "sosp_hub.checkpoint.transformers",
+    "timm": "sosp_hub.checkpoint.timm",
+}
+"""Module of a library, and ours with ``hook()`` and ``unhook()`` for it."""
+
+
+def enable() -> None:
+    """Makes `AutoModel`, `pipeline` and `timm.create_model` read pruned checkpoints. Repeating it is harmless."""
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    for name, ours in _LOADERS.items():
+        if _is_loaded(name):
+            _hook(ours)
+
+
+def is_enabled() -> bool:
+    """Whether libraries that are imported from now on will read pruned checkpoints."""
+    return _FINDER in sys.meta_path
+
+
+def disable() -> None:
+    """Leaves both libraries as they come. Models that are already loaded keep working."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+    for ours in _LOADERS.values():
+        if ours in sys.modules:
+            sys.modules[ours].unhook()
+
+
+class _Finder(MetaPathFinder):
+    """Finds nothing itself; lets the others find, and runs our hook after the module was executed."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Any = None,  # noqa: ANN401 - Python's protocol
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if fullname not in _LOADERS:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find and finder is not self else None
+            if spec is not None:
+                if (execute := getattr(spec.loader, "exec_module", None)) is not None:
+                    spec.loader.exec_module = _then_hook(execute, _LOADERS[fullname])
+                return spec
+        return None
+
+
+def _then_hook(execute: Callable[[ModuleType], None], ours: str) -> Callable[[ModuleType], None]:
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        if is_enabled():
+            _hook(ours)
+
+    return exec_module
+
+
+def _hook(ours: str) -> None:
+    # Where our module is what imports the library, it hooks by itself when it is complete.
+    getattr(importlib.import_module(ours), "hook", lambda: None)()
+
+
+def _is_loaded(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
+_FINDER = _Finder()
+
+if os.environ.get(_SWITCH, "1") != "0":
+    enable()

@@ -1,0 +1,160 @@
+"""Pruned timm models: one registered architecture that builds another one and shrinks it.
+
+``config.json`` names the architecture ``sosp_hub_pruned`` with the real one and the delta among its
+``model_args``, so ``timm.create_model("local-dir:...")`` and transformers' ``TimmWrapper`` build the small
+model, and a timm without this package stops at the unknown name.
+"""
+
+import contextlib
+import contextvars
+import copy
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.models import _builder, _registry
+from torch import nn
+
+import sosp_hub
+from sosp_hub.checkpoint import hooks
+from sosp_hub.checkpoint.delta import apply_section, diff
+from sosp_hub.checkpoint.record import Delta, parse_delta
+from sosp_hub.errors import CheckpointError
+
+ARCHITECTURE = "sosp_hub_pruned"
+_WHERE = "config.json: model_args.delta"
+_ZOO = "sosp_hub.zoo.timm"  # registers the networks that timm lacks
+_PENDING: contextvars.ContextVar[list[Delta] | None] = contextvars.ContextVar(
+    "pending", default=None
+)
+_ORIGINALS: dict[str, Callable[..., Any]] = {}
+
+
+def sosp_hub_pruned(
+    pretrained: bool = False,
+    *,
+    base_architecture: str,
+    delta: Mapping[str, Any],
+    pretrained_cfg: Any = None,  # noqa: ANN401 - timm's own
+    **kwargs: Any,  # noqa: ANN401 - whatever the real architecture takes
+) -> nn.Module:
+    """A pruned model; timm calls this with what ``config.json`` says.
+
+    Args:
+        pretrained: Load the weights.
+        base_architecture: Name of the architecture that was pruned.
+        delta: What the pruning changed.
+        pretrained_cfg: Where the weights are, and how images are prepared for the model.
+        **kwargs: Arguments of the real architecture.
+    """
+    record = parse_delta(delta, _WHERE)
+    if record.library != "timm" or record.head is not None:
+        raise CheckpointError(
+            f"{_WHERE}.library: {record.library!r}, but a timm model is being built"
+        )
+    if base_architecture == ARCHITECTURE or not timm.is_model(base_architecture):
+        raise CheckpointError(
+            f"config.json: model_args.base_architecture: timm {timm.__version__} has no {base_architecture!r}"
+        )
+    if pretrained_cfg is not None and not isinstance(pretrained_cfg, str):
+        fields = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else vars(pretrained_cfg)
+        pretrained_cfg = {**fields, "architecture": base_architecture}
+    source_args = kwargs.get("pretrained_model_args")
+    if source_args:  # of the real architecture, which adapts its weights to other arguments
+        own = ("base_architecture", "delta")
+        kwargs["pretrained_model_args"] = {k: v for k, v in source_args.items() if k not in own}
+    pending = [record]
+    token = _PENDING.set(pending)
+    try:
+        model = timm.models.model_entrypoint(base_architecture)(
+            pretrained=pretrained, pretrained_cfg=pretrained_cfg, pruned=True, **kwargs
+        )
+    finally:
+        _PENDING.reset(token)
+    if pending:
+        raise CheckpointError(
+            f"timm {timm.__version__} builds {base_architecture!r} without room for a delta"
+        )
+    return model
+
+
+def hook() -> None:
+    """Registers the architecture, and the networks of the zoo, with timm."""
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module(_ZOO)
+    if not _ORIGINALS:
+        _ORIGINALS["adapt"] = _builder.adapt_model_from_file
+        _builder.adapt_model_from_file = _adapt
+        if not timm.is_model(ARCHITECTURE):
+            timm.models.register_model(sosp_hub_pruned)
+
+
+def unhook() -> None:
+    """Leaves timm without the architecture."""
+    if _ORIGINALS:
+        _builder.adapt_model_from_file = _ORIGINALS.pop("adapt")
+        _registry._model_entrypoints.pop(ARCHITECTURE, None)
+
+
+def base_architecture(model: nn.Module) -> str:
+    """Name under which timm builds the model that ``model`` was before it was pruned."""
+    for cfg in (getattr(model, "pretrained_cfg", None), getattr(model, "default_cfg", None)):
+        name = cfg.get("architecture") if isinstance(cfg, Mapping) else None
+        if name and timm.is_model(name):
+            return name
+    raise CheckpointError(
+        f"{type(model).__name__}: no timm architecture builds it; make it with timm.create_model, "
+        f"or register its function with timm.models.register_model"
+    )
+
+
+def model_args(model: nn.Module) -> dict[str, Any]:
+    """Arguments that make timm build the skeleton of this model again, as JSON data."""
+    own = ("base_architecture", "delta", "pruned", "features_only", "pretrained_model_args")
+    args = {
+        key: value
+        for key, value in getattr(model, "_model_args", {}).items()
+        if key not in own and not key.endswith(("drop_rate", "scriptable", "exportable"))
+    }
+    args.pop("num_classes", None)  # transformers' TimmWrapper passes it itself
+    if isinstance(chans := getattr(model, "in_chans", args.get("in_chans")), int):
+        args["in_chans"] = chans
+    return args
+
+
+def delta_of(model: nn.Module, args: Mapping[str, Any] | None = None) -> Delta:
+    """The delta of a pruned timm model against what its architecture builds.
+
+    Args:
+        model: The pruned model.
+        args: Arguments of the architecture; by default the model's own.
+    """
+    skeleton = build(base_architecture(model), model_args(model) if args is None else args, model)
+    section = diff(skeleton, model)
+    return Delta("timm", timm.__version__, sosp_hub.__version__, section)
+
+
+def build(architecture: str, args: Mapping[str, Any], like: nn.Module) -> nn.Module:
+    """Builds an architecture with the number of classes of a model; without data where timm can do that."""
+    kwargs = copy.deepcopy(dict(args))
+    if isinstance(classes := getattr(like, "num_classes", None), int):
+        kwargs["num_classes"] = classes
+    try:
+        with torch.device("meta"):
+            return timm.create_model(architecture, pretrained=False, **kwargs)
+    except (RuntimeError, NotImplementedError):  # code that reads values while it builds
+        return timm.create_model(architecture, pretrained=False, **kwargs)
+
+
+def _adapt(model: nn.Module, variant: str) -> nn.Module:
+    """Stands where timm shrinks its own pruned models: after the model is built, before its weights come."""
+    if not (pending := _PENDING.get()):
+        return _ORIGINALS["adapt"](model, variant)
+    apply_section(model, pending.pop().base, f"{_WHERE}.base")
+    return model
+
+
+if hooks.is_enabled():
+    hook()

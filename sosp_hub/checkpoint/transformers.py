@@ -1,0 +1,253 @@
+"""Pruned transformers models: how a model class takes the delta from its config, and how to get the delta.
+
+The delta is applied inside ``PreTrainedModel.post_init``, so everything that builds a model from a config
+sees the small shapes: ``from_pretrained`` with any device map, ``from_config``, pipelines, adapters.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+import sosp_hub
+from sosp_hub.checkpoint import hooks
+from sosp_hub.checkpoint.delta import apply_section, diff
+from sosp_hub.checkpoint.record import KEY, Delta, Section, parse_delta
+from sosp_hub.errors import CheckpointError
+
+_APPLIED = "_sosp_hub_applied"
+_ORIGINALS: dict[str, Callable[..., Any]] = {}
+
+
+def hook() -> None:
+    """Makes every model class look for the delta in its config."""
+    if not _ORIGINALS:
+        _ORIGINALS["post_init"] = PreTrainedModel.post_init
+        PreTrainedModel.post_init = _post_init
+        _ORIGINALS["set_attn_implementation"] = PreTrainedModel.set_attn_implementation
+        PreTrainedModel.set_attn_implementation = _set_attn_implementation
+        if hasattr(PreTrainedModel, "_load_pretrained_model"):
+            _ORIGINALS["_load_pretrained_model"] = PreTrainedModel._load_pretrained_model
+            PreTrainedModel._load_pretrained_model = staticmethod(_load_pretrained_model)
+
+
+def unhook() -> None:
+    """Leaves transformers as it comes."""
+    if _ORIGINALS:
+        PreTrainedModel.post_init = _ORIGINALS["post_init"]
+        PreTrainedModel.set_attn_implementation = _ORIGINALS["set_attn_implementation"]
+        if "_load_pretrained_model" in _ORIGINALS:
+            PreTrainedModel._load_pretrained_model = staticmethod(
+                _ORIGINALS["_load_pretrained_model"]
+            )
+        _ORIGINALS.clear()
+
+
+def shrink(model: PreTrainedModel) -> None:
+    """Applies the delta in the model's config, as far as it is about this class; inert without one."""
+    record = vars(model.config).get(KEY)
+    if record is None:
+        return
+    delta = parse_delta(record, f"config.json: {KEY}")
+    if delta.library != "transformers":
+        raise CheckpointError(
+            f"config.json: {KEY}.library: {delta.library!r}, but a transformers model is being built"
+        )
+    where = f"config.json: {KEY}"
+    name = type(model).__name__
+    if name == delta.base.cls:
+        apply_section(model, delta.base, f"{where}.base")
+        setattr(model, _APPLIED, True)
+    elif any(type(module).__name__ == delta.base.cls for module in model.modules()):
+        _shrink_head(model, delta, f"{where}.head")
+        setattr(model, _APPLIED, True)
+    elif delta.head is None and (part := _of_sibling(model, delta.base)) is not None:
+        apply_section(model, part, f"{where}.base")
+        setattr(model, _APPLIED, True)
+
+
+def delta_of(model: PreTrainedModel, config: Any | None = None) -> Delta:  # noqa: ANN401
+    """The delta of a pruned model against what a plain config builds, proved by building it again.
+
+    Args:
+        model: The pruned model.
+        config: The plain config; by default the model's own.
+
+    Raises:
+        CheckpointError: A difference that the format cannot say, or a rebuilt model that differs.
+    """
+    config = plain_config(model.config if config is None else config)
+    rewritten = _rewritten(plain_config(model.config), config)
+    skeleton = build_meta(type(model), config)
+    shared = frozenset(id(each) for each in config_tree(model.config))
+    base = base_name(model)
+    kept: dict[str, Any] = {"shared_configs": shared, "rewritten": rewritten}
+    if base:
+        inner = diff(skeleton.get_submodule(base), model.get_submodule(base), **kept)
+        head = diff(skeleton, model, skip=base, **kept)
+    else:
+        inner, head = diff(skeleton, model, **kept), None
+    return Delta("transformers", transformers.__version__, sosp_hub.__version__, inner, head)
+
+
+def rebuild_meta(model_class: type[PreTrainedModel], config: Any, delta: Delta) -> PreTrainedModel:  # noqa: ANN401
+    """The model that the config and the delta build, on the meta device."""
+    config = plain_config(config)
+    if not delta.empty:
+        setattr(config, KEY, delta.to_json())
+    return build_meta(model_class, config)
+
+
+def build_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:  # noqa: ANN401
+    """Builds a model without data. The delta in its config, if any, is applied."""
+    with torch.device("meta"), _enabled():
+        return model_class(copy.deepcopy(config))
+
+
+def plain_config(config: Any) -> Any:  # noqa: ANN401
+    """A copy of the config without the delta."""
+    config = copy.deepcopy(config)
+    for each in config_tree(config):
+        vars(each).pop(KEY, None)
+    return config
+
+
+def config_tree(config: Any) -> Iterator[Any]:  # noqa: ANN401
+    """A config and the configs inside it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, transformers.PreTrainedConfig):
+            yield from config_tree(value)
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """Name of the child that holds the base model; empty where the model is its own base."""
+    prefix = model.base_model_prefix
+    inner = model._modules.get(prefix) if prefix else None
+    return prefix if isinstance(inner, PreTrainedModel) else ""
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Writes the delta of a pruned model into its own config.
+
+    Then everything that saves the model by itself, as ``Trainer`` does, writes a checkpoint that loads.
+    """
+    delta = delta_of(model)
+    vars(model.config).pop(KEY, None)
+    if not delta.empty:
+        setattr(model.config, KEY, delta.to_json())
+
+
+def _shrink_head(model: PreTrainedModel, delta: Delta, where: str) -> None:
+    head = delta.head
+    if head is None or head.empty:
+        return
+    if head.cls != type(model).__name__:
+        raise CheckpointError(
+            f"{where}.class: the checkpoint holds a {head.cls} whose head was cut too; "
+            f"a {type(model).__name__} has another head. Load it as {head.cls} or as {delta.base.cls}"
+        )
+    apply_section(model, head, where)
+
+
+def _of_sibling(model: PreTrainedModel, section: Section) -> Section | None:
+    """The part of a section that concerns a class with other children; None where it shares none.
+
+    An encoder on its own, cut out of an encoder-decoder that is its own base model, is such a class.
+    """
+
+    def here(name: str) -> bool:
+        return name.partition(".")[0] in model._modules
+
+    roots = {name.partition(".")[0] for name in (*section.modules, *section.tensors) if name}
+    if not any(isinstance(model._modules.get(root), PreTrainedModel) for root in roots):
+        return None
+    return dataclasses.replace(
+        section,
+        modules={name: values for name, values in section.modules.items() if name and here(name)},
+        configs={name: values for name, values in section.configs.items() if name and here(name)},
+        tensors={name: shape for name, shape in section.tensors.items() if here(name)},
+        replaced={name: one for name, one in section.replaced.items() if here(name)},
+        buffers=tuple(filter(here, section.buffers)),
+        biases=tuple(filter(here, section.biases)),
+        dropped=tuple(filter(here, section.dropped)),
+    )
+
+
+def _rewritten(old: Any, new: Any) -> frozenset[tuple[str, Any]]:  # noqa: ANN401
+    """Keys, with their old values, that two configs of one tree say differently."""
+    return frozenset(
+        (key, value)
+        for a, b in zip(config_tree(old), config_tree(new), strict=True)
+        for key, value in vars(a).items()
+        if isinstance(value, int) and vars(b).get(key) != value
+    )
+
+
+class _enabled:  # noqa: N801 - a context manager that reads like a word
+    """Hooks on for the time being, whatever the switch says."""
+
+    def __enter__(self) -> None:
+        self.was_on = bool(_ORIGINALS)
+        hook()
+
+    def __exit__(self, *_: object) -> None:
+        if not self.was_on:
+            unhook()
+
+
+def _post_init(self: PreTrainedModel) -> None:
+    shrink(self)
+    _ORIGINALS["post_init"](self)
+
+
+def _set_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    """Also tells modules that have their own copy of the config."""
+    _ORIGINALS["set_attn_implementation"](self, *args, **kwargs)
+    follow(self)
+
+
+def follow(model: nn.Module) -> None:
+    """Gives the attention implementation of each model to the configs that its modules keep copies of."""
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        for child in _own_part(module):
+            config = child.__dict__.get("config")
+            if type(config) is type(module.config) and config is not module.config:
+                config._attn_implementation_internal = module.config._attn_implementation_internal
+
+
+def _own_part(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules of a model that belong to no model inside it."""
+    for child in model.children():
+        if not isinstance(child, PreTrainedModel):
+            yield child
+            yield from _own_part(child)
+
+
+def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """Refuses what would load a pruned checkpoint wrongly without a word."""
+    record = vars(model.config).get(KEY)
+    if record is not None:
+        config = kwargs.get("load_config", args[2] if len(args) > 2 else None)
+        if getattr(config, "ignore_mismatched_sizes", False):
+            raise CheckpointError(
+                "ignore_mismatched_sizes=True fills every tensor of another size with random numbers; "
+                "load the pruned model without it, and replace its head afterwards"
+            )
+        if not any(getattr(module, _APPLIED, False) for module in model.modules()):
+            base = record.get("base", {}).get("class") if isinstance(record, dict) else None
+            raise CheckpointError(
+                f"the checkpoint holds a pruned {base}, which a {type(model).__name__} does not contain"
+            )
+    return _ORIGINALS["_load_pretrained_model"](model, *args, **kwargs)
+
+
+if hooks.is_enabled():
+    hook()
