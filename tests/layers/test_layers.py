@@ -29,7 +29,7 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
         "from importlinter.cli import lint_imports_command as run; run()",
     ]
     return subprocess.run(
-        [*command, "--no-cache", "--no-logo"],
+        [*command, "--no-cache"],
         cwd=folder,
         capture_output=True,
         text=True,
