@@ -1,0 +1,314 @@
+"""The axis algebra: what one tensor dimension is made of.
+
+A dimension is an ``Atom`` (indivisible so far), a ``Prod`` (row-major factors, as ``view`` makes them) or a ``Sum``
+(pieces one after the other, as ``cat`` makes them). Operations *unify* axes that must be cut alike; an atom that is
+unified with a composite axis is bound to it, so a later discovery refines everything that was seen before.
+
+An atom that something unknown, a literal or an output depends on is *pinned*: it keeps all its structures.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ids = itertools.count()
+
+
+@dataclass(eq=False, slots=True)
+class Atom:
+    """An indivisible axis; one union-find node. Facts are read from the root only."""
+
+    size: int
+    pinned: dict[str, None] = field(default_factory=dict)
+    inexact: dict[str, None] = field(default_factory=dict)
+    roles: set[str] = field(default_factory=set)
+    parent: "Axis | None" = None
+    id: int = field(default_factory=_ids.__next__)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Prod:
+    """Row-major product: the first factor varies slowest."""
+
+    factors: tuple["Axis", ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Sum:
+    """Concatenation of pieces."""
+
+    parts: tuple["Axis", ...]
+
+
+Axis = Atom | Prod | Sum
+UNIT = Prod(())
+
+
+def fixed(size: int, reason: str) -> Axis:
+    """A new axis that nothing may cut."""
+    return UNIT if size == 1 else Atom(size, pinned={reason: None})
+
+
+def free(size: int) -> Axis:
+    """A new axis about which nothing is known yet."""
+    return UNIT if size == 1 else Atom(size)
+
+
+def size_of(axis: Axis, count: Callable[[Atom], int] | None = None) -> int:
+    """Length of an axis: of the dense model, or with ``count`` structures left of each root atom."""
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        return axis.size if count is None else count(axis)
+    if isinstance(axis, Prod):
+        return prod(size_of(factor, count) for factor in axis.factors)
+    return sum(size_of(part, count) for part in axis.parts)
+
+
+def resolve(axis: Axis) -> Axis:
+    """Canonical form: root atoms only, nested products and sums flattened."""
+    if isinstance(axis, Atom):
+        return _root(axis)
+    if isinstance(axis, Prod):
+        if not axis.factors:
+            return UNIT
+        factors: list[Axis] = []
+        for factor in axis.factors:
+            factor = resolve(factor)
+            factors.extend(factor.factors if isinstance(factor, Prod) else (factor,))
+        return factors[0] if len(factors) == 1 else Prod(tuple(factors))
+    parts: list[Axis] = []
+    for part in axis.parts:
+        part = resolve(part)
+        parts.extend(part.parts if isinstance(part, Sum) else (part,))
+    return parts[0] if len(parts) == 1 else Sum(tuple(parts))
+
+
+def _root(atom: Atom) -> Axis:
+    node: Axis = atom
+    while isinstance(node, Atom) and node.parent is not None:
+        node = node.parent
+    if isinstance(node, Atom):
+        while atom is not node and atom.parent is not node:  # path compression
+            atom.parent, atom = node, atom.parent  # type: ignore[assignment]
+        return node
+    return resolve(node)
+
+
+def atoms(axis: Axis) -> Iterator[Atom]:
+    """Root atoms of an axis, in order, with repetitions."""
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        yield axis
+    else:
+        for inner in axis.factors if isinstance(axis, Prod) else axis.parts:
+            yield from atoms(inner)
+
+
+def pin(axis: Axis, reason: str) -> None:
+    """Nothing of this axis may be cut."""
+    for atom in atoms(axis):
+        atom.pinned.setdefault(reason)
+
+
+def flag(axis: Axis, reason: str) -> None:
+    """Cutting this axis is legal but does not equal masking it."""
+    for atom in atoms(axis):
+        atom.inexact.setdefault(reason)
+
+
+def mark(axis: Axis, role: str) -> None:
+    """Remembers what an axis is used as (``head``, ``stream``, ...)."""
+    for atom in atoms(axis):
+        atom.roles.add(role)
+
+
+def is_fixed(axis: Axis) -> bool:
+    """Whether every atom of the axis is pinned."""
+    return all(atom.pinned for atom in atoms(axis))
+
+
+def unify(one: Axis, two: Axis, why: str) -> None:
+    """Makes two axes the same one. Where no common refinement exists, both are pinned for the reason ``why``."""
+    one, two = resolve(one), resolve(two)
+    if one is two:
+        return
+    if size_of(one) != size_of(two):
+        raise AssertionError(f"{why}: axes of sizes {size_of(one)} and {size_of(two)} cannot be the same")
+    if isinstance(one, Atom):
+        _bind(one, two, why)
+    elif isinstance(two, Atom):
+        _bind(two, one, why)
+    elif isinstance(one, Sum) and isinstance(two, Sum):
+        _align(list(one.parts), list(two.parts), why)
+    elif isinstance(one, Prod) and isinstance(two, Prod):
+        _refine(list(one.factors), list(two.factors), why)
+    else:
+        whole, pieces = (one, two) if isinstance(one, Prod) else (two, one)
+        assert isinstance(whole, Prod)
+        if not whole.factors:
+            return
+        halves = split(pieces, size_of(whole.factors[0]), why)
+        if halves is None:
+            _give_up(one, two, why)
+        else:
+            unify(halves[0], whole.factors[0], why)
+            unify(halves[1], Prod(whole.factors[1:]), why)
+
+
+def _bind(atom: Atom, axis: Axis, why: str) -> None:
+    if not isinstance(axis, Atom) and any(inner is atom for inner in atoms(axis)):
+        _give_up(atom, axis, why)
+        return
+    atom.parent = axis
+    for inner in atoms(axis):
+        inner.pinned.update(atom.pinned)
+        inner.inexact.update(atom.inexact)
+        inner.roles |= atom.roles
+
+
+def _give_up(one: Axis, two: Axis, why: str) -> None:
+    pin(one, why)
+    pin(two, why)
+
+
+def _refine(ones: list[Axis], twos: list[Axis], why: str) -> None:
+    """Unifies two factor lists of equal product, splitting the longer leading factor each time."""
+    while ones and twos:
+        one, two = ones[0], twos[0]
+        if size_of(one) == size_of(two):
+            ones.pop(0), twos.pop(0)
+            unify(one, two, why)
+            continue
+        longer, shorter = (ones, two) if size_of(one) > size_of(two) else (twos, one)
+        halves = split(longer[0], size_of(shorter), why)
+        if halves is None:
+            _give_up(Prod(tuple(ones)), Prod(tuple(twos)), why)
+            return
+        longer[:1] = halves
+
+
+def _align(ones: list[Axis], twos: list[Axis], why: str) -> None:
+    """Unifies two piece lists of equal length, cutting the longer leading piece each time."""
+    while ones and twos:
+        one, two = ones[0], twos[0]
+        if size_of(one) == size_of(two):
+            ones.pop(0), twos.pop(0)
+            unify(one, two, why)
+            continue
+        longer, shorter = (ones, two) if size_of(one) > size_of(two) else (twos, one)
+        pieces = cut_at(longer[0], size_of(shorter))
+        if pieces is None:
+            _give_up(Sum(tuple(ones)), Sum(tuple(twos)), why)
+            return
+        longer[:1] = pieces
+
+
+def split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:
+    """The axis as a product of ``lead`` and the rest, or None where it is not one."""
+    axis = resolve(axis)
+    size = size_of(axis)
+    if lead == 1:
+        return UNIT, axis
+    if lead == size:
+        return axis, UNIT
+    if size % lead:
+        return None
+    inner = size // lead
+    if isinstance(axis, Atom):
+        halves = (Atom(lead), Atom(inner))
+        _bind(axis, Prod(halves), why)
+        return halves
+    if isinstance(axis, Prod):
+        done: list[Axis] = []
+        rest = list(axis.factors)
+        while lead > 1:
+            factor = rest.pop(0)
+            length = size_of(factor)
+            if lead % length == 0:
+                done.append(factor)
+                lead //= length
+            else:
+                halves = split(factor, lead, why)
+                if halves is None:
+                    return None
+                done.append(halves[0])
+                rest.insert(0, halves[1])
+                lead = 1
+        return Prod(tuple(done)), Prod(tuple(rest))
+    if any(size_of(part) % inner for part in axis.parts):
+        return None
+    pairs = [split(part, size_of(part) // inner, why) for part in axis.parts]
+    if any(pair is None for pair in pairs):
+        return None
+    for pair in pairs[1:]:
+        unify(pairs[0][1], pair[1], why)  # type: ignore[index]
+    return Sum(tuple(pair[0] for pair in pairs)), pairs[0][1]  # type: ignore[index]
+
+
+def cut_at(axis: Axis, position: int) -> tuple[Axis, Axis] | None:
+    """The axis as two pieces with the border at ``position``, or None where no such border can be drawn."""
+    axis = resolve(axis)
+    size = size_of(axis)
+    assert 0 < position < size
+    if isinstance(axis, Atom):
+        pieces = (free(position), free(size - position))
+        reasons, flags, roles = axis.pinned, axis.inexact, axis.roles
+        for piece in pieces:
+            for atom in atoms(piece):
+                atom.pinned.update(reasons), atom.inexact.update(flags)
+                atom.roles |= roles
+        axis.parent = Sum(pieces)
+        return pieces
+    if isinstance(axis, Prod):
+        inner = Prod(axis.factors[1:])
+        if position % size_of(inner):
+            return None
+        pieces = cut_at(axis.factors[0], position // size_of(inner))
+        return None if pieces is None else (Prod((pieces[0], inner)), Prod((pieces[1], inner)))
+    before: list[Axis] = []
+    rest = list(axis.parts)
+    while position > 0:
+        part = rest.pop(0)
+        length = size_of(part)
+        if length <= position:
+            before.append(part)
+            position -= length
+        else:
+            pieces = cut_at(part, position)
+            if pieces is None:
+                return None
+            before.append(pieces[0])
+            rest.insert(0, pieces[1])
+            position = 0
+    return Sum(tuple(before)), Sum(tuple(rest))
+
+
+def keep_mask(axis: Axis, kept: Mapping[int, NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """Which positions of an axis stay; ``kept`` maps the id of a root atom to its keep mask."""
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        mask = kept.get(axis.id)
+        return np.ones(axis.size, bool) if mask is None else mask
+    if isinstance(axis, Prod):
+        mask = np.ones(1, bool)
+        for factor in axis.factors:
+            mask = np.logical_and.outer(mask, keep_mask(factor, kept)).ravel()
+        return mask
+    return np.concatenate([keep_mask(part, kept) for part in axis.parts])
+
+
+def index_of(axis: Axis, atom: Atom) -> NDArray[np.int64]:
+    """For each position of an axis the structure of ``atom`` it belongs to, or -1."""
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        return np.arange(axis.size) if axis is atom else np.full(axis.size, -1)
+    if isinstance(axis, Prod):
+        index = np.full(1, -1)
+        for factor in axis.factors:
+            index = np.maximum.outer(index, index_of(factor, atom)).ravel()
+        return index
+    return np.concatenate([index_of(part, atom) for part in axis.parts])

@@ -1,0 +1,102 @@
+"""The result of a trace: groups, ties, what is pinned and why, and all that a cut needs to know."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sosp_hub.errors import PlanError
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.axes import Atom, keep_mask
+from sosp_hub.structure.groups import Group
+from sosp_hub.structure.terms import Axes, Constraint, Step
+from sosp_hub.structure.ties import Count
+
+
+@dataclass(frozen=True, eq=False)
+class Pinned:
+    """A dimension that keeps its size, and why."""
+
+    tensor: str
+    dim: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """What belongs together in one model. ``print(graph)`` is a stable, reviewable text.
+
+    Attributes:
+        groups: Groups by name, in the order of the model's parameters.
+        ties: Sets of groups that must keep equally many structures (one attribute holds both sizes).
+        pinned: Parameter dimensions that keep their size, with the reason.
+        tensors: Axes of every parameter and buffer that the forward pass used.
+        aliases: Other names of a shared tensor, by the name it is listed under.
+        atoms: Root atom of each group.
+        macs: Axes whose sizes multiply to the cost of each product of the forward pass.
+        num_samples: Samples in the traced inputs.
+        constraints: Size arguments of the code and the axes they describe; they give the cut model's attributes.
+        steps: The operations of the forward pass, for verification.
+        example_inputs: The inputs that were traced.
+        outputs: Names of the outputs that matter; None = all.
+    """
+
+    groups: dict[str, Group]
+    ties: tuple[tuple[str, ...], ...]
+    pinned: tuple[Pinned, ...]
+    tensors: dict[str, Axes]
+    aliases: dict[str, tuple[str, ...]]
+    atoms: dict[str, Atom]
+    macs: tuple[Axes, ...]
+    num_samples: int
+    constraints: tuple[Constraint, ...]
+    steps: tuple[Step, ...]
+    example_inputs: object
+    outputs: tuple[str, ...] | None = None
+    num_params: int = 0
+    num_cuttable_params: dict[str, int] = field(default_factory=dict)
+
+    def check(self, plan: PruningPlan) -> None:
+        """Raises PlanError unless the plan was made for this model and obeys its ties."""
+        for name, size in plan.sizes.items():
+            group = self.groups.get(name)
+            if group is None:
+                known = ", ".join(list(self.groups)[:5])
+                raise PlanError(f"plan: this model has no group {name!r}; it has {len(self.groups)}, such as {known}")
+            if group.size != size:
+                raise PlanError(f"plan: group {name!r} has {group.size} structures here, but the plan was made for {size}")
+        counts = plan.num_kept()
+        for tie in self.ties:
+            found = {name: counts.get(name, self.groups[name].size) for name in tie}
+            if len(set(found.values())) > 1:
+                raise PlanError(f"plan: these groups must keep equally many structures: {found}")
+
+    def keep(self, plan: PruningPlan) -> dict[int, NDArray[np.bool_]]:
+        """Keep mask of each cut atom, by atom id."""
+        masks = {}
+        for name, kept in plan.kept.items():
+            mask = np.zeros(self.groups[name].size, bool)
+            mask[list(kept)] = True
+            masks[self.atoms[name].id] = mask
+        return masks
+
+    def count(self, counts: Mapping[str, int]) -> Count:
+        """Size of each atom when ``counts`` structures of the named groups are kept."""
+        left = {self.atoms[name].id: number for name, number in counts.items()}
+        return lambda atom: left.get(atom.id, atom.size)
+
+    def kept_positions(self, tensor: str, plan: PruningPlan) -> tuple[NDArray[np.int64] | None, ...]:
+        """Positions of each dimension of a tensor that stay; None where all do."""
+        masks = self.keep(plan)
+        positions = []
+        for axis in self.tensors[tensor]:
+            mask = keep_mask(axis, masks)
+            positions.append(None if mask.all() else np.flatnonzero(mask))
+        return tuple(positions)
+
+    def __str__(self) -> str:
+        from sosp_hub.structure.show import show  # noqa: PLC0415 - words about a graph need the graph
+
+        return show(self)

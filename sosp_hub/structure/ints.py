@@ -1,0 +1,170 @@
+"""Whole numbers that remember where they come from.
+
+While a model is traced, its int attributes, its config values and the sizes of its tensors are ``TracedInt``s. When one
+arrives as a size argument (``view``, ``split``, ``layer_norm``, ...) the trace learns that the attribute must equal the
+size of that axis, and so which attribute a cut has to rewrite. One that is turned into a float is a size used as a value.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sosp_hub.structure.axes import Atom, Axis, atoms, size_of
+
+
+class Attribute(NamedTuple):
+    """An int attribute of a module: ``name`` may be dotted (``config.hidden_size``); ``item`` is a tuple position."""
+
+    module: str
+    name: str
+    item: int | None = None
+
+    def __str__(self) -> str:
+        item = "" if self.item is None else f"[{self.item}]"
+        return f"{self.module}.{self.name}{item}".lstrip(".")
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A binary operation on two expressions."""
+
+    symbol: str
+    left: "Expr"
+    right: "Expr"
+
+
+Expr = int | Attribute | Op | Axis
+
+_OPS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+
+leak: Callable[[Expr], None] | None = None
+"""Told of every size that the traced code uses as a value; set by the trace that runs."""
+
+
+class TracedInt(int):
+    """An int with an expression."""
+
+    expr: Expr
+
+    def __new__(cls, value: int, expr: Expr) -> "TracedInt":
+        self = super().__new__(cls, value)
+        self.expr = expr
+        return self
+
+    def __float__(self) -> float:
+        return float(self._leaked())
+
+    def __truediv__(self, other: Any) -> float:
+        return self._leaked() / _leaked(other)
+
+    def __rtruediv__(self, other: Any) -> float:
+        return _leaked(other) / self._leaked()
+
+    def __pow__(self, other: Any, mod: Any = None) -> Any:
+        return pow(self._leaked(), _leaked(other), mod)
+
+    def __rpow__(self, other: Any) -> Any:
+        return _leaked(other) ** self._leaked()
+
+    def __neg__(self) -> int:
+        return TracedInt(-int(self), Op("*", -1, self.expr))
+
+    def __deepcopy__(self, memo: Any) -> "TracedInt":
+        return self
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+    def _leaked(self) -> int:
+        if leak is not None:
+            leak(self.expr)
+        return int(self)
+
+
+def _leaked(value: Any) -> Any:
+    return value._leaked() if isinstance(value, TracedInt) else value
+
+
+def _binary(symbol: str, flipped: bool) -> Callable[[TracedInt, Any], Any]:
+    compute = _OPS[symbol]
+
+    def method(self: TracedInt, other: Any) -> Any:
+        if not isinstance(other, int) or isinstance(other, bool):
+            if isinstance(other, float):
+                value = self._leaked()
+                return compute(other, value) if flipped else compute(value, other)  # type: ignore[arg-type]
+            return NotImplemented
+        left, right = (other, self) if flipped else (self, other)
+        return TracedInt(compute(int(left), int(right)), Op(symbol, expr_of(left), expr_of(right)))
+
+    return method
+
+
+for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
+    setattr(TracedInt, f"__{_name}__", _binary(_symbol, flipped=False))
+    setattr(TracedInt, f"__r{_name}__", _binary(_symbol, flipped=True))
+
+
+def expr_of(value: int) -> Expr:
+    """The expression of a number; a plain int is a literal of the code."""
+    return value.expr if isinstance(value, TracedInt) else int(value)
+
+
+def attributes(expr: Expr) -> set[Attribute]:
+    """Attributes an expression depends on."""
+    if isinstance(expr, Attribute):
+        return {expr}
+    return attributes(expr.left) | attributes(expr.right) if isinstance(expr, Op) else set()
+
+
+def expr_atoms(expr: Expr) -> list[Atom]:
+    """Root atoms of the tensor sizes an expression depends on."""
+    if isinstance(expr, Op):
+        return expr_atoms(expr.left) + expr_atoms(expr.right)
+    return [] if isinstance(expr, int | Attribute) else list(atoms(expr))
+
+
+def evaluate(expr: Expr, values: Mapping[Attribute, int], count: Callable[[Atom], int]) -> int:
+    """Value of an expression when ``count`` structures are left of each atom. Raises KeyError on an unknown attribute."""
+    if isinstance(expr, int):
+        return expr
+    if isinstance(expr, Attribute):
+        return values[expr]
+    if isinstance(expr, Op):
+        left, right = evaluate(expr.left, values, count), evaluate(expr.right, values, count)
+        return _OPS[expr.symbol](left, right) if right or expr.symbol not in {"//", "%"} else 0
+    return size_of(expr, count)
+
+
+def solve(
+    expr: Expr, target: int, values: Mapping[Attribute, int], count: Callable[[Atom], int]
+) -> tuple[Attribute, int] | None:
+    """The one unknown attribute of ``expr == target`` and its value, or None where no whole number does."""
+    while isinstance(expr, Op):
+        in_left = not attributes(expr.left) <= values.keys()
+        if in_left and not attributes(expr.right) <= values.keys():
+            return None
+        known = evaluate(expr.right if in_left else expr.left, values, count)
+        if expr.symbol == "+":
+            target -= known
+        elif expr.symbol == "-":
+            target = target + known if in_left else known - target
+        elif expr.symbol == "*":
+            if not known or target % known:
+                return None
+            target //= known
+        elif expr.symbol == "//" and in_left:
+            target *= known
+        elif expr.symbol == "//" and target and known % target == 0:
+            target = known // target
+        else:
+            return None
+        expr = expr.left if in_left else expr.right
+    return (expr, target) if isinstance(expr, Attribute) else None

@@ -1,0 +1,74 @@
+"""A copy of the model to trace: parameters without data, and ints that remember where they come from."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sosp_hub.structure.ints import Attribute, TracedInt
+
+
+def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+    """A deep copy whose int attributes are traced; with ``fake`` its tensors hold no data and the copy is cheap."""
+    memo: dict[int, Any] = {}
+    if fake is not None:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            device = "cpu" if tensor.is_meta else tensor.device
+            with fake:
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    twin = copy.deepcopy(model, memo)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    for name, module in twin.named_modules():
+        _trace_ints(module, name)
+    return twin
+
+
+def fake_inputs(value: Any, fake: FakeTensorMode) -> Any:  # noqa: ANN401 - any nesting of tensors
+    """The same nesting with tensors that hold no data."""
+    if isinstance(value, Tensor):
+        return fake.from_tensor(value)
+    if isinstance(value, tuple | list):
+        return type(value)(fake_inputs(item, fake) for item in value)
+    if isinstance(value, dict):
+        return {key: fake_inputs(item, fake) for key, item in value.items()}
+    return value
+
+
+def _trace_ints(module: nn.Module, name: str) -> None:
+    for key, value in list(vars(module).items()):
+        if key == "training" or key.startswith("_"):
+            continue
+        if is_config(value):
+            module.__dict__[key] = _trace_config(value, name, key)
+        else:
+            traced = _traced(value, name, key)
+            if traced is not value:
+                module.__dict__[key] = traced
+
+
+def is_config(value: Any) -> bool:  # noqa: ANN401
+    """A transformers config, told without importing transformers."""
+    return hasattr(value, "model_type") and hasattr(value, "to_diff_dict")
+
+
+def _trace_config(config: Any, module: str, prefix: str) -> Any:  # noqa: ANN401
+    twin = copy.copy(config)
+    for key, value in list(vars(twin).items()):
+        if is_config(value):
+            twin.__dict__[key] = _trace_config(value, module, f"{prefix}.{key}")
+        elif not key.startswith("_"):
+            twin.__dict__[key] = _traced(value, module, f"{prefix}.{key}")
+    return twin
+
+
+def _traced(value: Any, module: str, name: str) -> Any:  # noqa: ANN401
+    if type(value) is int:
+        return TracedInt(value, Attribute(module, name))
+    if type(value) in {tuple, list} and value and all(type(item) is int for item in value):
+        return type(value)(TracedInt(item, Attribute(module, name, i)) for i, item in enumerate(value))
+    return value

@@ -1,0 +1,31 @@
+"""A graph in words: stable text for reviews and golden files."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sosp_hub.structure.graph import Graph
+
+
+def show(graph: "Graph") -> str:
+    """One line a group, then its members; then ties and what is pinned, by reason."""
+    exact = graph.num_cuttable_params.get("exact", 0)
+    everything = graph.num_cuttable_params.get("all", 0)
+    total = max(graph.num_params, 1)
+    lines = [
+        f"{len(graph.groups)} groups; {100 * everything / total:.1f} % of {graph.num_params:,} parameters can be cut "
+        f"({100 * exact / total:.1f} % exactly)"
+    ]
+    for group in graph.groups.values():
+        tail = "" if group.exact else f"  inexact: {'; '.join(group.reasons[:2])}"
+        lines.append(f"{group.name}  size {group.size}{tail}")
+        for member in group.members:
+            verb = "reads" if member.reads else "makes"
+            lines.append(f"    {verb} {member.tensor}[{member.dim}]")
+    lines += [f"tied: {', '.join(tie)}" for tie in graph.ties]
+    by_reason: dict[str, list[str]] = {}
+    for pinned in graph.pinned:
+        by_reason.setdefault(pinned.reason, []).append(f"{pinned.tensor}[{pinned.dim}]")
+    for reason, dims in by_reason.items():
+        more = f" and {len(dims) - 3} more" if len(dims) > 3 else ""  # noqa: PLR2004
+        lines.append(f"pinned: {', '.join(dims[:3])}{more}: {reason}")
+    return "\n".join(lines)

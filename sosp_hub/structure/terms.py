@@ -1,0 +1,111 @@
+"""What a running trace knows: the axes of every tensor, who reads which parameter, and what was asked of sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sosp_hub.structure.axes import UNIT, Axis, fixed, flag, pin, size_of
+from sosp_hub.structure.ints import Expr, TracedInt
+
+Axes = tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of the forward pass: its tensors' axes, and whether it mixes values along an axis that may be cut."""
+
+    name: str
+    module: str
+    inputs: tuple[Axes, ...]
+    outputs: tuple[Axes, ...]
+    mixes: bool
+
+
+@dataclass(frozen=True)
+class Read:
+    """A sum over an axis of a parameter, in the code of a module: the place where an activation is used."""
+
+    tensor: str
+    axis: Axis
+    module: str
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """``expr`` must equal the size of ``axis`` in any cut model."""
+
+    expr: Expr
+    axis: Axis
+    where: str
+
+
+@dataclass
+class Terms:
+    """State of one trace. Rules read axes with ``of`` and write them with ``set``."""
+
+    axes: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    source: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    reads: list[Read] = field(default_factory=list)
+    macs: list[Axes] = field(default_factory=list)
+    constraints: list[Constraint] = field(default_factory=list)
+    leaks: list[tuple[Expr, str]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    modules: list[str] = field(default_factory=lambda: [""])
+    mixes: bool = False
+
+    @property
+    def where(self) -> str:
+        """Name of the module whose code runs, for reasons."""
+        return self.modules[-1] or "the model"
+
+    def of(self, tensor: Tensor) -> Axes:
+        """Axes of a tensor; one that the trace has not seen is a constant and stays as it is."""
+        known = self.axes.get(tensor)
+        if known is None or len(known) != tensor.dim():
+            reason = f"a constant tensor in {self.where} has this size"
+            known = tuple(fixed(size, reason) for size in tensor.shape)
+            self.axes[tensor] = known
+        return known
+
+    def set(self, tensor: Any, axes: Sequence[Axis]) -> None:  # noqa: ANN401 - ops return anything
+        """Gives an operation's output its axes."""
+        if not isinstance(tensor, Tensor):
+            return
+        found, expected = [size_of(axis) for axis in axes], list(tensor.shape)
+        if found != expected:
+            raise AssertionError(f"a rule gave axes of sizes {found} to a tensor of shape {expected}")
+        self.axes[tensor] = tuple(axes)
+
+    def read(self, operand: Tensor, axis: Axis) -> None:
+        """``operand`` is summed over along ``axis``; remembered where it is a parameter or a view of one."""
+        name = self.source.get(operand)
+        if name is not None:
+            self.reads.append(Read(name, axis, self.modules[-1]))
+
+    def is_parameter(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or a mere rearrangement of one."""
+        return self.source.get(tensor) is not None
+
+    def mix(self, axis: Axis, reason: str) -> None:
+        """Values along this axis are combined other than by a weighted sum."""
+        self.mixes = True
+        flag(axis, f"{reason} in {self.where}")
+
+    def fix(self, axis: Axis, what: str) -> None:
+        """Pins an axis and says where."""
+        pin(axis, f"{what} in {self.where}")
+
+    def spatial(self, axis: Axis, size: int, what: str) -> Axis:
+        """The axis that sliding or resampling along ``axis`` makes."""
+        self.fix(axis, what)
+        return fixed(size, f"{what} in {self.where}")
+
+    def constrain(self, value: Any, axis: Axis, what: str) -> None:  # noqa: ANN401
+        """A size argument and the axis it describes."""
+        if isinstance(value, TracedInt):
+            self.constraints.append(Constraint(value.expr, axis, f"{what} in {self.where}"))
+        elif isinstance(value, int) and value not in {-1, 1} and axis is not UNIT:
+            self.fix(axis, f"the number {value} is written into the code ({what})")

@@ -1,0 +1,137 @@
+"""What sizes must satisfy: one attribute for several axes, slices at half a width, products of two attributes.
+
+Every size argument of the traced code gave a constraint ``expression == size of an axis``. For a choice of counts the
+constraints determine the attributes of the cut model. Constraints that fail for arbitrary counts are turned into ties
+(groups that keep equally many structures), or where that does not help their axes are pinned.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from sosp_hub.structure.axes import Atom, atoms, is_fixed, size_of
+from sosp_hub.structure.ints import Attribute, attributes, evaluate, expr_atoms, solve
+from sosp_hub.structure.terms import Constraint
+
+Count = Callable[[Atom], int]
+
+
+def solve_attributes(constraints: Sequence[Constraint], count: Count) -> tuple[dict[Attribute, int], list[Constraint]]:
+    """Attribute values of the model in which ``count`` structures are left, and the constraints that then fail."""
+    values: dict[Attribute, int] = {}
+    violated: list[Constraint] = []
+    open_ones = list(constraints)
+    progress = True
+    while progress:
+        progress = False
+        waiting: list[Constraint] = []
+        for constraint in open_ones:
+            target = size_of(constraint.axis, count)
+            if attributes(constraint.expr) <= values.keys():
+                if evaluate(constraint.expr, values, count) != target:
+                    violated.append(constraint)
+                continue
+            found = solve(constraint.expr, target, values, count)
+            if found is None:
+                waiting.append(constraint)
+            else:
+                values[found[0]] = found[1]
+                if evaluate(constraint.expr, values, count) != target:
+                    violated.append(constraint)
+                progress = True
+        open_ones = waiting
+    return values, violated
+
+
+def settle(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, str]], seed: int = 0) -> dict[int, int]:
+    """Finds ties and pins until every constraint holds for arbitrary counts.
+
+    Returns:
+        The representative of each tied atom (ids); atoms with one representative must keep equally many structures.
+    """
+    representative: dict[int, int] = {}
+    relevant = _relevant(constraints)
+    members = {atom.id: atom for c in relevant for atom in (*atoms(c.axis), *expr_atoms(c.expr))}
+    _pin_leaks(relevant, leaks)
+    generator = random.Random(seed)
+
+    def find(number: int) -> int:
+        while representative.get(number, number) != number:
+            number = representative[number]
+        return number
+
+    clean = 0
+    while clean < 3:  # noqa: PLR2004 - three random draws without a failure
+        draw: dict[int, int] = {}
+
+        def count(atom: Atom, draw: dict[int, int] = draw) -> int:
+            if atom.pinned:
+                return atom.size
+            return draw.setdefault(find(atom.id), generator.randint(1, atom.size))
+
+        _, violated = solve_attributes(relevant, count)
+        clean = 0 if violated else clean + 1
+        for constraint in violated:
+            _repair(constraint, relevant, find, representative)
+    return {number: find(number) for number in members}
+
+
+def _relevant(constraints: Sequence[Constraint]) -> list[Constraint]:
+    """One of each kind, simple ones first; only those that share an attribute or an axis with something that may be cut."""
+    seen: dict[tuple[object, ...], Constraint] = {}
+    for constraint in constraints:
+        key = (_key(constraint.expr), tuple(atom.id for atom in atoms(constraint.axis)), size_of(constraint.axis))
+        seen.setdefault(key, constraint)
+    live = {a for c in seen.values() if not _dead(c) for a in attributes(c.expr)}
+    chosen = [c for c in seen.values() if not _dead(c) or attributes(c.expr) & live]
+    return sorted(chosen, key=lambda c: not isinstance(c.expr, Attribute))
+
+
+def _dead(constraint: Constraint) -> bool:
+    return is_fixed(constraint.axis) and all(atom.pinned for atom in expr_atoms(constraint.expr))
+
+
+def _key(expr: object) -> object:
+    if isinstance(expr, int | Attribute):
+        return expr
+    if hasattr(expr, "symbol"):
+        return (expr.symbol, _key(expr.left), _key(expr.right))  # type: ignore[attr-defined]
+    return tuple(atom.id for atom in atoms(expr))  # type: ignore[arg-type]
+
+
+def _pin_leaks(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, str]]) -> None:
+    for expr, where in leaks:
+        touched = list(expr_atoms(expr))  # type: ignore[arg-type]
+        for attribute in attributes(expr):  # type: ignore[arg-type]
+            touched += [a for c in constraints if attribute in attributes(c.expr) for a in atoms(c.axis)]
+        for atom in touched:
+            atom.pinned.setdefault(f"the code in {where} computes with its size")
+
+
+def _repair(
+    constraint: Constraint, all_of_them: Sequence[Constraint], find: Callable[[int], int], tied: dict[int, int]
+) -> None:
+    """Ties two equally long axes of a failing constraint, or pins it."""
+    involved = _involved(constraint, all_of_them)
+    fixed_sizes = {a.size for a in involved if a.pinned}
+    loose = {find(a.id): a for a in involved if not a.pinned}
+    for one in loose.values():
+        for two in loose.values():
+            if one.id < two.id and one.size == two.size and one.size not in fixed_sizes:
+                tied[find(two.id)] = find(one.id)
+                return
+    for atom in loose.values():
+        atom.pinned.setdefault(f"its size is bound to others by {constraint.where}")
+
+
+def _involved(constraint: Constraint, all_of_them: Sequence[Constraint]) -> list[Atom]:
+    wanted = attributes(constraint.expr)
+    found = [*atoms(constraint.axis), *expr_atoms(constraint.expr)]
+    for other in all_of_them:
+        if wanted and attributes(other.expr) & wanted and other is not constraint:
+            found += [*atoms(other.axis), *expr_atoms(other.expr)]
+    return found
+
+
+def attribute_values(constraints: Sequence[Constraint], count: Count) -> Mapping[Attribute, int]:
+    """Attribute values of a cut model."""
+    return solve_attributes(_relevant(constraints), count)[0]

@@ -1,0 +1,160 @@
+"""``trace``: one forward pass, and what it shows of which slices must be cut together."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.hooks import RemovableHandle
+
+from sosp_hub.errors import TraceError
+from sosp_hub.structure import ints, rules
+from sosp_hub.structure.assemble import assemble
+from sosp_hub.structure.axes import fixed, free, pin
+from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
+from sosp_hub.structure.shadow import fake_inputs, shadow
+from sosp_hub.structure.terms import Axes, Terms
+
+
+def trace(model: nn.Module, example_inputs: Any, outputs: str | Sequence[str] | None = None) -> Graph:  # noqa: ANN401
+    """Finds the groups of slices of a model that must be cut together.
+
+    The model itself is not run and not changed: a copy without data is (FakeTensors), or a real copy where its code
+    looks at values. The pass is the evaluation pass, whatever mode the model is in.
+
+    Args:
+        model: Any module; weights may be on the meta device.
+        example_inputs: Positional tensors as a tuple, or keyword tensors as a dict; the first dimension of the first
+            tensor counts samples.
+        outputs: Names of the outputs that matter (``"logits"``), for models that return a mapping; other outputs may
+            then change their size. None keeps the size of all of them.
+
+    Raises:
+        TraceError: The inputs do not fit the model, or its forward pass cannot be followed.
+    """
+    wanted = (outputs,) if isinstance(outputs, str) else (None if outputs is None else tuple(outputs))
+    has_data = not any(tensor.is_meta for tensor in model.parameters())
+    try:
+        return _trace(model, example_inputs, wanted, FakeTensorMode(allow_non_fake_inputs=True))
+    except TraceError:
+        raise
+    except Exception as fake_error:  # noqa: BLE001 - model code may raise anything without data
+        if not has_data:
+            raise TraceError(
+                f"the forward pass of {type(model).__name__} cannot be followed without its weights "
+                f"({type(fake_error).__name__}: {fake_error}); load the weights first"
+            ) from fake_error
+    try:
+        return _trace(model, example_inputs, wanted, None)
+    except TraceError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise TraceError(
+            f"{type(model).__name__} does not run on the example inputs {describe(example_inputs)}: "
+            f"{type(error).__name__}: {error}. Give a tuple of positional tensors or a dict of keyword tensors"
+        ) from error
+
+
+def describe(value: Any) -> str:  # noqa: ANN401
+    """Shapes of nested tensors, for messages."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(describe(item) for item in value) + ")"
+    return repr(value)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:  # noqa: ANN401
+    """Runs a model on positional (tuple, tensor) or keyword (mapping) inputs."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def wanted_outputs(result: Any, wanted: tuple[str, ...] | None) -> Any:  # noqa: ANN401
+    """The outputs that matter.
+
+    Raises:
+        TraceError: A name that the model does not return.
+    """
+    if wanted is None:
+        return result
+    if not isinstance(result, Mapping) or any(name not in result for name in wanted):
+        has = ", ".join(result) if isinstance(result, Mapping) else f"a {type(result).__name__} without names"
+        raise TraceError(f"outputs: the model returns {has}; expected {', '.join(wanted)}")
+    return {name: result[name] for name in wanted}
+
+
+def output_tensors(result: Any) -> list[Tensor]:  # noqa: ANN401
+    """All tensors a model returned, caches included."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, Mapping):
+        return [tensor for value in result.values() for tensor in output_tensors(value)]
+    if isinstance(result, tuple | list):
+        return [tensor for value in result for tensor in output_tensors(value)]
+    return []
+
+
+def _trace(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: FakeTensorMode | None) -> Graph:  # noqa: ANN401
+    twin = shadow(model, fake).eval()
+    twin_inputs = inputs if fake is None else fake_inputs(inputs, fake)
+    terms = Terms()
+    for name, tensor in _named_tensors(twin):
+        if tensor in terms.axes:
+            continue
+        counted = tensor.is_floating_point()
+        reason = f"`{name}` holds whole numbers"
+        terms.axes[tensor] = tuple(free(int(s)) if counted else fixed(int(s), reason) for s in tensor.shape)
+        if isinstance(tensor, nn.Parameter):
+            terms.source[tensor] = name
+    flat_inputs = list(rules.tensors(twin_inputs))
+    for tensor in flat_inputs:
+        terms.axes[tensor] = tuple(fixed(int(size), "an input of the model has this size") for size in tensor.shape)
+    if not flat_inputs:
+        raise TraceError(f"example inputs must hold at least one tensor, got {describe(inputs)}")
+    entries: dict[str, Axes] = {}
+    handles = list(_watch_modules(twin, terms, entries))
+    dispatch = DispatchWatch(terms)
+    ints.leak = lambda expr: terms.leaks.append((expr, terms.where))
+    try:
+        with torch.no_grad():
+            if fake is None:
+                with dispatch, FunctionWatch(terms, dispatch):
+                    result = call(twin, twin_inputs)
+            else:
+                with fake, dispatch, FunctionWatch(terms, dispatch):
+                    result = call(twin, twin_inputs)
+    finally:
+        ints.leak = None
+        for handle in handles:
+            handle.remove()
+    for tensor in output_tensors(wanted_outputs(result, wanted)):
+        for axis in terms.of(tensor):
+            pin(axis, "an output of the model has this size")
+    return assemble(twin, terms, entries, inputs, wanted, int(flat_inputs[0].shape[0]))
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _watch_modules(model: nn.Module, terms: Terms, entries: dict[str, Axes]) -> Iterator[RemovableHandle]:
+    """Keeps the stack of running modules, and the axes of what each leaf module was given first."""
+    for name, module in model.named_modules():
+
+        def enter(module: nn.Module, args: Any, name: str = name) -> None:  # noqa: ANN401
+            terms.modules.append(name)
+            if args and isinstance(args[0], Tensor):
+                entries[name] = terms.of(args[0])
+
+        def leave(module: nn.Module, args: Any, result: Any) -> None:  # noqa: ANN401
+            terms.modules.pop()
+
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave)
