@@ -1,0 +1,1 @@
+"""Publishing: figures, card, static page, push, verification."""

@@ -1,0 +1,259 @@
+"""The model card: what a run's report says, and nothing that it does not say.
+
+The generated part stands between two markers. What a person writes outside of them stays, and so do
+metadata that a person has set.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined, Template
+
+from sosp_hub.errors import HubError
+from sosp_hub.hub.facts import (
+    Facts,
+    collect,
+    hub_id,
+    overall_metrics,
+    read_report,
+    scrub,
+    without_tokens,
+)
+from sosp_hub.hub.figures import Picture, write_figures
+from sosp_hub.hub.methods import method
+from sosp_hub.hub.snippets import (
+    Checkpoint,
+    load_snippet,
+    read_checkpoint,
+    run_snippet,
+    where_it_loads,
+)
+
+BEGIN = "<!-- sosp_hub: generated from here; write outside these two lines -->"
+END = "<!-- sosp_hub: generated up to here -->"
+_ADDRESS = re.compile(r"<!-- sosp_hub: address (.*?) -->")
+_PIPELINE_TAGS = {
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "causal-lm": "text-generation",
+}
+_INHERITED = ("license", "license_name", "license_link", "language")
+_UNION = ("tags", "datasets", "metrics")
+
+
+def render_card(
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    figures: bool = True,
+    run: bool = True,
+) -> Path:
+    """Writes ``README.md`` (and ``figures/``) into a model's folder.
+
+    Args:
+        folder: A saved model with its ``sosp_report.json``.
+        repo_id: Where it will be published; the load snippet names the folder until that is known.
+        report: The report, where it is not in the folder.
+        figures: Draw the figures as well.
+        run: Run the load snippet on the folder first, so that the card shows lines that work.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        HubError: A folder without a model or report, a snippet that fails, or broken markers.
+    """
+    folder = Path(folder)
+    checkpoint = read_checkpoint(folder)
+    if report is None:
+        report = read_report(folder)
+    if report is None:
+        raise HubError(
+            f"{folder}: there is no sosp_report.json, so a card has nothing to state; "
+            "save it with sosp_hub.save_pretrained(model, folder, report=...), or write README.md "
+            "yourself"
+        )
+    facts = collect(report)
+    if run:
+        run_snippet(load_snippet(checkpoint, str(folder.resolve()), facts.task))
+    drawn = write_figures(report, folder) if figures else []
+    path = folder / "README.md"
+    old = path.read_text(encoding="utf-8") if path.is_file() else None
+    text = card_text(checkpoint, report, facts, drawn, repo_id or folder.resolve().name, old)
+    temporary = path.with_suffix(".md.part")
+    temporary.write_text(text, encoding="utf-8")
+    shutil.move(temporary, path)
+    return path
+
+
+def card_text(
+    checkpoint: Checkpoint,
+    report: Mapping[str, Any],
+    facts: Facts,
+    drawn: list[Picture],
+    address: str,
+    old: str | None = None,
+) -> str:
+    """The whole card; a person's own text and metadata in the ``old`` one survive."""
+    before, after, kept = _split(old)
+    data = _merge(metadata(checkpoint, report, facts, address.rpartition("/")[2]), kept)
+    criterion = report.get("criterion") or {}
+    body = _template("card.md.jinja").render(
+        title=address.rpartition("/")[2],
+        facts=facts,
+        note=notes(report, facts, data),
+        snippet=load_snippet(checkpoint, address, facts.task),
+        where=where_it_loads(checkpoint),
+        pictures=drawn,
+        criterion=criterion,
+        options=", ".join(f"{k}: {v}" for k, v in (criterion.get("options") or {}).items()),
+        method=method(str(criterion.get("name"))),
+        recovery=_recovery(report),
+        calibration=_calibration(report.get("calibration") or {}),
+        has_report=(checkpoint.folder / "sosp_report.json").is_file(),
+    )
+    block = f"{BEGIN}\n<!-- sosp_hub: address {address} -->\n{body.strip()}\n\n{END}"
+    text = f"{before}{without_tokens(block)}{after}"
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
+
+
+def readdress(text: str, repo_id: str) -> str:
+    """A card whose load snippet names ``repo_id``; anything a person wrote is left alone."""
+    found = _ADDRESS.search(text)
+    if found is None or END not in text:
+        return text
+    begin, end = text.index(found.group()), text.index(END)
+    block = text[begin:end].replace(f'"{found.group(1)}"', f'"{repo_id}"')
+    block = block.replace(f'hf-hub:{found.group(1)}"', f'hf-hub:{repo_id}"')
+    block = block.replace(found.group(), f"<!-- sosp_hub: address {repo_id} -->")
+    return text[:begin] + block + text[end:]
+
+
+def metadata(
+    checkpoint: Checkpoint, report: Mapping[str, Any], facts: Facts, model_name: str
+) -> ModelCardData:
+    """What the hub reads: only what the report or the base model's own card states."""
+    base = report.get("base") or {}
+    final = (report.get("metrics") or {}).get("final") or {}
+    names = [name for name in overall_metrics({"final": final}) if name != "loss"]
+    task = _PIPELINE_TAGS.get(facts.task or "")
+    tags = ["sosp_hub", "pruned", "structured-pruning"]
+    if (report.get("criterion") or {}).get("name"):
+        tags.append(str(report["criterion"]["name"]).replace("_", "-"))
+    if checkpoint.library == "timm":
+        tags.append("timm")
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=facts.data_id or facts.data_words,
+            dataset_name=facts.data_words,
+            dataset_split=facts.test_split,
+            metric_type=name,
+            metric_value=round(final[name]["value"], 6),
+            metric_name=name.replace("_", " "),
+        )
+        for name in names
+        if task and facts.data_words
+    ]
+    return ModelCardData(
+        library_name=checkpoint.library_name,
+        pipeline_tag=base.get("pipeline_tag") or task,
+        base_model=facts.base_model,
+        **({"base_model_relation": "finetune"} if facts.base_model else {}),
+        **{key: base[key] for key in _INHERITED if base.get(key)},
+        datasets=[facts.data_id] if facts.data_id else None,
+        metrics=names or None,
+        tags=tags,
+        model_name=model_name if results else None,
+        eval_results=results or None,
+    )
+
+
+def notes(report: Mapping[str, Any], facts: Facts, data: ModelCardData) -> list[str]:
+    """What a reader has to be told because it is not known."""
+    base = report.get("base") or {}
+    found = []
+    if data.get("license") is None:
+        reason = "its base model's card names none" if facts.base_model else "no licence was set"
+        found.append(
+            f"The licence of this model is unknown: {reason}. "
+            "Set `license:` at the top of this file."
+        )
+    named = str(base.get("model") or "")
+    if named and hub_id(named) is None and data.get("base_model") is None and _is_path(named):
+        found.append(
+            "The base model was loaded from a local folder, so it is not named. "
+            "If it is on the hub, set `base_model: NAMESPACE/NAME` at the top of this file."
+        )
+    return found
+
+
+def _merge(made: ModelCardData, kept: Mapping[str, Any]) -> ModelCardData:
+    """Generated metadata over a person's own; licence and language are the person's to decide."""
+    data = dict(kept)
+    old_name = data.pop("model_name", None)
+    for key, value in made.__dict__.items():
+        if value is None or (key in _INHERITED and data.get(key) is not None):
+            continue
+        if key in _UNION:
+            mine = data.get(key) or []
+            value = list(dict.fromkeys([*([mine] if isinstance(mine, str) else mine), *value]))
+        data[key] = value
+    data.setdefault("model_name", old_name)
+    return ModelCardData(**data)
+
+
+def _split(old: str | None) -> tuple[str, str, dict[str, Any]]:
+    """Text before and after the generated part, and the metadata, of the present card."""
+    if old is None or not old.strip():
+        return "\n", "\n", {}
+    card = ModelCard(old, ignore_metadata_errors=True)
+    text, kept = card.text, dict(card.data.__dict__)
+    begins, ends = text.count(BEGIN), text.count(END)
+    if (begins, ends) == (0, 0):
+        return f"{text.rstrip()}\n\n", "\n", kept
+    if (begins, ends) != (1, 1) or text.index(BEGIN) > text.index(END):
+        raise HubError(
+            f"README.md: expected the lines {BEGIN!r} and {END!r} once each and in this order, "
+            f"found {begins} and {ends}; restore them, or delete both and the card is appended"
+        )
+    return text[: text.index(BEGIN)], text[text.index(END) + len(END) :], kept
+
+
+def _recovery(report: Mapping[str, Any]) -> str:
+    steps = []
+    if (report.get("metrics") or {}).get("recalibrated"):
+        steps.append("its normalisation statistics were re-estimated on the calibration data")
+    if report.get("history"):
+        steps.append("it was fine-tuned on the training data")
+    return ", and ".join(steps)
+
+
+def _calibration(calibration: Mapping[str, Any]) -> str:
+    words = []
+    if calibration.get("num_samples"):
+        words.append(f"{calibration['num_samples']:,} samples")
+    if calibration.get("data"):
+        words.append(f"of {scrub(str(calibration['data']))}")
+    if calibration.get("seed") is not None:
+        words.append(f"(seed {calibration['seed']})")
+    return " ".join(words)
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+@cache
+def _template(name: str) -> Template:
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    return environment.from_string((files("sosp_hub.hub") / name).read_text(encoding="utf-8"))

@@ -1,0 +1,407 @@
+"""What a card may say: sentences and table rows made from a report, and from nothing else.
+
+A value that was not measured has no row. Card and static page are two templates over these facts.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STAGES = (
+    ("dense", "dense"),
+    ("cut", "after the cut"),
+    ("recalibrated", "norms re-estimated"),
+    ("final", "final"),
+)
+_LOWER_IS_BETTER = ("loss", "perplexity", "wer", "error")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bapi_org_[A-Za-z0-9]{8,}")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~|\$\w+)?/(?:[\w.@+-]+/)+([\w.@+-]+)")
+_MOST_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the before/after table, ready to print."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the templates print.
+
+    Attributes:
+        headline: One sentence: what became smaller, and what it cost.
+        costs: Rows about size and speed.
+        stages: Labels of the stages that were measured.
+        metrics: For each metric its name, its value at each stage and the number of samples.
+        removed: For each kind of structure: how many of how many remain, in how many groups.
+        floors: Groups where the floor stopped the cut.
+        worse: Sentences about what got worse.
+        drops: Classes that lost most: class, before, after, change.
+        unmeasured: What a reader may look for and was not measured.
+        speed_note: Where and how latency was measured.
+        versions: Package and version.
+        base_model: Hub id of the base model; None where there is none.
+        base_words: The base model in words, for running text.
+        groups: Number of groups that can only be approximated by a mask.
+    """
+
+    headline: str
+    costs: tuple[Row, ...]
+    stages: tuple[str, ...]
+    metrics: tuple[tuple[str, tuple[str, ...], str], ...]
+    removed: tuple[str, ...]
+    floors: tuple[str, ...]
+    inexact: int
+    worse: tuple[str, ...]
+    drops: tuple[Row, ...]
+    unmeasured: tuple[str, ...]
+    speed_note: str
+    versions: Mapping[str, str]
+    base_model: str | None
+    base_revision: str | None
+    base_words: str
+    task: str | None
+    data_id: str | None
+    data_words: str
+    test_split: str | None
+    command: str
+    recipe: str
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report that a run left in its folder; None where there is none."""
+    path = folder / "sosp_report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def collect(report: Mapping[str, Any]) -> Facts:
+    """Everything a card says, from a report whose keys may be missing."""
+    base = report.get("base") or {}
+    recipe_text = str(report.get("recipe") or "")
+    recipe = _parse_recipe(recipe_text)
+    data = recipe.get("data") or {}
+    metrics = report.get("metrics") or {}
+    cost = report.get("cost") or {}
+    groups = report.get("groups") or []
+    base_model = hub_id(base.get("model"))
+    task = report.get("task") or (recipe.get("model") or {}).get("task")
+    unit = "test tokens" if task == "causal-lm" else "test samples"
+    worse, drops = _what_got_worse(metrics, report.get("latency") or {}, unit)
+    stages = tuple(label for key, label in STAGES if metrics.get(key))
+    return Facts(
+        headline=_headline(cost, metrics, _base_words(base), unit),
+        costs=_cost_rows(cost, report.get("latency") or {}, report.get("peak_memory") or {}),
+        stages=stages,
+        metrics=tuple(_metric_rows(metrics)),
+        removed=tuple(_removed(groups)),
+        floors=tuple((((report.get("plan") or {}).get("provenance")) or {}).get("floors") or ()),
+        inexact=sum(
+            not group.get("exact", True) and group["kept"] < group["size"] for group in groups
+        ),
+        worse=worse,
+        drops=drops,
+        unmeasured=_unmeasured(report),
+        speed_note=_speed_note(report.get("latency") or {}),
+        versions={str(k): str(v) for k, v in (report.get("versions") or {}).items()},
+        base_model=base_model,
+        base_revision=base.get("revision") if base_model else None,
+        base_words=_base_words(base),
+        task=task,
+        data_id=hub_id(data.get("id")) if not data.get("path") else None,
+        data_words=_data_words(data, report.get("calibration") or {}),
+        test_split=data.get("test", "test") if data else None,
+        command=scrub(str(report.get("command") or "")),
+        recipe=scrub(recipe_text).strip(),
+    )
+
+
+def scrub(text: str) -> str:
+    """The text without access tokens and without the folders of the machine it was written on.
+
+    >>> scrub("prune /home/me/recipes/a.yaml --token hf_abcdefghij123")
+    'prune .../a.yaml --token [token removed]'
+    """
+    return _ABSOLUTE_PATH.sub(r".../\1", without_tokens(text))
+
+
+def without_tokens(text: str) -> str:
+    """The text with everything that looks like an access token taken out."""
+    return _TOKEN.sub("[token removed]", text)
+
+
+def has_token(text: str) -> bool:
+    """Whether something in the text looks like an access token."""
+    return _TOKEN.search(text) is not None
+
+
+def hub_id(name: object) -> str | None:
+    """The name if it can be a ``namespace/name`` of the hub: no folder, no data in the box."""
+    if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+        return None
+    return None if name.startswith("sklearn/") or Path(name).exists() else name
+
+
+def is_share(metric: str) -> bool:
+    """Whether the metric is a fraction that people read in percent."""
+    return metric.startswith(("accuracy", "top", "f1", "precision", "recall"))
+
+
+def overall_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the metrics over all samples, in the order they were measured."""
+    names: dict[str, None] = {}
+    for stage, _ in STAGES:
+        for name, metric in (metrics.get(stage) or {}).items():
+            if isinstance(metric, Mapping) and "value" in metric and "/" not in name:
+                names[name] = None
+    return list(names)
+
+
+def format_metric(name: str, value: float) -> str:
+    """The value as people write it: percent for shares, four digits otherwise."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{100 * value:.1f} %" if is_share(name) else f"{value:,.4g}"
+
+
+def _headline(cost: Mapping[str, Any], metrics: Mapping[str, Any], base: str, unit: str) -> str:
+    parts = []
+    before, after = cost.get("before") or {}, cost.get("after") or {}
+    for key, words in (("params", "parameters"), ("macs", "multiply-accumulates")):
+        if before.get(key) and after.get(key) is not None:
+            change = after[key] / before[key] - 1
+            parts.append(f"{abs(100 * change):.1f} % {'fewer' if change <= 0 else 'more'} {words}")
+    size = f"{' and '.join(parts)} than {base}" if parts else f"A pruned version of {base}"
+    names = overall_metrics(metrics)
+    dense, final = metrics.get("dense") or {}, metrics.get("final") or {}
+    if not names or names[0] not in final:
+        return f"{size}; its quality was not measured."
+    name = names[0]
+    words = f"{name.replace('_', ' ')} {format_metric(name, final[name]['value'])}"
+    if name not in dense:
+        return f"{size}; {words}, with no measurement of the dense model to compare with."
+    verdict = _verdict(dense[name], final[name], unit)
+    return f"{size}; {words}, from {format_metric(name, dense[name]['value'])} dense ({verdict})."
+
+
+def _verdict(dense: Mapping[str, Any], final: Mapping[str, Any], unit: str) -> str:
+    n = final.get("n")
+    samples = f"{n:,} {unit}" if n else f"the {unit}"
+    if dense["value"] == final["value"]:
+        return f"the same on {samples}"
+    if dense.get("stderr") is None or final.get("stderr") is None:
+        return "no spread was measured"
+    spread = 1.96 * math.hypot(dense["stderr"], final["stderr"])
+    if abs(final["value"] - dense["value"]) <= spread:
+        return f"a difference within the 95 % spread of {samples}"
+    return f"a difference beyond the 95 % spread of {samples}"
+
+
+def _cost_rows(
+    cost: Mapping[str, Any], latency: Mapping[str, Any], memory: Mapping[str, Any]
+) -> tuple[Row, ...]:
+    before, after = cost.get("before") or {}, cost.get("after") or {}
+    rows = [
+        Row(words, show(before[key]), show(after[key]), _percent(after[key] / before[key] - 1))
+        for key, words, show in (
+            ("params", "Parameters", _count),
+            ("macs", "Multiply-accumulates of one input", _count),
+            ("bytes", "Weights", _bytes),
+        )
+        if before.get(key) and after.get(key) is not None
+    ]
+    for measured, words, key, show in (
+        (latency, "Latency of one forward pass", "seconds", _seconds),
+        (memory, "Peak memory of one forward pass", "bytes", _bytes),
+    ):
+        pair = [(measured.get(when) or {}).get(key) for when in ("before", "after")]
+        if pair[0] and pair[1]:
+            rows.append(Row(words, show(pair[0]), show(pair[1]), _percent(pair[1] / pair[0] - 1)))
+    return tuple(rows)
+
+
+def _metric_rows(
+    metrics: Mapping[str, Mapping[str, Any]],
+) -> Iterable[tuple[str, tuple[str, ...], str]]:
+    stages = [stage for stage, _ in STAGES if metrics.get(stage)]
+    for name in overall_metrics(metrics):
+        found = [(metrics[stage] or {}).get(name) for stage in stages]
+        numbers = sorted({f"{m['n']:,}" for m in found if m and m.get("n")})
+        yield name, tuple(_with_spread(name, m) if m else "" for m in found), " / ".join(numbers)
+
+
+def _with_spread(name: str, metric: Mapping[str, Any]) -> str:
+    value, stderr = metric["value"], metric.get("stderr")
+    if stderr is None or not math.isfinite(value):
+        return format_metric(name, value)
+    if is_share(name):
+        return f"{100 * value:.1f} ± {100 * stderr:.1f} %"
+    return f"{value:,.4g} ± {stderr:.2g}"
+
+
+def _removed(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    for kind in dict.fromkeys(group["kind"] for group in groups):
+        members = [group for group in groups if group["kind"] == kind]
+        kept, size = (sum(group[key] for group in members) for key in ("kept", "size"))
+        whole = sum(group["kept"] == group["size"] for group in members)
+        untouched = f", {whole} of them whole" if whole else ""
+        name = {"kv_group": "KV groups", "residual": "residual channels"}.get(kind, f"{kind}s")
+        number = "one group" if len(members) == 1 else f"{len(members)} groups"
+        yield f"{name.replace('_', ' ')}: {kept:,} of {size:,} remain, in {number}{untouched}"
+
+
+def _what_got_worse(
+    metrics: Mapping[str, Any], latency: Mapping[str, Any], unit: str
+) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+    dense, final = metrics.get("dense") or {}, metrics.get("final") or {}
+    sentences = []
+    for name in overall_metrics(metrics):
+        if (
+            name in dense
+            and name in final
+            and _loss(name, dense[name]["value"], final[name]["value"]) > 0
+        ):
+            pair = dense[name]["value"], final[name]["value"]
+            arrow = " → ".join(format_metric(name, value) for value in pair)
+            verdict = _verdict(dense[name], final[name], unit)
+            sentences.append(
+                f"{name.replace('_', ' ')}: {arrow} ({_change(name, *pair)}; {verdict})"
+            )
+    pair = [(latency.get(when) or {}).get("seconds") for when in ("before", "after")]
+    if pair[0] and pair[1] and pair[1] > pair[0]:
+        sentences.append(
+            f"latency: {_seconds(pair[0])} → {_seconds(pair[1])}, slower although it is smaller"
+        )
+    before, after = _per_class(dense), _per_class(final)
+    lost = sorted((after[c][0] - before[c][0], c) for c in before.keys() & after.keys())
+    rows = tuple(
+        Row(
+            c,
+            _class_value(before[c]),
+            _class_value(after[c]),
+            f"{_signed(100 * difference, 1)} points",
+        )
+        for difference, c in lost[:_MOST_CLASSES]
+        if difference < 0
+    )
+    return tuple(sentences), rows
+
+
+def _per_class(stage: Mapping[str, Any]) -> dict[str, tuple[float, int | None]]:
+    return {
+        name.partition("/")[2]: (metric["value"], metric.get("n"))
+        for name, metric in stage.items()
+        if name.startswith("accuracy/")
+    }
+
+
+def _class_value(value: tuple[float, int | None]) -> str:
+    share, n = value
+    return f"{100 * share:.1f} %" + (f" (n = {n})" if n else "")
+
+
+def _unmeasured(report: Mapping[str, Any]) -> tuple[str, ...]:
+    metrics = report.get("metrics") or {}
+    absent = []
+    if not metrics.get("final"):
+        absent.append("quality of this model")
+    if not metrics.get("dense"):
+        absent.append("quality of the dense model")
+    if not (report.get("latency") or {}).get("after"):
+        absent.append("latency")
+    if not (report.get("peak_memory") or {}).get("after"):
+        absent.append("peak memory")
+    if metrics.get("final") and not _per_class(metrics["final"]):
+        absent.append("quality by class or by kind of text")
+    absent.append("robustness, bias, and any data other than the test split above")
+    return tuple(absent)
+
+
+def _speed_note(latency: Mapping[str, Any]) -> str:
+    after = latency.get("after") or {}
+    words = []
+    if after.get("hardware"):
+        words.append(scrub(str(after["hardware"])))
+    if after.get("threads"):
+        words.append(f"{after['threads']} thread{'s' if after['threads'] != 1 else ''}")
+    if after.get("batch"):
+        words.append(f"batch of {after['batch']}")
+    if after.get("dtype"):
+        words.append(str(after["dtype"]).removeprefix("torch."))
+    return ", ".join(words)
+
+
+def _base_words(base: Mapping[str, Any]) -> str:
+    name = base.get("model") or base.get("architecture")
+    if not name:
+        return "its dense base model"
+    known = hub_id(name)
+    if known:
+        return f"[{known}](https://huggingface.co/{known})"
+    return f"`{Path(str(name)).name}`"
+
+
+def _data_words(data: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
+    if data.get("path"):
+        name = data.get("id") or f"local files `{Path(str(data['path'])).name}`"
+        return str(name)
+    return scrub(str(data.get("id") or calibration.get("data") or ""))
+
+
+def _parse_recipe(text: str) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _loss(name: str, before: float, after: float) -> float:
+    """How much worse ``after`` is; negative where it is better."""
+    return after - before if name.startswith(_LOWER_IS_BETTER) else before - after
+
+
+def _change(name: str, before: float, after: float) -> str:
+    if is_share(name):
+        return f"{_signed(100 * (after - before), 1)} points"
+    return _percent(after / before - 1) if before else ""
+
+
+def _percent(change: float) -> str:
+    return f"{_signed(100 * change, 1)} %"
+
+
+def _signed(value: float, digits: int) -> str:
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _count(value: float) -> str:
+    return _scaled(value, 1000, ("", " k", " M", " G", " T"))
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 1000, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _scaled(value: float, step: int, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= step
+    return f"{value:,.3g}{units[-1]}"
