@@ -1,13 +1,18 @@
 """Processes, devices, log lines and progress bars: the only file that knows Accelerate's state."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, reduce, send_to_device
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    broadcast_object_list,
+    reduce,
+    send_to_device,
+)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -40,7 +45,7 @@ def process_sum(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
-def to_device(batch: Any) -> Any:  # noqa: ANN401 - (inputs, labels) or a dict
+def to_device(batch: Any) -> Any:
     """A batch on the device of this process."""
     return send_to_device(batch, process_state().device)
 
@@ -61,7 +66,6 @@ def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accel
         dataloader_config=DataLoaderConfiguration(
             even_batches=False, use_seedable_sampler=True, data_seed=seed
         ),
-        project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
     )
 
 
@@ -100,3 +104,21 @@ def progress(iterable: Iterable[Any], description: str, total: int | None = None
         for item in iterable:
             yield item
             advance()
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on all processes."""
+    return broadcast_object_list([value])[0]
+
+
+class OnDevice:
+    """Batches that go to the device one by one, with a bar for each pass over them."""
+
+    def __init__(self, batches: Sequence[Any], description: str) -> None:
+        self._batches, self._description = batches, description
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return progress(map(to_device, self._batches), self._description, len(self._batches))

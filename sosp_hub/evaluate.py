@@ -1,6 +1,8 @@
 """What a model is worth: accuracy, loss, perplexity, each with its standard error."""
 
 import math
+import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +84,23 @@ def evaluate(
         else:
             found[name] = _ratio(sums[{"loss": _LOSS, "accuracy": _CORRECT}[name]])
     return found
+
+
+@torch.no_grad()
+def measure_latency(model: nn.Module, inputs: Any, budget_s: float = 1.0) -> float:
+    """Median seconds of one forward pass, over as many passes as fit into about ``budget_s``."""
+    positional, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    synchronize = torch.accelerator.synchronize if torch.accelerator.is_available() else int
+    seconds: list[float] = []
+    for _ in range(3):
+        model(*positional, **named)
+    synchronize()
+    while len(seconds) < 5 or (sum(seconds) < budget_s and len(seconds) < 200):
+        start = time.perf_counter()
+        model(*positional, **named)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def _sums(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -130,6 +130,8 @@ def finetune(
                     saved.save(step, history)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
+    for buffer in model.buffers():  # each process had its own batches
+        broadcast(buffer)
     model.eval()
     return history
 
@@ -152,19 +154,22 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]
-    several = [batch for batch in batches if _num_samples(batch) > 1] or batches
+    one_is_normal = _num_samples(batches[0]) == 1
+    done = 0
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over the batches
             norm.train()
-        for batch in several:
-            batch_loss(model, to_device(batch))
+        for batch in batches:
+            if one_is_normal or _num_samples(batch) > 1:
+                batch_loss(model, to_device(batch))
+                done += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
-    num_batches = torch.tensor(float(len(several)))
+    num_batches = torch.tensor(float(done))
     share = num_batches / process_sum(num_batches.clone())
     for norm in norms:
         for statistic in (norm.running_mean, norm.running_var):
@@ -175,13 +180,13 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
 class _Reproducible(Dataset):
     """A split whose augmentation depends on the seed and on which samples form the batch."""
 
-    def __init__(self, split: Any, seed: int) -> None:  # noqa: ANN401 - any split
+    def __init__(self, split: Any, seed: int) -> None:
         self.split, self.seed = split, seed
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, indices: Sequence[int]) -> Any:  # noqa: ANN401 - a batch
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self.seed, *indices)) % 2**63)
             return self.split.__getitems__(indices)
@@ -219,7 +224,7 @@ class _Saved:
             record = {"step": step, **self.shape, "history": history}
             (draft / "progress.json").write_text(json.dumps(record))
             draft.rename(final)
-            for old in self.folder.iterdir():
+            for old in self.folder.glob("step-*"):
                 if old != final:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -247,7 +252,7 @@ def _schedule(step: int, total: int, config: TrainSection) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def _loss_fn(config: TrainSection) -> Any:  # noqa: ANN401 - a loss function or None
+def _loss_fn(config: TrainSection) -> Any:
     if config.label_smoothing == 0:
         return None
 
@@ -259,7 +264,7 @@ def _loss_fn(config: TrainSection) -> Any:  # noqa: ANN401 - a loss function or 
     return smoothed
 
 
-def _distillation(logits: Tensor, target: Tensor, batch: Any, temperature: float) -> Tensor:  # noqa: ANN401
+def _distillation(logits: Tensor, target: Tensor, batch: Any, temperature: float) -> Tensor:
     """Kullback-Leibler divergence from the teacher, times the squared temperature (Hinton 2015)."""
     if logits.ndim == 3:
         counted = batch["labels"][:, 1:] != -100
@@ -279,5 +284,5 @@ def _point(losses: list[Tensor], step: int, epoch: float, learning_rate: float) 
     return {"step": step, "epoch": epoch, "loss": mean.item(), "learning_rate": learning_rate}
 
 
-def _num_samples(batch: Any) -> int:  # noqa: ANN401 - (inputs, labels) or a dict
+def _num_samples(batch: Any) -> int:
     return len(batch["labels"] if isinstance(batch, dict) else batch[1])

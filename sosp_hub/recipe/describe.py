@@ -72,7 +72,7 @@ def _row(name: str, field: FieldInfo, indent: str = "    ") -> str:
     )
 
 
-def _yaml(value: Any) -> str:  # noqa: ANN401 - any default
+def _yaml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
     if value is None or isinstance(value, bool):
@@ -105,7 +105,7 @@ def _metadata(field: FieldInfo) -> Iterator[Any]:
                 yield from info.metadata
 
 
-def _spell(annotation: Any) -> str:  # noqa: ANN401 - any annotation
+def _spell(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _spell(args[0])
@@ -120,7 +120,7 @@ def _spell(annotation: Any) -> str:  # noqa: ANN401 - any annotation
     return "keys as below" if _section(annotation) else _NAMES[annotation]
 
 
-def _section(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - any annotation
+def _section(annotation: Any) -> type[Section] | None:
     parts = typing.get_args(annotation) or (annotation,)
     return next(
         (part for part in parts if isinstance(part, type) and issubclass(part, Section)), None

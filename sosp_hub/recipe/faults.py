@@ -34,7 +34,7 @@ def explain(error: ValidationError) -> Iterator[str]:
         elif kind == "missing":
             yield f"{where}: missing; {_meaning(section, keys[-1])}"
         elif kind == "value_error":
-            yield f"{where}: {context['error']}"
+            yield f"{where}: {context['error']}" if where else str(context["error"])
         elif kind == "union_tag_invalid":
             yield f"{where}: got {given!r}; {_nearest(str(given), CRITERION_NAMES, 'criterion')}"
         elif kind == "literal_error":
@@ -45,7 +45,7 @@ def explain(error: ValidationError) -> Iterator[str]:
             yield f"{where}: got {_yaml(given)}; expected {_expected(kind, context)}{hint}"
 
 
-def _yaml(value: Any) -> str:  # noqa: ANN401 - whatever the file holds
+def _yaml(value: Any) -> str:
     """A value as the file spells it."""
     return (
         str(value).lower().replace("none", "null")
@@ -64,7 +64,7 @@ def _section(keys: Sequence[str]) -> type[Section]:
     return section
 
 
-def _models(annotation: Any) -> Iterator[type[Section]]:  # noqa: ANN401 - any annotation
+def _models(annotation: Any) -> Iterator[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield typing.cast("type[Section]", annotation)
     elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
@@ -110,7 +110,7 @@ def _expected(kind: str, context: dict[str, Any]) -> str:
     return _EXPECTED.get(kind, f"another value ({kind.replace('_', ' ')})").format(**context)
 
 
-def _hint(where: str, kind: str, given: Any) -> str:  # noqa: ANN401 - whatever the file holds
+def _hint(where: str, kind: str, given: Any) -> str:
     """What to write instead, where it can be told."""
     if where.startswith("budget.") and kind in {"less_than_equal", "float_type"}:
         number = re.fullmatch(r"\s*([0-9.]+)\s*%?\s*", str(given))

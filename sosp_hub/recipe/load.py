@@ -43,9 +43,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every key written out; ``load_recipe`` reads the same recipe from it."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+def dump_recipe(recipe: Recipe, *, whole: bool = True) -> str:
+    """The recipe as YAML, from which ``load_recipe`` reads it again.
+
+    Args:
+        recipe: The recipe.
+        whole: Write every key, not only those that were given.
+    """
+    record = recipe.model_dump(mode="json", exclude_unset=not whole)
+    return yaml.safe_dump(record, sort_keys=False, default_flow_style=None)
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _parse(text: str, source: str) -> Any:  # noqa: ANN401 - whatever the text holds
+def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

@@ -209,7 +209,7 @@ class BudgetSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_budget(cls, data: Any) -> Any:  # noqa: ANN401 - whatever the file holds
+    def _default_budget(cls, data: Any) -> Any:
         if isinstance(data, dict) and all(data.get(key) is None for key in BUDGETS):
             return {**data, "macs": 0.5}
         return data
@@ -252,6 +252,10 @@ class EvaluateSection(Section):
     )
     latency_batch_size: Count = Field(default=8, description="samples of that pass")
 
+    def names(self, task: Task) -> tuple[str, ...]:
+        """The metrics that are measured."""
+        return self.metrics or ("perplexity" if task == "causal-lm" else "accuracy",)
+
 
 class OutputSection(Section):
     """Where the result goes."""
@@ -293,8 +297,23 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_criterion(cls, data: Any) -> Any:  # noqa: ANN401 - whatever the file holds
+    def _default_criterion(cls, data: Any) -> Any:
         criterion = data.get("criterion") if isinstance(data, dict) else None
         if isinstance(criterion, dict) and "name" not in criterion:
             return {**data, "criterion": {"name": "sosp_h", **criterion}}
         return data
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Self:
+        if self.model.task == "causal-lm" and "per_class_accuracy" in (self.evaluate.metrics or ()):
+            raise ValueError(
+                "evaluate.metrics: per_class_accuracy needs classes and causal-lm has none; "
+                "write perplexity, accuracy or loss"
+            )
+        if self.model.task == "image-classification" or not self.augments():
+            return self
+        raise ValueError("augment: only images are augmented; leave it out for text")
+
+    def augments(self) -> bool:
+        """Whether any training shifts and flips images."""
+        return self.finetune.augment or (self.model.train is not None and self.model.train.augment)

@@ -1,0 +1,155 @@
+"""The output folder: written beside its place, moved there when it is whole."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from sosp_hub.checkpoint.io import save_pretrained
+from sosp_hub.cost import cost
+from sosp_hub.distributed import logger, to_device
+from sosp_hub.evaluate import measure_latency
+from sosp_hub.hub.card import render_card
+from sosp_hub.plan import PruningPlan
+from sosp_hub.recipe.load import dump_recipe
+from sosp_hub.recipe.schema import PushSection, Recipe
+from sosp_hub.structure.graph import Graph
+from sosp_hub.types import Saliency
+from sosp_hub.zoo.load import Loaded, example_inputs
+
+_PACKAGES = ("sosp_hub", "torch", "transformers", "timm", "accelerate", "datasets", "safetensors")
+
+
+def write_result(
+    *,
+    recipe: Recipe,
+    loaded: Loaded,
+    pruned: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    saliency: "Saliency",
+    metrics: Mapping[str, Any],
+    history: list[dict[str, float]],
+    calibration: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    draft: Path,
+    output: Path,
+    command: str,
+) -> dict[str, Any]:
+    """Writes weights, report, scores, figures and card; the report."""
+    kept = plan.num_kept()
+    criterion = recipe.criterion
+    report = {
+        "plan": json.loads(plan.to_json()),
+        "saliency": {name: _summary(scores) for name, scores in saliency.items()},
+        "metrics": dict(metrics),
+        "cost": {"before": _cost(graph), "after": _cost(graph, plan)},
+        "latency": _latency(recipe, loaded, pruned) if recipe.evaluate.latency else {},
+        "groups": [
+            {
+                "name": group.name,
+                "kind": group.kind,
+                "size": group.size,
+                "kept": kept.get(group.name, group.size),
+                "exact": group.exact,
+            }
+            for group in graph.groups.values()
+        ],
+        "criterion": {"name": criterion.name, "options": criterion.options()},
+        "calibration": dict(calibration),
+        "task": recipe.model.task,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "timings_s": dict(seconds),
+        "base": {
+            "model": loaded.base_model,
+            "revision": loaded.base_revision,
+            "architecture": Path(recipe.model.id).name,
+            **loaded.card,
+        },
+        "recipe": dump_recipe(recipe, whole=False),
+        "command": command,
+        "history": history,
+    }
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    save_pretrained(
+        pruned,
+        draft,
+        base_model=loaded.base_model,
+        base_revision=loaded.base_revision,
+        report=report,
+        tokenizer=loaded.tokenizer,
+        processor=loaded.image_processor,
+        max_shard_size=recipe.output.max_shard_size,
+    )
+    save_file(saliency, draft / "saliency.safetensors")
+    render_card(draft, figures=recipe.output.figures)
+    _move(draft, output)
+    return report
+
+
+def publish(output: Path, push: PushSection) -> None:
+    """Sends the result to the hub."""
+    from sosp_hub.hub.push import push_to_hub  # a run that is not published needs no client
+
+    address = push_to_hub(output, push.repo_id, **push.model_dump(exclude={"repo_id"}))
+    logger.info("published: %s", address)
+
+
+def _move(draft: Path, output: Path) -> None:
+    """Puts the whole folder in its place; what was there goes only when the new one has come."""
+    old = output.with_name(f"{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    draft.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _cost(graph: Graph, plan: PruningPlan | None = None) -> dict[str, int]:
+    found = cost(graph, plan)
+    return {"macs": found.macs, "params": found.params, "bytes": found.bytes}
+
+
+def _summary(scores: torch.Tensor) -> dict[str, float]:
+    return {
+        "min": scores.min().item(),
+        "median": scores.median().item(),
+        "max": scores.max().item(),
+    }
+
+
+def _latency(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[str, Any]:
+    batch = recipe.evaluate.latency_batch_size
+    inputs = to_device(example_inputs(loaded, batch))
+    stated = {
+        "batch": batch,
+        "dtype": recipe.model.dtype,
+        "threads": torch.get_num_threads(),
+        "hardware": _hardware(),
+    }
+    models = {"before": loaded.model.eval(), "after": pruned.eval()}
+    return {
+        when: {"seconds": measure_latency(model, inputs), **stated}
+        for when, model in models.items()
+    }
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

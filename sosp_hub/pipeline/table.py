@@ -1,0 +1,96 @@
+"""What a run says at its end: before and after, and where the files are."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sosp_hub.hub.facts import STAGES, format_metric, overall_metrics
+
+
+def show_result(report: Mapping[str, Any], output: Path) -> None:
+    """Prints the before/after table and the files of a finished run."""
+    console = Console()
+    console.print(result_table(report))
+    console.print(f"\n[bold]{output}[/bold]")
+    for path in sorted(output.iterdir()):
+        what = _FILES.get(path.name, "tokenizer or processor" if path.is_file() else "")
+        size = f"{_bytes(path.stat().st_size):>10}" if path.is_file() else " " * 10
+        name = path.name + ("/" if path.is_dir() else "")
+        console.print(f"  {name:<24}{size}  {what}", highlight=False)
+    console.print(f'\nLoad it: sosp_hub.from_pretrained("{output}")', highlight=False)
+
+
+def result_table(report: Mapping[str, Any]) -> Table:
+    """Costs and metrics, dense and at each later stage that was measured."""
+    metrics = report["metrics"]
+    stages = [(key, label) for key, label in STAGES if metrics.get(key)]
+    table = Table(title=None, header_style="bold")
+    table.add_column("")
+    for _, label in stages:
+        table.add_column(label, justify="right")
+    table.add_column("change", justify="right")
+    empty = [""] * (len(stages) - 2)
+    before, after = report["cost"]["before"], report["cost"]["after"]
+    for key, label, show in (
+        ("params", "parameters", _count),
+        ("macs", "MACs of one input", _count),
+        ("bytes", "size on disk", _bytes),
+    ):
+        change = _percent(before[key], after[key])
+        table.add_row(label, show(before[key]), *empty, show(after[key]), change)
+    if report.get("latency"):
+        times = [report["latency"][when]["seconds"] for when in ("before", "after")]
+        label = f"latency, batch of {report['latency']['after']['batch']}"
+        table.add_row(label, _seconds(times[0]), *empty, _seconds(times[1]), _percent(*times))
+    table.add_section()
+    for name in overall_metrics(metrics):
+        measured = [metrics[key].get(name) for key, _ in stages]
+        cells = [_metric(name, metric) if metric else "" for metric in measured]
+        table.add_row(name.replace("_", " "), *cells, _change(name, measured[0], measured[-1]))
+    return table
+
+
+_FILES = {
+    "README.md": "model card",
+    "config.json": "configuration",
+    "figures": "kept widths, saliency, recovery",
+    "model.safetensors": "weights",
+    "saliency.safetensors": "scores of all structures",
+    "sosp_report.json": "plan, metrics, costs, timings, versions",
+}
+
+
+def _metric(name: str, metric: Mapping[str, Any]) -> str:
+    shown = format_metric(name, metric["value"])
+    if metric["stderr"] is None:
+        return shown
+    spread = format_metric(name, metric["stderr"])
+    return f"{shown.removesuffix(' %')} ± {spread}"
+
+
+def _change(name: str, dense: Mapping[str, Any], final: Mapping[str, Any]) -> str:
+    if name == "accuracy":
+        return f"{100 * (final['value'] - dense['value']):+.1f} points"
+    return _percent(dense["value"], final["value"])
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:g}"
+
+
+def _bytes(value: float) -> str:
+    return f"{_count(value).rstrip()}{'' if value >= 1e3 else ' '}B"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
+
+
+def _percent(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %" if before else ""

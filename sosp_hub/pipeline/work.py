@@ -1,0 +1,125 @@
+"""The work folder beside the output: what each stage left, and whether it still fits the recipe."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sosp_hub.distributed import is_main, wait_for_everyone
+from sosp_hub.recipe.schema import Recipe
+
+_MODEL = ("model", "data", "seed")
+_SCORED = (*_MODEL, "structure", "criterion")
+_CUT = (*_SCORED, "budget")
+STAGES: Mapping[str, tuple[str, ...]] = {
+    "dense": _MODEL,
+    "dense_metrics": (*_MODEL, "evaluate"),
+    "saliency": _SCORED,
+    "plan": _CUT,
+    "cut_metrics": (*_CUT, "evaluate"),
+    "recalibrated_metrics": (*_CUT, "finetune", "evaluate"),
+    "final": (*_CUT, "finetune"),
+    "final_metrics": (*_CUT, "finetune", "evaluate"),
+}
+"""Each stage, with the sections of the recipe that its result depends on."""
+
+
+class WorkFolder:
+    """Results of stages. A stage is done when its record is there; the record is written last.
+
+    What fits is decided once, when the folder is opened, the same way by every process.
+
+    Attributes:
+        folder: Made when the first result is written, so that a refused run leaves nothing.
+        changes: Keys of the recipe whose value differs from the one the folder was made with.
+        kept: Stages whose results are used again.
+        stale: Stages that have to be done again because of ``changes``.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder = folder
+        self._recipe = recipe.model_dump(mode="json")
+        self._records: dict[str, dict[str, Any]] = {}
+        self.changes: dict[str, tuple[Any, Any]] = {}
+        self.stale: list[str] = []
+        for stage in STAGES:
+            record = _read(folder / f"{stage}.json") or _read(self._state(stage) / "made_with.json")
+            if record is None:
+                continue
+            changes = self._changes(stage, record["made_with"])
+            if changes:
+                self.changes |= changes
+                self.stale.append(stage)
+            elif "made" in record:
+                self._records[stage] = record
+        self.kept = list(self._records)
+        wait_for_everyone()
+
+    def read(self, stage: str) -> dict[str, Any] | None:
+        """What the stage left; None where it has to be done."""
+        return self._records.get(stage)
+
+    def write(self, stage: str, made: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """Marks a stage as done, after its tensors were written; its training state is dropped."""
+        record = {"made_with": self._made_with(stage), "seconds": seconds, "made": dict(made)}
+        self._records[stage] = record
+        if is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = self.folder / f"{stage}.json.draft"
+            draft.write_text(json.dumps(record))
+            draft.replace(self.folder / f"{stage}.json")
+            shutil.rmtree(self._state(stage), ignore_errors=True)
+        wait_for_everyone()
+        return record
+
+    def tensors(self, stage: str) -> Path:
+        """Where the tensors of a stage are."""
+        return self.folder / f"{stage}.safetensors"
+
+    def training_state(self, stage: str) -> Path:
+        """Folder for the resumable state of a training, emptied if of another recipe."""
+        state = self._state(stage)
+        if is_main():
+            if stage in self.stale:
+                shutil.rmtree(state, ignore_errors=True)
+            state.mkdir(parents=True, exist_ok=True)
+            marker = {"made_with": self._made_with(stage)}
+            (state / "made_with.json").write_text(json.dumps(marker))
+        wait_for_everyone()
+        return state
+
+    def remove(self) -> None:
+        """Deletes the folder, once the output is in its place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took, whenever it ran."""
+        return {stage: record["seconds"] for stage, record in self._records.items()}
+
+    def _state(self, stage: str) -> Path:
+        return self.folder / f"{stage}.state"
+
+    def _made_with(self, stage: str) -> dict[str, Any]:
+        return {section: self._recipe[section] for section in STAGES[stage]}
+
+    def _changes(self, stage: str, made_with: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        then, now = _flat(made_with), _flat(self._made_with(stage))
+        keys = sorted(then.keys() | now.keys())
+        return {k: (then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) and "made_with" in record else None
+
+
+def _flat(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        inner = _flat(value, f"{above}{key}.") if isinstance(value, dict) else {}
+        flat |= inner or {f"{above}{key}": value}
+    return flat
