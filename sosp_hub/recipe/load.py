@@ -65,6 +65,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in seen:
                 message = f"the key `{key.value}` is written twice; keep one of the two"
                 raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)

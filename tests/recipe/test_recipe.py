@@ -1,0 +1,244 @@
+"""A recipe is right, or every one of its faults is said at once with what to write instead."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from sosp_hub.errors import RecipeError
+from sosp_hub.recipe.describe import describe_recipe
+from sosp_hub.recipe.load import dump_recipe, load_recipe
+from sosp_hub.recipe.schema import CRITERIA, CRITERION_NAMES, Recipe, Section
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+MINIMAL = {
+    "model": {"library": "timm", "id": "resnet18.a1_in1k", "task": "image-classification"},
+    "data": {"id": "ethz/food101"},
+}
+README_EXAMPLE = """
+model:     {library: timm, id: resnet18.a1_in1k, task: image-classification}
+data:      {id: ethz/food101, train: train, test: validation, image: image, label: label}
+structure: {kinds: [channel, head, kv_group, neuron], outputs: null}
+criterion: {name: sosp_h, num_samples: 1024, batch_size: 32, mode: auto}
+budget:    {macs: 0.5, keep_at_least: 0.1, round_to: 1, uniform: false}
+finetune:  {epochs: 10, learning_rate: 1.0e-3, distill: 0.0}
+evaluate:  {metrics: [accuracy]}
+output:    {dir: runs/resnet18-food101}
+push:      null
+seed:      0
+"""
+
+
+def write(folder, record):
+    path = folder / "recipe.yaml"
+    path.write_text(record if isinstance(record, str) else yaml.safe_dump(record))
+    return path
+
+
+def faults(folder, record, overrides=()):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, record), overrides)
+    return caught.value.faults
+
+
+def test_the_documented_example_is_what_the_defaults_say(tmp_path):
+    recipe = load_recipe(write(tmp_path, README_EXAMPLE))
+    minimal = load_recipe(write(tmp_path, MINIMAL))
+    for section in ("structure", "criterion", "budget", "finetune"):
+        assert getattr(recipe, section) == getattr(minimal, section), section
+    assert recipe.output.dir == "runs/resnet18-food101"
+    assert minimal.output.dir == "runs/recipe"
+    assert minimal.budget.targets() == {"macs": 0.5}
+    assert minimal.criterion.options() == {"mode": "auto", "gate": "activation"}
+
+
+def test_a_recipe_is_frozen():
+    recipe = Recipe.model_validate(MINIMAL)
+    with pytest.raises(ValidationError):
+        recipe.seed = 1
+
+
+def test_a_given_budget_stands_alone(tmp_path):
+    recipe = load_recipe(write(tmp_path, {**MINIMAL, "budget": {"params": 0.3}}))
+    assert recipe.budget.targets() == {"params": 0.3}
+
+
+def test_a_recipe_survives_being_written(tmp_path):
+    overrides = ["finetune.mixed_precision=no", "push.repo_id=me/small", "budget.params=0.7"]
+    recipe = load_recipe(write(tmp_path, README_EXAMPLE), overrides)
+    for whole in (True, False):
+        text = dump_recipe(recipe, whole=whole)
+        assert load_recipe(write(tmp_path, text)) == recipe
+    assert "warmup_share" not in text  # the short form says what was given
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("finetune.learning_rate=1e-2", ("finetune", "learning_rate", 0.01)),
+        ("finetune.learning_rate=3", ("finetune", "learning_rate", 3.0)),
+        ("data.test=null", ("data", "test", None)),
+        ("evaluate.metrics=[loss, accuracy]", ("evaluate", "metrics", ("loss", "accuracy"))),
+        ("data.path=/a b/c=d", ("data", "path", "/a b/c=d")),
+        ("push.repo_id=me/x", ("push", "repo_id", "me/x")),
+        ("finetune.mixed_precision=no", ("finetune", "mixed_precision", "no")),
+        ("criterion.name=taylor", ("criterion", "name", "taylor")),
+    ],
+)
+def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected):
+    section, key, value = expected
+    recipe = load_recipe(write(tmp_path, README_EXAMPLE), [override])
+    assert getattr(getattr(recipe, section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"buget": {}}, ["buget", "unknown key", "`budget`"]),
+        ({"budget": {"mac": 0.5}}, ["budget.mac", "unknown key", "`macs`"]),
+        ({"criterion": {"mod": "exact"}}, ["criterion.mod", "`mode`"]),
+        ({"criterion": {"name": "random", "mode": "exact"}}, ["criterion.mode", "unknown key"]),
+        ({"criterion": {"name": "sosp"}}, ["criterion.name", "'sosp'", "`sosp_h`"]),
+        ({"criterion": 3}, ["criterion", "3", "section"]),
+        ({"budget": {"macs": 1.5}}, ["budget.macs", "1.5", "at most 1", "write 0.5"]),
+        ({"budget": {"macs": 30}}, ["budget.macs", "30", "at most 1", "write 0.3"]),
+        ({"budget": {"macs": "40%"}}, ["budget.macs", "'40%'", "a number", "write 0.4"]),
+        ({"budget": {"params": 0}}, ["budget.params", "got 0", "more than 0"]),
+        ({"budget": {"params": -0.5}}, ["budget.params", "-0.5", "more than 0"]),
+        ({"budget": {"params": float("nan")}}, ["budget.params", "nan", "finite"]),
+        ({"budget": {"round_to": True}}, ["budget.round_to", "true", "whole number"]),
+        ({"budget": {"uniform": "yes"}}, ["budget.uniform", "'yes'", "true or false"]),
+        ({"finetune": None}, ["finetune", "null", "epochs: 0"]),
+        ({"finetune": {"epochs": 1.5}}, ["finetune.epochs", "1.5", "whole number"]),
+        ({"finetune": {"epochs": 2.0}}, ["finetune.epochs", "2.0", "write 2"]),
+        ({"finetune": {"epochs": "2"}}, ["finetune.epochs", "'2'", "without quotes"]),
+        ({"finetune": {"epochs": -1}}, ["finetune.epochs", "-1", "at least 0"]),
+        ({"finetune": {"optimizer": "adam"}}, ["finetune.optimizer", "'adam'", "`adamw`"]),
+        ({"structure": {"kinds": "head"}}, ["structure.kinds", "'head'", "write [head]"]),
+        ({"structure": {"kinds": ["heads"]}}, ["structure.kinds.0", "'heads'", "`head`"]),
+        ({"structure": {"kinds": []}}, ["structure.kinds", "at least one"]),
+        ({"model": {"id": 3}}, ["model.id", "got 3", "'3' in quotes"]),
+        ({"model": {"library": "jax"}}, ["model.library", "'jax'", "timm, transformers"]),
+        ({"model": {"train": {"epoch": 1}}}, ["model.train.epoch", "`epochs`"]),
+        ({"data": {"id": None}}, ["data", "`id`", "`path`"]),
+        ({"evaluate": {"metrics": ["acc"]}}, ["evaluate.metrics.0", "'acc'", "accuracy"]),
+        ({"push": {"private": True}}, ["push.repo_id", "missing"]),
+        ({"seed": "x"}, ["seed", "'x'", "whole number"]),
+        (
+            {"model": {"task": "causal-lm"}, "evaluate": {"metrics": ["per_class_accuracy"]}},
+            ["evaluate.metrics", "per_class_accuracy", "perplexity"],
+        ),
+        ({"model": {"task": "causal-lm"}, "finetune": {"augment": True}}, ["augment", "images"]),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_each_fault_names_key_value_and_remedy(tmp_path, record, words):
+    merged = {key: dict(value) for key, value in MINIMAL.items()}
+    for key, value in record.items():
+        merged[key] = {**merged[key], **value} if key in merged else value
+    (fault,) = faults(tmp_path, merged)
+    for word in words:
+        assert word in fault, fault
+
+
+def test_missing_sections_are_named(tmp_path):
+    found = faults(tmp_path, {"seed": 1})
+    assert [fault.split(":")[0] for fault in found] == ["model", "data"]
+
+
+def test_all_faults_come_at_once(tmp_path):
+    record = {
+        **MINIMAL,
+        "budget": {"macs": 2, "round_to": 0},
+        "finetune": {"epochs": "many", "lr": 1},
+        "ouput": {},
+    }
+    found = faults(tmp_path, record, ["no_equals_sign", "model.id.deeper=1", "seed=1.5"])
+    keys = [fault.split(":")[0] for fault in found]
+    assert len(keys) == 8, keys
+    for key in (
+        "budget.macs",
+        "budget.round_to",
+        "finetune.epochs",
+        "finetune.lr",
+        "ouput",
+        "seed",
+    ):
+        assert key in keys
+    assert "'no_equals_sign'" in found[0]
+    assert "'model.id.deeper=1'" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["holds nothing", "`model:`"]),
+        ("- a\n- b\n", ["holds a list"]),
+        ("model: {a: [}\n", ["not valid YAML", "line 1"]),
+        ("seed: 1\nseed: 2\n", ["line 2", "`seed` is written twice"]),
+        ("a: !!python/object:os.system {}\n", ["not valid YAML", "python/object"]),
+        ("{[1]: 2}: 3", ["not valid YAML"]),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, words):
+    (fault,) = faults(tmp_path, text)
+    for word in words:
+        assert word in fault, fault
+
+
+def test_a_path_that_cannot_be_read_is_named(tmp_path):
+    for path in (tmp_path / "no_such.yaml", tmp_path):
+        with pytest.raises(RecipeError, match=re.escape(str(path))):
+            load_recipe(path)
+    binary = tmp_path / "weights.bin"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        load_recipe(binary)
+
+
+def test_every_shipped_recipe_is_valid():
+    paths = sorted(RECIPES.glob("*.yaml"))
+    assert len(paths) == 8, "a recipe came or went: change this number with it"
+    outputs = {load_recipe(path).output.dir for path in paths}
+    assert len(outputs) == len(paths)  # none overwrites another's
+    for path in paths:
+        header = path.read_text().split("model:")[0]
+        for line in ("paper:", "command:", "hardware:", "time:", "measured:", "commit:"):
+            assert f"# {line}" in header, f"{path.name} does not state {line}"
+
+
+def test_help_shows_every_key_with_its_meaning():
+    text = describe_recipe()
+
+    def keys(section: type[Section]):
+        for name, field in section.model_fields.items():
+            yield name
+            assert field.description or name in Recipe.model_fields, f"{section.__name__}.{name}"
+
+    for section in (Recipe, *CRITERIA, *(f.annotation for f in Recipe.model_fields.values())):
+        if isinstance(section, type) and issubclass(section, Section):
+            for name in keys(section):
+                assert re.search(rf"\b{name}\b", text), name
+    for name in CRITERION_NAMES:
+        assert f"name: {name}" in text
+
+
+def test_recipes_and_help_need_no_torch():
+    code = (
+        "import sys, sosp_hub, sosp_hub.prune\n"
+        "try: sosp_hub.prune.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        f"assert sosp_hub.prune.main([{str(RECIPES / 'quickstart.yaml')!r}, 'budget.macs=7']) == 2\n"
+        "heavy = {'torch', 'transformers', 'timm', 'accelerate', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "learning_rate" in done.stdout
+    assert "budget.macs: got 7" in done.stderr
