@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import sosp_hub
+from sosp_hub.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("recipes/**/*.yaml"))
+RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 
 
 def code_blocks(language: str) -> list[str]:
@@ -26,15 +26,25 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def measured(path: Path) -> str:
+    """What a recipe's header says was measured, or nothing."""
+    header = path.read_text().split("\nmodel:")[0]
+    (text,) = re.findall(r"^# measured:\s*(.*(?:\n#  .*)*)", header, re.MULTILINE)
+    text = " ".join(re.sub(r"^#", "", text, flags=re.MULTILINE).split())
+    return "" if text.startswith("not measured") else text
+
+
 def recipe_table() -> str:
     rows = []
     for path in RECIPES:
-        recipe = yaml.safe_load((ROOT / path).read_text())
-        budget = ", ".join(f"{key} {value}" for key, value in recipe.get("budget", {}).items())
-        data = recipe["data"].get("id") or recipe["data"]["path"]
-        model = recipe["model"]["id"]
-        rows.append((f"[{path.stem}]({path})", f"`{model}`", f"`{data}`", budget))
-    return table(("recipe", "model", "data", "kept"), rows)
+        recipe = load_recipe(path)
+        budget = ", ".join(
+            f"{share:.0%} of {name}" for name, share in recipe.budget.targets().items()
+        )
+        data = recipe.data.id or recipe.data.path
+        link = f"[{path.stem}]({path.relative_to(ROOT)})"
+        rows.append((link, f"`{recipe.model.id}`", f"`{data}`", budget, measured(path)))
+    return table(("recipe", "model", "data", "keeps", "measured"), rows)
 
 
 def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
