@@ -1,0 +1,1 @@
+"""Data sets: what they hold, and batches as a model takes them."""

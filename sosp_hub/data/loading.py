@@ -1,45 +1,47 @@
 """Splits as batches: `load_split` gives a data set, `make_loader` batches it, `calibration_batches` draws from train."""
 
+import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, overload
 
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch.utils.data import DataLoader
 
-from sosp_hub.data.processing import Processing
-from sosp_hub.data.source import OpenData
+from sosp_hub.data.images import FileSplit, PixelSplit
+from sosp_hub.data.processing import ImageProcessing, Processing, TextProcessing
+from sosp_hub.data.rows import PixelRows, TextRows
+from sosp_hub.data.source import OpenData, SplitName
+from sosp_hub.data.split import Split
+from sosp_hub.data.texts import LabelledTextSplit, WindowSplit, token_windows
+from sosp_hub.errors import DataError
 
-
-class Split(Dataset[Any]):
-    """One split in the form a model takes. Indexed by a list it gives one finished batch.
-
-    A DataLoader fetches whole batches through ``__getitems__``, so that ``collate_fn`` has nothing left to do; small
-    images are one uint8 tensor and need no worker processes. Use `make_loader`.
-
-    Attributes:
-        num_labels: Classes; None for causal-lm.
-        class_names: Their names.
-    """
-
-    num_labels: int | None
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitems__(self, indices: Sequence[int]) -> Any:  # noqa: ANN401 - (inputs, labels) or a dict
-        """The batch of these samples: ``(images, labels)``, or a dict as a transformers model takes it."""
-        raise NotImplementedError
+log = logging.getLogger(__name__)
 
 
 def load_split(
-    data: OpenData, split: Literal["train", "test"], processor: Processing, *, augment: bool = False
+    data: OpenData, split: SplitName, processor: Processing, *, augment: bool = False
 ) -> Split:
     """One split, tokenised or ready to be normalised; ``augment`` shifts and flips images at random (torch's RNG).
 
     Raises:
-        DataError: Labels outside the head, or a text split too short for one window.
+        DataError: Samples of another kind than the model takes, or texts too short for one window.
     """
-    raise NotImplementedError
+    rows = data.train if split == "train" else data.test
+    match rows, processor:
+        case TextRows(labels=None), TextProcessing():
+            windows = token_windows(rows, processor, data.section.max_length, data.name)
+            return WindowSplit(windows[data.pick(len(windows), split)])
+        case TextRows(), TextProcessing():
+            return LabelledTextSplit(
+                rows, processor, data.info.class_names, data.section.max_length
+            )
+        case PixelRows(), ImageProcessing():
+            return PixelSplit(rows, processor, data.info.class_names, augment)
+        case _, ImageProcessing() if not isinstance(rows, TextRows):
+            return FileSplit(rows, processor, data.info.class_names, augment)
+    raise DataError(
+        f"data: {data.name} holds {'text' if isinstance(rows, TextRows) else 'images'}, which the model does not take"
+    )
 
 
 def make_loader(
@@ -52,14 +54,58 @@ def make_loader(
     num_workers: int = 0,
 ) -> DataLoader[Any]:
     """A DataLoader of finished batches, which ``Accelerator.prepare`` takes as it is."""
-    raise NotImplementedError
+    return DataLoader(
+        split,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=_finished,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+
+
+class Batches(Sequence[Any]):
+    """Batches of fixed samples, made anew each time they are asked for, so that they take no memory."""
+
+    def __init__(self, split: Split, chosen: Sequence[Sequence[int]]) -> None:
+        self._split, self._chosen = split, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Batches": ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return Batches(self._split, self._chosen[index])
+        return self._split.__getitems__(self._chosen[index])
 
 
 def calibration_batches(
-    train: Split, num_samples: int, batch_size: int, *, seed: int = 0, rank: int = 0, num_processes: int = 1
-) -> list[Any]:
+    train: Split,
+    num_samples: int,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    num_processes: int = 1,
+) -> Batches:
     """Batches of a seeded subset of ``train`` (give it without ``augment``), the last one smaller where needed.
 
     With several processes each gets its share of the same subset, none repeated; shares may differ by one sample.
     """
-    raise NotImplementedError
+    if num_samples > len(train):
+        log.info("calibration: %d samples asked for, train has %d", num_samples, len(train))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    mine = order[:num_samples][rank::num_processes]
+    return Batches(train, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)])
+
+
+def _finished(batch: Any) -> Any:
+    return batch

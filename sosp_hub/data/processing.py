@@ -1,6 +1,6 @@
 """How a model wants its inputs: what the zoo says and the data rooms obey. Plain data and one callable."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,3 +50,9 @@ class TextProcessing:
 
 
 Processing = ImageProcessing | TextProcessing
+
+
+def per_channel(values: Iterable[float], num_channels: int) -> tuple[float, ...]:
+    """Statistics of another number of channels: their mean, for each channel."""
+    values = tuple(values)
+    return values if len(values) == num_channels else (sum(values) / len(values),) * num_channels

@@ -1,59 +1,66 @@
 """Loads what a recipe names: any timm or transformers model, with what is known about its origin."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from sosp_hub.data.processing import Processing
+from sosp_hub.data.processing import ImageProcessing
 from sosp_hub.data.source import DataInfo
+from sosp_hub.errors import ModelError
 from sosp_hub.recipe.schema import ModelSection
-from sosp_hub.types import Library, Task
+from sosp_hub.zoo.loaded import Loaded
 
+__all__ = ["Loaded", "example_inputs", "load_model"]
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model and what belongs to it.
-
-    Attributes:
-        model: In eval mode.
-        library: Which library built it.
-        task: What it is used for.
-        processor: How it wants its inputs (for `load_split`).
-        num_labels: Outputs of the head; None for causal-lm.
-        new_head: The head's weights are random and want training.
-        tokenizer: To be saved beside the weights; None for images.
-        image_processor: The transformers object, to be saved beside the weights; None for timm and text.
-        base_model: Hub id of the weights; None for a local folder or random weights.
-        base_revision: Commit of ``base_model``, where known.
-        card: What a card inherits from the base's card, where readable: ``license``, ``license_name``,
-            ``license_link``, ``language``, ``pipeline_tag``.
-    """
-
-    model: nn.Module
-    library: Library
-    task: Task
-    processor: Processing
-    num_labels: int | None = None
-    new_head: bool = False
-    tokenizer: Any = None
-    image_processor: Any = None
-    base_model: str | None = None
-    base_revision: str | None = None
-    card: Mapping[str, Any] = field(default_factory=dict)
+_EXAMPLE_TOKENS = 16
 
 
 def load_model(section: ModelSection, *, data: DataInfo | None = None) -> Loaded:
     """The model of a recipe, with a head that fits the data.
 
     Raises:
-        ModelError: An unknown name, a folder that holds no such model, a head that does not fit the labels.
+        ModelError: An unknown name, a folder that holds no such model, a task it cannot do.
+        DataError: A head that does not fit the labels.
         HubError: The hub cannot be reached.
     """
-    raise NotImplementedError
+    if section.library == "timm":
+        if section.task != "image-classification":
+            raise ModelError(
+                f"model.task: timm models do image-classification, not {section.task}; "
+                "write that, or model.library: transformers"
+            )
+        from sosp_hub.zoo.timm import load_timm
+
+        return load_timm(section, data)
+    from sosp_hub.zoo.transformers import load_transformers
+
+    return load_transformers(section, data)
 
 
-def example_inputs(loaded: Loaded, batch_size: int = 2) -> tuple[Tensor, ...] | dict[str, Any]:
-    """Inputs for a trace: a tuple for timm, a dict for transformers (``use_cache=False`` for causal-lm)."""
-    raise NotImplementedError
+def example_inputs(
+    loaded: Loaded, batch_size: int = 2, *, num_tokens: int = _EXAMPLE_TOKENS
+) -> tuple[Tensor, ...] | dict[str, Any]:
+    """Inputs for a trace or a timing: a tuple for timm, a dict for transformers.
+
+    The same values each time. A causal language model is told ``use_cache=False``.
+
+    Args:
+        loaded: What to make inputs for.
+        batch_size: Samples.
+        num_tokens: Length of each text, where the model takes texts and that many tokens.
+    """
+    chance = torch.Generator().manual_seed(0)
+    parameter = next(loaded.model.parameters())
+    processor = loaded.processor
+    if isinstance(processor, ImageProcessing):
+        images = torch.randn(batch_size, *processor.shape, generator=chance)
+        images = images.to(parameter.device, parameter.dtype)
+        return (images,) if processor.key is None else {processor.key: images}
+    num_tokens = min(num_tokens, processor.max_positions or num_tokens)
+    vocabulary = min(len(processor.tokenizer), loaded.model.config.get_text_config().vocab_size)
+    tokens = torch.randint(vocabulary, (batch_size, num_tokens), generator=chance)
+    inputs = {"input_ids": tokens.to(parameter.device)}
+    if loaded.task == "causal-lm":
+        return {**inputs, "use_cache": False}
+    return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}

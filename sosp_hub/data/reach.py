@@ -1,0 +1,108 @@
+"""What can be reached and what to write when it cannot: local paths and the hub."""
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sosp_hub.errors import HubError, SospHubError
+
+_UNREACHABLE = (
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "ConnectionError",
+    "ConnectError",
+    "ConnectTimeout",
+)
+_UNKNOWN = (
+    "GatedRepoError",
+    "RepositoryNotFoundError",
+    "RevisionNotFoundError",
+    "DatasetNotFoundError",
+)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The deepest folder above ``path`` that exists."""
+    path = path.expanduser().absolute()
+    return next((parent for parent in path.parents if parent.exists()), Path(path.anchor))
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be meant as a path, since no hub id is written like that."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+
+
+@contextmanager
+def reaching_hub(what: str, name: str) -> Iterator[None]:
+    """Turns what the hub's clients raise into a `HubError` that says what to do; other errors pass.
+
+    Asks first whether the hub answers at all: the clients would repeat each request for half a minute.
+
+    Args:
+        what: ``model`` or ``data``: the section of the recipe that names it.
+        name: The hub id.
+    """
+    if not _answers():
+        raise HubError(_offline_advice(what, name))
+    try:
+        yield
+    except SospHubError:
+        raise
+    except Exception as error:
+        kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
+        if kinds.intersection(_UNKNOWN):
+            raise HubError(
+                f"{what}.id: the hub has no {name!r} (with this revision) that you may read. Check the spelling and "
+                f"`{what}.revision`; for a private or gated repository log in with `hf auth login`. "
+                "No local folder has this name either."
+            ) from error
+        if kinds.intersection(_UNREACHABLE):
+            raise HubError(_offline_advice(what, name)) from error
+        raise
+
+
+def hub_is_off() -> bool:
+    """Whether the user turned the hub off with ``HF_HUB_OFFLINE``."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _answers() -> bool:
+    if hub_is_off():
+        return True  # nothing will be asked; the cache may have it
+    from huggingface_hub import constants
+
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    for _ in range(2):
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return True
+        except urllib.error.HTTPError:
+            return True
+        except OSError as error:
+            # Anything but a dead line (a proxy's refusal, a certificate) is for the hub's own client to judge.
+            reason = getattr(error, "reason", error)
+            if type(reason).__name__ != "gaierror" and not isinstance(
+                reason, ConnectionError | TimeoutError
+            ):
+                return True
+    return False
+
+
+def _offline_advice(what: str, name: str) -> str:
+    cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    other = "`model.id=FOLDER`" if what == "model" else "`data.path=FOLDER_OR_FILE`"
+    return (
+        f"{what}.id: {name!r} is not on this disk and the hub cannot be reached. Offline, either give a local copy "
+        f"({other}), or, where {name!r} was downloaded before, set HF_HUB_OFFLINE=1 to use the cache in {cache} "
+        "(HF_HOME moves it)."
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__

@@ -1,0 +1,148 @@
+"""Samples as they come from their source, before any model has a say."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from sosp_hub.errors import DataError
+
+Label = int | str
+SMALL_SIDE = 64  # pixels; such images are kept in memory as one tensor, our choice
+_SMALL_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class PixelRows:
+    """Images of one small size, in memory.
+
+    Attributes:
+        pixels: 0 to 255.
+        labels: As the source writes them, or numbers from 0 once they are coded.
+        class_names: Where the source lists them; the labels are then positions in this list.
+    """
+
+    pixels: UInt8[Tensor, "samples channels height width"]
+    labels: Sequence[Label]
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, indices: Sequence[int]) -> Self:
+        """These samples, in this order."""
+        pixels = self.pixels[torch.as_tensor(indices, dtype=torch.int64)]
+        return replace(self, pixels=pixels, labels=[self.labels[i] for i in indices])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRows:
+    """Images that are opened when they are needed.
+
+    Attributes:
+        sources: A path, or the position in a table, of each image.
+        fetch: Gives what ``Image.open`` takes, or an opened image, for a source.
+        labels: As in `PixelRows`.
+        where: How to name a source in an error, with a place for it.
+        class_names: As in `PixelRows`.
+    """
+
+    sources: Sequence[Any]
+    fetch: Callable[[Any], Any]
+    labels: Sequence[Label]
+    where: str = "{}"
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def take(self, indices: Sequence[int]) -> Self:
+        """These samples, in this order."""
+        sources, labels = [self.sources[i] for i in indices], [self.labels[i] for i in indices]
+        return replace(self, sources=sources, labels=labels)
+
+    def open(self, index: int, mode: str | None = None) -> Image.Image:
+        """One decoded image, as ``L`` or ``RGB``; ``mode`` None keeps grey images grey.
+
+        Raises:
+            DataError: A file that is no image, or a damaged one.
+        """
+        source = self.sources[index]
+        try:
+            image = self.fetch(source)
+            if isinstance(image, dict):  # how a parquet file stores an image
+                image = BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+            image = image if isinstance(image, Image.Image) else Image.open(image)
+            return image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB"))
+        except (OSError, SyntaxError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise DataError(
+                f"data: cannot read the image {self.where.format(source)} ({error}); repair or remove it"
+            ) from error
+
+    def in_memory(self) -> PixelRows | None:
+        """The same images as one tensor where all have one small size, else None."""
+        first = self.open(0)
+        if (
+            max(first.size) > SMALL_SIDE
+            or 3 * first.width * first.height * len(self) > _SMALL_BYTES
+        ):
+            return None
+        opened = (self.open(i) for i in range(len(self)))
+        tensors = []
+        for image in opened:
+            if image.size != first.size:
+                return None
+            tensors.append(_pixels(image))
+        num_channels = max(tensor.shape[0] for tensor in tensors)
+        pixels = torch.stack([tensor.expand(num_channels, -1, -1) for tensor in tensors])
+        return PixelRows(pixels, self.labels, self.class_names)
+
+
+@dataclass(frozen=True, eq=False)
+class TextRows:
+    """Texts; without labels for a language model."""
+
+    texts: Sequence[str]
+    labels: Sequence[Label] | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> Self:
+        """These samples, in this order."""
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return replace(self, texts=[self.texts[i] for i in indices], labels=labels)
+
+
+Rows = PixelRows | ImageRows | TextRows
+
+
+def image_folder(folder: Path) -> ImageRows:
+    """Images in one subfolder per class; the class is the name of the subfolder, however deep its files lie."""
+    files = sorted(
+        path
+        for path in folder.glob("*/**/*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
+    labels = [path.relative_to(folder).parts[0] for path in files]
+    return ImageRows(files, fetch=_itself, labels=labels)
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def _itself(path: Path) -> Path:
+    return path
+
+
+def _pixels(image: Image.Image) -> UInt8[Tensor, "channels height width"]:
+    num_channels = len(image.getbands())
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.reshape(image.height, image.width, num_channels).permute(2, 0, 1)

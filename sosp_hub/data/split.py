@@ -1,0 +1,32 @@
+"""What every split is to those who batch it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+
+class Split(Dataset[Any]):
+    """One split in the form a model takes. Asked for a list of indices it gives one finished batch.
+
+    A DataLoader fetches whole batches through ``__getitems__``, so that ``collate_fn`` has nothing left to do; small
+    images are one uint8 tensor and need no worker processes. Use `make_loader`.
+
+    Attributes:
+        num_labels: Classes; None for causal-lm.
+        class_names: Their names.
+    """
+
+    num_labels: int | None
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """The batch of these samples: ``(images, labels)``, or a dict as a transformers model takes it."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Any:
+        """A batch of one sample."""
+        return self.__getitems__([index])

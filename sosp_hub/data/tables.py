@@ -1,0 +1,80 @@
+"""Local text, jsonl, csv and parquet files as one table, read directly: nothing is copied into a cache."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sosp_hub.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+TABLE_SUFFIXES = {".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
+
+
+def table_files(folder: Path) -> list[Path]:
+    """Every table file below the folder, in order."""
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix in TABLE_SUFFIXES and path.is_file()
+    )
+
+
+def files_of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
+    """The files that carry a split in their name: ``train.csv``, ``train-00000-of-2.parquet``, ``train/any.txt``."""
+    return [file for file in files if _belongs(file.relative_to(folder), split)]
+
+
+def read_table(files: Sequence[Path]) -> "Dataset":
+    """All rows of the files; a plain text is one row with the column ``text``.
+
+    Raises:
+        DataError: A file that is not what its ending says, or files whose columns differ in type.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    tables = []
+    for file in files:
+        if not file.stat().st_size:
+            raise DataError(f"data.path: {file} is empty; give a file with rows")
+        try:
+            tables.append(_read_one(file))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"data.path: cannot read {file} as {file.suffix} ({error})") from error
+    try:
+        return Dataset(pa.concat_tables(tables, promote_options="default"))
+    except pa.ArrowException as error:
+        names = ", ".join(str(file) for file in files[:5])
+        raise DataError(
+            f"data.path: the columns of {names} do not fit each other ({error})"
+        ) from error
+
+
+def _read_one(file: Path) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    match file.suffix:
+        case ".parquet":
+            return pyarrow.parquet.read_table(file)
+        case ".csv" | ".tsv":
+            dialect = pyarrow.csv.ParseOptions(
+                delimiter="\t" if file.suffix == ".tsv" else ",", newlines_in_values=True
+            )
+            return pyarrow.csv.read_csv(file, parse_options=dialect)
+        case ".json":
+            return pa.Table.from_pylist(json.loads(file.read_text("utf-8")))
+        case ".jsonl" | ".ndjson":
+            lines = file.read_text("utf-8").split("\n")  # other line ends may stand inside a string
+            return pa.Table.from_pylist([json.loads(line) for line in lines if line.strip()])
+        case _:
+            return pa.table({"text": [file.read_text("utf-8")]})
+
+
+def _belongs(file: Path, split: str) -> bool:
+    stem = file.name.split(".")[0]
+    named = stem == split or stem.startswith((f"{split}-", f"{split}_"))
+    return str(file) == split or split in file.parts[:-1] or named

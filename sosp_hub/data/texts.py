@@ -1,0 +1,131 @@
+"""Text splits: windows of a token stream for a language model, padded texts with a label for a classifier."""
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from sosp_hub.data.processing import TextProcessing
+from sosp_hub.data.rows import TextRows
+from sosp_hub.data.split import Split
+from sosp_hub.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_BETWEEN_TEXTS = "\n\n"  # our choice; what the usual WikiText evaluation writes between its rows
+_TEXTS_AT_ONCE = 1000
+
+
+class WindowSplit(Split):
+    """Windows of equal length, cut from the texts one after the other; what remains at the end is left out.
+
+    Where the tokenizer starts a text with a token of its own (BOS), each window does.
+    """
+
+    num_labels = None
+    class_names = ()
+
+    def __init__(self, windows: Int64[Tensor, "windows tokens"]) -> None:
+        self._windows = windows
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        tokens = self._windows[torch.as_tensor(indices, dtype=torch.int64)]
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class LabelledTextSplit(Split):
+    """Texts cut at the longest length allowed and padded to the longest of their batch."""
+
+    def __init__(
+        self,
+        rows: TextRows,
+        processing: TextProcessing,
+        class_names: tuple[str, ...],
+        max_length: int,
+    ) -> None:
+        self.class_names, self.num_labels = class_names, len(class_names)
+        tokenizer = processing.tokenizer
+        length = allowed_length(processing, max_length)
+        encoded = tokenizer(list(rows.texts), truncation=True, max_length=length)
+        self._encoded = {
+            name: encoded[name] for name in tokenizer.model_input_names if name in encoded
+        }
+        self._fill = {
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+        }
+        self._left = tokenizer.padding_side == "left"
+        numbers = torch.as_tensor(rows.labels, dtype=torch.int64)
+        order = processing.label_order
+        self._labels = numbers if order is None else torch.tensor(order)[numbers]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        batch = {
+            name: self._padded([values[i] for i in indices], self._fill.get(name, 0))
+            for name, values in self._encoded.items()
+        }
+        return {**batch, "labels": self._labels[torch.as_tensor(indices, dtype=torch.int64)]}
+
+    def _padded(self, samples: list[list[int]], fill: int) -> Int64[Tensor, "batch tokens"]:
+        longest = max(len(sample) for sample in samples)
+        gaps = [[fill] * (longest - len(sample)) for sample in samples]
+        pairs = zip(samples, gaps, strict=True)
+        return torch.tensor([gap + text if self._left else text + gap for text, gap in pairs])
+
+
+@lru_cache(maxsize=1)  # train and a test split that is held out of it are one stream
+def token_windows(
+    rows: TextRows, processing: TextProcessing, max_length: int, where: str
+) -> Int64[Tensor, "windows tokens"]:
+    """All texts as one stream of tokens, cut into windows of ``max_length`` (less, where the model takes less).
+
+    Raises:
+        DataError: Too little text for one window.
+    """
+    tokenizer, length = processing.tokenizer, allowed_length(processing, max_length)
+    start = [tokenizer.bos_token_id] if _starts_with_bos(tokenizer) else []
+    body = length - len(start)
+    stream: list[int] = []
+    for first in range(0, len(rows), _TEXTS_AT_ONCE):
+        texts = [
+            text + _BETWEEN_TEXTS for text in rows.texts[first : first + _TEXTS_AT_ONCE] if text
+        ]
+        if texts:
+            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            stream.extend(token for tokens in encoded for token in tokens)
+    num_windows = len(stream) // body
+    if not num_windows:
+        raise DataError(
+            f"data.max_length: {where} has {len(stream)} tokens, fewer than one window of {length}; "
+            "give more text or a smaller data.max_length"
+        )
+    windows = torch.tensor(stream[: num_windows * body]).view(num_windows, body)
+    return torch.cat(
+        [torch.tensor(start, dtype=torch.int64).expand(num_windows, -1), windows], dim=1
+    )
+
+
+def allowed_length(processing: TextProcessing, max_length: int) -> int:
+    """``max_length``, or what the model takes at most where that is less (said in a log line)."""
+    most = processing.max_positions
+    if most is None or max_length <= most:
+        return max_length
+    log.warning("data.max_length: %d is more than the model takes; using %d", max_length, most)
+    return most
+
+
+def _starts_with_bos(tokenizer: Any) -> bool:
+    tokens = tokenizer("a")["input_ids"]
+    return (
+        bool(tokens) and tokenizer.bos_token_id is not None and tokens[0] == tokenizer.bos_token_id
+    )
