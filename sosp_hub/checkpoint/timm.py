@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import copy
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import timm
@@ -98,6 +98,18 @@ def unhook() -> None:
         _registry._model_entrypoints.pop(ARCHITECTURE, None)
 
 
+@contextlib.contextmanager
+def enabled() -> Iterator[None]:
+    """Hooks on for the time being, whatever the switch says."""
+    was_on = bool(_ORIGINALS)
+    hook()
+    try:
+        yield
+    finally:
+        if not was_on:
+            unhook()
+
+
 def base_architecture(model: nn.Module) -> str:
     """Name under which timm builds the model that ``model`` was before it was pruned."""
     for cfg in (getattr(model, "pretrained_cfg", None), getattr(model, "default_cfg", None)):
@@ -112,16 +124,15 @@ def base_architecture(model: nn.Module) -> str:
 
 def model_args(model: nn.Module) -> dict[str, Any]:
     """Arguments that make timm build the skeleton of this model again, as JSON data."""
+    args = dict(getattr(model, "_model_args", {}))
+    with contextlib.suppress(ImportError):  # timm < 1.0.31 keeps only what create_model was given
+        args = importlib.import_module("timm.models._input").get_model_args(model)
+    if isinstance(channels := getattr(model, "in_chans", None), int):
+        args["in_chans"] = channels
     own = ("base_architecture", "delta", "pruned", "features_only", "pretrained_model_args")
-    args = {
-        key: value
-        for key, value in getattr(model, "_model_args", {}).items()
-        if key not in own and not key.endswith(("drop_rate", "scriptable", "exportable"))
-    }
-    args.pop("num_classes", None)  # transformers' TimmWrapper passes it itself
-    if isinstance(chans := getattr(model, "in_chans", args.get("in_chans")), int):
-        args["in_chans"] = chans
-    return args
+    # transformers' TimmWrapper passes num_classes itself
+    run = ("num_classes", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit")
+    return {key: value for key, value in args.items() if key not in own + run}
 
 
 def delta_of(model: nn.Module, args: Mapping[str, Any] | None = None) -> Delta:

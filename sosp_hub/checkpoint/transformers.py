@@ -4,6 +4,7 @@ The delta is applied inside ``PreTrainedModel.post_init``, so everything that bu
 sees the small shapes: ``from_pretrained`` with any device map, ``from_config``, pipelines, adapters.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -95,17 +96,9 @@ def delta_of(model: PreTrainedModel, config: Any | None = None) -> Delta:  # noq
     return Delta("transformers", transformers.__version__, sosp_hub.__version__, inner, head)
 
 
-def rebuild_meta(model_class: type[PreTrainedModel], config: Any, delta: Delta) -> PreTrainedModel:  # noqa: ANN401
-    """The model that the config and the delta build, on the meta device."""
-    config = plain_config(config)
-    if not delta.empty:
-        setattr(config, KEY, delta.to_json())
-    return build_meta(model_class, config)
-
-
 def build_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:  # noqa: ANN401
     """Builds a model without data. The delta in its config, if any, is applied."""
-    with torch.device("meta"), _enabled():
+    with torch.device("meta"), enabled():
         return model_class(copy.deepcopy(config))
 
 
@@ -189,15 +182,15 @@ def _rewritten(old: Any, new: Any) -> frozenset[tuple[str, Any]]:  # noqa: ANN40
     )
 
 
-class _enabled:  # noqa: N801 - a context manager that reads like a word
+@contextlib.contextmanager
+def enabled() -> Iterator[None]:
     """Hooks on for the time being, whatever the switch says."""
-
-    def __enter__(self) -> None:
-        self.was_on = bool(_ORIGINALS)
-        hook()
-
-    def __exit__(self, *_: object) -> None:
-        if not self.was_on:
+    was_on = bool(_ORIGINALS)
+    hook()
+    try:
+        yield
+    finally:
+        if not was_on:
             unhook()
 
 

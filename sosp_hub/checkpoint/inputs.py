@@ -1,0 +1,67 @@
+"""Small inputs made up from a model's config, for the proof at save time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def made_up_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...] | None:
+    """Inputs of one forward pass; None where the config does not tell how they look."""
+    place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if place.type == "meta" or hasattr(model, "hf_device_map"):
+        return None
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        size = _timm_size(model)
+        return None if size is None else (_noise((2, *size), place, dtype),)
+    main = getattr(model, "main_input_name", "input_ids")
+    inputs: dict[str, Any] = {}
+    parts = [getattr(config, name, None) for name in ("text_config", "vision_config")]
+    if all(parts):
+        inputs = {
+            "input_ids": _tokens(parts[0], place),
+            "pixel_values": _image(parts[1], place, dtype),
+        }
+    elif main == "input_ids":
+        inputs = {main: _tokens(config, place)}
+    elif main == "pixel_values":
+        inputs = {main: _image(config, place, dtype)}
+    elif main == "input_features" and (bins := getattr(config, "num_mel_bins", None)):
+        frames = 2 * getattr(config, "max_source_positions", 50)
+        inputs = {main: _noise((1, bins, frames), place, dtype)}
+    if getattr(config, "is_encoder_decoder", False) and inputs:
+        inputs["decoder_input_ids"] = _tokens(config, place)
+    return inputs if inputs and all(value is not None for value in inputs.values()) else None
+
+
+def _tokens(config: Any, place: torch.device) -> Tensor | None:
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 2:
+        return None
+    return torch.arange(3, 13, device=place).reshape(2, 5) % vocabulary
+
+
+def _image(config: Any, place: torch.device, dtype: torch.dtype) -> Tensor | None:
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    size = (size, size) if isinstance(size, int) else size
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        return None
+    return _noise((2, channels, *size), place, dtype)
+
+
+def _timm_size(model: nn.Module) -> tuple[int, int, int] | None:
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not isinstance(cfg, Mapping) or not cfg.get("input_size"):
+        return None
+    args = getattr(model, "_model_args", {})
+    size = args.get("img_size") or cfg["input_size"][-2:]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return (getattr(model, "in_chans", args.get("in_chans", cfg["input_size"][0])), *size)
+
+
+def _noise(shape: tuple[int, ...], place: torch.device, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(place, dtype)

@@ -1,0 +1,215 @@
+"""Saves and loads pruned models: a plain config where one says it all, else a plain config with a delta."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from sosp_hub.checkpoint import headers
+from sosp_hub.checkpoint.folder import replaced_folder
+from sosp_hub.checkpoint.record import KEY
+from sosp_hub.errors import CheckpointError, HubError, ModelError
+
+REPORT = "sosp_report.json"
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_LOG = logging.getLogger(__name__)
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    max_shard_size: int | str = "5GB",
+    ship_code: bool = False,
+) -> Path:
+    """Writes a pruned model so that transformers or timm load it again.
+
+    The folder is written beside its place and renamed, so an interrupted save leaves what was there.
+    Before that the files' config is built on the meta device and compared with the model.
+
+    Args:
+        model: A transformers or timm model.
+        folder: Where to. Weights of an older save are removed, other files stay.
+        base_model: Hub id of the model that was pruned; goes into the report.
+        base_revision: Its commit.
+        report: What is known about the pruning, as JSON data; written as ``sosp_report.json``.
+        tokenizer: Saved beside the model.
+        processor: Image processor, feature extractor or processor; saved beside the model.
+        max_shard_size: Size of one weight file (transformers only; timm reads one file).
+        ship_code: Also write ``modeling_sosp_hub.py``, which ``trust_remote_code=True`` loads without
+            this package.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: A model that the files could not rebuild.
+        ModelError: A model of another library.
+    """
+    folder = Path(folder)
+    library = library_of(model)
+    with replaced_folder(folder) as fresh:
+        if library == "transformers":
+            from sosp_hub.checkpoint.write_transformers import write
+
+            write(model, fresh, max_shard_size=max_shard_size, ship_code=ship_code)
+        else:
+            from sosp_hub.checkpoint.write_timm import write
+
+            write(model, fresh)
+        for extra in (tokenizer, processor):
+            if extra is not None and hasattr(extra, "save_pretrained"):
+                extra.save_pretrained(fresh)
+        record = dict(report or {})
+        if base_model is not None or base_revision is not None:
+            base = {"model": base_model, "revision": base_revision}
+            record["base"] = {
+                **base,
+                **{k: v for k, v in record.get("base", {}).items() if v is not None},
+            }
+        if record:
+            (fresh / REPORT).write_text(json.dumps(record, indent=1, default=_as_json) + "\n")
+    return folder
+
+
+def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
+    """Loads what ``save_pretrained`` wrote, or any model of transformers or timm.
+
+    The config and the headers of the weight files are read and checked first.
+
+    Args:
+        path_or_id: A folder or a hub id.
+        **kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download`` and ``local_files_only`` for the hub;
+            ``model_class``, a transformers class to load into; all else goes to the library.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        CheckpointError: Damaged or hostile files, or weights that are not those of the config.
+        HubError: A hub that cannot be reached, or has no such model.
+    """
+    if kwargs.pop("ignore_mismatched_sizes", False):
+        raise CheckpointError(
+            "ignore_mismatched_sizes=True fills every tensor of another size with random numbers; "
+            "load the pruned model without it, and replace its head afterwards"
+        )
+    folder = fetch(path_or_id, kwargs)
+    config = headers.read_json(folder / headers.CONFIG)
+    tensors = headers.read_tensors(folder)
+    try:
+        if "architecture" in config and "model_type" not in config:
+            return _load_timm(folder, tensors, kwargs)
+        return _load_transformers(folder, config, kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path_or_id}: {error}") from error
+
+
+def library_of(model: nn.Module) -> str:
+    """Which library's files a model is saved in.
+
+    Raises:
+        ModelError: Neither of the two.
+    """
+    if hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "model_type"):
+        return "transformers"
+    if isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+        return "timm"
+    raise ModelError(
+        f"{type(model).__name__}: neither a transformers nor a timm model; "
+        f"build it with AutoModel or timm.create_model"
+    )
+
+
+def fetch(path_or_id: str | Path, kwargs: dict[str, Any]) -> Path:
+    """The local folder of a model, downloaded where it is a hub id. Takes the hub's own arguments out of ``kwargs``.
+
+    Raises:
+        CheckpointError: Neither a folder nor a hub id.
+        HubError: The hub cannot be reached, or has no such model.
+    """
+    keys = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    hub = {key: kwargs.pop(key) for key in keys if key in kwargs}
+    if (folder := Path(path_or_id)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=_WANTED, **hub))
+    except HFValidationError as error:
+        raise CheckpointError(f"{path_or_id}: no such folder, and no hub id either") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise HubError(
+            f"{path_or_id}: no such folder here, and the hub does not give it ({error}); "
+            f"without network, pass the folder of a downloaded model"
+        ) from error
+
+
+def _load_timm(
+    folder: Path, tensors: Mapping[str, headers.TensorHeader], kwargs: dict[str, Any]
+) -> nn.Module:
+    import timm
+
+    dtype = kwargs.pop("dtype", None)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+    kinds = {each.dtype for each in tensors.values() if each.dtype in _HALVES}
+    if dtype is None and len(kinds) == 1:
+        dtype = _HALVES[kinds.pop()]
+    return model if dtype is None else model.to(dtype)
+
+
+_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def _load_transformers(
+    folder: Path, config: Mapping[str, Any], kwargs: dict[str, Any]
+) -> nn.Module:
+    import transformers
+
+    cls = kwargs.pop("model_class", None)
+    if cls is None:
+        names = config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else None
+        cls = (
+            getattr(transformers, name, None)
+            if isinstance(name, str) and name.isidentifier()
+            else None
+        )
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            if not kwargs.get("trust_remote_code"):
+                raise CheckpointError(
+                    f"config.json: architectures: {ascii(names)[:80]} is no model class of transformers "
+                    f"{transformers.__version__}; pass model_class="
+                )
+            cls = transformers.AutoModel
+    model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
+    if config.get(KEY) is not None:
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(map(str, info.get(what) or ())):
+                raise CheckpointError(
+                    f"{folder}: {what.removesuffix('_keys')} tensors: {', '.join(names[:4])} "
+                    f"({len(names)} in all) do not fit the config"
+                )
+    return model
+
+
+def _as_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)

@@ -1,0 +1,127 @@
+"""Writes a transformers model: config, weights, generation config; proves that they build it again."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from sosp_hub.checkpoint import native, proof
+from sosp_hub.checkpoint import transformers as adapter
+from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.record import KEY, Delta, Section, parse_delta
+from sosp_hub.errors import CheckpointError
+
+
+def write(
+    model: PreTrainedModel, folder: Path, *, max_shard_size: int | str, ship_code: bool
+) -> None:
+    """Writes the model into a folder that holds no other weights.
+
+    Raises:
+        CheckpointError: The files would not build the model again.
+    """
+    config, delta = describe(model)
+    state = _state(model, delta)
+    _check_loud(model, config, delta, state)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    config.architectures, config.dtype = model.config.architectures, model.config.dtype
+    if not delta.empty:
+        setattr(config, KEY, delta.to_json())
+    config.save_pretrained(folder)
+    if ship_code and not delta.empty:
+        from sosp_hub.checkpoint.ship import ship
+
+        ship(model, folder)
+
+
+def describe(model: PreTrainedModel) -> tuple[Any, Delta]:
+    """The config and the delta that build this model again; an empty delta where the config suffices.
+
+    Raises:
+        CheckpointError: What they build differs from the model.
+    """
+    config, delta = native.best_skeleton(model)
+    inputs = made_up_inputs(model)
+    if not delta.empty and inputs is not None:
+        uniform = native.uniform_config(model, config, delta)
+        if uniform is not None:
+            empty = Delta(
+                delta.library,
+                delta.library_version,
+                delta.sosp_hub_version,
+                Section(delta.base.cls),
+            )
+            rebuilt = _rebuild(model, uniform, empty)
+            if not proof.changed_buffers(rebuilt, model) and proof.same_output(
+                rebuilt, model, inputs
+            ):
+                return uniform, empty
+    delta = parse_delta(json.loads(json.dumps(delta.to_json())))  # what a reader will see
+    rebuilt = _rebuild(model, config, delta)
+    if buffers := proof.changed_buffers(rebuilt, model):
+        delta = _with_buffers(model, delta, buffers)
+        rebuilt = _rebuild(model, config, delta)
+    proof.check_tensors(rebuilt, _state(model, delta))
+    if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
+        raise CheckpointError(
+            f"{type(model).__name__}: the config and the delta build a model of the same shapes that computes "
+            f"something else; an attribute was changed that is no number"
+        )
+    return config, delta
+
+
+def _rebuild(model: PreTrainedModel, config: Any, delta: Delta) -> PreTrainedModel:
+    config = adapter.plain_config(config)
+    if not delta.empty:
+        setattr(config, KEY, delta.to_json())
+    with proof.without_data(), adapter.enabled():
+        return type(model)(config)
+
+
+def _state(model: PreTrainedModel, delta: Delta) -> dict[str, Tensor]:
+    """The model's tensors, its changed buffers, and an empty tensor for every module that was taken out."""
+    state = dict(model.state_dict())
+    base = adapter.base_name(model)
+    buffers = dict(model.named_buffers())
+    for section, prefix in ((delta.base, base), (delta.head, "")):
+        if section is None:
+            continue
+        for name in section.buffers:
+            full = f"{prefix}.{name}".lstrip(".")
+            state[full] = buffers[full]
+        for name, one in section.replaced.items():
+            if one.tombstone is not None:
+                state[f"{prefix}.{name}.{one.tombstone}".lstrip(".")] = torch.empty(0)
+    return state
+
+
+def _with_buffers(model: PreTrainedModel, delta: Delta, buffers: list[str]) -> Delta:
+    prefix = adapter.base_name(model)
+    prefix = f"{prefix}." if prefix else ""
+    inner = tuple(name.removeprefix(prefix) for name in buffers if name.startswith(prefix))
+    outer = tuple(name for name in buffers if not name.startswith(prefix))
+    head = delta.head and dataclasses.replace(delta.head, buffers=outer)
+    return dataclasses.replace(
+        delta, base=dataclasses.replace(delta.base, buffers=inner), head=head
+    )
+
+
+def _check_loud(
+    model: PreTrainedModel, config: Any, delta: Delta, state: dict[str, Tensor]
+) -> None:
+    """A loader that does not know the delta must meet a tensor of another shape, and stop."""
+    if delta.empty:
+        return
+    skeleton = adapter.build_meta(type(model), adapter.plain_config(config)).state_dict()
+    if all(
+        name not in skeleton or skeleton[name].shape == tensor.shape
+        for name, tensor in state.items()
+    ):
+        raise CheckpointError(
+            f"{type(model).__name__}: the delta changes numbers but no size, so a loader without sosp_hub "
+            f"would load the model wrongly without a word; it cannot be saved"
+        )
