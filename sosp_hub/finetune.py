@@ -207,6 +207,7 @@ class _Saved:
         record = json.loads((states[-1] / "progress.json").read_text())
         if any(record[key] != value for key, value in self.shape.items()):
             logger.info("%s was written by a run of another shape: starting again", states[-1])
+            self._clear()
             return 0, []
         self.accelerator.load_state(str(states[-1]))
         logger.info("going on from step %d of %d", record["step"], record["total_steps"])
@@ -224,8 +225,12 @@ class _Saved:
             record = {"step": step, **self.shape, "history": history}
             (draft / "progress.json").write_text(json.dumps(record))
             draft.rename(final)
+        self._clear(but=final)
+
+    def _clear(self, but: Path | None = None) -> None:
+        if self.accelerator.is_main_process and self.folder is not None:
             for old in self.folder.glob("step-*"):
-                if old != final:
+                if old != but:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 

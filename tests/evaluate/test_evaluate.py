@@ -1,0 +1,117 @@
+"""Metrics and their standard errors against slow, obvious sums."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sosp_hub.errors import DataError
+from sosp_hub.evaluate import Metric, evaluate, measure_latency
+from tests.compare import assert_close
+
+
+class Table(nn.Module):
+    """Looks its logits up, so that every number of the test is known."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.modes = []
+
+    def forward(self, inputs):
+        self.modes.append(self.training)
+        return self.logits[inputs]
+
+
+@pytest.fixture
+def table():
+    torch.manual_seed(0)
+    labels = torch.tensor([0, 1, 2, 0, 1, 0, 3, 3, 3, 3, 0])
+    model = Table(torch.randn(11, 5))
+    batches = [(torch.arange(i, min(i + 4, 11)), labels[i : i + 4]) for i in (0, 4, 8)]
+    return model, batches, labels
+
+
+def naive(values):
+    return Metric(
+        statistics.mean(values), len(values), statistics.stdev(values) / len(values) ** 0.5
+    )
+
+
+def assert_metric(metric, expected):
+    assert metric.n == expected.n
+    assert_close([metric.value, metric.stderr], [expected.value, expected.stderr])
+
+
+def test_accuracy_loss_and_perplexity_are_means_over_samples(table):
+    model, batches, labels = table
+    found = evaluate(model, batches, ("accuracy", "loss", "perplexity"))
+    right = (model.logits.argmax(1) == labels).float().tolist()
+    losses = F.cross_entropy(model.logits, labels, reduction="none").tolist()
+    assert 0 < sum(right) < 11
+    assert_metric(found["accuracy"], naive(right))
+    loss = naive(losses)
+    assert_metric(found["loss"], loss)
+    perplexity = math.exp(loss.value)
+    assert_metric(found["perplexity"], Metric(perplexity, 11, perplexity * loss.stderr))
+
+
+def test_each_class_that_occurs_has_its_accuracy(table):
+    model, batches, labels = table
+    found = evaluate(model, batches, ("per_class_accuracy",), class_names=("cat", "dog"))
+    assert list(found) == ["accuracy/cat", "accuracy/dog", "accuracy/2", "accuracy/3"]
+    right = (model.logits.argmax(1) == labels).float()
+    assert_metric(found["accuracy/cat"], naive(right[labels == 0].tolist()))
+    assert found["accuracy/2"] == Metric(right[2].item(), 1, None)  # one sample has no spread
+
+
+def test_a_language_model_is_measured_per_token_with_the_spread_of_its_texts():
+    class Model(nn.Module):
+        def forward(self, input_ids, labels=None, **_):
+            return type("Output", (), {"logits": logits[input_ids[:, 0]], "loss": None})()
+
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(6, 9, 7), torch.randint(7, (6, 9))
+    tokens[:, 0] = torch.arange(6)
+    labels = tokens.clone()
+    for text, length in enumerate((9, 4, 7, 2, 9, 5)):
+        labels[text, length:] = -100
+    batches = [{"input_ids": tokens[i : i + 4], "labels": labels[i : i + 4]} for i in (0, 4)]
+    found = evaluate(Model(), batches, ("perplexity", "loss", "accuracy"))
+    sums, counts = [], []
+    for text in range(6):
+        counted = [t for t in range(1, 9) if labels[text, t] != -100]
+        each = [-F.log_softmax(logits[text, t - 1], 0)[labels[text, t]].item() for t in counted]
+        sums.append(sum(each))
+        counts.append(len(counted))
+    mean = sum(sums) / sum(counts)
+    squares = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    stderr = math.sqrt(squares * 6 / 5) / sum(counts)
+    assert_metric(found["loss"], Metric(mean, sum(counts), stderr))
+    assert_metric(found["perplexity"], Metric(math.exp(mean), sum(counts), math.exp(mean) * stderr))
+    assert found["accuracy"].n == sum(counts)
+
+
+def test_it_measures_in_eval_mode_and_restores_the_mode(table):
+    model, batches, _ = table
+    model.train()
+    evaluate(model, batches)
+    assert model.training
+    assert model.modes == [False, False, False]
+    with pytest.raises(IndexError):
+        evaluate(model, [(torch.tensor([99]), torch.tensor([0]))])
+    assert model.training
+
+
+def test_nothing_to_measure_is_refused(table):
+    with pytest.raises(DataError, match="no batch"):
+        evaluate(table[0], [])
+
+
+def test_latency_is_the_time_of_a_pass():
+    model = nn.Linear(3, 3)
+    for inputs in ((torch.randn(2, 3),), {"input": torch.randn(2, 3)}):
+        assert 0 < measure_latency(model, inputs, budget_s=0.0) < 1
