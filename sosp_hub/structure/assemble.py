@@ -64,6 +64,10 @@ def assemble(
         num_samples=num_samples,
         constraints=tuple(terms.constraints),
         steps=tuple(terms.steps),
+        item_bytes={name: model.get_parameter(name).element_size() for name in tensors if name in parameters}
+        | {name: buffer.element_size() for name, buffer in model.named_buffers()},
+        parameters=frozenset(parameters & tensors.keys()),
+        buffers=frozenset(model.state_dict().keys() & tensors.keys() - parameters),
         example_inputs=inputs,
         outputs=outputs,
         num_params=sum(parameter.numel() for parameter in sizes.values()),

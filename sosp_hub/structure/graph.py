@@ -39,6 +39,9 @@ class Graph:
         num_samples: Samples in the traced inputs.
         constraints: Size arguments of the code and the axes they describe; they give the cut model's attributes.
         steps: The operations of the forward pass, for verification.
+        item_bytes: Bytes of one element of each tensor.
+        parameters: Names of the tensors that are parameters.
+        buffers: Names of the buffers that a checkpoint stores.
         example_inputs: The inputs that were traced.
         outputs: Names of the outputs that matter; None = all.
     """
@@ -53,6 +56,9 @@ class Graph:
     num_samples: int
     constraints: tuple[Constraint, ...]
     steps: tuple[Step, ...]
+    item_bytes: dict[str, int]
+    parameters: frozenset[str]
+    buffers: frozenset[str]
     example_inputs: object
     outputs: tuple[str, ...] | None = None
     num_params: int = 0

@@ -328,6 +328,18 @@ def _pad(terms: Terms, name: str, args: tuple[Any, ...], kwargs: dict[str, Any],
     terms.set(out, axes)
 
 
+@rule("as_strided")
+def _as_strided(terms: Terms, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    if not func_is_relayout(args, out):
+        raise ValueError("a new view of the memory")
+    terms.set(out, terms.of(args[0]))
+
+
+def func_is_relayout(args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether ``as_strided_`` only changed the memory layout of its argument (convolutions do that to an output)."""
+    return out is args[0] and list(args[1]) == list(out.shape)
+
+
 @rule("roll", "flip")
 def _move(terms: Terms, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     axes = terms.of(args[0])

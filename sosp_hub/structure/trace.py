@@ -15,10 +15,18 @@ from sosp_hub.structure.axes import fixed, free, pin
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
 from sosp_hub.structure.shadow import fake_inputs, shadow
-from sosp_hub.structure.terms import Axes, Terms
+from sosp_hub.structure.terms import Axes, Step, Terms
+
+Run = tuple[nn.Module, Terms, dict[str, Axes]]
 
 
-def trace(model: nn.Module, example_inputs: Any, outputs: str | Sequence[str] | None = None) -> Graph:  # noqa: ANN401
+def trace(
+    model: nn.Module,
+    example_inputs: Any,  # noqa: ANN401
+    outputs: str | Sequence[str] | None = None,
+    *,
+    fake: bool = True,
+) -> Graph:
     """Finds the groups of slices of a model that must be cut together.
 
     The model itself is not run and not changed: a copy without data is (FakeTensors), or a real copy where its code
@@ -30,29 +38,45 @@ def trace(model: nn.Module, example_inputs: Any, outputs: str | Sequence[str] | 
             tensor counts samples.
         outputs: Names of the outputs that matter (``"logits"``), for models that return a mapping; other outputs may
             then change their size. None keeps the size of all of them.
+        fake: Try without data first; False runs a real copy at once.
 
     Raises:
         TraceError: The inputs do not fit the model, or its forward pass cannot be followed.
     """
     wanted = (outputs,) if isinstance(outputs, str) else (None if outputs is None else tuple(outputs))
+    twin, terms, entries = _run(model, example_inputs, wanted, fake)
+    samples = next(rules.tensors(example_inputs)).shape[0]
+    return assemble(twin, terms, entries, example_inputs, wanted, int(samples))
+
+
+def retrace(model: nn.Module, example_inputs: Any) -> tuple[Step, ...]:  # noqa: ANN401
+    """The operations of a model's forward pass and their shapes, without data where possible."""
+    return tuple(_run(model, example_inputs, None, fake=True)[1].steps)
+
+
+def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bool) -> Run:  # noqa: ANN401, FBT001
+    """One watched forward pass: without data where the code allows it, else with."""
+    if next(rules.tensors(inputs), None) is None:
+        raise TraceError(f"example inputs must hold at least one tensor, got {describe(inputs)}")
     has_data = not any(tensor.is_meta for tensor in model.parameters())
+    if fake or not has_data:
+        try:
+            return _watch(model, inputs, wanted, FakeTensorMode(allow_non_fake_inputs=True))
+        except TraceError:
+            raise
+        except Exception as error:  # noqa: BLE001 - model code may raise anything without data
+            if not has_data:
+                raise TraceError(
+                    f"the forward pass of {type(model).__name__} cannot be followed without its weights "
+                    f"({type(error).__name__}: {error}); load the weights first"
+                ) from error
     try:
-        return _trace(model, example_inputs, wanted, FakeTensorMode(allow_non_fake_inputs=True))
-    except TraceError:
-        raise
-    except Exception as fake_error:  # noqa: BLE001 - model code may raise anything without data
-        if not has_data:
-            raise TraceError(
-                f"the forward pass of {type(model).__name__} cannot be followed without its weights "
-                f"({type(fake_error).__name__}: {fake_error}); load the weights first"
-            ) from fake_error
-    try:
-        return _trace(model, example_inputs, wanted, None)
+        return _watch(model, inputs, wanted, None)
     except TraceError:
         raise
     except Exception as error:  # noqa: BLE001
         raise TraceError(
-            f"{type(model).__name__} does not run on the example inputs {describe(example_inputs)}: "
+            f"{type(model).__name__} does not run on the example inputs {describe(inputs)}: "
             f"{type(error).__name__}: {error}. Give a tuple of positional tensors or a dict of keyword tensors"
         ) from error
 
@@ -100,7 +124,7 @@ def output_tensors(result: Any) -> list[Tensor]:  # noqa: ANN401
     return []
 
 
-def _trace(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: FakeTensorMode | None) -> Graph:  # noqa: ANN401
+def _watch(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: FakeTensorMode | None) -> Run:  # noqa: ANN401
     twin = shadow(model, fake).eval()
     twin_inputs = inputs if fake is None else fake_inputs(inputs, fake)
     terms = Terms()
@@ -112,11 +136,8 @@ def _trace(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: 
         terms.axes[tensor] = tuple(free(int(s)) if counted else fixed(int(s), reason) for s in tensor.shape)
         if isinstance(tensor, nn.Parameter):
             terms.source[tensor] = name
-    flat_inputs = list(rules.tensors(twin_inputs))
-    for tensor in flat_inputs:
+    for tensor in rules.tensors(twin_inputs):
         terms.axes[tensor] = tuple(fixed(int(size), "an input of the model has this size") for size in tensor.shape)
-    if not flat_inputs:
-        raise TraceError(f"example inputs must hold at least one tensor, got {describe(inputs)}")
     entries: dict[str, Axes] = {}
     handles = list(_watch_modules(twin, terms, entries))
     dispatch = DispatchWatch(terms)
@@ -136,7 +157,7 @@ def _trace(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: 
     for tensor in output_tensors(wanted_outputs(result, wanted)):
         for axis in terms.of(tensor):
             pin(axis, "an output of the model has this size")
-    return assemble(twin, terms, entries, inputs, wanted, int(flat_inputs[0].shape[0]))
+    return twin, terms, entries
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

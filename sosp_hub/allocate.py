@@ -1,0 +1,246 @@
+"""From saliency and a budget to a plan: how many structures each group keeps, and which."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sosp_hub.cost import Cost, CostModel
+from sosp_hub.errors import BudgetError
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.groups import Group
+from sosp_hub.types import Kind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULT_KINDS: tuple[Kind, ...] = ("channel", "head", "kv_group", "neuron")
+
+
+def allocate(
+    graph: Graph,
+    saliency: "Mapping[str, Tensor]",
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    structures: float | None = None,
+    memory_bytes: float | None = None,
+    latency_s: float | None = None,
+    keep_at_least: float = 0.1,
+    round_to: int = 1,
+    uniform: bool = False,
+    kinds: Iterable[Kind] | None = None,
+    measure: Callable[[PruningPlan], float] | None = None,
+) -> PruningPlan:
+    """Removes the structures of least saliency over all groups at once until every budget holds, and no more.
+
+    Ties between groups, ``round_to`` and floors are part of every candidate, so the plan found meets them and the
+    budget together.
+
+    Args:
+        graph: What ``trace`` found.
+        saliency: One value per structure for each group that may be cut; higher = keep. Groups that are not listed
+            stay whole.
+        macs: Share of the multiply-accumulates that is kept, in (0, 1].
+        params: Share of the parameters that is kept.
+        structures: Share of the structures (of the groups that may be cut) that is kept.
+        memory_bytes: Share of the bytes of parameters and buffers that is kept.
+        latency_s: Share of the dense model's latency that is kept; needs ``measure``.
+        keep_at_least: Share of each group that always stays (at least one structure): guards against layer collapse.
+        round_to: Kept counts are multiples of this, where the group is large enough.
+        uniform: Groups of the same kind and size keep equally many, so that a plain config can say it.
+        kinds: Kinds that may be cut; channels, heads, KV groups and neurons by default.
+        measure: Latency in seconds of a plan; measured, so only for ``latency_s``.
+
+    Returns:
+        The plan; its provenance lists the budgets, the predicted cost and each group where a floor bit.
+
+    Raises:
+        BudgetError: No budget or one outside (0, 1], saliency that does not fit its group, nothing to cut, or a budget
+            that the floors do not allow (says what they allow).
+    """
+    budgets = {
+        name: value
+        for name, value in (
+            ("macs", macs), ("params", params), ("structures", structures),
+            ("memory_bytes", memory_bytes), ("latency_s", latency_s),
+        )
+        if value is not None
+    }  # fmt: skip
+    _check(budgets, keep_at_least, round_to, measure)
+    chosen = _eligible(graph, saliency, tuple(kinds or DEFAULT_KINDS))
+    scores = {name: _scores(graph.groups[name], saliency[name]) for name in chosen}
+    candidates = _Candidates(graph, scores, keep_at_least, round_to, uniform)
+    meter = _Meter(graph, candidates, measure)
+    dense = meter.of({name: graph.groups[name].size for name in chosen})
+
+    def holds(removed: int) -> bool:
+        found = meter.of(candidates.counts(removed))
+        return all(found[name] <= share * dense[name] for name, share in budgets.items())
+
+    total = sum(len(values) for values in scores.values())
+    if not holds(total):
+        reach = meter.of(candidates.counts(total))
+        told = ", ".join(
+            f"{name}={share} was asked, {reach[name] / max(dense[name], 1e-30):.3f} is the least that can be reached"
+            for name, share in budgets.items()
+        )
+        raise BudgetError(
+            f"budget: {told}, with keep_at_least={keep_at_least} over {len(chosen)} groups. "
+            "Ask for more, lower keep_at_least, or allow more kinds of structure"
+        )
+    low, high = 0, total  # the least number of removals that holds; cost falls with every removal
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    counts = candidates.counts(low)
+    found = meter.cost(counts)
+    plan = candidates.plan(counts)
+    return PruningPlan(
+        kept=plan.kept,
+        sizes=plan.sizes,
+        provenance={
+            "budget": budgets,
+            "keep_at_least": keep_at_least,
+            "round_to": round_to,
+            "uniform": uniform,
+            "floors": candidates.floors(low),
+            "predicted": {"macs": found.macs, "params": found.params, "bytes": found.bytes},
+        },
+    )
+
+
+def _check(
+    budgets: Mapping[str, float], keep_at_least: float, round_to: int, measure: Callable[[PruningPlan], float] | None
+) -> None:
+    if not budgets:
+        raise BudgetError("budget: give at least one of macs, params, structures, memory_bytes, latency_s")
+    for name, value in {**budgets, "keep_at_least": keep_at_least}.items():
+        least = 0 <= value if name == "keep_at_least" else 0 < value
+        if not (least and value <= 1):
+            raise BudgetError(f"budget: {name} is the share that is kept, in (0, 1]; got {value}")
+    if round_to < 1:
+        raise BudgetError(f"budget: round_to must be a whole number of at least 1, got {round_to}")
+    if "latency_s" in budgets and measure is None:
+        raise BudgetError("budget: latency_s is measured; give measure=, a function from a plan to seconds")
+
+
+def _eligible(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind, ...]) -> list[str]:
+    strange = [name for name in saliency if name not in graph.groups]
+    if strange:
+        raise BudgetError(f"saliency: this model has no group {strange[0]!r}; it has {', '.join(list(graph.groups)[:5])}")
+    chosen = [name for name, group in graph.groups.items() if name in saliency and group.kind in kinds]
+    if not chosen:
+        present = sorted({group.kind for group in graph.groups.values()})
+        raise BudgetError(
+            f"budget: nothing to cut: kinds {', '.join(kinds)} were allowed, the model has "
+            f"{', '.join(present) or 'no groups at all'}"
+        )
+    return chosen
+
+
+def _scores(group: Group, values: "Tensor") -> NDArray[np.float64]:
+    scores = np.asarray(values.detach().cpu().double() if hasattr(values, "detach") else values, dtype=np.float64)
+    if scores.shape != (group.size,):
+        raise BudgetError(f"saliency: group {group.name!r} has {group.size} structures, got values of shape {scores.shape}")
+    if not np.isfinite(scores).all():
+        raise BudgetError(f"saliency: group {group.name!r} has values that are not finite; score it again")
+    return scores
+
+
+@dataclass
+class _Candidates:
+    """Plans by number of removals asked for, least salient structures first."""
+
+    graph: Graph
+    scores: dict[str, NDArray[np.float64]]
+    keep_at_least: float
+    round_to: int
+    uniform: bool
+
+    def __post_init__(self) -> None:
+        names = list(self.scores)
+        owner = np.concatenate([np.full(len(self.scores[name]), i) for i, name in enumerate(names)])
+        values = np.concatenate([self.scores[name] for name in names])
+        self._owner = owner[np.argsort(values, kind="stable")]
+        self._names = names
+        self._sets = self._tied()
+
+    def _tied(self) -> list[list[str]]:
+        """Groups that keep equally many; one that may not be cut holds its partners whole."""
+        label = {name: (name,) for name in self._names}
+        if self.uniform:
+            label = {name: (self.graph.groups[name].kind, self.graph.groups[name].size) for name in self._names}
+        for tie in self.graph.ties:
+            inside = [name for name in tie if name in label]
+            for name in inside:
+                label[name] = label[inside[0]]
+        sets: dict[tuple[object, ...], list[str]] = {}
+        for name in self._names:
+            sets.setdefault(label[name], []).append(name)
+        return list(sets.values())
+
+    def _frozen(self, names: list[str]) -> bool:
+        tied = {other for tie in self.graph.ties if set(tie) & set(names) for other in tie}
+        return bool(tied - set(self._names))
+
+    def counts(self, removed: int) -> dict[str, int]:
+        """Kept structures of each group."""
+        lost = np.bincount(self._owner[:removed], minlength=len(self._names))
+        raw = {name: len(self.scores[name]) - int(lost[i]) for i, name in enumerate(self._names)}
+        result: dict[str, int] = {}
+        for names in self._sets:
+            size = len(self.scores[names[0]])
+            count = size if self._frozen(names) else ceil(sum(raw[name] for name in names) / len(names))
+            count = max(count, self._floor(size))
+            if self.round_to > 1:
+                count = min(ceil(count / self.round_to) * self.round_to, size)
+            result.update(dict.fromkeys(names, count))
+        return result
+
+    def _floor(self, size: int) -> int:
+        return max(1, ceil(self.keep_at_least * size - 1e-9))
+
+    def floors(self, removed: int) -> dict[str, dict[str, int]]:
+        """Groups that would have lost more without a floor, a tie or rounding."""
+        lost = np.bincount(self._owner[:removed], minlength=len(self._names))
+        counts = self.counts(removed)
+        wanted = {name: len(self.scores[name]) - int(lost[i]) for i, name in enumerate(self._names)}
+        return {n: {"wanted": wanted[n], "kept": counts[n]} for n in self._names if counts[n] > wanted[n]}
+
+    def plan(self, counts: Mapping[str, int]) -> PruningPlan:
+        """The most salient structures of each group; groups that lose nothing are left out."""
+        kept: dict[str, tuple[int, ...]] = {}
+        for name, count in counts.items():
+            scores = self.scores[name]
+            if count < len(scores):
+                best = np.argsort(-scores, kind="stable")[:count]
+                kept[name] = tuple(int(i) for i in np.sort(best))
+        return PruningPlan(kept, {name: len(self.scores[name]) for name in kept})
+
+
+class _Meter:
+    """Every budgeted quantity of a candidate."""
+
+    def __init__(self, graph: Graph, candidates: _Candidates, measure: Callable[[PruningPlan], float] | None) -> None:
+        self.cost_model = CostModel(graph)
+        self.candidates = candidates
+        self.measure = measure
+
+    def cost(self, counts: Mapping[str, int]) -> Cost:
+        return self.cost_model(counts)
+
+    def of(self, counts: Mapping[str, int]) -> dict[str, float]:
+        found = self.cost_model(counts)
+        latency = self.measure(self.candidates.plan(counts)) if self.measure is not None else 0.0
+        return {
+            "macs": found.macs,
+            "params": found.params,
+            "structures": sum(counts.values()),
+            "memory_bytes": found.bytes,
+            "latency_s": latency,
+        }

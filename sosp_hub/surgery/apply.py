@@ -1,0 +1,80 @@
+"""``apply``: a plan becomes a smaller model of the same class."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.graph import Graph
+from sosp_hub.surgery.attributes import rewrite
+from sosp_hub.surgery.verify import verify_cut
+
+
+def apply(model: nn.Module, graph: Graph, plan: PruningPlan, verify: Literal["thorough", "fast"] = "thorough") -> nn.Module:
+    """A new, smaller model of the same class; the given model stays as it is.
+
+    Args:
+        model: The model that ``graph`` was traced from.
+        graph: What ``trace`` found.
+        plan: Kept indices per group.
+        verify: ``thorough`` compares the cut model's outputs with the masked model's on the traced inputs, after
+            comparing every tensor shape of its forward pass with the predicted one; ``fast`` compares shapes only and
+            needs no data.
+
+    Raises:
+        PlanError: The plan was made for another model, or breaks a tie.
+        VerificationError: The cut model does not compute what the masked model computes; names the group.
+    """
+    graph.check(plan)
+    pruned = cut(copy.deepcopy(model), graph, plan)
+    verify_cut(model, pruned, graph, plan, thorough=verify == "thorough", cut=cut)
+    return pruned
+
+
+def apply_(model: nn.Module, graph: Graph, plan: PruningPlan, verify: Literal["thorough", "fast"] = "thorough") -> nn.Module:
+    """``apply`` in place; the model is changed only after the cut was verified."""
+    pruned = apply(model, graph, plan, verify)
+    smaller = dict(pruned.named_modules())
+    for name, module in list(model.named_modules()):
+        children = module._modules  # noqa: SLF001 - the module tree stays, everything in it is replaced
+        module.__dict__.clear()
+        module.__dict__.update(smaller[name].__dict__, _modules=children)
+    return model
+
+
+def cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
+    """Slices tensors and rewrites attributes in place, without any check."""
+    with torch.no_grad():
+        for name in graph.tensors:
+            positions = graph.kept_positions(name, plan)
+            if any(kept is not None for kept in positions):
+                old = _get(model, name)
+                new = old.detach()
+                for dim, kept in enumerate(positions):
+                    if kept is not None:
+                        new = new.index_select(dim, torch.as_tensor(kept, device=new.device))
+                new = new.contiguous()
+                if isinstance(old, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+                for alias in (name, *graph.aliases.get(name, ())):
+                    _put(model, alias, new)
+    rewrite(model, graph, plan)
+    return model
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter = module._parameters.get(leaf)  # noqa: SLF001
+    found = parameter if parameter is not None else module._buffers[leaf]  # noqa: SLF001
+    assert found is not None
+    return found
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    table = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers  # noqa: SLF001
+    table[leaf] = tensor  # type: ignore[assignment]

@@ -1,0 +1,239 @@
+"""Every cut is checked: shapes of each operation, then outputs against the masked model.
+
+The masked model is the dense one in which every removed position is zero, and in which operations that combine values
+along a cut axis (normalisations, means) see the kept positions only.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sosp_hub.errors import TraceError, VerificationError
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure import rules
+from sosp_hub.structure.axes import keep_mask, size_of
+from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.terms import Axes, Step
+from sosp_hub.structure.trace import call, output_tensors, retrace, trace, wanted_outputs
+
+TOLERANCE = 1e-4
+"""Largest error relative to the largest output, in float32. Rounding gives up to 1e-5 in deep networks, wrong cuts 1e-2."""
+
+Cut = Callable[[nn.Module, Graph, PruningPlan], nn.Module]
+
+
+def verify_cut(model: nn.Module, pruned: nn.Module, graph: Graph, plan: PruningPlan, *, thorough: bool, cut: Cut) -> None:
+    """Raises VerificationError unless ``pruned`` computes what ``model`` masked by ``plan`` computes."""
+    try:
+        check_shapes(pruned, graph, plan)
+        if thorough and plan.kept:
+            dense = _without_zeros(copy.deepcopy(model).eval())
+            error = relative_error(dense, cut(copy.deepcopy(dense), graph, plan), graph, plan)
+            if not error <= TOLERANCE:
+                raise VerificationError(f"the cut model's outputs differ from the masked model's by {error:.1e} (relative)")
+    except VerificationError as failure:
+        culprit = _culprit(model, graph, plan, thorough, cut)
+        raise VerificationError(
+            f"{failure}. Group {culprit!r} is where it goes wrong; leave it whole (structure.exclude) and report the model"
+        ) from failure
+
+
+def check_shapes(pruned: nn.Module, graph: Graph, plan: PruningPlan) -> None:
+    """Runs the cut model without data and compares the shapes of its operations with the predicted ones."""
+    try:
+        small = retrace(pruned, graph.example_inputs)
+    except TraceError as error:
+        raise VerificationError(f"the cut model does not run: {error}") from error
+    count = graph.count(plan.num_kept())
+    steps = _essential(graph.steps), _essential(small)
+    if [_plain(step.name) for step in steps[0]] != [_plain(step.name) for step in steps[1]]:
+        return  # another path through the code (a repeat factor of one): the outputs decide
+    for before, after in zip(*steps, strict=True):
+        for expected, found in zip(before.outputs, after.outputs, strict=True):
+            sizes = [size_of(axis, count) for axis in expected], [size_of(axis) for axis in found]
+            if sizes[0] != sizes[1]:
+                raise VerificationError(
+                    f"{before.name} in {before.module or 'the model'} gives shape {sizes[1]}, expected {sizes[0]}"
+                )
+
+
+def relative_error(model: nn.Module, pruned: nn.Module, graph: Graph, plan: PruningPlan) -> float:
+    """Largest difference between the cut and the masked model on the traced inputs, relative to the largest output."""
+    inputs = graph.example_inputs
+    with torch.no_grad():
+        found = output_tensors(wanted_outputs(call(pruned.eval(), inputs), graph.outputs))
+        expected = masked_outputs(model, graph, plan)
+    worst = 0.0
+    for one, two in zip(found, expected, strict=True):
+        if one.shape != two.shape:
+            raise VerificationError(f"an output has shape {list(one.shape)}, expected {list(two.shape)}")
+        if two.is_floating_point():
+            scale = max(float(two.abs().max()), 1e-30)
+            difference = float((one.double() - two.double()).abs().max()) / scale
+            worst = max(worst, difference) if difference == difference else float("inf")  # noqa: PLR0124 - NaN
+    return worst
+
+
+def masked_outputs(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[Tensor]:
+    """Outputs of the masked model."""
+    real = trace(model, graph.example_inputs, graph.outputs, fake=False)
+    twin = copy.deepcopy(model).eval()
+    masks = {atom: torch.as_tensor(mask) for atom, mask in real.keep(plan).items()}
+    replay = _Replay(list(real.steps), {atom: mask.numpy() for atom, mask in masks.items()})
+    tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
+    with torch.no_grad():
+        for name, axes in real.tensors.items():
+            tensors[name].copy_(replay.masked(tensors[name], axes))
+        with replay, _AttentionSteps(replay):
+            result = call(twin, real.example_inputs)
+    return output_tensors(wanted_outputs(result, graph.outputs))
+
+
+def _plain(name: str) -> str:
+    """``view`` and ``_unsafe_view`` are one operation here."""
+    return name.removeprefix("aten.").partition(".")[0].removeprefix("_unsafe_").rstrip("_") or name
+
+
+def _essential(steps: Sequence[Step]) -> list[Step]:
+    """Without copies, which depend on the memory layout alone."""
+    return [step for step in steps if _plain(step.name) not in _COPIES]
+
+
+_COPIES = {"clone", "contiguous", "as_strided"}
+
+
+class _Replay(TorchDispatchMode):
+    """Runs the dense model with masked tensors, step by step beside the record of its trace."""
+
+    def __init__(self, steps: list[Step], masks: dict[int, Any]) -> None:
+        super().__init__()
+        self.steps: Iterator[Step] = iter(_essential(steps))
+        self.masks = masks
+        self.paused = False
+
+    def masks_of(self, axes: Axes) -> list[Tensor | None]:
+        found = [keep_mask(axis, self.masks) for axis in axes]
+        return [None if mask.all() else torch.as_tensor(mask) for mask in found]
+
+    def masked(self, tensor: Tensor, axes: Axes) -> Tensor:
+        """The tensor with zeros at removed positions."""
+        for dim, mask in enumerate(self.masks_of(axes)):
+            if mask is not None and tensor.dim() == len(axes):
+                shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
+                tensor = tensor.masked_fill(~mask.to(tensor.device).view(shape), 0)
+        return tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        if self.paused or func.namespace == "prim":
+            return func(*args, **kwargs)
+        return self.step(str(func), func, args, kwargs)
+
+    def step(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        if _plain(name) in _COPIES:
+            return func(*args, **kwargs)
+        step = next(self.steps, None)
+        if step is None or _plain(step.name) != _plain(name):
+            raise VerificationError(f"the model takes another path each time it runs: {name} after {step and step.name}")
+        if step.mixes:
+            return self._on_kept(step, func, args, kwargs)
+        out = func(*args, **kwargs)
+        schema = getattr(func, "_schema", None)
+        if schema is not None and any(value.alias_info is not None for value in schema.returns):
+            if any(value.alias_info is not None and value.alias_info.is_write for value in schema.returns):
+                for tensor, axes in zip(rules.tensors(out), step.outputs, strict=True):
+                    tensor.copy_(self.masked(tensor, axes))
+            return out  # a view of what is masked already
+        if isinstance(out, Tensor):
+            return self.masked(out, step.outputs[0])
+        if isinstance(out, tuple | list) and all(isinstance(item, Tensor) for item in out):
+            return type(out)(self.masked(tensor, axes) for tensor, axes in zip(out, step.outputs, strict=True))
+        return out
+
+    def _on_kept(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        """Runs an operation on the kept positions and puts its result back among zeros."""
+        axes = iter(step.inputs)
+
+        def shrink(value: Any) -> Any:  # noqa: ANN401
+            if isinstance(value, Tensor):
+                for dim, mask in enumerate(self.masks_of(next(axes))):
+                    if mask is not None:
+                        value = value.index_select(dim, mask.nonzero()[:, 0].to(value.device))
+                return value
+            if isinstance(value, tuple | list):
+                return type(value)(shrink(item) for item in value)
+            return value
+
+        small = [shrink(value) for value in args]
+        small_kwargs = {key: shrink(value) for key, value in kwargs.items()}
+        name = step.name.split(".")[-2] if "." in step.name else step.name
+        if name in {"native_layer_norm", "_fused_rms_norm"}:
+            small[1] = list(small[0].shape[-len(args[1]) :])
+        if name == "native_group_norm":
+            groups = size_of(step.inputs[0][1]) // args[6]
+            kept = keep_mask(step.inputs[0][1], self.masks).reshape(args[6], groups).any(1).sum()
+            small[4], small[6] = small[0].shape[1], int(kept)
+        full = func(*args, **kwargs)  # for its memory layout, which later operations may look at
+        for result, part, result_axes in zip(
+            rules.tensors(full), rules.tensors(func(*small, **small_kwargs)), step.outputs, strict=True
+        ):
+            result.copy_(self._grow(part, result_axes))
+        return full
+
+    def _grow(self, tensor: Tensor, axes: Axes) -> Tensor:
+        for dim, mask in enumerate(self.masks_of(axes)):
+            if mask is not None:
+                shape = list(tensor.shape)
+                shape[dim] = len(mask)
+                full = tensor.new_zeros(shape)
+                tensor = full.index_copy(dim, mask.nonzero()[:, 0].to(tensor.device), tensor)
+        return tensor
+
+
+class _AttentionSteps(TorchFunctionMode):
+    """Attention is one step of a trace, whatever kernel runs it."""
+
+    def __init__(self, replay: _Replay) -> None:
+        super().__init__()
+        self.replay = replay
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if getattr(func, "__name__", "") != "scaled_dot_product_attention":
+            return func(*args, **(kwargs or {}))
+        self.replay.paused = True
+        try:
+            return self.replay.step("scaled_dot_product_attention", func, args, kwargs or {})
+        finally:
+            self.replay.paused = False
+
+
+def _without_zeros(model: nn.Module) -> nn.Module:
+    """Fills tensors that are constant zero or nearly so: what they hide from the outputs could not be checked."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and float(parameter.detach().abs().max()) < 1e-4:  # noqa: PLR2004
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data.copy_(noise)
+    return model
+
+
+def _culprit(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut) -> str:  # noqa: FBT001
+    """The first group (with its ties) whose cut alone fails."""
+    tied = {name: tie for tie in graph.ties for name in tie}
+    dense = _without_zeros(copy.deepcopy(model).eval())
+    for name in plan.kept:
+        names = [other for other in tied.get(name, (name,)) if other in plan.kept]
+        part = PruningPlan({n: plan.kept[n] for n in names}, {n: plan.sizes[n] for n in names})
+        try:
+            pruned = cut(copy.deepcopy(dense), graph, part)
+            check_shapes(pruned, graph, part)
+            if thorough and relative_error(dense, pruned, graph, part) > TOLERANCE:
+                return name
+        except Exception:  # noqa: BLE001 - whatever the broken model raises, this is the group
+            return name
+    return " and ".join(list(plan.kept)[:3])
