@@ -25,7 +25,7 @@ from sosp_hub.errors import CheckpointError
 
 ARCHITECTURE = "sosp_hub_pruned"
 _WHERE = "config.json: model_args.delta"
-_ZOO = "sosp_hub.zoo.timm"  # registers the networks that timm lacks
+_ZOO = "sosp_hub.zoo.cifar_resnet"  # registers the networks that timm lacks
 _PENDING: contextvars.ContextVar[list[Delta] | None] = contextvars.ContextVar(
     "pending", default=None
 )
@@ -82,8 +82,7 @@ def sosp_hub_pruned(
 
 def hook() -> None:
     """Registers the architecture, and the networks of the zoo, with timm."""
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module(_ZOO)
+    importlib.import_module(_ZOO)
     if not _ORIGINALS:
         _ORIGINALS["adapt"] = _builder.adapt_model_from_file
         _builder.adapt_model_from_file = _adapt
