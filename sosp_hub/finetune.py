@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -100,7 +100,7 @@ def finetune(
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 rank, world = accelerator.process_index, accelerator.num_processes
-                set_seed((seed * 1_000_003 + index * world + rank) % 2**32)
+                _seed(seed * 1_000_003 + index * world + rank)
                 with accelerator.accumulate(wrapped):
                     loss = batch_loss(wrapped, batch, _loss_fn(config))
                     value = loss.value
@@ -233,6 +233,13 @@ class _Saved:
                 if old != but:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+
+def _seed(seed: int) -> None:
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # where there is no device, manual_seed formats a stack trace for later
+        torch.default_generator.manual_seed(seed)
 
 
 def _optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:

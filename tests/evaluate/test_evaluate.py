@@ -71,7 +71,7 @@ def test_each_class_that_occurs_has_its_accuracy(table):
 def test_a_language_model_is_measured_per_token_with_the_spread_of_its_texts():
     class Model(nn.Module):
         def forward(self, input_ids, labels=None, **_):
-            return type("Output", (), {"logits": logits[input_ids[:, 0]], "loss": None})()
+            return {"logits": logits[input_ids[:, 0]]}
 
     torch.manual_seed(0)
     logits, tokens = torch.randn(6, 9, 7), torch.randint(7, (6, 9))
