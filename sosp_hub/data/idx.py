@@ -1,8 +1,9 @@
-"""Image sets that are already arrays: folders of idx files (the MNIST family) and scikit-learn's digits."""
+"""Image sets that are arrays already: idx files (the MNIST family), scikit-learn's digits."""
 
 import gzip
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +40,10 @@ def read_idx_split(folder: Path, split: str) -> PixelRows:
 
 
 def read_digits() -> tuple[PixelRows, PixelRows]:
-    """scikit-learn's 1,797 digits of 8x8 pixels, always split into the same 1,438 for train and 359 for test."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, always split into the same train and test."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
     rows = PixelRows(pixels, bunch.target.tolist())
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()

@@ -19,7 +19,7 @@ _SHIFT_SHARE = 8  # random shifts of up to 1/8 of the side: 4 pixels of 32, the 
 
 
 class PixelSplit(Split):
-    """Small images in memory as one uint8 tensor; a batch is an index, a cast and one multiply-add."""
+    """Small images, one uint8 tensor in memory; a batch is an index, a cast, a multiply-add."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class FileSplit(Split):
 def shift_and_flip(
     pixels: UInt8[Tensor, "batch channels height width"],
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Each image shifted by up to an eighth of its side (zeros move in) and mirrored half of the time."""
+    """Each image shifted by up to 1/8 of its side (zeros move in), mirrored half of the time."""
     num, channels, height, width = pixels.shape
     pad_y, pad_x = height // _SHIFT_SHARE, width // _SHIFT_SHARE
     padded = F.pad(pixels, (pad_x, pad_x, pad_y, pad_y))

@@ -10,11 +10,12 @@ from sosp_hub.errors import DataError
 def code_labels(train: Rows, test: Rows, where: str) -> tuple[tuple[str, ...], Rows, Rows]:
     """Class names, and both splits with numbers for labels.
 
-    Whole numbers stay what they are; text is numbered in alphabetical order of the train split's classes, unless the
-    source itself lists its classes.
+    Whole numbers stay what they are; text is numbered in alphabetical order of the train split's
+    classes, unless the source itself lists its classes.
 
     Raises:
-        DataError: Labels that are neither, negative numbers, a single class, classes that train does not have.
+        DataError: Labels that are neither, negative numbers, a single class, classes that train
+            does not have.
     """
     names = train.class_names or _class_names(train.labels or (), where)
     if len(names) < 2:
@@ -30,7 +31,7 @@ def code_labels(train: Rows, test: Rows, where: str) -> tuple[tuple[str, ...], R
 
 
 def label_order(data: Sequence[str], model: Sequence[str]) -> tuple[int, ...] | None:
-    """For each class of the data the head output with the same name; None unless the names are the same set."""
+    """For each class of the data the head output of that name; None unless all have one."""
     outputs = {name.casefold(): number for number, name in enumerate(model)}
     folded = [name.casefold() for name in data]
     if set(folded) != set(outputs) or len(folded) != len(outputs) or folded == list(outputs):

@@ -1,4 +1,4 @@
-"""Splits as batches: `load_split` gives a data set, `make_loader` batches it, `calibration_batches` draws from train."""
+"""From an open data set to batches: splits, loaders, calibration."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def load_split(
     data: OpenData, split: SplitName, processor: Processing, *, augment: bool = False
 ) -> Split:
-    """One split, tokenised or ready to be normalised; ``augment`` shifts and flips images at random (torch's RNG).
+    """One split in the form the model takes; ``augment`` shifts and flips images at random.
 
     Raises:
         DataError: Samples of another kind than the model takes, or texts too short for one window.
@@ -40,7 +40,8 @@ def load_split(
         case _, ImageProcessing() if not isinstance(rows, TextRows):
             return FileSplit(rows, processor, data.info.class_names, augment)
     raise DataError(
-        f"data: {data.name} holds {'text' if isinstance(rows, TextRows) else 'images'}, which the model does not take"
+        f"data: {data.name} holds {'text' if isinstance(rows, TextRows) else 'images'}, which the "
+        "model does not take"
     )
 
 
@@ -67,7 +68,7 @@ def make_loader(
 
 
 class Batches(Sequence[Any]):
-    """Batches of fixed samples, made anew each time they are asked for, so that they take no memory."""
+    """Batches of fixed samples, made each time they are asked for, so that they take no memory."""
 
     def __init__(self, split: Split, chosen: Sequence[Sequence[int]]) -> None:
         self._split, self._chosen = split, chosen
@@ -96,9 +97,10 @@ def calibration_batches(
     rank: int = 0,
     num_processes: int = 1,
 ) -> Batches:
-    """Batches of a seeded subset of ``train`` (give it without ``augment``), the last one smaller where needed.
+    """Batches of a seeded subset of ``train`` (loaded without ``augment``).
 
-    With several processes each gets its share of the same subset, none repeated; shares may differ by one sample.
+    With several processes each gets its share of the same subset, none repeated; shares may differ
+    by one sample.
     """
     if num_samples > len(train):
         log.info("calibration: %d samples asked for, train has %d", num_samples, len(train))

@@ -1,4 +1,4 @@
-"""How a model wants its inputs: what the zoo says and the data rooms obey. Plain data and one callable."""
+"""How a model wants its inputs: what the zoo says and the data room obeys."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class ImageProcessing:
         mean: Per channel, on a scale of 0 to 1.
         std: Per channel, on a scale of 0 to 1.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic``, for a change of size.
-        key: Name under which a transformers model takes the images; None for positional ``(images, labels)``.
-        transform: Given whether it is for training with augmentation, the map from an opened image to its input
-            tensor. Used for images that do not all have one small size.
-        label_order: Head output of each class of the data, where the model knows the same classes by name in
-            another order; None = as they come.
+        key: Name under which a transformers model takes the images; None for ``(images, labels)``.
+        transform: Given whether it is for training with augmentation, the map from an opened image
+            to its input tensor. Used for images that do not all have one small size.
+        label_order: Head output of each class of the data, where the model knows the same classes
+            by name in another order; None = as they come.
     """
 
     shape: tuple[int, int, int]

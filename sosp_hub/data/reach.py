@@ -1,6 +1,7 @@
 """What can be reached and what to write when it cannot: local paths and the hub."""
 
 import os
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ def looks_like_path(name: str) -> bool:
 def reaching_hub(what: str, name: str) -> Iterator[None]:
     """Turns what the hub's clients raise into a `HubError` that says what to do; other errors pass.
 
-    Asks first whether the hub answers at all: the clients would repeat each request for half a minute.
+    Asks first whether the hub answers at all: the clients would repeat each request for half a
+    minute.
 
     Args:
         what: ``model`` or ``data``: the section of the recipe that names it.
@@ -55,9 +57,9 @@ def reaching_hub(what: str, name: str) -> Iterator[None]:
         kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
         if kinds.intersection(_UNKNOWN):
             raise HubError(
-                f"{what}.id: the hub has no {name!r} (with this revision) that you may read. Check the spelling and "
-                f"`{what}.revision`; for a private or gated repository log in with `hf auth login`. "
-                "No local folder has this name either."
+                f"{what}.id: the hub has no {name!r} (with this revision) that you may read. Check "
+                f"the spelling and `{what}.revision`; for a private or gated repository log in "
+                "with `hf auth login`. No local folder has this name either."
             ) from error
         if kinds.intersection(_UNREACHABLE):
             raise HubError(_offline_advice(what, name)) from error
@@ -82,11 +84,9 @@ def _answers() -> bool:
         except urllib.error.HTTPError:
             return True
         except OSError as error:
-            # Anything but a dead line (a proxy's refusal, a certificate) is for the hub's own client to judge.
+            # Anything but a dead line (a proxy, a certificate) is for the hub's client to judge.
             reason = getattr(error, "reason", error)
-            if type(reason).__name__ != "gaierror" and not isinstance(
-                reason, ConnectionError | TimeoutError
-            ):
+            if not isinstance(reason, socket.gaierror | ConnectionError | TimeoutError):
                 return True
     return False
 
@@ -95,9 +95,9 @@ def _offline_advice(what: str, name: str) -> str:
     cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
     other = "`model.id=FOLDER`" if what == "model" else "`data.path=FOLDER_OR_FILE`"
     return (
-        f"{what}.id: {name!r} is not on this disk and the hub cannot be reached. Offline, either give a local copy "
-        f"({other}), or, where {name!r} was downloaded before, set HF_HUB_OFFLINE=1 to use the cache in {cache} "
-        "(HF_HOME moves it)."
+        f"{what}.id: {name!r} is not on this disk and the hub cannot be reached. Offline, either "
+        f"give a local copy ({other}), or, where {name!r} was downloaded before, set "
+        f"HF_HUB_OFFLINE=1 to use the cache in {cache} (HF_HOME moves it)."
     )
 
 

@@ -82,7 +82,8 @@ class ImageRows:
             return image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB"))
         except (OSError, SyntaxError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise DataError(
-                f"data: cannot read the image {self.where.format(source)} ({error}); repair or remove it"
+                f"data: cannot read the image {self.where.format(source)} ({error}); repair or "
+                "remove it"
             ) from error
 
     def in_memory(self) -> PixelRows | None:
@@ -125,7 +126,7 @@ Rows = PixelRows | ImageRows | TextRows
 
 
 def image_folder(folder: Path) -> ImageRows:
-    """Images in one subfolder per class; the class is the name of the subfolder, however deep its files lie."""
+    """Images in one subfolder per class, whose name it is, however deep the files lie."""
     files = sorted(
         path
         for path in folder.glob("*/**/*")

@@ -36,7 +36,8 @@ class DataInfo:
         num_labels: Classes; None for causal-lm.
         class_names: Their names, in the order of the label numbers.
         image_shape: Channels, height and width where all images share one small size, else None.
-        mean: Per channel of the train images, on a scale of 0 to 1; None where they are not in memory.
+        mean: Per channel of the train images, on a scale of 0 to 1; None where they are not in
+            memory.
         std: As ``mean``.
         image_size: Pixels that the recipe asks for.
     """
@@ -58,9 +59,11 @@ class OpenData:
         task: What the samples are for.
         info: What a model has to fit.
         train: Samples with labels from 0.
-        test: As ``train``; the same texts where the test split is still to be held out of them (causal-lm).
+        test: As ``train``; the same texts where the test split is still to be held out of them
+            (causal-lm).
         section: What was asked for.
-        held_out: Share of train that is the test split; None where there is a test split, or it is already cut.
+        held_out: Share of train that is the test split; None where there is a test split, or it is
+            already cut.
         seed: Draws subsets.
     """
 
@@ -74,7 +77,7 @@ class OpenData:
     seed: int
 
     def pick(self, num_samples: int, split: SplitName) -> list[int]:
-        """Sorted positions of the samples that a split keeps after holding out and ``num_train``/``num_test``.
+        """Sorted positions of the samples of a split, after holding out and limiting.
 
         Raises:
             DataError: Too few samples to hold any out.
@@ -88,7 +91,8 @@ class OpenData:
             if num_test >= num_samples:
                 raise DataError(
                     f"data: {self.name} has {num_samples} training samples; holding out "
-                    f"{self.held_out:.0%} of them for the test leaves none. Give more data or name a test split"
+                    f"{self.held_out:.0%} of them for the test leaves none. Give more data or "
+                    "name a test split"
                 )
             order = order[:num_test] if split == "test" else order[num_test:]
         return sorted(order[:limit])
@@ -157,7 +161,8 @@ def _find(section: DataSection, task: Task) -> tuple[str, Any, Any]:
         return (name, *_local(path, section, task))
     if section.path is not None or looks_like_path(str(section.id)):
         raise DataError(
-            f"data.path: {path} does not exist; the nearest folder that does is {nearest_existing(path)}"
+            f"data.path: {path} does not exist; the nearest folder that does is "
+            f"{nearest_existing(path)}"
         )
     return (str(section.id), *_from_hub(section, task))
 
@@ -166,7 +171,8 @@ def _local(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
     if path.is_file():
         if path.suffix not in TABLE_SUFFIXES:
             raise DataError(
-                f"data.path: {path} ends in {path.suffix!r}; files of {', '.join(sorted(TABLE_SUFFIXES))} "
+                f"data.path: {path} ends in {path.suffix!r}; files of "
+                f"{', '.join(sorted(TABLE_SUFFIXES))} "
                 "can be read, and folders"
             )
         return _columns(read_table([path]), section, task, str(path)), None
@@ -249,7 +255,8 @@ def _columns(table: "Dataset", section: DataSection, task: Task, where: str) -> 
         column = getattr(section, key)
         if column not in table.column_names:
             raise DataError(
-                f"data.{key}: {where} has no column {column!r}; it has {', '.join(table.column_names)}"
+                f"data.{key}: {where} has no column {column!r}; it has "
+                f"{', '.join(table.column_names)}"
             )
     labels, names = _labels(table, section.label) if "label" in needed else (None, ())
     if labels is not None and task == "image-classification":
@@ -259,7 +266,8 @@ def _columns(table: "Dataset", section: DataSection, task: Task, where: str) -> 
     odd = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if odd is not None:
         raise DataError(
-            f"data.text: row {odd} of {where} has {texts[odd]!r} in column {section.text!r}, expected text"
+            f"data.text: row {odd} of {where} has {texts[odd]!r} in column {section.text!r}, "
+            "expected text"
         )
     return TextRows(texts, labels, names)
 

@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 class Split(Dataset[Any]):
     """One split in the form a model takes. Asked for a list of indices it gives one finished batch.
 
-    A DataLoader fetches whole batches through ``__getitems__``, so that ``collate_fn`` has nothing left to do; small
-    images are one uint8 tensor and need no worker processes. Use `make_loader`.
+    A DataLoader fetches whole batches through ``__getitems__``, so that ``collate_fn`` has nothing
+    left to do; small images are one uint8 tensor and need no worker processes. Use `make_loader`.
 
     Attributes:
         num_labels: Classes; None for causal-lm.
@@ -24,7 +24,7 @@ class Split(Dataset[Any]):
         raise NotImplementedError
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
-        """The batch of these samples: ``(images, labels)``, or a dict as a transformers model takes it."""
+        """The batch of these samples: ``(images, labels)``, or a dict for transformers."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Any:

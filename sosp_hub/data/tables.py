@@ -1,4 +1,4 @@
-"""Local text, jsonl, csv and parquet files as one table, read directly: nothing is copied into a cache."""
+"""Local text, jsonl, csv and parquet files as one table, read without a copy in a cache."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def table_files(folder: Path) -> list[Path]:
 
 
 def files_of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
-    """The files that carry a split in their name: ``train.csv``, ``train-00000-of-2.parquet``, ``train/any.txt``."""
+    """The files of a split by name: ``train.csv``, ``train-0-of-2.parquet``, ``train/any.txt``."""
     return [file for file in files if _belongs(file.relative_to(folder), split)]
 
 

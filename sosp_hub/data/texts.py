@@ -1,4 +1,4 @@
-"""Text splits: windows of a token stream for a language model, padded texts with a label for a classifier."""
+"""Text splits: windows of tokens for a language model, padded texts for a classifier."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _TEXTS_AT_ONCE = 1000
 
 
 class WindowSplit(Split):
-    """Windows of equal length, cut from the texts one after the other; what remains at the end is left out.
+    """Windows of equal length, cut from the texts one after the other; the rest is left out.
 
     Where the tokenizer starts a text with a token of its own (BOS), each window does.
     """
@@ -87,7 +87,7 @@ class LabelledTextSplit(Split):
 def token_windows(
     rows: TextRows, processing: TextProcessing, max_length: int, where: str
 ) -> Int64[Tensor, "windows tokens"]:
-    """All texts as one stream of tokens, cut into windows of ``max_length`` (less, where the model takes less).
+    """All texts as one stream of tokens, cut into windows of ``max_length``.
 
     Raises:
         DataError: Too little text for one window.
@@ -106,7 +106,8 @@ def token_windows(
     num_windows = len(stream) // body
     if not num_windows:
         raise DataError(
-            f"data.max_length: {where} has {len(stream)} tokens, fewer than one window of {length}; "
+            f"data.max_length: {where} has {len(stream)} tokens, fewer than one window of "
+            f"{length}; "
             "give more text or a smaller data.max_length"
         )
     windows = torch.tensor(stream[: num_windows * body]).view(num_windows, body)

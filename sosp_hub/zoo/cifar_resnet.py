@@ -1,6 +1,9 @@
-"""The CIFAR ResNets 20, 32, 44, 56 and 110 of He et al. (arXiv 1512.03385, section 4.2), registered with timm."""
+"""The CIFAR ResNets of He et al. (arXiv 1512.03385, section 4.2), registered with timm.
 
-from typing import Any
+Depths 20, 32, 44, 56 and 110.
+"""
+
+from typing import Any, cast
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
@@ -12,17 +15,21 @@ _WIDTHS = (16, 32, 64)
 
 
 class CifarResNet(ResNet):
-    """timm's ResNet with three stages of 16, 32 and 64 channels behind a 3x3 stem that keeps the image's size.
+    """A timm ResNet: three stages of 16, 32 and 64 channels behind a 3x3 stem of stride 1.
 
-    Takes images from 8x8 pixels up. Differs from the paper: where width changes the shortcut is a 1x1 convolution, as
-    in timm's other ResNets (the paper's option B), and not zero padding (option A).
+    Takes images from 8x8 pixels up. Differs from the paper: where width changes the shortcut is a
+    1x1 convolution, as in timm's other ResNets (the paper's option B), not zero padding.
     """
 
     def __init__(self, layers: tuple[int, int, int], in_chans: int = 3, **kwargs: Any) -> None:
         options = {"zero_init_last": False, **kwargs}
-        # A deep stem of width 8 is what makes timm build the first stage for 16 channels; it is replaced below.
-        stem = {"stem_type": "deep", "stem_width": _WIDTHS[0] // 2, "in_chans": in_chans}
-        super().__init__(BasicBlock, layers, channels=_WIDTHS, **stem, **options)
+        # A deep stem of width 8 makes timm build the first stage for 16 channels; replaced below.
+        stem: dict[str, Any] = {
+            "stem_type": "deep",
+            "stem_width": _WIDTHS[0] // 2,
+            "in_chans": in_chans,
+        }
+        super().__init__(cast("Any", BasicBlock), layers, channels=_WIDTHS, **stem, **options)
         where = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
         self.conv1 = nn.Conv2d(in_chans, _WIDTHS[0], 3, padding=1, bias=False, **where)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -20,22 +20,25 @@ def fit_head(
         checkpoint: Outputs of the head that the weights bring; None where they bring none.
 
     Raises:
-        DataError: A head that does not fit the labels and was not asked for, or fewer outputs than labels.
+        DataError: A head that does not fit the labels and was not asked for, or fewer outputs than
+            labels.
     """
     labels = data.num_labels if data else None
     asked = section.num_labels
     if asked is not None and labels is not None and asked < labels:
         raise DataError(
-            f"model.num_labels: {asked} outputs for data with {labels} labels; write {labels}, or leave it out"
+            f"model.num_labels: {asked} outputs for data with {labels} labels; write {labels}, or "
+            "leave it out"
         )
     if checkpoint is not None and asked in (None, checkpoint):
         if labels in (None, checkpoint) or asked == checkpoint:
             return checkpoint, False
         if section.train is None:
             raise DataError(
-                f"model.num_labels: the head of {section.id} has {checkpoint} outputs, but the data has {labels} "
-                f"labels. For a new head write model.num_labels: {labels} and a model.train section that trains "
-                "it; otherwise give the data that the model was trained on"
+                f"model.num_labels: the head of {section.id} has {checkpoint} outputs, but the "
+                f"data has {labels} labels. For a new head write model.num_labels: {labels} and a "
+                "model.train section that trains it; otherwise give the data that the model was "
+                "trained on"
             )
     wanted = asked or labels
     if wanted is not None and section.pretrained:

@@ -1,4 +1,4 @@
-"""Loads what a recipe names: any timm or transformers model, with what is known about its origin."""
+"""Loads what a recipe names: any timm or transformers model, and what is known of its origin."""
 
 from typing import Any
 
@@ -58,7 +58,8 @@ def example_inputs(
         images = images.to(parameter.device, parameter.dtype)
         return (images,) if processor.key is None else {processor.key: images}
     num_tokens = min(num_tokens, processor.max_positions or num_tokens)
-    vocabulary = min(len(processor.tokenizer), loaded.model.config.get_text_config().vocab_size)
+    config: Any = loaded.model.config
+    vocabulary = min(len(processor.tokenizer), config.get_text_config().vocab_size)
     tokens = torch.randint(vocabulary, (batch_size, num_tokens), generator=chance)
     inputs = {"input_ids": tokens.to(parameter.device)}
     if loaded.task == "causal-lm":

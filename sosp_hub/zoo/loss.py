@@ -32,7 +32,7 @@ def batch_loss(
     batch: Any,
     loss_fn: "LossFn | None" = None,
 ) -> BatchLoss:
-    """Runs ``model`` on a batch ``(inputs, labels)``, or on a dict as a transformers model takes it.
+    """Runs ``model`` on ``(inputs, labels)``, or on a dict as a transformers model takes it.
 
     Without ``loss_fn`` it is the model's own loss where it returns one, else cross-entropy. A
     ``loss_fn`` gets the logits and the labels as they are in the batch. Images take the dtype of

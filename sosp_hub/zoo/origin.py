@@ -22,7 +22,8 @@ class Origin:
     Attributes:
         base_model: Hub id; None for a local folder or random weights, whatever path they came from.
         base_revision: Commit, where known.
-        card: Fields of the base's card that hold for a pruned model too; empty where it is not readable.
+        card: Fields of the base's card that hold for a pruned model too; empty where it is not
+            readable.
     """
 
     base_model: str | None = None

@@ -1,4 +1,4 @@
-"""timm models: by name, local folder, weight file or hub id; and the CIFAR ResNets, registered with timm.
+"""timm models: by name, local folder, weight file or hub id; and the CIFAR ResNets in timm.
 
 Importing this file is enough for ``timm.create_model("cifar_resnet20")``.
 """
@@ -8,7 +8,7 @@ import json
 import logging
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
@@ -50,7 +50,8 @@ def load_timm(section: ModelSection, data: DataInfo | None = None) -> Loaded:
     Pretrained weights keep their own normalisation; a model that starts at random takes the data's.
 
     Raises:
-        ModelError: An unknown name, a folder or file that holds no such model, no pretrained weights.
+        ModelError: An unknown name, a folder or file that holds no such model, no pretrained
+            weights.
         DataError: A head that does not fit the labels.
         HubError: The hub cannot be reached.
     """
@@ -96,7 +97,8 @@ def _describe(section: ModelSection) -> tuple[str, dict[str, Any]]:
         )
     if looks_like_path(given) or section.id.startswith("local-dir:"):
         raise ModelError(
-            f"model.id: {path} does not exist; the nearest folder that does is {nearest_existing(path)}"
+            f"model.id: {path} does not exist; the nearest folder that does is "
+            f"{nearest_existing(path)}"
         )
     if "/" in given:
         from huggingface_hub import hf_hub_download
@@ -121,8 +123,9 @@ def _describe(section: ModelSection) -> tuple[str, dict[str, Any]]:
         )
     if section.pretrained and not config.has_weights and "checkpoint_path" not in section.kwargs:
         raise ModelError(
-            f"model.pretrained: timm has no pretrained weights for {given!r}; write model.pretrained: false "
-            "and a model.train section, or model.kwargs: {checkpoint_path: FILE}"
+            f"model.pretrained: timm has no pretrained weights for {given!r}; write "
+            "model.pretrained: false and a model.train section, or model.kwargs: "
+            "{checkpoint_path: FILE}"
         )
     return given, config.to_dict()
 
@@ -133,8 +136,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ModelError(
-            f"model.id: {file.parent} has no config.json, so it is no timm checkpoint; for a bare weight file "
-            "write model.kwargs: {checkpoint_path: FILE} and the architecture as model.id"
+            f"model.id: {file.parent} has no config.json, so it is no timm checkpoint; for a bare "
+            "weight file write model.kwargs: {checkpoint_path: FILE} and the architecture as "
+            "model.id"
         ) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"model.id: cannot read {file} ({error})") from error
@@ -185,9 +189,9 @@ def _input_kwargs(
     if not section.pretrained and data and data.image_shape and "in_chans" not in saved:
         chosen["in_chans"] = data.image_shape[0]
     size = tuple((config.get("input_size") or (3, 224, 224))[1:])
-    if config.get("fixed_input_size") and data and data.image_size:
-        if size != (data.image_size, data.image_size):
-            chosen["img_size"] = data.image_size
+    asked = data.image_size if data else None
+    if asked and config.get("fixed_input_size") and size != (asked, asked):
+        chosen["img_size"] = asked
     return {key: value for key, value in chosen.items() if key not in section.kwargs}
 
 
@@ -227,7 +231,10 @@ def _processor(
     section: ModelSection, model: Any, kwargs: dict[str, Any], data: DataInfo | None
 ) -> ImageProcessing:
     config = model.pretrained_cfg
-    shape = (getattr(model, "in_chans", None) or config["input_size"][0], *config["input_size"][1:])
+    shape: Any = (
+        getattr(model, "in_chans", None) or config["input_size"][0],
+        *config["input_size"][1:],
+    )
     small = data.image_shape if data else None
     if asked := (data.image_size if data else None) or kwargs.get("img_size"):
         shape = (shape[0], *((asked, asked) if isinstance(asked, int) else asked))
@@ -261,17 +268,16 @@ def _processor(
 
 
 def _transform(augment: bool, **options: Any) -> "Callable[[Image], Tensor]":
-    """Timm's own evaluation transform, or a light training one (crops of at least half the image, mirrored)."""
+    """The evaluation transform of timm, or a light one for training (half the image, mirrored)."""
     if augment:
-        options.pop("crop_pct")
-        return create_transform(is_training=True, scale=(0.5, 1.0), color_jitter=None, **options)
-    return create_transform(is_training=False, **options)
+        options |= {"scale": (0.5, 1.0), "color_jitter": 0.0, "crop_pct": None}
+    return cast("Any", create_transform(is_training=augment, **options))
 
 
 def _describe_weights(
     model: Any, section: ModelSection, processor: ImageProcessing, labelled: DataInfo | None
 ) -> None:
-    """What a saved checkpoint will say of itself: its inputs, its classes, and no origin that is not its own."""
+    """What a saved checkpoint will say of itself: inputs, classes, and only its own origin."""
     config = dict(model.pretrained_cfg)
     config.pop("state_dict", None)
     if not section.pretrained:

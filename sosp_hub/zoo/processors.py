@@ -1,0 +1,111 @@
+"""How a transformers model wants its images or texts, from its config and its own processor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from PIL.Image import Transpose
+from torchvision import transforms
+
+from sosp_hub.data.processing import ImageProcessing, TextProcessing, per_channel
+from sosp_hub.data.source import DataInfo
+from sosp_hub.recipe.schema import ModelSection
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+_INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # as PIL numbers them
+_UNLIMITED = 10**9  # tokenizers without a limit say 10**30
+_USUAL_SIZE = 224
+
+
+def text_processing(
+    config: Any, tokenizer: Any, order: tuple[int, ...] | None = None
+) -> TextProcessing:
+    """The tokenizer, and how many tokens both it and the model take."""
+    limits = [
+        tokenizer.model_max_length,
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+    ]
+    most = min((int(limit) for limit in limits if limit), default=_UNLIMITED)
+    return TextProcessing(tokenizer, most if most < _UNLIMITED else None, order)
+
+
+def image_processing(
+    section: ModelSection,
+    config: Any,
+    own: Any,
+    data: DataInfo | None,
+    order: tuple[int, ...] | None = None,
+) -> ImageProcessing:
+    """Size and normalisation: the recipe's, else the model's, else those of the data.
+
+    Args:
+        section: Weights that start at random are normalised with the data's statistics.
+        config: Of the model.
+        own: The image processor that came with it; None where it has none.
+        data: What is known about the images.
+        order: Outputs of the data's classes.
+    """
+    channels = getattr(config, "num_channels", 3)
+    asked = data.image_size if data else None
+    small = data.image_shape[1:] if data and data.image_shape else None
+    size: Any = asked or getattr(config, "image_size", None) or _size(own) or small or _USUAL_SIZE
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    mean, std = (0.5,), (0.5,)
+    if own is not None:
+        mean, std = (own.image_mean, own.image_std) if own.do_normalize else ((0.0,), (1.0,))
+    if not section.pretrained and data and data.mean and data.std:
+        mean, std = data.mean, data.std
+    mean, std = per_channel(mean, channels), per_channel(std, channels)
+    return ImageProcessing(
+        shape=(channels, height, width),
+        mean=mean,
+        std=std,
+        interpolation=_INTERPOLATION.get(getattr(own, "resample", 2), "bilinear"),
+        key="pixel_values",
+        transform=partial(_transform, own, (height, width), mean, std),
+        label_order=order,
+    )
+
+
+@dataclass(frozen=True)
+class _Own:
+    """The image processor that came with the model, after a mirror where training asks for one."""
+
+    processor: Any
+    mirrored: bool
+
+    def __call__(self, image: "Image") -> "Tensor":
+        if self.mirrored and torch.rand(()) < 0.5:
+            image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def _transform(
+    own: Any,
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augment: bool,
+) -> Callable[["Image"], "Tensor"]:
+    """The model's own processor where it makes this size, else a plain change of size."""
+    if own is not None and _size(own) == size and len(mean) == len(own.image_mean):
+        return _Own(own, augment)
+    steps = [transforms.RandomHorizontalFlip()] if augment else []
+    steps += [transforms.Resize(size), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return transforms.Compose(steps)
+
+
+def _size(own: Any) -> tuple[int, int] | None:
+    """Height and width of what the image processor gives."""
+    crop = getattr(own, "crop_size", None) if getattr(own, "do_center_crop", False) else None
+    size = crop or getattr(own, "size", None)
+    if not size:
+        return None
+    get = cast("Any", size.get if hasattr(size, "get") else partial(getattr, size))
+    side = get("shortest_edge", None)
+    return (get("height", None) or side, get("width", None) or side)
