@@ -1,0 +1,302 @@
+"""Gates: one number per structure that multiplies the activation which disappears with it.
+
+All gates are 1 in the dense model and a gate of 0 is the pruned model, so that what a criterion
+needs to know about the loss are derivatives by a few thousand numbers. Weights take no gradient.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from sosp_hub.errors import CriterionError
+from sosp_hub.structure.groups import Group, Groups, Site
+
+logger = logging.getLogger(__name__)
+
+GateKind = Literal["activation", "weight"]
+"""``activation``: at the group's sites. ``weight``: on the filters that make its slices, as in the
+literature."""
+
+
+class Gates:
+    """The gates of a model while they are installed.
+
+    Attributes:
+        values: One leaf tensor per group that takes a gradient: ``(structures,)``, or
+            ``(samples, structures)`` where every sample has its own gates.
+    """
+
+    def __init__(self, groups: Groups, dtype: torch.dtype, device: torch.device) -> None:
+        self._sizes = {name: group.size for name, group in groups.items()}
+        self._options = {"dtype": dtype, "device": device}
+        self.set_(1.0)
+
+    def set_(
+        self, value: float | Mapping[str, Tensor] = 1.0, *, num_samples: int | None = None
+    ) -> None:
+        """Gives every gate a value and forgets what the last forward pass recorded.
+
+        Args:
+            value: One value for all gates, or a tensor per group (1 for a group not listed).
+            num_samples: Own gates for each sample of the next batch; None = shared by all samples.
+        """
+        self.are_one = not isinstance(value, Mapping) and value == 1.0
+        self.values: dict[str, Tensor] = {}
+        for name, size in self._sizes.items():
+            start = value.get(name, 1.0) if isinstance(value, Mapping) else value
+            shape = (size,) if num_samples is None else (num_samples, size)
+            gate = torch.as_tensor(start, **self._options).detach().expand(shape).clone()
+            self.values[name] = gate.requires_grad_()
+
+
+@contextmanager
+def gated(model: nn.Module, groups: Groups, gate: GateKind = "activation") -> Iterator[Gates]:
+    """Installs the gates of ``groups``; the model runs in eval mode and its weights are constants.
+
+    The gates are float32 (float64 where the model is), whatever the activations are. Hooks, modes
+    and ``requires_grad`` are as before when the context is left, also after an exception.
+
+    Raises:
+        CriterionError: A group that has no place for a gate, or a place that the model has not.
+    """
+    parameters = list(model.parameters())
+    floating = [p for p in parameters if p.is_floating_point()] or [torch.zeros(())]
+    dtype = torch.promote_types(max((p.dtype for p in floating), key=_precision), torch.float32)
+    gates = Gates(groups, dtype, floating[0].device)
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        weights: dict[str, list[_GateVector]] = {}
+        for place, sites in _places(model, groups, gate).items():
+            vectors = _gate_vectors(sites, floating[0].device)
+            if isinstance(place, str):
+                weights[place] = vectors
+            else:
+                hook = _gate_first_input(gates, vectors)
+                handle = place.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        if weights:
+            stack.enter_context(_scaled_weights(model, gates, weights))
+        yield gates
+
+
+def _precision(dtype: torch.dtype) -> float:
+    return -torch.finfo(dtype).eps
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(modes.values()):
+        logger.info("the model is in train mode; it is scored in eval mode and then set back")
+    try:
+        for module in modes:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+# Where the gates sit ------------------------------------------------------------------------------
+
+
+def _places(
+    model: nn.Module, groups: Groups, gate: GateKind
+) -> dict[nn.Module | str, list[tuple[Group, Site]]]:
+    """The sites at each module, whose input is gated, and at each parameter."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    places: dict[nn.Module | str, list[tuple[Group, Site]]] = {}
+    for group in groups.values():
+        sites = group.sites if gate == "activation" else _filters(group, parameters)
+        seen = set()
+        for site in sites:
+            place = site.weight if site.module is None else modules.get(site.module)
+            if place is None or (isinstance(place, str) and place not in parameters):
+                raise CriterionError(
+                    f"group {group.name!r}: the model has no {site.module or site.weight!r}; "
+                    "give the model that the graph was traced from"
+                )
+            key = (place, site.dim, site.index.tobytes())
+            if key not in seen:  # else one module under two names
+                seen.add(key)
+                places.setdefault(place, []).append((group, site))
+        if not sites:
+            lack = "place for a gate" if gate == "activation" else "filter that makes its slices"
+            raise CriterionError(
+                f"group {group.name!r} ({group.kind}) has no {lack}: score other kinds (`kinds=`), "
+                "or use a criterion without gradients, such as `magnitude`"
+            )
+    return places
+
+
+def _filters(group: Group, parameters: Mapping[str, nn.Parameter]) -> tuple[Site, ...]:
+    """The weights that make the slices: neither biases nor what a normalisation multiplies by."""
+    return tuple(
+        Site(module=None, weight=member.tensor, dim=member.dim, index=member.index)
+        for member in group.members
+        if not member.reads and member.tensor in parameters and parameters[member.tensor].ndim > 1
+    )
+
+
+@dataclass(frozen=True)
+class _GateVector:
+    """The gates along one dimension of a tensor, gathered from those of some groups.
+
+    Attributes:
+        names: The groups.
+        index: For each position where its gate is in the gates of these groups, one behind the
+            other and then a 1; None = as they are.
+        dim: The dimension.
+        where: The module or parameter, for messages.
+    """
+
+    names: tuple[str, ...]
+    index: Tensor | None
+    dim: int
+    where: str
+
+    def read(self, gates: Gates, tensor: Tensor) -> Tensor:
+        """The gates in a shape that broadcasts with ``tensor``, on its device."""
+        parts = [gates.values[name] for name in self.names]
+        vector = parts[0]
+        if self.index is not None:
+            one = vector.new_ones(*vector.shape[:-1], 1)
+            vector = torch.cat([*parts, one], -1).index_select(-1, self.index)
+        dim, length = self.dim % tensor.ndim, vector.shape[-1]
+        if tensor.shape[dim] != length:
+            raise CriterionError(
+                f"{self.where}: dimension {dim} of what is gated has {tensor.shape[dim]} "
+                f"positions, in the graph {length}; trace the model that is scored"
+            )
+        shape = [1] * tensor.ndim
+        shape[dim] = length
+        if vector.ndim > 1:
+            repeats, rest = divmod(tensor.shape[0], len(vector))
+            if dim == 0 or rest:
+                raise CriterionError(
+                    f"{self.where}: {len(vector)} samples with own gates are not found along "
+                    f"dimension 0 of shape {tuple(tensor.shape)}; this group has no per-sample "
+                    "derivatives"
+                )
+            shape[0] = len(tensor)
+            vector = vector.repeat_interleave(repeats, 0)
+        return vector.view(shape).to(tensor.device)
+
+
+def _gate_vectors(sites: list[tuple[Group, Site]], device: torch.device) -> list[_GateVector]:
+    """Sites of one tensor that do not overlap share a vector; each vector gates the tensor."""
+    vectors: list[_GateVector] = []
+    while sites:
+        (first, site), where = sites[0], sites[0][1].module or sites[0][1].weight or ""
+        taken, index, start, rest = [], np.full(len(site.index), -1), 0, []
+        for group, other in sites:
+            free = other.dim == site.dim and len(other.index) == len(index)
+            if free and group.name not in taken and not ((index >= 0) & (other.index >= 0)).any():
+                index = np.where(other.index >= 0, other.index + start, index)
+                taken.append(group.name)
+                start += group.size
+            else:
+                rest.append((group, other))
+        plain = len(taken) == 1 and np.array_equal(index, np.arange(first.size))
+        gather = None if plain else torch.from_numpy(np.where(index < 0, start, index)).to(device)
+        vectors.append(_GateVector(tuple(taken), gather, site.dim, where))
+        sites = rest
+    return vectors
+
+
+# What a gate does ---------------------------------------------------------------------------------
+
+
+def _gate_first_input(gates: Gates, vectors: list[_GateVector]) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        name = None if args else next(iter(kwargs))
+        x = args[0] if name is None else kwargs[name]
+        for vector in vectors:
+            gate = vector.read(gates, x)
+            x = _UnitGate.apply(x, gate) if gates.are_one else (x * gate).to(x.dtype)
+        return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
+
+    return hook
+
+
+@contextmanager
+def _scaled_weights(
+    model: nn.Module, gates: Gates, weights: dict[str, list[_GateVector]]
+) -> Iterator[None]:
+    """Before each forward pass the parameters are swapped for scaled ones."""
+    plain = {name: model.get_parameter(name) for name in weights}
+    homes = {name: model.get_submodule(name.rpartition(".")[0])._parameters for name in weights}
+
+    def scale(*_: Any) -> None:
+        for name, vectors in weights.items():
+            weight: Tensor = plain[name]
+            for vector in vectors:
+                weight = (weight * vector.read(gates, weight)).to(weight.dtype)
+            homes[name][name.rpartition(".")[2]] = weight  # pyright: ignore[reportArgumentType]
+
+    handle = model.register_forward_pre_hook(scale)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for name, parameter in plain.items():
+            homes[name][name.rpartition(".")[2]] = parameter
+
+
+class _UnitGate(Function):
+    """``x * gate`` where the gate is 1: nothing to compute but the derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return _UnitGateBackward.apply(*ctx.saved_tensors, grad)
+
+
+class _UnitGateBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, grad)
+        ctx.gate = gate.shape, gate.dtype
+        ctx.set_materialize_grads(False)
+        return grad.view_as(grad), _sum_product(x, grad, *ctx.gate)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dot: Tensor | None, gate_dot: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, grad = ctx.saved_tensors
+        grad_x = grad_gate = grad_grad = None
+        if gate_dot is not None:
+            grad_x, grad_grad = _scale(grad, gate_dot), _scale(x, gate_dot)
+        if dot is not None:
+            grad_gate = _sum_product(grad, dot, *ctx.gate)
+            grad_grad = dot if grad_grad is None else grad_grad + dot
+        return grad_x, grad_gate, grad_grad
+
+
+def _sum_product(a: Tensor, b: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return (a.to(dtype) * b.to(dtype)).sum_to_size(shape)
+
+
+def _scale(x: Tensor, factor: Tensor) -> Tensor:
+    """``x * factor``, for nothing where a look at the factors is free and they are all 1."""
+    if factor.device.type == "cpu" and bool((factor == 1).all()):
+        return x
+    return (x * factor).to(x.dtype)

@@ -1,0 +1,228 @@
+"""Gate derivatives against dense Hessians, finite changes and the weights' own Hessian."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.functional import hessian, hvp
+
+from sosp_hub.derivatives import Protocol, gate_gradient, hessian_product, sample_squares
+from sosp_hub.errors import CriterionError
+from tests.compare import assert_close
+from tests.gates.toys import TOYS, perceptron, residual
+
+
+def protocol(**options):
+    return Protocol(**{"loss_fn": F.cross_entropy, **options})  # in float64, as the toys are
+
+
+@pytest.fixture(params=TOYS)
+def toy(request):
+    return TOYS[request.param]()
+
+
+def test_gradient_and_product_equal_the_dense_hessian(toy):
+    found = hessian_product(toy.model, toy.groups, [toy.batch], protocol())
+    assert_close(found.gradient, toy.split(toy.gradient()), relative=1e-10)
+    assert_close(found.second, toy.split(toy.hessian().sum(1)), relative=1e-9)
+    assert_close(found.loss, toy.loss(toy.ones()), relative=1e-7)
+    assert_close(
+        gate_gradient(toy.model, toy.groups, [toy.batch], protocol()).gradient, found.gradient
+    )
+
+
+def test_product_with_any_vector(toy):
+    vector = torch.randn(toy.num_structures, dtype=torch.float64)
+    found = hessian_product(
+        toy.model, toy.groups, [toy.batch], protocol(), vector=toy.split(vector)
+    )
+    assert_close(found.second, toy.split(toy.hessian() @ vector), relative=1e-9)
+
+
+def test_differences_are_near_the_exact_product(toy):
+    exact = hessian_product(toy.model, toy.groups, [toy.batch], protocol())
+    near = hessian_product(
+        toy.model, toy.groups, [toy.batch], protocol(), mode="differences", eps=1e-3
+    )
+    assert_close(near.second, exact.second, relative=1e-4)
+    assert_close(near.gradient, exact.gradient, relative=1e-4)
+
+
+def test_sums_are_derivatives_along_the_ones(toy):
+    found = hessian_product(toy.model, toy.groups, [toy.batch], protocol())
+
+    def along(t):
+        return toy.loss(t * toy.ones())
+
+    one = torch.tensor(1.0, dtype=torch.float64)
+    slope = torch.autograd.functional.jacobian(along, one)
+    assert_close(sum(g.sum() for g in found.gradient.values()), slope, relative=1e-10)
+    assert_close(sum(r.sum() for r in found.second.values()), hessian(along, one), relative=1e-9)
+
+
+def test_removing_everything_from_a_quadratic_loss():
+    toy = perceptron()
+    only = {"b": toy.groups["b"]}  # the last layer is linear, so a squared error is quadratic in b
+
+    def squared(logits, labels):
+        return (logits - F.one_hot(labels, 3)).square().mean()
+
+    found = hessian_product(toy.model, only, [toy.batch], protocol(loss_fn=squared))
+    removed = toy.model(toy.batch[0], {"b": torch.zeros(3, dtype=torch.float64)})
+    change = squared(removed, toy.batch[1]) - squared(toy.model(toy.batch[0]), toy.batch[1])
+    assert_close(-found.gradient["b"].sum() + 0.5 * found.second["b"].sum(), change, relative=1e-10)
+
+
+@pytest.mark.parametrize("make", [perceptron, residual], ids=["perceptron", "residual"])
+def test_weight_gates_equal_the_weights_own_hessian(make):
+    toy = make()
+    filters = [
+        member.tensor
+        for group in toy.groups.values()
+        for member in group.members
+        if not member.reads and "bn" not in member.tensor and "bias" not in member.tensor
+    ]
+    weights = {name: toy.model.get_parameter(name).detach() for name in filters}
+
+    def loss(*values):
+        swapped = dict(zip(weights, values, strict=True))
+        return F.cross_entropy(
+            torch.func.functional_call(toy.model, swapped, (toy.batch[0],)), toy.batch[1]
+        )
+
+    values = tuple(weights.values())
+    gradient = torch.autograd.functional.jacobian(loss, values)
+    product = hvp(loss, values, values)[1]
+
+    def of(group, parts):
+        own = [member.tensor for member in group.members if not member.reads]
+        return sum(
+            (weights[name] * part).flatten(1).sum(1)
+            for name, part in zip(weights, parts, strict=True)
+            if name in own
+        )
+
+    found = hessian_product(toy.model, toy.groups, [toy.batch], protocol(gate="weight"))
+    expected = {name: of(group, gradient) for name, group in toy.groups.items()}
+    assert_close(found.gradient, expected, relative=1e-10)
+    expected = {name: of(group, product) for name, group in toy.groups.items()}
+    assert_close(found.second, expected, relative=1e-9)
+
+
+def test_sample_squares_equal_one_sample_at_a_time():
+    toy = TOYS["residual"]()
+    inputs, labels = toy.batch
+    singles = [
+        gate_gradient(
+            toy.model, toy.groups, [(inputs[i : i + 1], labels[i : i + 1])], protocol()
+        ).gradient
+        for i in range(len(labels))
+    ]
+    found = sample_squares(
+        toy.model, toy.groups, [(inputs[:3], labels[:3]), (inputs[3:], labels[3:])], protocol()
+    )
+    for name in toy.groups:
+        rows = torch.stack([single[name] for single in singles])
+        assert_close(found.gradient[name], rows.mean(0), relative=1e-10)
+        assert_close(found.second[name], rows.square().mean(0), relative=1e-10)
+
+
+def test_batches_count_by_their_samples(toy):
+    inputs, labels = toy.batch
+    whole = hessian_product(toy.model, toy.groups, [toy.batch], protocol())
+    uneven = [(inputs[:1], labels[:1]), (inputs[1:], labels[1:])]
+    assert_close(hessian_product(toy.model, toy.groups, uneven, protocol()).second, whole.second)
+    small = protocol(micro_batch_size=3)
+    micro = hessian_product(toy.model, toy.groups, [toy.batch], small)
+    assert_close(micro.second, whole.second)
+    assert (micro.weight, micro.num_samples) == (len(labels), len(labels))
+
+
+def test_processes_exchange_sums_once():
+    toy = perceptron()
+    inputs, labels = toy.batch
+    whole = hessian_product(toy.model, toy.groups, [toy.batch], protocol())
+    sent = []
+    shares = [[(inputs[:2], labels[:2])], [(inputs[2:], labels[2:])], []]
+    for share in shares:  # each process alone, to see what it sends
+
+        def keep(flat):
+            sent.append(flat)
+            return whole_flat if len(sent) > len(shares) else flat
+
+        try:
+            hessian_product(toy.model, toy.groups, share, protocol(process_sum=keep))
+        except CriterionError:
+            assert not share  # the process without data has nothing to divide by
+    assert [len(flat) for flat in sent] == [4 + 2 + 2 * toy.num_structures] * len(shares)
+    whole_flat = sum(sent)
+    found = hessian_product(toy.model, toy.groups, shares[0], protocol(process_sum=keep))
+    assert_close(found.second, whole.second)
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
+    toy = perceptron(num_samples=7)
+    whole = hessian_product(toy.model, toy.groups, [toy.batch], protocol())
+    forward = toy.model.forward
+
+    def small_memory(x, gates=None):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(x, gates)
+
+    monkeypatch.setattr(toy.model, "forward", small_memory)
+    with caplog.at_level("INFO"):
+        found = hessian_product(toy.model, toy.groups, [toy.batch], protocol(), mode="auto")
+    assert_close(found.second, whole.second)
+    assert "micro-batches of 2" in caplog.text
+
+
+class _OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad
+
+
+def test_auto_takes_differences_where_a_kernel_has_no_second_derivative(caplog):
+    toy = perceptron()
+    toy.model.b.register_forward_hook(lambda module, args, output: _OnceOnly.apply(output))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        hessian_product(toy.model, toy.groups, [toy.batch], protocol(), mode="exact")
+    with caplog.at_level("INFO"):
+        hessian_product(toy.model, toy.groups, [toy.batch], protocol(), mode="auto")
+    assert "differences instead of exact" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["exact", "differences"])
+def test_faults_of_the_data(mode):
+    toy = perceptron()
+    inputs, labels = toy.batch
+    for batches, words in (([], "no calibration data"), ([(inputs * torch.nan, labels)], "finite")):
+        with pytest.raises(CriterionError, match=words):
+            hessian_product(toy.model, toy.groups, batches, protocol(), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["exact", "differences"])
+def test_gates_without_effect_are_named(mode):
+    toy = perceptron()
+    toy.model.c.register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(CriterionError, match="does not depend on the gates of 'a', 'b'"):
+        hessian_product(toy.model, toy.groups, [toy.batch], protocol(), mode=mode)
+
+
+def test_a_step_that_rounds_away_is_refused():
+    toy = perceptron()
+    toy.model.bfloat16()
+    with pytest.raises(CriterionError, match=r"eps=0\.00195312 .* 0\.03125"):
+        hessian_product(
+            toy.model, toy.groups, [toy.batch], protocol(), mode="differences", eps=2**-9
+        )
+
+
+def test_batch_of_one():
+    toy = perceptron(num_samples=1)
+    assert hessian_product(toy.model, toy.groups, [toy.batch], protocol()).num_samples == 1

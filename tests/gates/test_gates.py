@@ -1,0 +1,140 @@
+"""Gates: what they multiply, and that the model comes back as it was."""
+
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sosp_hub.errors import CriterionError
+from sosp_hub.gates import gated
+from tests.compare import assert_close
+from tests.gates.toys import TOYS, group, perceptron, residual
+
+
+@pytest.fixture(params=TOYS)
+def toy(request):
+    return TOYS[request.param]()
+
+
+def _state(model: nn.Module):
+    return (
+        [(name, p.requires_grad, id(p)) for name, p in model.named_parameters()],
+        [module.training for module in model.modules()],
+        [
+            len(m._forward_pre_hooks) + len(m._forward_pre_hooks_with_kwargs)
+            for m in model.modules()
+        ],
+    )
+
+
+def test_gates_multiply_what_the_oracle_multiplies(toy):
+    row = torch.rand(toy.num_structures, dtype=torch.float64)
+    dense, expected = toy.logits(toy.ones()), toy.logits(row)
+    with gated(toy.model, toy.groups) as gates:
+        assert_close(toy.model(toy.batch[0]), dense, relative=1e-12)
+        gates.set_(toy.split(row))
+        assert_close(toy.model(toy.batch[0]), expected, relative=1e-12)
+    assert_close(toy.model(toy.batch[0]), dense, relative=1e-12)
+
+
+def test_zero_is_the_pruned_model():
+    toy = perceptron()
+    kept = [0, 2, 3]
+    small = copy.deepcopy(toy.model)
+    small.a.weight, small.a.bias = (nn.Parameter(p[kept]) for p in (small.a.weight, small.a.bias))
+    small.b.weight = nn.Parameter(small.b.weight[:, kept])
+    with gated(toy.model, toy.groups) as gates:
+        gates.set_({"a": torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])})
+        assert_close(toy.model(toy.batch[0]), small(toy.batch[0]), relative=1e-12)
+
+
+def test_each_sample_has_its_own_gates():
+    toy = residual()
+    row = torch.rand(len(toy.batch[1]), toy.num_structures, dtype=torch.float64)
+    singles = [toy.model(x[None], toy.split(m)) for x, m in zip(toy.batch[0], row, strict=True)]
+    with gated(toy.model, toy.groups) as gates:
+        gates.set_(toy.split(row), num_samples=len(row))
+        assert_close(toy.model(toy.batch[0]), torch.cat(singles), relative=1e-12)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+@pytest.mark.parametrize("gate", ["activation", "weight"])
+def test_the_model_comes_back_as_it_was(toy, fail, gate, caplog):
+    model = toy.model
+    model.train()
+    model.head.eval() if hasattr(model, "head") else model.c.eval()
+    next(model.parameters()).requires_grad_(False)
+    before, weights = _state(model), copy.deepcopy(model.state_dict())
+    leaves_well = pytest.raises(KeyError) if fail else contextlib.nullcontext()
+    with caplog.at_level("INFO"), leaves_well, gated(model, toy.groups, gate):
+        assert not any(module.training for module in model.modules())
+        model(toy.batch[0]).sum().backward()
+        if fail:
+            raise KeyError
+    assert _state(model) == before
+    assert list(model.state_dict()) == list(weights)
+    assert_close(dict(model.state_dict()), dict(weights), relative=0)
+    assert all(p.grad is None for p in model.parameters())
+    assert "train mode" in caplog.text
+
+
+def test_weights_take_no_gradient(toy):
+    with gated(toy.model, toy.groups) as gates:
+        assert not any(parameter.requires_grad for parameter in toy.model.parameters())
+        toy.model(toy.batch[0]).sum().backward()
+        assert all(gate.grad is not None for gate in gates.values.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gates_are_at_least_float32(dtype):
+    toy = perceptron()
+    toy.model.to(dtype)
+    with gated(toy.model, toy.groups) as gates:
+        expected = torch.float64 if dtype == torch.float64 else torch.float32
+        assert {gate.dtype for gate in gates.values.values()} == {expected}
+        output = toy.model(toy.batch[0].to(dtype))
+        assert output.dtype == dtype
+        output.sum().backward()
+
+
+def test_two_groups_on_one_input_multiply():
+    toy = perceptron()
+    halves = np.array([0, 0, 1, 1, -1])
+    groups = {**toy.groups, "halves": group("halves", "head", 2, [("b", -1, halves)])}
+    a, half = torch.rand(5, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+    expected = toy.model(toy.batch[0], {"a": a * torch.cat([half, torch.ones(1)])[halves]})
+    with gated(toy.model, groups) as gates:
+        gates.set_({"a": a, "halves": half})
+        assert_close(toy.model(toy.batch[0]), expected, relative=1e-12)
+
+
+def test_neighbours_on_one_input():
+    toy = perceptron()
+    left, right = np.array([0, 1, -1, -1, -1]), np.array([-1, -1, 0, -1, 1])
+    groups = {
+        "left": group("left", "neuron", 2, [("b", -1, left)]),
+        "right": group("right", "neuron", 2, [("b", -1, right)]),
+    }
+    row = torch.tensor([2.0, 3.0, 5.0, 1.0, 7.0], dtype=torch.float64)
+    expected = toy.model(toy.batch[0], {"a": row})
+    with gated(toy.model, groups) as gates:
+        gates.set_({"left": torch.tensor([2.0, 3.0]), "right": torch.tensor([5.0, 7.0])})
+        assert_close(toy.model(toy.batch[0]), expected, relative=1e-12)
+
+
+def test_faults():
+    toy = perceptron()
+    nowhere = group("n", "layer", 2, [])
+    elsewhere = group("e", "neuron", 2, [("d", -1, None)])
+    short = group("s", "neuron", 2, [("b", -1, None)])
+    for one, gate, words in (
+        (nowhere, "activation", r"'n' \(layer\) has no place for a gate"),
+        (nowhere, "weight", r"'n' \(layer\) has no filter"),
+        (elsewhere, "activation", "the model has no 'd'"),
+        (short, "activation", r"b: dimension 1 .* 5 positions, in the graph 2"),
+    ):
+        with pytest.raises(CriterionError, match=words), gated(toy.model, {one.name: one}, gate):
+            toy.model(toy.batch[0])
