@@ -36,31 +36,38 @@ def allocate(
     kinds: Iterable[Kind] | None = None,
     measure: Callable[[PruningPlan], float] | None = None,
 ) -> PruningPlan:
-    """Removes the structures of least saliency over all groups at once until every budget holds, and no more.
+    """Removes the structures of least saliency over all groups at once until every budget holds,
+    and no more.
 
-    Ties between groups, ``round_to`` and floors are part of every candidate, so the plan found meets them and the
+    Ties between groups, ``round_to`` and floors are part of every candidate, so the plan found
+    meets them and the
     budget together.
 
     Args:
         graph: What ``trace`` found.
-        saliency: One value per structure for each group that may be cut; higher = keep. Groups that are not listed
+        saliency: One value per structure for each group that may be cut; higher = keep. Groups
+            that are not listed
             stay whole.
         macs: Share of the multiply-accumulates that is kept, in (0, 1].
         params: Share of the parameters that is kept.
         structures: Share of the structures (of the groups that may be cut) that is kept.
         memory_bytes: Share of the bytes of parameters and buffers that is kept.
         latency_s: Share of the dense model's latency that is kept; needs ``measure``.
-        keep_at_least: Share of each group that always stays (at least one structure): guards against layer collapse.
+        keep_at_least: Share of each group that always stays (at least one structure): guards
+            against layer collapse.
         round_to: Kept counts are multiples of this, where the group is large enough.
-        uniform: Groups of the same kind and size keep equally many, so that a plain config can say it.
+        uniform: Groups of the same kind and size keep equally many, so that a plain config can say
+            it.
         kinds: Kinds that may be cut; channels, heads, KV groups and neurons by default.
         measure: Latency in seconds of a plan; measured, so only for ``latency_s``.
 
     Returns:
-        The plan; its provenance lists the budgets, the predicted cost and each group where a floor bit.
+        The plan; its provenance lists the budgets, the predicted cost and each group where a floor
+        bit.
 
     Raises:
-        BudgetError: No budget or one outside (0, 1], saliency that does not fit its group, nothing to cut, or a budget
+        BudgetError: No budget or one outside (0, 1], saliency that does not fit its group, nothing
+            to cut, or a budget
             that the floors do not allow (says what they allow).
     """
     budgets = {
@@ -115,25 +122,36 @@ def allocate(
 
 
 def _check(
-    budgets: Mapping[str, float], keep_at_least: float, round_to: int, measure: Callable[[PruningPlan], float] | None
+    budgets: Mapping[str, float],
+    keep_at_least: float,
+    round_to: int,
+    measure: Callable[[PruningPlan], float] | None,
 ) -> None:
     if not budgets:
-        raise BudgetError("budget: give at least one of macs, params, structures, memory_bytes, latency_s")
+        raise BudgetError(
+            "budget: give at least one of macs, params, structures, memory_bytes, latency_s"
+        )
     for name, value in {**budgets, "keep_at_least": keep_at_least}.items():
-        least = 0 <= value if name == "keep_at_least" else 0 < value
+        least = value >= 0 if name == "keep_at_least" else value > 0
         if not (least and value <= 1):
             raise BudgetError(f"budget: {name} is the share that is kept, in (0, 1]; got {value}")
     if round_to < 1:
         raise BudgetError(f"budget: round_to must be a whole number of at least 1, got {round_to}")
     if "latency_s" in budgets and measure is None:
-        raise BudgetError("budget: latency_s is measured; give measure=, a function from a plan to seconds")
+        raise BudgetError(
+            "budget: latency_s is measured; give measure=, a function from a plan to seconds"
+        )
 
 
 def _eligible(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind, ...]) -> list[str]:
     strange = [name for name in saliency if name not in graph.groups]
     if strange:
-        raise BudgetError(f"saliency: this model has no group {strange[0]!r}; it has {', '.join(list(graph.groups)[:5])}")
-    chosen = [name for name, group in graph.groups.items() if name in saliency and group.kind in kinds]
+        raise BudgetError(
+            f"saliency: this model has no group {strange[0]!r}; it has {', '.join(list(graph.groups)[:5])}"
+        )
+    chosen = [
+        name for name, group in graph.groups.items() if name in saliency and group.kind in kinds
+    ]
     if not chosen:
         present = sorted({group.kind for group in graph.groups.values()})
         raise BudgetError(
@@ -144,11 +162,17 @@ def _eligible(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind,
 
 
 def _scores(group: Group, values: "Tensor") -> NDArray[np.float64]:
-    scores = np.asarray(values.detach().cpu().double() if hasattr(values, "detach") else values, dtype=np.float64)
+    scores = np.asarray(
+        values.detach().cpu().double() if hasattr(values, "detach") else values, dtype=np.float64
+    )
     if scores.shape != (group.size,):
-        raise BudgetError(f"saliency: group {group.name!r} has {group.size} structures, got values of shape {scores.shape}")
+        raise BudgetError(
+            f"saliency: group {group.name!r} has {group.size} structures, got values of shape {scores.shape}"
+        )
     if not np.isfinite(scores).all():
-        raise BudgetError(f"saliency: group {group.name!r} has values that are not finite; score it again")
+        raise BudgetError(
+            f"saliency: group {group.name!r} has values that are not finite; score it again"
+        )
     return scores
 
 
@@ -174,7 +198,10 @@ class _Candidates:
         """Groups that keep equally many; one that may not be cut holds its partners whole."""
         label = {name: (name,) for name in self._names}
         if self.uniform:
-            label = {name: (self.graph.groups[name].kind, self.graph.groups[name].size) for name in self._names}
+            label = {
+                name: (self.graph.groups[name].kind, self.graph.groups[name].size)
+                for name in self._names
+            }
         for tie in self.graph.ties:
             inside = [name for name in tie if name in label]
             for name in inside:
@@ -195,7 +222,9 @@ class _Candidates:
         result: dict[str, int] = {}
         for names in self._sets:
             size = len(self.scores[names[0]])
-            count = size if self._frozen(names) else ceil(sum(raw[name] for name in names) / len(names))
+            count = (
+                size if self._frozen(names) else ceil(sum(raw[name] for name in names) / len(names))
+            )
             count = max(count, self._floor(size))
             if self.round_to > 1:
                 count = min(ceil(count / self.round_to) * self.round_to, size)
@@ -210,7 +239,11 @@ class _Candidates:
         lost = np.bincount(self._owner[:removed], minlength=len(self._names))
         counts = self.counts(removed)
         wanted = {name: len(self.scores[name]) - int(lost[i]) for i, name in enumerate(self._names)}
-        return {n: {"wanted": wanted[n], "kept": counts[n]} for n in self._names if counts[n] > wanted[n]}
+        return {
+            n: {"wanted": wanted[n], "kept": counts[n]}
+            for n in self._names
+            if counts[n] > wanted[n]
+        }
 
     def plan(self, counts: Mapping[str, int]) -> PruningPlan:
         """The most salient structures of each group; groups that lose nothing are left out."""
@@ -226,7 +259,9 @@ class _Candidates:
 class _Meter:
     """Every budgeted quantity of a candidate."""
 
-    def __init__(self, graph: Graph, candidates: _Candidates, measure: Callable[[PruningPlan], float] | None) -> None:
+    def __init__(
+        self, graph: Graph, candidates: _Candidates, measure: Callable[[PruningPlan], float] | None
+    ) -> None:
         self.cost_model = CostModel(graph)
         self.candidates = candidates
         self.measure = measure

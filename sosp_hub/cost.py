@@ -14,7 +14,8 @@ class Cost:
     """Cost of a model.
 
     Attributes:
-        macs: Multiply-accumulates of all matrix products, convolutions and attention for one sample of the traced size.
+        macs: Multiply-accumulates of all matrix products, convolutions and attention for one
+            sample of the traced size.
         params: Number of parameters; tied ones count once.
         bytes: Size of parameters and stored buffers in their dtypes.
     """
@@ -28,7 +29,9 @@ Size = tuple[int, tuple["Size | int", ...], str]
 
 
 class CostModel:
-    """The costs of a graph as polynomials in the numbers of kept structures; evaluating one takes milliseconds."""
+    """The costs of a graph as polynomials in the numbers of kept structures; evaluating one takes
+    milliseconds.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self._names = {atom.id: name for name, atom in graph.atoms.items()}
@@ -36,7 +39,9 @@ class CostModel:
         self._macs = _collect((self._monomial(axes), 1) for axes in graph.macs)
         self._params = _collect((self._monomial(graph.tensors[n]), 1) for n in graph.parameters)
         stored = graph.parameters | graph.buffers
-        self._bytes = _collect((self._monomial(graph.tensors[n]), graph.item_bytes[n]) for n in stored)
+        self._bytes = _collect(
+            (self._monomial(graph.tensors[n]), graph.item_bytes[n]) for n in stored
+        )
 
     def __call__(self, counts: Mapping[str, int] | None = None) -> Cost:
         """Cost with ``counts`` structures of the named groups kept; all others whole."""
@@ -48,7 +53,9 @@ class CostModel:
         )
 
     def _monomial(self, axes: tuple[Axis, ...]) -> tuple[int, tuple[object, ...]]:
-        """A constant and the sizes it is multiplied with: group names, or nested sums of such products."""
+        """A constant and the sizes it is multiplied with: group names, or nested sums of such
+        products.
+        """
         constant, factors = 1, []
         for axis in axes:
             number, symbols = self._size(resolve(axis))
@@ -62,7 +69,9 @@ class CostModel:
             return (axis.size, []) if name is None else (1, [name])
         if isinstance(axis, Prod):
             sizes = [self._size(factor) for factor in axis.factors]
-            return prod(number for number, _ in sizes), [symbol for _, symbols in sizes for symbol in symbols]
+            return prod(number for number, _ in sizes), [
+                symbol for _, symbols in sizes for symbol in symbols
+            ]
         assert isinstance(axis, Sum)
         if not any(atom.id in self._names for atom in atoms(axis)):
             return sum(self._size(part)[0] for part in axis.parts), []
@@ -80,17 +89,25 @@ def _collect(terms: "object") -> Polynomial:
 
 
 def _value(polynomial: Polynomial, counts: Mapping[str, int]) -> int:
-    return sum(constant * prod(_factor(symbol, counts) for symbol in symbols) for symbols, constant in polynomial.items())
+    return sum(
+        constant * prod(_factor(symbol, counts) for symbol in symbols)
+        for symbols, constant in polynomial.items()
+    )
 
 
 def _factor(symbol: object, counts: Mapping[str, int]) -> int:
     if isinstance(symbol, str):
         return counts[symbol]
-    return sum(number * prod(_factor(inner, counts) for inner in symbols) for number, symbols in symbol)  # type: ignore[attr-defined]
+    return sum(
+        number * prod(_factor(inner, counts) for inner in symbols) for number, symbols in symbol
+    )  # type: ignore[attr-defined]
 
 
-def cost(graph: Graph, plan: PruningPlan | None = None, counts: Mapping[str, int] | None = None) -> Cost:
-    """Cost of the model under a plan, or with ``counts`` structures kept; of the dense model by default.
+def cost(
+    graph: Graph, plan: PruningPlan | None = None, counts: Mapping[str, int] | None = None
+) -> Cost:
+    """Cost of the model under a plan, or with ``counts`` structures kept; of the dense model by
+    default.
 
     Equal to what is measured on the cut model.
     """

@@ -1,4 +1,6 @@
-"""Every error a user can meet. Each message says what was given, what was expected and what to write instead."""
+"""Every error a user can meet. Each message says what was given, what was expected and what to
+write instead.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,6 @@
-"""The pruning plan: which structures of which group are kept. Plain data, the waist of the package."""
+"""The pruning plan: which structures of which group are kept. Plain data, the waist of the
+package.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,14 +17,17 @@ class PruningPlan:
     """Kept indices per group.
 
     Attributes:
-        kept: Sorted kept indices of each group that is cut; a group that is not listed is kept whole.
+        kept: Sorted kept indices of each group that is cut; a group that is not listed is kept
+            whole.
         sizes: Size of each listed group in the model that the plan was made for.
         base_model: Hub id of the model the plan was made for, if it has one.
         base_revision: Commit of that model.
-        provenance: Where the plan comes from (criterion, budget, calibration): JSON data, never needed to apply it.
+        provenance: Where the plan comes from (criterion, budget, calibration): JSON data, never
+            needed to apply it.
 
     Raises:
-        PlanError: Indices that are unsorted, repeated or out of range, or a group that is left empty.
+        PlanError: Indices that are unsorted, repeated or out of range, or a group that is left
+            empty.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -36,7 +41,9 @@ class PruningPlan:
         object.__setattr__(self, "sizes", dict(self.sizes))
         if self.kept.keys() != self.sizes.keys():
             odd = sorted(self.kept.keys() ^ self.sizes.keys())
-            raise PlanError(f"plan: `kept` and `sizes` must list the same groups; they differ in {odd}")
+            raise PlanError(
+                f"plan: `kept` and `sizes` must list the same groups; they differ in {odd}"
+            )
         for name, kept in self.kept.items():
             _check_indices(name, kept, self.sizes[name])
 
@@ -84,7 +91,9 @@ class PruningPlan:
         except json.JSONDecodeError as error:
             raise PlanError(f"plan: not JSON ({error})") from error
         if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-            given = record.get("schema_version") if isinstance(record, dict) else type(record).__name__
+            given = (
+                record.get("schema_version") if isinstance(record, dict) else type(record).__name__
+            )
             raise PlanError(f"plan: schema_version is {given!r}, expected {SCHEMA_VERSION}")
         try:
             return cls(
@@ -95,15 +104,25 @@ class PruningPlan:
                 provenance=record.get("provenance", {}),
             )
         except (KeyError, AttributeError, TypeError) as error:
-            raise PlanError(f"plan: `kept` and `sizes` must map group names to indices and sizes ({error})") from error
+            raise PlanError(
+                f"plan: `kept` and `sizes` must map group names to indices and sizes ({error})"
+            ) from error
 
 
 def _check_indices(name: str, kept: Sequence[int], size: int) -> None:
     if not all(type(i) is int for i in (*kept, size)):
-        raise PlanError(f"plan: group {name!r} must list whole numbers, got {list(kept)[:8]} of {size!r}")
+        raise PlanError(
+            f"plan: group {name!r} must list whole numbers, got {list(kept)[:8]} of {size!r}"
+        )
     if not kept:
-        raise PlanError(f"plan: group {name!r} would lose all its {size} structures; keep at least one")
+        raise PlanError(
+            f"plan: group {name!r} would lose all its {size} structures; keep at least one"
+        )
     if list(kept) != sorted(set(kept)):
-        raise PlanError(f"plan: kept indices of group {name!r} must be sorted and distinct, got {list(kept)[:8]}...")
+        raise PlanError(
+            f"plan: kept indices of group {name!r} must be sorted and distinct, got {list(kept)[:8]}..."
+        )
     if kept[0] < 0 or kept[-1] >= size:
-        raise PlanError(f"plan: group {name!r} has {size} structures; kept index {kept[-1] if kept[0] >= 0 else kept[0]} is out of range")
+        raise PlanError(
+            f"plan: group {name!r} has {size} structures; kept index {kept[-1] if kept[0] >= 0 else kept[0]} is out of range"
+        )

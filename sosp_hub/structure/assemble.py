@@ -1,4 +1,6 @@
-"""From the terms of a finished trace to the graph: which atoms are groups, what they are called, where their gates sit."""
+"""From the terms of a finished trace to the graph: which atoms are groups, what they are called,
+where their gates sit.
+"""
 
 from typing import Any
 
@@ -12,18 +14,22 @@ from sosp_hub.structure.ties import settle
 from sosp_hub.types import Kind
 
 Reads = dict[tuple[str, int], dict[str, Axis]]
-"""Axes along which a parameter is summed over, by (parameter, atom id) and the module whose code does it."""
+"""Axes along which a parameter is summed over, by (parameter, atom id) and the module whose code
+does it.
+"""
 
 
 def assemble(
     model: nn.Module,
     terms: Terms,
     entries: dict[str, Axes],
-    inputs: Any,  # noqa: ANN401
+    inputs: Any,
     outputs: tuple[str, ...] | None,
     num_samples: int,
 ) -> Graph:
-    """Settles the ties and turns every atom that is not pinned and sizes a parameter into a group."""
+    """Settles the ties and turns every atom that is not pinned and sizes a parameter into a
+    group.
+    """
     tensors, aliases = _tensors(model, terms)
     for axes in tensors.values():
         for axis in axes:
@@ -41,7 +47,12 @@ def assemble(
         name = _name(atom, members, tensors, reads, kind, names)
         names.add(name)
         found = tuple(
-            Member(tensor, dim, index_of(tensors[tensor][dim], atom), _is_read(reads, tensor, dim, atom, tensors))
+            Member(
+                tensor,
+                dim,
+                index_of(tensors[tensor][dim], atom),
+                _is_read(reads, tensor, dim, atom, tensors),
+            )
             for tensor, dim in members
         )
         sites = tuple(_sites(model, atom, members, tensors, reads, entries))
@@ -64,7 +75,9 @@ def assemble(
         num_samples=num_samples,
         constraints=tuple(terms.constraints),
         steps=tuple(terms.steps),
-        item_bytes={name: model.get_parameter(name).element_size() for name in tensors if name in parameters}
+        item_bytes={
+            name: model.get_parameter(name).element_size() for name in tensors if name in parameters
+        }
         | {name: buffer.element_size() for name, buffer in model.named_buffers()},
         parameters=frozenset(parameters & tensors.keys()),
         buffers=frozenset(model.state_dict().keys() & tensors.keys() - parameters),
@@ -80,7 +93,10 @@ def _tensors(model: nn.Module, terms: Terms) -> tuple[dict[str, Axes], dict[str,
     first: dict[int, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}
     tensors: dict[str, Axes] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
         known = first.setdefault(id(tensor), name)
         if known == name:
             tensors[name] = terms.of(tensor)
@@ -123,10 +139,10 @@ def _reads(terms: Terms) -> Reads:
     return reads
 
 
-def _is_read(
-    reads: Reads, tensor: str, dim: int, atom: Atom, tensors: dict[str, Axes]
-) -> bool:
-    """Whether this dimension of the tensor is the one that is summed over (a square weight has the atom twice)."""
+def _is_read(reads: Reads, tensor: str, dim: int, atom: Atom, tensors: dict[str, Axes]) -> bool:
+    """Whether this dimension of the tensor is the one that is summed over (a square weight has the
+    atom twice).
+    """
     if (tensor, atom.id) not in reads:
         return False
     holders = [d for d, axis in enumerate(tensors[tensor]) if any(a is atom for a in atoms(axis))]
@@ -145,7 +161,9 @@ def _kind(atom: Atom, members: list[tuple[str, int]], tensors: dict[str, Axes]) 
         for name, dim in members:
             axis = resolve(tensors[name][dim])
             factors = axis.factors if isinstance(axis, Prod) else ()
-            shared |= any(isinstance(f, Atom) and f is not atom and "copies" in f.roles for f in factors)
+            shared |= any(
+                isinstance(f, Atom) and f is not atom and "copies" in f.roles for f in factors
+            )
         return "head" if "copies" in atom.roles or not shared else "kv_group"
     if "contracted" in atom.roles and "stream" not in atom.roles:
         return "head_dim"
@@ -154,7 +172,7 @@ def _kind(atom: Atom, members: list[tuple[str, int]], tensors: dict[str, Axes]) 
         return "head_dim"
     if {"stream", "normalised"} <= atom.roles:
         return "residual"
-    has_window = any(len(tensors[name]) > 2 for name, _ in members)  # noqa: PLR2004
+    has_window = any(len(tensors[name]) > 2 for name, _ in members)
     return "channel" if has_window else "neuron"
 
 
@@ -165,7 +183,9 @@ def _is_inside_head(axis: Axis, atom: Atom) -> bool:
     if not isinstance(axis, Prod):
         return False
     inside = any(any(a is atom for a in atoms(factor)) for factor in axis.factors)
-    return inside and any("head" in a.roles for factor in axis.factors for a in atoms(factor) if a is not atom)
+    return inside and any(
+        "head" in a.roles for factor in axis.factors for a in atoms(factor) if a is not atom
+    )
 
 
 def _name(
@@ -176,7 +196,9 @@ def _name(
     kind: Kind,
     taken: set[str],
 ) -> str:
-    makers = [n for n, d in members if len(tensors[n]) > 1 and not _is_read(reads, n, d, atom, tensors)]
+    makers = [
+        n for n, d in members if len(tensors[n]) > 1 and not _is_read(reads, n, d, atom, tensors)
+    ]
     tensor = (makers or [members[0][0]])[0]
     stem = tensor.rpartition(".")[0] or tensor
     name, number = f"{stem}:{kind}", 2
@@ -209,8 +231,10 @@ def _sites(
 
 
 def _input_dim(module: nn.Module) -> int | None:
-    """Dimension of the module's input that its weight is multiplied with, for layers whose input is what they read."""
-    if isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001 - the public classes' common base
+    """Dimension of the module's input that its weight is multiplied with, for layers whose input
+    is what they read.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd):
         return 1
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return -1
@@ -218,14 +242,23 @@ def _input_dim(module: nn.Module) -> int | None:
 
 
 def _pinned(tensors: dict[str, Axes], parameters: set[str]) -> list[Pinned]:
-    """Parameter dimensions nothing of which can be cut; windows of convolutions go without saying."""
+    """Parameter dimensions nothing of which can be cut; windows of convolutions go without
+    saying.
+    """
     found = []
     for name, axes in tensors.items():
         for dim, axis in enumerate(axes):
             stuck = list(atoms(axis))
-            if name not in parameters or size_of(axis) == 1 or not all(atom.pinned for atom in stuck):
+            if (
+                name not in parameters
+                or size_of(axis) == 1
+                or not all(atom.pinned for atom in stuck)
+            ):
                 continue
-            reason = next((reason for atom in stuck for reason in atom.pinned), "the size is written into the code")
+            reason = next(
+                (reason for atom in stuck for reason in atom.pinned),
+                "the size is written into the code",
+            )
             if not reason.startswith("the window of"):
                 found.append(Pinned(name, dim, size_of(axis), reason))
     return found
@@ -233,7 +266,10 @@ def _pinned(tensors: dict[str, Axes], parameters: set[str]) -> list[Pinned]:
 
 def _cuttable(groups: dict[str, Group], parameters: dict[str, Any]) -> dict[str, int]:
     shares = {}
-    for label, chosen in (("exact", [g for g in groups.values() if g.exact]), ("all", list(groups.values()))):
+    for label, chosen in (
+        ("exact", [g for g in groups.values() if g.exact]),
+        ("all", list(groups.values())),
+    ):
         touched = {member.tensor for group in chosen for member in group.members}
         shares[label] = sum(p.numel() for name, p in parameters.items() if name in touched)
     return shares

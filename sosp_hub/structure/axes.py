@@ -1,10 +1,14 @@
 """The axis algebra: what one tensor dimension is made of.
 
-A dimension is an ``Atom`` (indivisible so far), a ``Prod`` (row-major factors, as ``view`` makes them) or a ``Sum``
-(pieces one after the other, as ``cat`` makes them). Operations *unify* axes that must be cut alike; an atom that is
-unified with a composite axis is bound to it, so a later discovery refines everything that was seen before.
+A dimension is an ``Atom`` (indivisible so far), a ``Prod`` (row-major factors, as ``view`` makes
+them) or a ``Sum``
+(pieces one after the other, as ``cat`` makes them). Operations *unify* axes that must be cut
+alike; an atom that is
+unified with a composite axis is bound to it, so a later discovery refines everything that was seen
+before.
 
-An atom that something unknown, a literal or an output depends on is *pinned*: it keeps all its structures.
+An atom that something unknown, a literal or an output depends on is *pinned*: it keeps all its
+structures.
 """
 
 import itertools
@@ -59,7 +63,9 @@ def free(size: int) -> Axis:
 
 
 def size_of(axis: Axis, count: Callable[[Atom], int] | None = None) -> int:
-    """Length of an axis: of the dense model, or with ``count`` structures left of each root atom."""
+    """Length of an axis: of the dense model, or with ``count`` structures left of each root
+    atom.
+    """
     axis = resolve(axis)
     if isinstance(axis, Atom):
         return axis.size if count is None else count(axis)
@@ -132,12 +138,16 @@ def is_fixed(axis: Axis) -> bool:
 
 
 def unify(one: Axis, two: Axis, why: str) -> None:
-    """Makes two axes the same one. Where no common refinement exists, both are pinned for the reason ``why``."""
+    """Makes two axes the same one. Where no common refinement exists, both are pinned for the
+    reason ``why``.
+    """
     one, two = resolve(one), resolve(two)
     if one is two:
         return
     if size_of(one) != size_of(two):
-        raise AssertionError(f"{why}: axes of sizes {size_of(one)} and {size_of(two)} cannot be the same")
+        raise AssertionError(
+            f"{why}: axes of sizes {size_of(one)} and {size_of(two)} cannot be the same"
+        )
     if isinstance(one, Atom):
         _bind(one, two, why)
     elif isinstance(two, Atom):
@@ -250,7 +260,9 @@ def split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:
 
 
 def cut_at(axis: Axis, position: int) -> tuple[Axis, Axis] | None:
-    """The axis as two pieces with the border at ``position``, or None where no such border can be drawn."""
+    """The axis as two pieces with the border at ``position``, or None where no such border can be
+    drawn.
+    """
     axis = resolve(axis)
     size = size_of(axis)
     assert 0 < position < size

@@ -30,14 +30,16 @@ class Graph:
 
     Attributes:
         groups: Groups by name, in the order of the model's parameters.
-        ties: Sets of groups that must keep equally many structures (one attribute holds both sizes).
+        ties: Sets of groups that must keep equally many structures (one attribute holds both
+            sizes).
         pinned: Parameter dimensions that keep their size, with the reason.
         tensors: Axes of every parameter and buffer that the forward pass used.
         aliases: Other names of a shared tensor, by the name it is listed under.
         atoms: Root atom of each group.
         macs: Axes whose sizes multiply to the cost of each product of the forward pass.
         num_samples: Samples in the traced inputs.
-        constraints: Size arguments of the code and the axes they describe; they give the cut model's attributes.
+        constraints: Size arguments of the code and the axes they describe; they give the cut
+            model's attributes.
         steps: The operations of the forward pass, for verification.
         item_bytes: Bytes of one element of each tensor.
         parameters: Names of the tensors that are parameters.
@@ -70,9 +72,13 @@ class Graph:
             group = self.groups.get(name)
             if group is None:
                 known = ", ".join(list(self.groups)[:5])
-                raise PlanError(f"plan: this model has no group {name!r}; it has {len(self.groups)}, such as {known}")
+                raise PlanError(
+                    f"plan: this model has no group {name!r}; it has {len(self.groups)}, such as {known}"
+                )
             if group.size != size:
-                raise PlanError(f"plan: group {name!r} has {group.size} structures here, but the plan was made for {size}")
+                raise PlanError(
+                    f"plan: group {name!r} has {group.size} structures here, but the plan was made for {size}"
+                )
         counts = plan.num_kept()
         for tie in self.ties:
             found = {name: counts.get(name, self.groups[name].size) for name in tie}
@@ -93,7 +99,9 @@ class Graph:
         left = {self.atoms[name].id: number for name, number in counts.items()}
         return lambda atom: left.get(atom.id, atom.size)
 
-    def kept_positions(self, tensor: str, plan: PruningPlan) -> tuple[NDArray[np.int64] | None, ...]:
+    def kept_positions(
+        self, tensor: str, plan: PruningPlan
+    ) -> tuple[NDArray[np.int64] | None, ...]:
         """Positions of each dimension of a tensor that stay; None where all do."""
         masks = self.keep(plan)
         positions = []
@@ -103,6 +111,6 @@ class Graph:
         return tuple(positions)
 
     def __str__(self) -> str:
-        from sosp_hub.structure.show import show  # noqa: PLC0415 - words about a graph need the graph
+        from sosp_hub.structure.show import show
 
         return show(self)

@@ -16,8 +16,10 @@ class Member:
     Attributes:
         tensor: Name in the model's ``state_dict``.
         dim: Dimension of that tensor.
-        index: For each position along ``dim`` the structure it belongs to, or -1 (another group's position).
-        reads: The forward pass sums over this dimension (an input axis); otherwise it makes it (an output axis).
+        index: For each position along ``dim`` the structure it belongs to, or -1 (another group's
+            position).
+        reads: The forward pass sums over this dimension (an input axis); otherwise it makes it (an
+            output axis).
     """
 
     tensor: str
@@ -28,14 +30,17 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where the group's activation is read. A gate multiplies the tensor here; gate 0 at all sites = pruned.
+    """A place where the group's activation is read. A gate multiplies the tensor here; gate 0 at
+    all sites = pruned.
 
     Exactly one of ``module`` and ``weight`` is set.
 
     Attributes:
         module: Module whose first input is the tensor that disappears.
-        weight: Parameter that reads it inside a module's code; scaling it along ``dim`` is the same linear gate.
-        dim: Dimension of that input (1 for convolutions, -1 for linear layers) or of that parameter.
+        weight: Parameter that reads it inside a module's code; scaling it along ``dim`` is the
+            same linear gate.
+        dim: Dimension of that input (1 for convolutions, -1 for linear layers) or of that
+            parameter.
         index: For each position along ``dim`` the structure it belongs to, or -1.
     """
 
@@ -50,12 +55,15 @@ class Group:
     """Structures ``0..size-1`` that are cut by the same kept indices everywhere.
 
     Attributes:
-        name: Stable name: the module that makes the slices, then the kind, as in ``layer1.0.conv1:channel``.
+        name: Stable name: the module that makes the slices, then the kind, as in
+            ``layer1.0.conv1:channel``.
         kind: What one structure is.
         size: Number of structures.
         members: Every parameter and buffer dimension that is cut.
-        sites: Where the activation is read; the gates sit here. Empty where no gate can stand for the cut.
-        reasons: Why a cut is not equal to a masked model (a normalisation over the axis, ...); empty = exact.
+        sites: Where the activation is read; the gates sit here. Empty where no gate can stand for
+            the cut.
+        reasons: Why a cut is not equal to a masked model (a normalisation over the axis, ...);
+            empty = exact.
     """
 
     name: str
@@ -67,7 +75,9 @@ class Group:
 
     @property
     def exact(self) -> bool:
-        """Whether the cut model computes what the dense model computes with these activations at zero."""
+        """Whether the cut model computes what the dense model computes with these activations at
+        zero.
+        """
         return not self.reasons
 
 

@@ -1,8 +1,11 @@
 """Whole numbers that remember where they come from.
 
-While a model is traced, its int attributes, its config values and the sizes of its tensors are ``TracedInt``s. When one
-arrives as a size argument (``view``, ``split``, ``layer_norm``, ...) the trace learns that the attribute must equal the
-size of that axis, and so which attribute a cut has to rewrite. One that is turned into a float is a size used as a value.
+While a model is traced, its int attributes, its config values and the sizes of its tensors are
+``TracedInt``s. When one
+arrives as a size argument (``view``, ``split``, ``layer_norm``, ...) the trace learns that the
+attribute must equal the
+size of that axis, and so which attribute a cut has to rewrite. One that is turned into a float is
+a size used as a value.
 """
 
 import operator
@@ -14,7 +17,9 @@ from sosp_hub.structure.axes import Atom, Axis, atoms, size_of
 
 
 class Attribute(NamedTuple):
-    """An int attribute of a module: ``name`` may be dotted (``config.hidden_size``); ``item`` is a tuple position."""
+    """An int attribute of a module: ``name`` may be dotted (``config.hidden_size``); ``item`` is a
+    tuple position.
+    """
 
     module: str
     name: str
@@ -132,7 +137,9 @@ def expr_atoms(expr: Expr) -> list[Atom]:
 
 
 def evaluate(expr: Expr, values: Mapping[Attribute, int], count: Callable[[Atom], int]) -> int:
-    """Value of an expression when ``count`` structures are left of each atom. Raises KeyError on an unknown attribute."""
+    """Value of an expression when ``count`` structures are left of each atom. Raises KeyError on
+    an unknown attribute.
+    """
     if isinstance(expr, int):
         return expr
     if isinstance(expr, Attribute):
@@ -146,7 +153,9 @@ def evaluate(expr: Expr, values: Mapping[Attribute, int], count: Callable[[Atom]
 def solve(
     expr: Expr, target: int, values: Mapping[Attribute, int], count: Callable[[Atom], int]
 ) -> tuple[Attribute, int] | None:
-    """The one unknown attribute of ``expr == target`` and its value, or None where no whole number does."""
+    """The one unknown attribute of ``expr == target`` and its value, or None where no whole number
+    does.
+    """
     while isinstance(expr, Op):
         in_left = not attributes(expr.left) <= values.keys()
         if in_left and not attributes(expr.right) <= values.keys():

@@ -22,9 +22,11 @@ class DispatchWatch(TorchDispatchMode):
         self.terms = terms
         self.paused = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.paused or func.namespace == "prim":  # prim: questions about a tensor, such as its device
+        if (
+            self.paused or func.namespace == "prim"
+        ):  # prim: questions about a tensor, such as its device
             return func(*args, **kwargs)
         inputs = tuple(self.terms.of(tensor) for tensor in rules.tensors((args, kwargs)))
         out = func(*args, **kwargs)
@@ -33,10 +35,12 @@ class DispatchWatch(TorchDispatchMode):
         self.note(str(func), inputs, out)
         return out
 
-    def note(self, name: str, inputs: tuple[tuple[Axis, ...], ...], out: Any) -> None:  # noqa: ANN401
+    def note(self, name: str, inputs: tuple[tuple[Axis, ...], ...], out: Any) -> None:
         """Appends a step to the record."""
         outputs = tuple(self.terms.of(tensor) for tensor in rules.tensors(out))
-        self.terms.steps.append(Step(name, self.terms.modules[-1], inputs, outputs, self.terms.mixes))
+        self.terms.steps.append(
+            Step(name, self.terms.modules[-1], inputs, outputs, self.terms.mixes)
+        )
 
 
 class FunctionWatch(TorchFunctionMode):
@@ -47,7 +51,7 @@ class FunctionWatch(TorchFunctionMode):
         self.terms = terms
         self.dispatch = dispatch
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__" and getattr(func, "__self__", None) is Tensor.shape:
@@ -65,9 +69,14 @@ class FunctionWatch(TorchFunctionMode):
         return out
 
     def _sizes(self, tensor: Tensor) -> torch.Size:
-        return torch.Size([TracedInt(size_of(axis), axis) if size_of(axis) > 1 else 1 for axis in self.terms.of(tensor)])
+        return torch.Size(
+            [
+                TracedInt(size_of(axis), axis) if size_of(axis) > 1 else 1
+                for axis in self.terms.of(tensor)
+            ]
+        )
 
-    def _attention(self, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:  # noqa: ANN401
+    def _attention(self, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         self.dispatch.paused = True
@@ -76,12 +85,18 @@ class FunctionWatch(TorchFunctionMode):
         finally:
             self.dispatch.paused = False
         query, key, value, mask = (given.get(name) for name in names[:4])
-        inputs = tuple(self.terms.of(tensor) for tensor in (query, key, value, mask) if tensor is not None)
+        inputs = tuple(
+            self.terms.of(tensor) for tensor in (query, key, value, mask) if tensor is not None
+        )
         self.terms.mixes = False
         try:
-            rules.attention(self.terms, query, key, value, mask, out, given.get("scale") is not None)
+            rules.attention(
+                self.terms, query, key, value, mask, out, given.get("scale") is not None
+            )
         except (AssertionError, ValueError, IndexError):
-            rules.unknown(self.terms, "scaled_dot_product_attention", args, kwargs, out)
+            rules.unknown(
+                self.terms, rules.Operation("scaled_dot_product_attention", args, kwargs, out)
+            )
         self.dispatch.note("scaled_dot_product_attention", inputs, out)
         return out
 
@@ -98,12 +113,12 @@ def _check(*names: str) -> Callable[[Check], Check]:
     return register
 
 
-def _flat(sizes: Any) -> list[Any]:  # noqa: ANN401
+def _flat(sizes: Any) -> list[Any]:
     return list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else list(sizes)
 
 
 @_check("view", "reshape", "expand", "broadcast_to", "view_copy")
-def _check_view(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
+def _check_view(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
     sizes = _flat(args[1:]) or list(kwargs.get("shape", kwargs.get("size", ())))
     axes = terms.of(out)
     for size, axis in zip(reversed(sizes), reversed(axes), strict=False):
@@ -111,8 +126,10 @@ def _check_view(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa
 
 
 @_check("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
-def _check_factory(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
-    sizes = _flat(args[1:] if args and isinstance(args[0], Tensor) else args) or list(kwargs.get("size", ()))
+def _check_factory(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
+    sizes = _flat(args[1:] if args and isinstance(args[0], Tensor) else args) or list(
+        kwargs.get("size", ())
+    )
     sizes = sizes[: out.dim()]
     for size, axis in zip(sizes, terms.of(out), strict=False):
         if isinstance(size, TracedInt):
@@ -122,24 +139,26 @@ def _check_factory(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # n
 
 
 @_check("arange", "linspace", "eye")
-def _check_series(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
+def _check_series(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
     for value in args:
         if isinstance(value, TracedInt):
             terms.leaks.append((value.expr, terms.where))
 
 
 @_check("unflatten")
-def _check_unflatten(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
+def _check_unflatten(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
     dim = (args[1] if len(args) > 1 else kwargs["dim"]) % args[0].dim()
-    sizes = args[2] if len(args) > 2 else kwargs["sizes"]  # noqa: PLR2004
+    sizes = args[2] if len(args) > 2 else kwargs["sizes"]
     for offset, size in enumerate(sizes):
         terms.constrain(size, terms.of(out)[dim + offset], "unflatten")
 
 
 @_check("split", "split_with_sizes")
-def _check_split(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
-    sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].dim()  # noqa: PLR2004
+def _check_split(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
+    sizes = (
+        args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+    )
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].dim()
     sizes = [sizes] * len(out) if isinstance(sizes, int) else sizes
     for size, piece in zip(sizes, out, strict=False):
         if int(size) == piece.shape[dim]:
@@ -147,22 +166,26 @@ def _check_split(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noq
 
 
 @_check("chunk", "tensor_split")
-def _check_chunk(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].dim()  # noqa: PLR2004
+def _check_chunk(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % args[0].dim()
     for piece in out[1:]:
         if piece.shape[dim] == out[0].shape[dim]:
-            terms.constrain(TracedInt(int(piece.shape[dim]), terms.of(out[0])[dim]), terms.of(piece)[dim], "chunk")
+            terms.constrain(
+                TracedInt(int(piece.shape[dim]), terms.of(out[0])[dim]),
+                terms.of(piece)[dim],
+                "chunk",
+            )
 
 
 @_check("narrow")
-def _check_narrow(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
-    if len(args) == 4:  # noqa: PLR2004
+def _check_narrow(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
+    if len(args) == 4:
         _border(terms, args[2], terms.of(args[0])[args[1]], terms.of(out)[args[1]])
         terms.constrain(args[3], terms.of(out)[args[1]], "narrow")
 
 
 @_check("__getitem__")
-def _check_getitem(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
+def _check_getitem(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
     tensor, key = args
     keys = list(key) if isinstance(key, tuple) else [key]
     if any(isinstance(item, Tensor | list) for item in keys) or not isinstance(out, Tensor):
@@ -189,7 +212,12 @@ def _check_slice(terms: Terms, item: slice, tensor: Tensor, dim: int, axis: Axis
     start, stop = item.start, item.stop
     length = int(tensor.shape[dim])
     for border in (start, stop):
-        if border is not None and not isinstance(border, TracedInt) and border != 0 and abs(border) < length:
+        if (
+            border is not None
+            and not isinstance(border, TracedInt)
+            and border != 0
+            and abs(border) < length
+        ):
             terms.fix(whole, f"the number {border} is written into the code (a slice)")
             return
     total = TracedInt(length, whole)
@@ -199,10 +227,12 @@ def _check_slice(terms: Terms, item: slice, tensor: Tensor, dim: int, axis: Axis
     _border(terms, begin, whole, axis)
 
 
-def _border(terms: Terms, start: Any, whole: Axis, piece: Axis) -> None:  # noqa: ANN401
-    """A slice that begins in the middle: what lies before it must keep the length that ``start`` says."""
+def _border(terms: Terms, start: Any, whole: Axis, piece: Axis) -> None:
+    """A slice that begins in the middle: what lies before it must keep the length that ``start``
+    says.
+    """
     if isinstance(start, TracedInt) and 0 < start < size_of(whole):
-        from sosp_hub.structure.axes import cut_at  # noqa: PLC0415
+        from sosp_hub.structure.axes import cut_at
 
         pieces = cut_at(whole, int(start))
         if pieces is not None:
@@ -210,7 +240,7 @@ def _border(terms: Terms, start: Any, whole: Axis, piece: Axis) -> None:  # noqa
 
 
 @_check("layer_norm", "rms_norm")
-def _check_layer_norm(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
+def _check_layer_norm(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
     shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
     for size, axis in zip(reversed(shape), reversed(terms.of(out)), strict=False):
         if isinstance(size, TracedInt):
@@ -218,7 +248,7 @@ def _check_layer_norm(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  
 
 
 @_check("group_norm")
-def _check_group_norm(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
+def _check_group_norm(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
     groups = args[1] if len(args) > 1 else kwargs["num_groups"]
     halves = split(terms.of(out)[1], int(groups), "group norm")
     if halves is not None:
@@ -226,9 +256,9 @@ def _check_group_norm(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  
 
 
 @_check("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d")
-def _check_convolution(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
-    transposed = "out_padding" in kwargs or len(args) > 7  # noqa: PLR2004
-    groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)  # noqa: PLR2004
+def _check_convolution(terms: Terms, args: Any, kwargs: Any, out: Any) -> None:
+    transposed = "out_padding" in kwargs or len(args) > 7
+    groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
     if transposed or int(groups) == 1:
         return
     halves = split(terms.of(args[1])[0], int(groups), "a grouped convolution")

@@ -1,4 +1,6 @@
-"""A copy of the model to trace: parameters without data, and ints that remember where they come from."""
+"""A copy of the model to trace: parameters without data, and ints that remember where they come
+from.
+"""
 
 import copy
 from typing import Any
@@ -11,13 +13,17 @@ from sosp_hub.structure.ints import Attribute, TracedInt
 
 
 def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
-    """A deep copy whose int attributes are traced; with ``fake`` its tensors hold no data and the copy is cheap."""
+    """A deep copy whose int attributes are traced; with ``fake`` its tensors hold no data and the
+    copy is cheap.
+    """
     memo: dict[int, Any] = {}
     if fake is not None:
         for tensor in [*model.parameters(), *model.buffers()]:
             device = "cpu" if tensor.is_meta else tensor.device
             with fake:
-                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                empty = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+                )
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
     twin = copy.deepcopy(model, memo)
@@ -28,7 +34,7 @@ def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     return twin
 
 
-def fake_inputs(value: Any, fake: FakeTensorMode) -> Any:  # noqa: ANN401 - any nesting of tensors
+def fake_inputs(value: Any, fake: FakeTensorMode) -> Any:
     """The same nesting with tensors that hold no data."""
     if isinstance(value, Tensor):
         return fake.from_tensor(value)
@@ -51,12 +57,12 @@ def _trace_ints(module: nn.Module, name: str) -> None:
                 module.__dict__[key] = traced
 
 
-def is_config(value: Any) -> bool:  # noqa: ANN401
+def is_config(value: Any) -> bool:
     """A transformers config, told without importing transformers."""
     return hasattr(value, "model_type") and hasattr(value, "to_diff_dict")
 
 
-def _trace_config(config: Any, module: str, prefix: str) -> Any:  # noqa: ANN401
+def _trace_config(config: Any, module: str, prefix: str) -> Any:
     twin = copy.copy(config)
     for key, value in list(vars(twin).items()):
         if is_config(value):
@@ -66,9 +72,11 @@ def _trace_config(config: Any, module: str, prefix: str) -> Any:  # noqa: ANN401
     return twin
 
 
-def _traced(value: Any, module: str, name: str) -> Any:  # noqa: ANN401
+def _traced(value: Any, module: str, name: str) -> Any:
     if type(value) is int:
         return TracedInt(value, Attribute(module, name))
     if type(value) in {tuple, list} and value and all(type(item) is int for item in value):
-        return type(value)(TracedInt(item, Attribute(module, name, i)) for i, item in enumerate(value))
+        return type(value)(
+            TracedInt(item, Attribute(module, name, i)) for i, item in enumerate(value)
+        )
     return value

@@ -26,6 +26,6 @@ def show(graph: "Graph") -> str:
     for pinned in graph.pinned:
         by_reason.setdefault(pinned.reason, []).append(f"{pinned.tensor}[{pinned.dim}]")
     for reason, dims in by_reason.items():
-        more = f" and {len(dims) - 3} more" if len(dims) > 3 else ""  # noqa: PLR2004
+        more = f" and {len(dims) - 3} more" if len(dims) > 3 else ""
         lines.append(f"pinned: {', '.join(dims[:3])}{more}: {reason}")
     return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""What a running trace knows: the axes of every tensor, who reads which parameter, and what was asked of sizes."""
+"""What a running trace knows: the axes of every tensor, who reads which parameter, and what was
+asked of sizes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,9 @@ Axes = tuple[Axis, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of the forward pass: its tensors' axes, and whether it mixes values along an axis that may be cut."""
+    """One operation of the forward pass: its tensors' axes, and whether it mixes values along an
+    axis that may be cut.
+    """
 
     name: str
     module: str
@@ -26,7 +30,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Read:
-    """A sum over an axis of a parameter, in the code of a module: the place where an activation is used."""
+    """A sum over an axis of a parameter, in the code of a module: the place where an activation is
+    used.
+    """
 
     tensor: str
     axis: Axis
@@ -70,17 +76,21 @@ class Terms:
             self.axes[tensor] = known
         return known
 
-    def set(self, tensor: Any, axes: Sequence[Axis]) -> None:  # noqa: ANN401 - ops return anything
+    def set(self, tensor: Any, axes: Sequence[Axis]) -> None:
         """Gives an operation's output its axes."""
         if not isinstance(tensor, Tensor):
             return
         found, expected = [size_of(axis) for axis in axes], list(tensor.shape)
         if found != expected:
-            raise AssertionError(f"a rule gave axes of sizes {found} to a tensor of shape {expected}")
+            raise AssertionError(
+                f"a rule gave axes of sizes {found} to a tensor of shape {expected}"
+            )
         self.axes[tensor] = tuple(axes)
 
     def read(self, operand: Tensor, axis: Axis) -> None:
-        """``operand`` is summed over along ``axis``; remembered where it is a parameter or a view of one."""
+        """``operand`` is summed over along ``axis``; remembered where it is a parameter or a view
+        of one.
+        """
         name = self.source.get(operand)
         if name is not None:
             self.reads.append(Read(name, axis, self.modules[-1]))
@@ -103,7 +113,7 @@ class Terms:
         self.fix(axis, what)
         return fixed(size, f"{what} in {self.where}")
 
-    def constrain(self, value: Any, axis: Axis, what: str) -> None:  # noqa: ANN401
+    def constrain(self, value: Any, axis: Axis, what: str) -> None:
         """A size argument and the axis it describes."""
         if isinstance(value, TracedInt):
             self.constraints.append(Constraint(value.expr, axis, f"{what} in {self.where}"))

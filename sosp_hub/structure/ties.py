@@ -1,7 +1,10 @@
-"""What sizes must satisfy: one attribute for several axes, slices at half a width, products of two attributes.
+"""What sizes must satisfy: one attribute for several axes, slices at half a width, products of two
+attributes.
 
-Every size argument of the traced code gave a constraint ``expression == size of an axis``. For a choice of counts the
-constraints determine the attributes of the cut model. Constraints that fail for arbitrary counts are turned into ties
+Every size argument of the traced code gave a constraint ``expression == size of an axis``. For a
+choice of counts the
+constraints determine the attributes of the cut model. Constraints that fail for arbitrary counts
+are turned into ties
 (groups that keep equally many structures), or where that does not help their axes are pinned.
 """
 
@@ -15,8 +18,12 @@ from sosp_hub.structure.terms import Constraint
 Count = Callable[[Atom], int]
 
 
-def solve_attributes(constraints: Sequence[Constraint], count: Count) -> tuple[dict[Attribute, int], list[Constraint]]:
-    """Attribute values of the model in which ``count`` structures are left, and the constraints that then fail."""
+def solve_attributes(
+    constraints: Sequence[Constraint], count: Count
+) -> tuple[dict[Attribute, int], list[Constraint]]:
+    """Attribute values of the model in which ``count`` structures are left, and the constraints
+    that then fail.
+    """
     values: dict[Attribute, int] = {}
     violated: list[Constraint] = []
     open_ones = list(constraints)
@@ -42,11 +49,14 @@ def solve_attributes(constraints: Sequence[Constraint], count: Count) -> tuple[d
     return values, violated
 
 
-def settle(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, str]], seed: int = 0) -> dict[int, int]:
+def settle(
+    constraints: Sequence[Constraint], leaks: Iterable[tuple[object, str]], seed: int = 0
+) -> dict[int, int]:
     """Finds ties and pins until every constraint holds for arbitrary counts.
 
     Returns:
-        The representative of each tied atom (ids); atoms with one representative must keep equally many structures.
+        The representative of each tied atom (ids); atoms with one representative must keep equally
+        many structures.
     """
     representative: dict[int, int] = {}
     relevant = _relevant(constraints)
@@ -60,7 +70,7 @@ def settle(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, str]
         return number
 
     clean = 0
-    while clean < 3:  # noqa: PLR2004 - three random draws without a failure
+    while clean < 3:
         draw: dict[int, int] = {}
 
         def count(atom: Atom, draw: dict[int, int] = draw) -> int:
@@ -76,10 +86,16 @@ def settle(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, str]
 
 
 def _relevant(constraints: Sequence[Constraint]) -> list[Constraint]:
-    """One of each kind, simple ones first; only those that share an attribute or an axis with something that may be cut."""
+    """One of each kind, simple ones first; only those that share an attribute or an axis with
+    something that may be cut.
+    """
     seen: dict[tuple[object, ...], Constraint] = {}
     for constraint in constraints:
-        key = (_key(constraint.expr), tuple(atom.id for atom in atoms(constraint.axis)), size_of(constraint.axis))
+        key = (
+            _key(constraint.expr),
+            tuple(atom.id for atom in atoms(constraint.axis)),
+            size_of(constraint.axis),
+        )
         seen.setdefault(key, constraint)
     live = {a for c in seen.values() if not _dead(c) for a in attributes(c.expr)}
     chosen = [c for c in seen.values() if not _dead(c) or attributes(c.expr) & live]
@@ -102,13 +118,18 @@ def _pin_leaks(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, 
     for expr, where in leaks:
         touched = list(expr_atoms(expr))  # type: ignore[arg-type]
         for attribute in attributes(expr):  # type: ignore[arg-type]
-            touched += [a for c in constraints if attribute in attributes(c.expr) for a in atoms(c.axis)]
+            touched += [
+                a for c in constraints if attribute in attributes(c.expr) for a in atoms(c.axis)
+            ]
         for atom in touched:
             atom.pinned.setdefault(f"the code in {where} computes with its size")
 
 
 def _repair(
-    constraint: Constraint, all_of_them: Sequence[Constraint], find: Callable[[int], int], tied: dict[int, int]
+    constraint: Constraint,
+    all_of_them: Sequence[Constraint],
+    find: Callable[[int], int],
+    tied: dict[int, int],
 ) -> None:
     """Ties two equally long axes of a failing constraint, or pins it."""
     involved = _involved(constraint, all_of_them)

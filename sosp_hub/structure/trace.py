@@ -22,39 +22,44 @@ Run = tuple[nn.Module, Terms, dict[str, Axes]]
 
 def trace(
     model: nn.Module,
-    example_inputs: Any,  # noqa: ANN401
+    example_inputs: Any,
     outputs: str | Sequence[str] | None = None,
     *,
     fake: bool = True,
 ) -> Graph:
     """Finds the groups of slices of a model that must be cut together.
 
-    The model itself is not run and not changed: a copy without data is (FakeTensors), or a real copy where its code
+    The model itself is not run and not changed: a copy without data is (FakeTensors), or a real
+    copy where its code
     looks at values. The pass is the evaluation pass, whatever mode the model is in.
 
     Args:
         model: Any module; weights may be on the meta device.
-        example_inputs: Positional tensors as a tuple, or keyword tensors as a dict; the first dimension of the first
+        example_inputs: Positional tensors as a tuple, or keyword tensors as a dict; the first
+            dimension of the first
             tensor counts samples.
-        outputs: Names of the outputs that matter (``"logits"``), for models that return a mapping; other outputs may
+        outputs: Names of the outputs that matter (``"logits"``), for models that return a mapping;
+            other outputs may
             then change their size. None keeps the size of all of them.
         fake: Try without data first; False runs a real copy at once.
 
     Raises:
         TraceError: The inputs do not fit the model, or its forward pass cannot be followed.
     """
-    wanted = (outputs,) if isinstance(outputs, str) else (None if outputs is None else tuple(outputs))
+    wanted = (
+        (outputs,) if isinstance(outputs, str) else (None if outputs is None else tuple(outputs))
+    )
     twin, terms, entries = _run(model, example_inputs, wanted, fake)
     samples = next(rules.tensors(example_inputs)).shape[0]
     return assemble(twin, terms, entries, example_inputs, wanted, int(samples))
 
 
-def retrace(model: nn.Module, example_inputs: Any) -> tuple[Step, ...]:  # noqa: ANN401
+def retrace(model: nn.Module, example_inputs: Any) -> tuple[Step, ...]:
     """The operations of a model's forward pass and their shapes, without data where possible."""
     return tuple(_run(model, example_inputs, None, fake=True)[1].steps)
 
 
-def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bool) -> Run:  # noqa: ANN401, FBT001
+def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bool) -> Run:
     """One watched forward pass: without data where the code allows it, else with."""
     if next(rules.tensors(inputs), None) is None:
         raise TraceError(f"example inputs must hold at least one tensor, got {describe(inputs)}")
@@ -64,7 +69,7 @@ def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bo
             return _watch(model, inputs, wanted, FakeTensorMode(allow_non_fake_inputs=True))
         except TraceError:
             raise
-        except Exception as error:  # noqa: BLE001 - model code may raise anything without data
+        except Exception as error:
             if not has_data:
                 raise TraceError(
                     f"the forward pass of {type(model).__name__} cannot be followed without its weights "
@@ -74,14 +79,14 @@ def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bo
         return _watch(model, inputs, wanted, None)
     except TraceError:
         raise
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise TraceError(
             f"{type(model).__name__} does not run on the example inputs {describe(inputs)}: "
             f"{type(error).__name__}: {error}. Give a tuple of positional tensors or a dict of keyword tensors"
         ) from error
 
 
-def describe(value: Any) -> str:  # noqa: ANN401
+def describe(value: Any) -> str:
     """Shapes of nested tensors, for messages."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -92,14 +97,14 @@ def describe(value: Any) -> str:  # noqa: ANN401
     return repr(value)
 
 
-def call(model: nn.Module, inputs: Any) -> Any:  # noqa: ANN401
+def call(model: nn.Module, inputs: Any) -> Any:
     """Runs a model on positional (tuple, tensor) or keyword (mapping) inputs."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
-def wanted_outputs(result: Any, wanted: tuple[str, ...] | None) -> Any:  # noqa: ANN401
+def wanted_outputs(result: Any, wanted: tuple[str, ...] | None) -> Any:
     """The outputs that matter.
 
     Raises:
@@ -108,12 +113,16 @@ def wanted_outputs(result: Any, wanted: tuple[str, ...] | None) -> Any:  # noqa:
     if wanted is None:
         return result
     if not isinstance(result, Mapping) or any(name not in result for name in wanted):
-        has = ", ".join(result) if isinstance(result, Mapping) else f"a {type(result).__name__} without names"
+        has = (
+            ", ".join(result)
+            if isinstance(result, Mapping)
+            else f"a {type(result).__name__} without names"
+        )
         raise TraceError(f"outputs: the model returns {has}; expected {', '.join(wanted)}")
     return {name: result[name] for name in wanted}
 
 
-def output_tensors(result: Any) -> list[Tensor]:  # noqa: ANN401
+def output_tensors(result: Any) -> list[Tensor]:
     """All tensors a model returned, caches included."""
     if isinstance(result, Tensor):
         return [result]
@@ -124,7 +133,9 @@ def output_tensors(result: Any) -> list[Tensor]:  # noqa: ANN401
     return []
 
 
-def _watch(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: FakeTensorMode | None) -> Run:  # noqa: ANN401
+def _watch(
+    model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: FakeTensorMode | None
+) -> Run:
     twin = shadow(model, fake).eval()
     twin_inputs = inputs if fake is None else fake_inputs(inputs, fake)
     terms = Terms()
@@ -133,11 +144,15 @@ def _watch(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: 
             continue
         counted = tensor.is_floating_point()
         reason = f"`{name}` holds whole numbers"
-        terms.axes[tensor] = tuple(free(int(s)) if counted else fixed(int(s), reason) for s in tensor.shape)
+        terms.axes[tensor] = tuple(
+            free(int(s)) if counted else fixed(int(s), reason) for s in tensor.shape
+        )
         if isinstance(tensor, nn.Parameter):
             terms.source[tensor] = name
     for tensor in rules.tensors(twin_inputs):
-        terms.axes[tensor] = tuple(fixed(int(size), "an input of the model has this size") for size in tensor.shape)
+        terms.axes[tensor] = tuple(
+            fixed(int(size), "an input of the model has this size") for size in tensor.shape
+        )
     entries: dict[str, Axes] = {}
     handles = list(_watch_modules(twin, terms, entries))
     dispatch = DispatchWatch(terms)
@@ -165,16 +180,18 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _watch_modules(model: nn.Module, terms: Terms, entries: dict[str, Axes]) -> Iterator[RemovableHandle]:
+def _watch_modules(
+    model: nn.Module, terms: Terms, entries: dict[str, Axes]
+) -> Iterator[RemovableHandle]:
     """Keeps the stack of running modules, and the axes of what each leaf module was given first."""
     for name, module in model.named_modules():
 
-        def enter(module: nn.Module, args: Any, name: str = name) -> None:  # noqa: ANN401
+        def enter(module: nn.Module, args: Any, name: str = name) -> None:
             terms.modules.append(name)
             if args and isinstance(args[0], Tensor):
                 entries[name] = terms.of(args[0])
 
-        def leave(module: nn.Module, args: Any, result: Any) -> None:  # noqa: ANN401
+        def leave(module: nn.Module, args: Any, result: Any) -> None:
             terms.modules.pop()
 
         yield module.register_forward_pre_hook(enter)

@@ -12,20 +12,28 @@ from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.verify import verify_cut
 
 
-def apply(model: nn.Module, graph: Graph, plan: PruningPlan, verify: Literal["thorough", "fast"] = "thorough") -> nn.Module:
+def apply(
+    model: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    verify: Literal["thorough", "fast"] = "thorough",
+) -> nn.Module:
     """A new, smaller model of the same class; the given model stays as it is.
 
     Args:
         model: The model that ``graph`` was traced from.
         graph: What ``trace`` found.
         plan: Kept indices per group.
-        verify: ``thorough`` compares the cut model's outputs with the masked model's on the traced inputs, after
-            comparing every tensor shape of its forward pass with the predicted one; ``fast`` compares shapes only and
+        verify: ``thorough`` compares the cut model's outputs with the masked model's on the traced
+            inputs, after
+            comparing every tensor shape of its forward pass with the predicted one; ``fast``
+            compares shapes only and
             needs no data.
 
     Raises:
         PlanError: The plan was made for another model, or breaks a tie.
-        VerificationError: The cut model does not compute what the masked model computes; names the group.
+        VerificationError: The cut model does not compute what the masked model computes; names the
+            group.
     """
     graph.check(plan)
     pruned = cut(copy.deepcopy(model), graph, plan)
@@ -33,12 +41,17 @@ def apply(model: nn.Module, graph: Graph, plan: PruningPlan, verify: Literal["th
     return pruned
 
 
-def apply_(model: nn.Module, graph: Graph, plan: PruningPlan, verify: Literal["thorough", "fast"] = "thorough") -> nn.Module:
+def apply_(
+    model: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    verify: Literal["thorough", "fast"] = "thorough",
+) -> nn.Module:
     """``apply`` in place; the model is changed only after the cut was verified."""
     pruned = apply(model, graph, plan, verify)
     smaller = dict(pruned.named_modules())
     for name, module in list(model.named_modules()):
-        children = module._modules  # noqa: SLF001 - the module tree stays, everything in it is replaced
+        children = module._modules
         module.__dict__.clear()
         module.__dict__.update(smaller[name].__dict__, _modules=children)
     return model
@@ -67,8 +80,8 @@ def cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
 def _get(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    parameter = module._parameters.get(leaf)  # noqa: SLF001
-    found = parameter if parameter is not None else module._buffers[leaf]  # noqa: SLF001
+    parameter = module._parameters.get(leaf)
+    found = parameter if parameter is not None else module._buffers[leaf]
     assert found is not None
     return found
 
@@ -76,5 +89,5 @@ def _get(model: nn.Module, name: str) -> Tensor:
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    table = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers  # noqa: SLF001
+    table = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
     table[leaf] = tensor  # type: ignore[assignment]

@@ -1,4 +1,6 @@
-"""Python attributes that must follow the tensors: sizes of standard layers, traced attributes, configs."""
+"""Python attributes that must follow the tensors: sizes of standard layers, traced attributes,
+configs.
+"""
 
 import copy
 from typing import Any
@@ -12,7 +14,9 @@ from sosp_hub.structure.ties import attribute_values
 
 
 def rewrite(model: nn.Module, graph: Graph, plan: PruningPlan) -> None:
-    """Sets every attribute whose value the cut changes; a config is copied for the module that needs another value."""
+    """Sets every attribute whose value the cut changes; a config is copied for the module that
+    needs another value.
+    """
     values = attribute_values(graph.constraints, graph.count(plan.num_kept()))
     configs: dict[tuple[str, str], Any] = {}
     for attribute, value in values.items():
@@ -22,7 +26,9 @@ def rewrite(model: nn.Module, graph: Graph, plan: PruningPlan) -> None:
         _follow_shapes(module)
 
 
-def _set(model: nn.Module, attribute: Attribute, value: int, configs: dict[tuple[str, str], Any]) -> None:
+def _set(
+    model: nn.Module, attribute: Attribute, value: int, configs: dict[tuple[str, str], Any]
+) -> None:
     module = model.get_submodule(attribute.module)
     *path, name = attribute.name.split(".")
     owner: Any = module
@@ -45,19 +51,32 @@ def _set(model: nn.Module, attribute: Attribute, value: int, configs: dict[tuple
     vars(holder)[name] = new
 
 
-def _with_item(old: Any, item: int | None, value: int) -> Any:  # noqa: ANN401
+def _with_item(old: Any, item: int | None, value: int) -> Any:
     if item is None or old is None:
         return value
     return type(old)(value if i == item else entry for i, entry in enumerate(old))
 
 
-_BOTH = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "all_head_size", "inner_dim", "attn_dim")
+_BOTH = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "num_q_heads",
+    "all_head_size",
+    "inner_dim",
+    "attn_dim",
+)
 _KV = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _COPIES = ("num_key_value_groups", "n_rep")
 
 
-def _unread_head_attributes(model: nn.Module, graph: Graph, plan: PruningPlan, known: set[tuple[str, str]]) -> None:
-    """Head counts that the traced path did not read but another one may (fused against plain attention)."""
+def _unread_head_attributes(
+    model: nn.Module, graph: Graph, plan: PruningPlan, known: set[tuple[str, str]]
+) -> None:
+    """Head counts that the traced path did not read but another one may (fused against plain
+    attention).
+    """
     ratios: dict[str, dict[str, tuple[int, int]]] = {}
     for name, kept in plan.kept.items():
         group = graph.groups[name]
@@ -65,7 +84,11 @@ def _unread_head_attributes(model: nn.Module, graph: Graph, plan: PruningPlan, k
             maker = next((m.tensor for m in group.members if not m.reads), group.members[0].tensor)
             attention = maker.rpartition(".")[0].rpartition(".")[0]
             ratios.setdefault(attention, {})[group.kind] = (len(kept), group.size)
-    grouped = {name.rpartition(":")[0].rpartition(".")[0] for name, g in graph.groups.items() if g.kind == "kv_group"}
+    grouped = {
+        name.rpartition(":")[0].rpartition(".")[0]
+        for name, g in graph.groups.items()
+        if g.kind == "kv_group"
+    }
     for attention, found in ratios.items():
         module = model.get_submodule(attention)
         heads, kv_groups = found.get("head", (1, 1)), found.get("kv_group", (1, 1))
@@ -88,11 +111,11 @@ def _follow_shapes(module: nn.Module) -> None:
     found: dict[str, Any] = {}
     if isinstance(module, nn.Linear):
         found = {"out_features": shape[0], "in_features": shape[1]}
-    elif isinstance(module, nn.modules.conv._ConvTransposeNd):  # noqa: SLF001 - the public classes' common base
+    elif isinstance(module, nn.modules.conv._ConvTransposeNd):
         found = {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
-    elif isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001
+    elif isinstance(module, nn.modules.conv._ConvNd):
         found = {"out_channels": shape[0], "in_channels": shape[1] * module.groups}
-    elif isinstance(module, nn.modules.batchnorm._NormBase):  # noqa: SLF001
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         found = {"num_features": shape[0]}
     elif isinstance(module, nn.GroupNorm):
         found = {"num_channels": shape[0]}

@@ -1,6 +1,7 @@
 """Every cut is checked: shapes of each operation, then outputs against the masked model.
 
-The masked model is the dense one in which every removed position is zero, and in which operations that combine values
+The masked model is the dense one in which every removed position is zero, and in which operations
+that combine values
 along a cut axis (normalisations, means) see the kept positions only.
 """
 
@@ -22,20 +23,34 @@ from sosp_hub.structure.terms import Axes, Step
 from sosp_hub.structure.trace import call, output_tensors, retrace, trace, wanted_outputs
 
 TOLERANCE = 1e-4
-"""Largest error relative to the largest output, in float32. Rounding gives up to 1e-5 in deep networks, wrong cuts 1e-2."""
+"""Largest error relative to the largest output, in float32. Rounding gives up to 1e-5 in deep
+networks, wrong cuts 1e-2.
+"""
 
 Cut = Callable[[nn.Module, Graph, PruningPlan], nn.Module]
 
 
-def verify_cut(model: nn.Module, pruned: nn.Module, graph: Graph, plan: PruningPlan, *, thorough: bool, cut: Cut) -> None:
-    """Raises VerificationError unless ``pruned`` computes what ``model`` masked by ``plan`` computes."""
+def verify_cut(
+    model: nn.Module,
+    pruned: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    *,
+    thorough: bool,
+    cut: Cut,
+) -> None:
+    """Raises VerificationError unless ``pruned`` computes what ``model`` masked by ``plan``
+    computes.
+    """
     try:
         check_shapes(pruned, graph, plan)
         if thorough and plan.kept:
             dense = _without_zeros(copy.deepcopy(model).eval())
             error = relative_error(dense, cut(copy.deepcopy(dense), graph, plan), graph, plan)
             if not error <= TOLERANCE:
-                raise VerificationError(f"the cut model's outputs differ from the masked model's by {error:.1e} (relative)")
+                raise VerificationError(
+                    f"the cut model's outputs differ from the masked model's by {error:.1e} (relative)"
+                )
     except VerificationError as failure:
         culprit = _culprit(model, graph, plan, thorough, cut)
         raise VerificationError(
@@ -44,7 +59,9 @@ def verify_cut(model: nn.Module, pruned: nn.Module, graph: Graph, plan: PruningP
 
 
 def check_shapes(pruned: nn.Module, graph: Graph, plan: PruningPlan) -> None:
-    """Runs the cut model without data and compares the shapes of its operations with the predicted ones."""
+    """Runs the cut model without data and compares the shapes of its operations with the predicted
+    ones.
+    """
     try:
         small = retrace(pruned, graph.example_inputs)
     except TraceError as error:
@@ -63,7 +80,9 @@ def check_shapes(pruned: nn.Module, graph: Graph, plan: PruningPlan) -> None:
 
 
 def relative_error(model: nn.Module, pruned: nn.Module, graph: Graph, plan: PruningPlan) -> float:
-    """Largest difference between the cut and the masked model on the traced inputs, relative to the largest output."""
+    """Largest difference between the cut and the masked model on the traced inputs, relative to
+    the largest output.
+    """
     inputs = graph.example_inputs
     with torch.no_grad():
         found = output_tensors(wanted_outputs(call(pruned.eval(), inputs), graph.outputs))
@@ -71,18 +90,20 @@ def relative_error(model: nn.Module, pruned: nn.Module, graph: Graph, plan: Prun
     worst = 0.0
     for one, two in zip(found, expected, strict=True):
         if one.shape != two.shape:
-            raise VerificationError(f"an output has shape {list(one.shape)}, expected {list(two.shape)}")
+            raise VerificationError(
+                f"an output has shape {list(one.shape)}, expected {list(two.shape)}"
+            )
         if two.is_floating_point():
             scale = max(float(two.abs().max()), 1e-30)
             difference = float((one.double() - two.double()).abs().max()) / scale
-            worst = max(worst, difference) if difference == difference else float("inf")  # noqa: PLR0124 - NaN
+            worst = max(worst, difference) if difference == difference else float("inf")
     return worst
 
 
 def masked_outputs(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[Tensor]:
     """Outputs of the masked model."""
     real = trace(model, graph.example_inputs, graph.outputs, fake=False)
-    twin = copy.deepcopy(model).eval()
+    twin = copy.deepcopy(model).eval().requires_grad_(False)  # matmul takes its path by it
     masks = {atom: torch.as_tensor(mask) for atom, mask in real.keep(plan).items()}
     replay = _Replay(list(real.steps), {atom: mask.numpy() for atom, mask in masks.items()})
     tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
@@ -128,38 +149,45 @@ class _Replay(TorchDispatchMode):
                 tensor = tensor.masked_fill(~mask.to(tensor.device).view(shape), 0)
         return tensor
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.paused or func.namespace == "prim":
             return func(*args, **kwargs)
         return self.step(str(func), func, args, kwargs)
 
-    def step(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+    def step(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if _plain(name) in _COPIES:
             return func(*args, **kwargs)
         step = next(self.steps, None)
         if step is None or _plain(step.name) != _plain(name):
-            raise VerificationError(f"the model takes another path each time it runs: {name} after {step and step.name}")
+            raise VerificationError(
+                f"the model takes another path each time it runs: {name} after {step and step.name}"
+            )
         if step.mixes:
             return self._on_kept(step, func, args, kwargs)
         out = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)
         if schema is not None and any(value.alias_info is not None for value in schema.returns):
-            if any(value.alias_info is not None and value.alias_info.is_write for value in schema.returns):
+            if any(
+                value.alias_info is not None and value.alias_info.is_write
+                for value in schema.returns
+            ):
                 for tensor, axes in zip(rules.tensors(out), step.outputs, strict=True):
                     tensor.copy_(self.masked(tensor, axes))
             return out  # a view of what is masked already
         if isinstance(out, Tensor):
             return self.masked(out, step.outputs[0])
         if isinstance(out, tuple | list) and all(isinstance(item, Tensor) for item in out):
-            return type(out)(self.masked(tensor, axes) for tensor, axes in zip(out, step.outputs, strict=True))
+            return type(out)(
+                self.masked(tensor, axes) for tensor, axes in zip(out, step.outputs, strict=True)
+            )
         return out
 
-    def _on_kept(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+    def _on_kept(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs an operation on the kept positions and puts its result back among zeros."""
         axes = iter(step.inputs)
 
-        def shrink(value: Any) -> Any:  # noqa: ANN401
+        def shrink(value: Any) -> Any:
             if isinstance(value, Tensor):
                 for dim, mask in enumerate(self.masks_of(next(axes))):
                     if mask is not None:
@@ -180,7 +208,10 @@ class _Replay(TorchDispatchMode):
             small[4], small[6] = small[0].shape[1], int(kept)
         full = func(*args, **kwargs)  # for its memory layout, which later operations may look at
         for result, part, result_axes in zip(
-            rules.tensors(full), rules.tensors(func(*small, **small_kwargs)), step.outputs, strict=True
+            rules.tensors(full),
+            rules.tensors(func(*small, **small_kwargs)),
+            step.outputs,
+            strict=True,
         ):
             result.copy_(self._grow(part, result_axes))
         return full
@@ -202,7 +233,7 @@ class _AttentionSteps(TorchFunctionMode):
         super().__init__()
         self.replay = replay
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") != "scaled_dot_product_attention":
             return func(*args, **(kwargs or {}))
         self.replay.paused = True
@@ -213,16 +244,18 @@ class _AttentionSteps(TorchFunctionMode):
 
 
 def _without_zeros(model: nn.Module) -> nn.Module:
-    """Fills tensors that are constant zero or nearly so: what they hide from the outputs could not be checked."""
+    """Fills tensors that are constant zero or nearly so: what they hide from the outputs could not
+    be checked.
+    """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and float(parameter.detach().abs().max()) < 1e-4:  # noqa: PLR2004
+        if parameter.is_floating_point() and float(parameter.detach().abs().max()) < 1e-4:
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.data.copy_(noise)
     return model
 
 
-def _culprit(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut) -> str:  # noqa: FBT001
+def _culprit(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut) -> str:
     """The first group (with its ties) whose cut alone fails."""
     tied = {name: tie for tie in graph.ties for name in tie}
     dense = _without_zeros(copy.deepcopy(model).eval())

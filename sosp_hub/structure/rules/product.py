@@ -1,0 +1,129 @@
+"""Sums over an axis of a parameter: the places where activations are read; attention."""
+
+from torch import Tensor
+
+from sosp_hub.structure.axes import UNIT, Axis, Prod, free, mark, pin, size_of, split, unify
+from sosp_hub.structure.rules.registry import Operation, broadcast, rule, tensors
+from sosp_hub.structure.terms import Terms
+
+
+def _contract(terms: Terms, left: Tensor, one: Axis, right: Tensor, two: Axis, what: str) -> None:
+    unify(one, two, f"{what} in {terms.where}")
+    terms.read(left, one)
+    terms.read(right, two)
+    if not terms.is_parameter(left) and not terms.is_parameter(right):
+        mark(one, "contracted")
+
+
+@rule("mm", "addmm")
+def _mm(terms: Terms, op: Operation) -> None:
+    left, right = op.args[-2:]
+    (rows, inner), (other, columns) = terms.of(left), terms.of(right)
+    _contract(terms, left, inner, right, other, "a matrix product")
+    result = [rows, columns]
+    if op.name == "addmm":
+        broadcast(terms, [tuple(result), terms.of(op.args[0])], op.name)
+    terms.macs.append((rows, inner, columns))
+    terms.set(op.out, result)
+
+
+@rule("bmm", "baddbmm")
+def _bmm(terms: Terms, op: Operation) -> None:
+    left, right = op.args[-2:]
+    (batch, rows, inner), (batch_too, other, columns) = terms.of(left), terms.of(right)
+    unify(batch, batch_too, f"a batched product in {terms.where}")
+    _contract(terms, left, inner, right, other, "a batched product")
+    mark(batch, "expert" if terms.is_parameter(left) or terms.is_parameter(right) else "head")
+    result = [batch, rows, columns]
+    if op.name == "baddbmm":
+        broadcast(terms, [tuple(result), terms.of(op.args[0])], op.name)
+    terms.macs.append((batch, rows, inner, columns))
+    terms.set(op.out, result)
+
+
+@rule("mv", "dot", "addmv")
+def _mv(terms: Terms, op: Operation) -> None:
+    left, right = op.args[-2:]
+    _contract(terms, left, terms.of(left)[-1], right, terms.of(right)[0], "a matrix product")
+    terms.macs.append(terms.of(left))
+    terms.set(op.out, terms.of(left)[:-1])
+
+
+@rule("linear")
+def _linear(terms: Terms, op: Operation) -> None:
+    left, right = op.args[:2]
+    *lead, inner = terms.of(left)
+    columns, other = terms.of(right)
+    _contract(terms, left, inner, right, other, "a linear layer")
+    for bias in tensors(op.args[2:]):
+        unify(columns, terms.of(bias)[0], f"a bias in {terms.where}")
+    terms.macs.append((*lead, inner, columns))
+    terms.set(op.out, [*lead, columns])
+
+
+@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+def _convolution(terms: Terms, op: Operation) -> None:
+    tensor, weight, bias = op.args[:3]
+    transposed, groups = bool(op.args[6]), int(op.args[8])
+    batch, channels, *window_in = terms.of(tensor)
+    first, second, *window = terms.of(weight)
+    where = f"a convolution in {terms.where}"
+    halves = split(channels, groups, where), split(first, groups, where)
+    if halves[0] is None or halves[1] is None:
+        raise ValueError("groups do not divide the channels")
+    (groups_in, inner), (groups_out, per_group) = halves
+    unify(groups_in, groups_out, where)
+    if transposed:
+        _contract(terms, tensor, inner, weight, per_group, where)
+        result: Axis = Prod((groups_out, second))
+    else:
+        _contract(terms, tensor, inner, weight, second, where)
+        result = first
+    if bias is not None:
+        unify(result, terms.of(bias)[0], where)
+    for axis in window:
+        terms.fix(axis, "the window of a convolution")
+    spatial = [
+        terms.spatial(a, int(s), "a window slides along it")
+        for a, s in zip(window_in, op.out.shape[2:], strict=True)
+    ]
+    places = window_in if transposed else spatial
+    terms.macs.append((batch, groups_out, per_group, second, *places, *window))
+    terms.set(op.out, [batch, result, *spatial])
+
+
+def attention(
+    terms: Terms,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    scaled: bool,
+) -> None:
+    """``scaled_dot_product_attention``: (..., heads, length, width); KV heads may be shared by
+    several query heads.
+    """
+    *lead_q, length, width = terms.of(query)
+    *lead_k, places, width_k = terms.of(key)
+    *lead_v, places_v, width_v = terms.of(value)
+    what = f"attention in {terms.where}"
+    unify(width, width_k, what), unify(places, places_v, what)
+    mark(width, "contracted")
+    if not scaled:
+        terms.mix(width, "attention is scaled by 1/sqrt(its size)")
+    for one, two in zip(lead_k, lead_v, strict=True):
+        unify(one, two, what)
+    for i, (one, two) in enumerate(zip(lead_q, lead_k, strict=True)):
+        if size_of(one) != size_of(two) and i == len(lead_q) - 1:
+            copies = free(size_of(one) // size_of(two))
+            mark(copies, "copies")
+            unify(one, Prod((two, copies)), what)
+        elif size_of(one) == size_of(two):
+            unify(one, two, what)
+    mark(lead_q[-1] if lead_q else UNIT, "head")
+    pin(places, what)
+    if mask is not None:
+        broadcast(terms, [(*lead_q, length, places), terms.of(mask)], what)
+    terms.macs += [(*lead_q, length, width, places), (*lead_q, length, places, width_v)]
+    terms.set(out, [*lead_q, length, width_v])

@@ -1,0 +1,165 @@
+"""Reductions and normalisations: values combined along an axis."""
+
+from torch import Tensor
+
+from sosp_hub.structure.axes import UNIT, cut_at, fixed, free, mark, split, unify
+from sosp_hub.structure.rules.registry import (
+    Operation,
+    dims_of,
+    elementwise,
+    position_of,
+    rule,
+    tensors,
+)
+from sosp_hub.structure.terms import Terms
+
+
+@rule(
+    "mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "norm",
+    "linalg_vector_norm", "any", "all", "argmax", "argmin", "median",
+)  # fmt: skip
+def _reduce(terms: Terms, op: Operation) -> None:
+    tensor = op.args[0]
+    axes = terms.of(tensor)
+    results = list(tensors(op.out))
+    if op.name in {"max", "min"} and len(op.args) > 1 and isinstance(op.args[1], Tensor):
+        elementwise(terms, op)
+        return
+    position = 2 if op.name in {"linalg_vector_norm", "norm"} else 1
+    dims = op.args[position] if len(op.args) > position else op.kwargs.get("dim")
+    dims = None if isinstance(dims, bool) else dims
+    reduced = dims_of(dims, tensor)
+    keep = results[0].dim() == tensor.dim()
+    for dim in reduced:
+        terms.mix(axes[dim], f"`{op.name}` runs over it")
+        if (
+            op.name in {"mean", "var", "var_mean", "std", "linalg_vector_norm"}
+            and len(reduced) == 1
+        ):
+            mark(axes[dim], "normalised")
+    result = [
+        UNIT if dim in reduced else axis
+        for dim, axis in enumerate(axes)
+        if keep or dim not in reduced
+    ]
+    for tensor_out in results:
+        terms.set(tensor_out, result)
+
+
+@rule(
+    "_softmax",
+    "_log_softmax",
+    "softmax",
+    "log_softmax",
+    "_safe_softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+)
+def _along_dim(terms: Terms, op: Operation) -> None:
+    axes = terms.of(op.args[0])
+    if axes:
+        terms.mix(axes[position_of(op.args[1], op.args[0])], f"`{op.name.strip('_')}` runs over it")
+    terms.set(op.out, axes)
+
+
+@rule("topk", "sort", "argsort", "kthvalue")
+def _order(terms: Terms, op: Operation) -> None:
+    tensor = op.args[0]
+    position = {"topk": 2, "kthvalue": 2}.get(op.name, 1)
+    dim = (
+        op.args[position]
+        if len(op.args) > position and not isinstance(op.args[position], bool)
+        else op.kwargs.get("dim", -1)
+    )
+    axes = list(terms.of(tensor))
+    dim = position_of(dim, tensor)
+    terms.fix(axes[dim], f"`{op.name}` orders the elements along it")
+    first = next(iter(tensors(op.out)))
+    axes[dim] = fixed(int(first.shape[dim]), f"`{op.name}` in {terms.where}")
+    for result in tensors(op.out):
+        terms.set(result, axes)
+
+
+@rule("tril", "triu")
+def _triangle(terms: Terms, op: Operation) -> None:
+    axes = terms.of(op.args[0])
+    for axis in axes[-2:]:
+        terms.fix(axis, f"`{op.name}` counts positions along it")
+    terms.set(op.out, axes)
+
+
+@rule("glu")
+def _glu(terms: Terms, op: Operation) -> None:
+    tensor = op.args[0]
+    dim = position_of(op.args[1] if len(op.args) > 1 else -1, tensor)
+    axes = list(terms.of(tensor))
+    pieces = cut_at(axes[dim], int(op.out.shape[dim]))
+    assert pieces is not None
+    unify(pieces[0], pieces[1], f"`glu` in {terms.where}")
+    axes[dim] = pieces[0]
+    terms.set(op.out, axes)
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "_batch_norm_with_update", "_batch_norm_no_update", "_native_batch_norm_legit_functional",
+)  # fmt: skip
+def _batch_norm(terms: Terms, op: Operation) -> None:
+    axes = list(terms.of(op.args[0]))
+    result = op.out[0]
+    for statistic in tensors(op.args[1:]):
+        unify(axes[1], terms.of(statistic)[0], f"batch norm in {terms.where}")
+    flags = [arg for arg in op.args if isinstance(arg, bool)]
+    training = flags[0] if flags else op.name == "_batch_norm_with_update"
+    if training or not any(isinstance(arg, Tensor) for arg in op.args[3:5]):
+        for dim, axis in enumerate(axes):
+            if dim != 1:
+                terms.mix(axis, "statistics are taken over it")
+    terms.set(result, axes)
+    for extra in op.out[1:]:
+        if isinstance(extra, Tensor):
+            terms.set(
+                extra,
+                [axes[1]]
+                if extra.dim() == 1 and extra.numel()
+                else [free(int(s)) for s in extra.shape],
+            )
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
+def _layer_norm(terms: Terms, op: Operation) -> None:
+    axes = list(terms.of(op.args[0]))
+    count = len(op.args[1])
+    for scale in tensors(op.args[2:]):
+        for mine, theirs in zip(axes[-count:], terms.of(scale), strict=True):
+            unify(mine, theirs, f"layer norm in {terms.where}")
+    for axis in axes[-count:]:
+        terms.mix(axis, "a normalisation runs over it")
+        mark(axis, "normalised")
+    results = list(tensors(op.out))
+    terms.set(results[0], axes)
+    for extra in results[1:]:
+        terms.set(extra, axes[:-count] + [UNIT] * (extra.dim() - len(axes) + count))
+
+
+@rule("native_group_norm", "group_norm")
+def _group_norm(terms: Terms, op: Operation) -> None:
+    tensor, groups = op.args[0], int(op.args[6] if op.name == "native_group_norm" else op.args[1])
+    axes = list(terms.of(tensor))
+    for scale in tensors(op.args[1:]):
+        unify(axes[1], terms.of(scale)[0], f"group norm in {terms.where}")
+    halves = split(axes[1], groups, f"group norm in {terms.where}")
+    if halves is None:
+        terms.fix(axes[1], f"group norm with {groups} groups")
+    else:
+        terms.mix(halves[1], "a group normalisation runs over it")
+    results = list(tensors(op.out))
+    terms.set(results[0], axes)
+    for extra in results[1:]:
+        terms.set(
+            extra,
+            [axes[0], fixed(groups, "group norm")]
+            if extra.dim() == 2
+            else [free(int(s)) for s in extra.shape],
+        )

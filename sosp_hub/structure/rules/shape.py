@@ -1,0 +1,282 @@
+"""Views, transpositions, slices, concatenations: where the algebra is made."""
+
+from typing import Any
+
+from torch import Tensor
+
+from sosp_hub.structure.axes import (
+    UNIT,
+    Axis,
+    Prod,
+    Sum,
+    cut_at,
+    fixed,
+    free,
+    mark,
+    resolve,
+    size_of,
+    split,
+    unify,
+)
+from sosp_hub.structure.rules.registry import (
+    Operation,
+    broadcast,
+    carry_source,
+    dims_of,
+    position_of,
+    rule,
+    tensors,
+)
+from sosp_hub.structure.terms import Terms
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten")
+def _view(terms: Terms, op: Operation) -> None:
+    source = op.args[0]
+    axes = reshape(terms, list(terms.of(source)), [int(size) for size in op.out.shape], op.name)
+    terms.set(op.out, axes)
+    carry_source(terms, source, op.out)
+
+
+def reshape(terms: Terms, axes: list[Axis], sizes: list[int], what: str) -> list[Axis]:
+    """Row-major regrouping: factors are consumed from the left and split where an output border
+    falls inside one.
+    """
+    factors: list[Axis] = [axis for axis in axes if size_of(axis) != 1]
+    result: list[Axis] = []
+    for position, size in enumerate(sizes):
+        taken: list[Axis] = []
+        missing = size
+        while missing > 1:
+            factor = resolve(factors.pop(0))
+            length = size_of(factor)
+            if missing % length == 0:
+                taken.append(factor)
+                missing //= length
+                continue
+            parts = list(factor.factors) if isinstance(factor, Prod) else None
+            if parts:
+                factors[:0] = parts
+                continue
+            halves = (
+                split(factor, missing, f"{what} in {terms.where}")
+                if length % missing == 0
+                else None
+            )
+            if halves is None:
+                for axis in (*taken, factor, *factors):
+                    terms.fix(axis, f"`{what}` regroups {[size_of(a) for a in axes]} as {sizes}")
+                return result + [
+                    fixed(rest, f"`{what}` in {terms.where}") for rest in sizes[position:]
+                ]
+            taken.append(halves[0])
+            factors.insert(0, halves[1])
+            missing = 1
+        result.append(Prod(tuple(taken)) if len(taken) != 1 else taken[0])
+    return result
+
+
+@rule("t", "transpose", "numpy_T", "mT", "swapaxes")
+def _transpose(terms: Terms, op: Operation) -> None:
+    axes = list(terms.of(op.args[0]))
+    one, two = (op.args[1], op.args[2]) if len(op.args) > 2 else (-2, -1)
+    if len(axes) > 1:
+        axes[one], axes[two] = axes[two], axes[one]
+    terms.set(op.out, axes)
+    carry_source(terms, op.args[0], op.out)
+
+
+@rule("permute")
+def _permute(terms: Terms, op: Operation) -> None:
+    axes = terms.of(op.args[0])
+    terms.set(op.out, [axes[dim] for dim in op.args[1]])
+    carry_source(terms, op.args[0], op.out)
+
+
+@rule("unsqueeze")
+def _unsqueeze(terms: Terms, op: Operation) -> None:
+    axes = list(terms.of(op.args[0]))
+    axes.insert(op.args[1] % op.out.dim(), UNIT)
+    terms.set(op.out, axes)
+    carry_source(terms, op.args[0], op.out)
+
+
+@rule("squeeze")
+def _squeeze(terms: Terms, op: Operation) -> None:
+    dims = dims_of(op.args[1] if len(op.args) > 1 else None, op.args[0])
+    terms.set(
+        op.out,
+        [a for i, a in enumerate(terms.of(op.args[0])) if not (i in dims and size_of(a) == 1)],
+    )
+    carry_source(terms, op.args[0], op.out)
+
+
+@rule("expand", "broadcast_to")
+def _expand(terms: Terms, op: Operation) -> None:
+    axes = list(terms.of(op.args[0]))
+    axes = [UNIT] * (op.out.dim() - len(axes)) + axes
+    result: list[Axis] = []
+    for axis, size in zip(axes, op.out.shape, strict=True):
+        if size_of(axis) == 1 and size != 1:
+            axis = free(int(size))
+            mark(axis, "copies")
+        result.append(axis)
+    terms.set(op.out, result)
+
+
+@rule("repeat", "tile")
+def _repeat(terms: Terms, op: Operation) -> None:
+    axes = list(terms.of(op.args[0]))
+    axes = [UNIT] * (op.out.dim() - len(axes)) + axes
+    reason = f"`{op.name}` in {terms.where}"
+    terms.set(
+        op.out,
+        [
+            Prod((fixed(int(s) // size_of(a), reason), a))
+            for a, s in zip(axes, op.out.shape, strict=True)
+        ],
+    )
+
+
+@rule("cat", "concatenate", "concat")
+def _cat(terms: Terms, op: Operation) -> None:
+    pieces = [
+        piece for piece in op.args[0] if piece.dim() == op.out.dim() and piece.numel()
+    ] or list(op.args[0])
+    dim = position_of(op.argument(1, "dim", 0), op.out)
+    axes = [terms.of(piece) for piece in pieces]
+    result = list(axes[0])
+    for other in axes[1:]:
+        for i in range(op.out.dim()):
+            if i != dim:
+                unify(result[i], other[i], f"`cat` in {terms.where}")
+    result[dim] = Sum(tuple(a[dim] for a in axes))
+    terms.set(op.out, result)
+
+
+@rule("stack")
+def _stack(terms: Terms, op: Operation) -> None:
+    dim = position_of(op.argument(1, "dim", 0), op.out)
+    axes = broadcast(terms, [terms.of(piece) for piece in op.args[0]], op.name)
+    axes.insert(dim, fixed(len(op.args[0]), f"`stack` in {terms.where}"))
+    terms.set(op.out, axes)
+
+
+@rule(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unsafe_split",
+    "unsafe_chunk",
+    "split_copy",
+)
+def _split(terms: Terms, op: Operation) -> None:
+    dim = position_of(op.argument(2, "dim", 0), op.args[0])
+    axes = list(terms.of(op.args[0]))
+    rest = axes[dim]
+    for piece in op.out:
+        size = int(piece.shape[dim])
+        if size == size_of(rest):
+            head = rest
+        else:
+            pieces = cut_at(rest, size) if size else (fixed(0, "empty"), rest)
+            if pieces is None:
+                raise ValueError("a border falls inside a factor")
+            head, rest = pieces
+        axes[dim] = head
+        terms.set(piece, axes)
+        carry_source(terms, op.args[0], piece)
+
+
+@rule("slice", "narrow")
+def _slice(terms: Terms, op: Operation) -> None:
+    tensor = op.args[0]
+    dim = position_of(op.args[1] if len(op.args) > 1 else 0, tensor)
+    size, kept = int(tensor.shape[dim]), int(op.out.shape[dim])
+    start = (op.args[2] if len(op.args) > 2 else None) or 0
+    start = min(max(start + size if start < 0 else start, 0), size)
+    step = op.args[4] if op.name == "slice" and len(op.args) > 4 else 1
+    axes = list(terms.of(tensor))
+    if step != 1:
+        halves = (
+            split(axes[dim], size // step, op.name)
+            if size % step == 0 and kept * step == size
+            else None
+        )
+        if halves is None:
+            raise ValueError("a stride that does not divide the axis")
+        terms.fix(halves[1], f"every {step}th element is taken")
+        axes[dim] = halves[0]
+    elif kept != size:
+        axes[dim] = _piece(terms, axes[dim], start, kept)
+    terms.set(op.out, axes)
+    carry_source(terms, tensor, op.out)
+
+
+def _piece(terms: Terms, axis: Axis, start: int, length: int) -> Axis:
+    """``length`` positions of an axis from ``start``; a border inside a factor pins the axis."""
+    whole = axis
+    if length == 0:
+        return fixed(0, "empty")
+    for position, keep_right in ((start, True), (length, False)):
+        if 0 < position < size_of(axis):
+            pieces = cut_at(axis, position)
+            if pieces is None:
+                terms.fix(whole, "a slice ends inside a block of the axis")
+                return fixed(length, f"a slice in {terms.where}")
+            axis = pieces[1] if keep_right else pieces[0]
+    return axis
+
+
+@rule("select", "unbind")
+def _select(terms: Terms, op: Operation) -> None:
+    dim = position_of(op.argument(1, "dim", 0), op.args[0])
+    axes = list(terms.of(op.args[0]))
+    terms.fix(axes.pop(dim), "single elements of this axis are picked by their position")
+    for result in tensors(op.out):
+        terms.set(result, axes)
+        carry_source(terms, op.args[0], result)
+
+
+@rule("constant_pad_nd", "pad")
+def _pad(terms: Terms, op: Operation) -> None:
+    axes, widths = list(terms.of(op.args[0])), op.args[1]
+    for back in range(len(widths) // 2):
+        before, after = widths[2 * back], widths[2 * back + 1]
+        axis = axes[-1 - back]
+        if before < 0 or after < 0:
+            axis = _piece(
+                terms, axis, max(-before, 0), size_of(axis) + min(before, 0) + min(after, 0)
+            )
+        reason = f"padding in {terms.where}"
+        parts = [
+            fixed(before, reason) if before > 0 else None,
+            axis,
+            fixed(after, reason) if after > 0 else None,
+        ]
+        present = tuple(part for part in parts if part is not None)
+        axes[-1 - back] = Sum(present) if len(present) > 1 else axis
+    terms.set(op.out, axes)
+
+
+@rule("as_strided")
+def _as_strided(terms: Terms, op: Operation) -> None:
+    if not _is_relayout(op.args, op.out):
+        raise ValueError("a new view of the memory")
+    terms.set(op.out, terms.of(op.args[0]))
+
+
+def _is_relayout(args: tuple[Any, ...], out: Tensor) -> bool:
+    """Whether ``as_strided_`` only changed the memory layout of its argument (convolutions do that
+    to an output).
+    """
+    return out is args[0] and list(args[1]) == list(out.shape)
+
+
+@rule("roll", "flip")
+def _move(terms: Terms, op: Operation) -> None:
+    axes = terms.of(op.args[0])
+    for dim in dims_of(op.args[-1], op.args[0]):
+        terms.fix(axes[dim], f"`{op.name}` moves elements along it")
+    terms.set(op.out, axes)

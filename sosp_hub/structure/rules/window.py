@@ -1,0 +1,68 @@
+"""Windows that slide over, resample or rearrange pictures and sequences."""
+
+from sosp_hub.structure.axes import Prod, fixed, size_of, split
+from sosp_hub.structure.rules.registry import Operation, rule, tensors
+from sosp_hub.structure.terms import Terms
+
+_RESAMPLE = (
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d",
+    "max_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool1d", "adaptive_max_pool2d", "upsample_nearest1d",
+    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", "reflection_pad1d", "reflection_pad2d", "replication_pad2d",
+    "upsample_linear1d", "adaptive_avg_pool2d", "mkldnn_max_pool2d",
+)  # fmt: skip
+
+
+@rule(*_RESAMPLE)
+def _resample(terms: Terms, op: Operation) -> None:
+    tensor = op.args[0]
+    axes = terms.of(tensor)
+    flat = op.name.endswith("1d")
+    num_spatial = 1 if flat else (3 if "3d" in op.name else 2)
+    lead = list(axes[:-num_spatial])
+    for result in tensors(op.out):
+        sizes = result.shape[-num_spatial:]
+        spatial = [
+            terms.spatial(a, int(s), f"`{op.name}` resamples it")
+            for a, s in zip(axes[-num_spatial:], sizes, strict=True)
+        ]
+        terms.set(result, [*lead, *spatial])
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(terms: Terms, op: Operation) -> None:
+    *lead, channels, height, width = terms.of(op.args[0])
+    halves = split(channels, int(op.out.shape[-3]), op.name)
+    assert halves is not None
+    terms.fix(halves[1], "`pixel_shuffle` moves it into the picture")
+    spatial = [
+        terms.spatial(a, int(s), op.name)
+        for a, s in zip((height, width), op.out.shape[-2:], strict=True)
+    ]
+    terms.set(op.out, [*lead, halves[0], *spatial])
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(terms: Terms, op: Operation) -> None:
+    *lead, channels, height, width = terms.of(op.args[0])
+    factor = fixed(int(op.out.shape[-3]) // size_of(channels), f"`{op.name}` in {terms.where}")
+    spatial = [
+        terms.spatial(a, int(s), op.name)
+        for a, s in zip((height, width), op.out.shape[-2:], strict=True)
+    ]
+    terms.set(op.out, [*lead, Prod((channels, factor)), *spatial])
+
+
+@rule("im2col")
+def _im2col(terms: Terms, op: Operation) -> None:
+    *lead, channels, height, width = terms.of(op.args[0])
+    window = fixed(int(op.out.shape[-2]) // size_of(channels), f"`unfold` in {terms.where}")
+    terms.spatial(height, 1, "`unfold`"), terms.spatial(width, 1, "`unfold`")
+    terms.set(
+        op.out,
+        [
+            *lead,
+            Prod((channels, window)),
+            fixed(int(op.out.shape[-1]), f"`unfold` in {terms.where}"),
+        ],
+    )
