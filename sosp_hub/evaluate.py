@@ -87,20 +87,31 @@ def evaluate(
 
 
 @torch.no_grad()
-def measure_latency(model: nn.Module, inputs: Any, budget_s: float = 1.0) -> float:
-    """Median seconds of one forward pass, over as many passes as fit into about ``budget_s``."""
+def measure_latency(
+    models: Sequence[nn.Module],
+    inputs: Any,
+    budget_s: float = 2.0,
+) -> list[float]:
+    """Median seconds of one forward pass of each model.
+
+    The models take turns, so that whatever else the machine does hits all of them alike.
+
+    Args:
+        models: On the device of ``inputs``.
+        inputs: A tuple of positional tensors or a dict of keyword ones.
+        budget_s: About how long all of it may take; each model runs at least five times.
+    """
     positional, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     synchronize = torch.accelerator.synchronize if torch.accelerator.is_available() else int
-    seconds: list[float] = []
-    for _ in range(3):
-        model(*positional, **named)
-    synchronize()
-    while len(seconds) < 5 or (sum(seconds) < budget_s and len(seconds) < 200):
-        start = time.perf_counter()
-        model(*positional, **named)
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    seconds: list[list[float]] = [[] for _ in models]
+    began = time.perf_counter()
+    while len(seconds[0]) < 8 or time.perf_counter() - began < budget_s:
+        for model, mine in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            model(*positional, **named)
+            synchronize()
+            mine.append(time.perf_counter() - start)
+    return [statistics.median(mine[3:]) for mine in seconds]  # the first ones warm up
 
 
 def _sums(

@@ -6,7 +6,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,8 +21,10 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import PushSection, Recipe
 from sosp_hub.structure.graph import Graph
-from sosp_hub.types import Saliency
 from sosp_hub.zoo.load import Loaded, example_inputs
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Saliency
 
 _PACKAGES = ("sosp_hub", "torch", "transformers", "timm", "accelerate", "datasets", "safetensors")
 
@@ -136,11 +138,8 @@ def _latency(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[str, Any
         "threads": torch.get_num_threads(),
         "hardware": _hardware(),
     }
-    models = {"before": loaded.model.eval(), "after": pruned.eval()}
-    return {
-        when: {"seconds": measure_latency(model, inputs), **stated}
-        for when, model in models.items()
-    }
+    before, after = measure_latency([loaded.model.eval(), pruned.eval()], inputs)
+    return {"before": {"seconds": before, **stated}, "after": {"seconds": after, **stated}}
 
 
 def _hardware() -> str:

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -23,10 +23,11 @@ from sosp_hub.distributed import (
     make_accelerator,
     process_sum,
     progress,
+    to_device,
     wait_for_everyone,
 )
 from sosp_hub.errors import OutputExistsError, TraceError
-from sosp_hub.evaluate import evaluate
+from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.pipeline.result import publish, write_result
 from sosp_hub.pipeline.table import show_result
@@ -36,9 +37,11 @@ from sosp_hub.recipe.schema import Recipe, TrainSection
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
-from sosp_hub.types import Saliency
 from sosp_hub.zoo.load import example_inputs
 from sosp_hub.zoo.load import load_model as load_from_zoo
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Saliency
 
 
 def run(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
@@ -186,7 +189,8 @@ class _Stages:
                 process_sum=process_sum,
                 **self.recipe.criterion.options(),
             )
-            self._save(lambda: save_file(saliency, tensors))
+            whole = {name: scores.contiguous() for name, scores in saliency.items()}
+            self._save(lambda: save_file(whole, tensors))
             return {}
 
         self._stage("saliency", make)
@@ -200,6 +204,7 @@ class _Stages:
             plan = allocate(
                 graph,
                 saliency,
+                measure=self._seconds_of(graph) if budget.latency_s else None,
                 **budget.targets(),
                 keep_at_least=budget.keep_at_least,
                 round_to=budget.round_to,
@@ -266,6 +271,14 @@ class _Stages:
         record = self._stage(stage, make)
         load_model(model, tensors, device=str(self.accelerator.device))
         return record["history"]
+
+    def _seconds_of(self, graph: Graph) -> Callable[[PruningPlan], float]:
+        inputs = to_device(example_inputs(self.loaded, self.recipe.evaluate.latency_batch_size))
+
+        def seconds(plan: PruningPlan) -> float:
+            return measure_latency([apply(self.model, graph, plan, verify="fast")], inputs, 0.3)[0]
+
+        return seconds
 
     def _stage(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The record of a stage, made now unless it is there."""

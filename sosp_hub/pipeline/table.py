@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -11,28 +12,24 @@ from sosp_hub.hub.facts import STAGES, format_metric, overall_metrics
 
 
 def show_result(report: Mapping[str, Any], output: Path) -> None:
-    """Prints the before/after table and the files of a finished run."""
+    """Prints the before/after tables and the files of a finished run."""
     console = Console()
-    console.print(result_table(report))
-    console.print(f"\n[bold]{output}[/bold]")
+    console.print(_costs(report))
+    console.print(_metrics(report["metrics"]))
+    console.print(f"{output}/", style="bold", highlight=False)
     for path in sorted(output.iterdir()):
-        what = _FILES.get(path.name, "tokenizer or processor" if path.is_file() else "")
-        size = f"{_bytes(path.stat().st_size):>10}" if path.is_file() else " " * 10
+        what = _FILES.get(path.name, "weights" if path.suffix == ".safetensors" else "")
+        size = f"{_bytes(path.stat().st_size):>9}" if path.is_file() else " " * 9
         name = path.name + ("/" if path.is_dir() else "")
         console.print(f"  {name:<24}{size}  {what}", highlight=False)
     console.print(f'\nLoad it: sosp_hub.from_pretrained("{output}")', highlight=False)
 
 
-def result_table(report: Mapping[str, Any]) -> Table:
-    """Costs and metrics, dense and at each later stage that was measured."""
-    metrics = report["metrics"]
-    stages = [(key, label) for key, label in STAGES if metrics.get(key)]
-    table = Table(title=None, header_style="bold")
-    table.add_column("")
-    for _, label in stages:
+def _costs(report: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    table.add_column("cost")
+    for label in ("dense", "pruned", "change"):
         table.add_column(label, justify="right")
-    table.add_column("change", justify="right")
-    empty = [""] * (len(stages) - 2)
     before, after = report["cost"]["before"], report["cost"]["after"]
     for key, label, show in (
         ("params", "parameters", _count),
@@ -40,16 +37,30 @@ def result_table(report: Mapping[str, Any]) -> Table:
         ("bytes", "size on disk", _bytes),
     ):
         change = _percent(before[key], after[key])
-        table.add_row(label, show(before[key]), *empty, show(after[key]), change)
+        table.add_row(label, show(before[key]), show(after[key]), change)
     if report.get("latency"):
         times = [report["latency"][when]["seconds"] for when in ("before", "after")]
         label = f"latency, batch of {report['latency']['after']['batch']}"
-        table.add_row(label, _seconds(times[0]), *empty, _seconds(times[1]), _percent(*times))
-    table.add_section()
-    for name in overall_metrics(metrics):
-        measured = [metrics[key].get(name) for key, _ in stages]
-        cells = [_metric(name, metric) if metric else "" for metric in measured]
-        table.add_row(name.replace("_", " "), *cells, _change(name, measured[0], measured[-1]))
+        table.add_row(label, _seconds(times[0]), _seconds(times[1]), _percent(*times))
+    return table
+
+
+def _metrics(metrics: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    table.add_column("quality")
+    names = overall_metrics(metrics)
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for key, label in STAGES:
+        found = metrics.get(key)
+        if found:
+            table.add_row(label, *[_metric(name, found[name]) for name in names])
+    table.add_row(
+        "change", *[_change(name, metrics["dense"][name], metrics["final"][name]) for name in names]
+    )
+    if names:
+        num = metrics["final"][names[0]]["n"]
+        table.caption = f"n = {num:,}; ± one standard error"
     return table
 
 
@@ -67,8 +78,9 @@ def _metric(name: str, metric: Mapping[str, Any]) -> str:
     shown = format_metric(name, metric["value"])
     if metric["stderr"] is None:
         return shown
-    spread = format_metric(name, metric["stderr"])
-    return f"{shown.removesuffix(' %')} ± {spread}"
+    if shown.endswith(" %"):
+        return f"{shown.removesuffix(' %')} ± {100 * metric['stderr']:.1f} %"
+    return f"{shown} ± {metric['stderr']:.2g}"
 
 
 def _change(name: str, dense: Mapping[str, Any], final: Mapping[str, Any]) -> str:

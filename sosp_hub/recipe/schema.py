@@ -143,27 +143,41 @@ class CriterionSection(Section):
     batch_size: Count = Field(default=32, description="calibration samples of one step")
 
     def options(self) -> dict[str, Any]:
-        """The options of this criterion alone."""
+        """The options of this criterion alone, those that are set."""
         shared = {"name", *CriterionSection.model_fields}
-        return {key: value for key, value in self.model_dump().items() if key not in shared}
+        return self.model_dump(exclude=shared, exclude_none=True)
 
 
-class SospHSection(CriterionSection):
+class GateSection(CriterionSection):
+    """What every criterion on gate derivatives takes."""
+
+    gate: Literal["activation", "weight"] = Field(
+        default="activation", description="what a gate multiplies"
+    )
+    micro_batch_size: Count | None = Field(
+        default=None, description="most samples of one pass; null = whole batches"
+    )
+
+
+class SospHSection(GateSection):
     """Second-order saliency with exact Hessian products in gate space."""
 
     name: Literal["sosp_h"] = Field(default="sosp_h", description="abs(g) + 1/2 abs(r)")
     mode: Literal["exact", "differences", "auto"] = Field(
         default="auto", description="auto = exact where kernels allow"
     )
-    gate: Literal["activation", "weight"] = Field(
-        default="activation", description="what a gate multiplies"
+    eps: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="step of the differences; null = by the weights' dtype"
     )
 
 
-class TaylorSection(CriterionSection):
+class TaylorSection(GateSection):
     """First-order saliency."""
 
     name: Literal["taylor"] = Field(default="taylor", description="first-order gate gradient")
+    form: Literal["abs", "squared"] = Field(
+        default="abs", description="abs(g) of the mean, or the mean over batches of g^2"
+    )
 
 
 class MagnitudeSection(CriterionSection):

@@ -1,5 +1,6 @@
 """A recipe is right, or every one of its faults is said at once with what to write instead."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -209,6 +210,18 @@ def test_every_shipped_recipe_is_valid():
         header = path.read_text().split("model:")[0]
         for line in ("paper:", "command:", "hardware:", "time:", "measured:", "commit:"):
             assert f"# {line}" in header, f"{path.name} does not state {line}"
+
+
+def test_the_schema_offers_each_criterion_as_it_is():
+    registry = pytest.importorskip("sosp_hub.criteria.registry")
+    known = registry.criteria()
+    assert set(CRITERION_NAMES) == set(known)
+    given_by_score = {"loss_fn", "seed", "process_sum"}
+    for section in CRITERIA:
+        own = section.model_fields.keys() - {"name", "num_samples", "batch_size"}
+        fields = dataclasses.fields(known[section.model_fields["name"].default])
+        theirs = {field.name: field.default for field in fields if field.name not in given_by_score}
+        assert {key: section.model_fields[key].default for key in own} == theirs, section
 
 
 def test_help_shows_every_key_with_its_meaning():
