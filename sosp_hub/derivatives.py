@@ -128,6 +128,26 @@ def hessian_product(
     return GateDerivatives(*mean[:3], gradient, product)
 
 
+def batch_squares(
+    model: nn.Module, groups: Groups, batches: "Batches", protocol: Protocol = _DEFAULT
+) -> GateDerivatives:
+    """The gradient and, as ``second``, the mean over batches of each batch's squared gradient.
+
+    Unlike all else here it depends on how the data is cut into batches.
+    """
+
+    def step(gates: Gates, batch: Any, totals: list[Tensor]) -> _Seen:
+        gates.set_(1.0)
+        seen, gradient = _first_order(model, gates, batch, protocol)
+        totals[0] += gradient
+        totals[1] += gradient.square() / max(seen.weight, 1)
+        return seen
+
+    mean = _mean(model, groups, batches, protocol, [1, 1], step)
+    gradient, square = (_by_group(groups, total) for total in mean.totals)
+    return GateDerivatives(*mean[:3], gradient, square)
+
+
 def sample_squares(
     model: nn.Module, groups: Groups, batches: "Batches", protocol: Protocol = _DEFAULT
 ) -> GateDerivatives:
@@ -245,7 +265,7 @@ def _row(parts: list[Tensor | None], gates: Gates, weight: int) -> Tensor:
 
 def _by_group(groups: Groups, row: Tensor) -> "Saliency":
     parts = row.split([group.size for group in groups.values()])
-    return dict(zip(groups, parts, strict=True))
+    return {name: part.clone() for name, part in zip(groups, parts, strict=True)}
 
 
 def _lacks_second_derivative(error: Exception) -> bool:

@@ -1,0 +1,184 @@
+"""Criteria by name, and ``score``."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
+
+from torch import Tensor, nn
+
+import sosp_hub.criteria
+from sosp_hub.errors import CriterionError
+from sosp_hub.structure.groups import Group, Groups
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Batches, LossFn, Saliency
+
+Needs = Literal["nothing", "inputs", "labels"]
+
+
+class HasGroups(Protocol):
+    """What a criterion asks of a graph."""
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """Groups by name."""
+        ...
+
+
+class Criterion(Protocol):
+    """A way to score structures. A dataclass whose fields are its options; its file has its name.
+
+    The fields ``loss_fn``, ``seed`` and ``process_sum``, where a criterion has them, are filled by
+    ``score``.
+
+    Attributes:
+        name: Name in recipes and in ``score``.
+        paper: Where it comes from.
+        needs: What it needs of the calibration data.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[Needs]
+
+    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+        """One number per structure of each group; higher = keep."""
+        ...
+
+
+C = TypeVar("C", bound=type[Criterion])
+_CRITERIA: dict[str, type[Criterion]] = {}
+
+
+def register(criterion: C) -> C:
+    """Makes a criterion known; a decorator of its class.
+
+    Raises:
+        ValueError: A name that is taken.
+    """
+    known = _CRITERIA.get(criterion.name)
+    if known is not None and known.__qualname__ != criterion.__qualname__:
+        raise ValueError(f"two criteria are called {criterion.name!r}")
+    _CRITERIA[criterion.name] = criterion
+    return criterion
+
+
+def criteria() -> dict[str, type[Criterion]]:
+    """All criteria by name."""
+    for module in pkgutil.iter_modules(sosp_hub.criteria.__path__):
+        importlib.import_module(f"sosp_hub.criteria.{module.name}")
+    return dict(sorted(_CRITERIA.items()))
+
+
+def make_criterion(name: str, **options: Any) -> Criterion:
+    """The criterion with these options.
+
+    Raises:
+        CriterionError: An unknown name or option; names the nearest known one.
+    """
+    known = criteria()
+    if name not in known:
+        raise CriterionError(
+            f"unknown criterion {name!r}{_nearest(name, known)}; there are {', '.join(known)}"
+        )
+    kinds = {field.name: field.type for field in fields(known[name])}  # pyright: ignore[reportArgumentType]
+    for option, value in options.items():
+        if option not in kinds:
+            shown = sorted(kinds.keys() - _COMMON) or ["none"]
+            raise CriterionError(
+                f"criterion {name!r} has no option {option!r}{_nearest(option, shown)}; "
+                f"its options are {', '.join(shown)}"
+            )
+        _check_option(name, option, value, kinds[option])
+    return known[name](**options)
+
+
+_COMMON = {"loss_fn", "seed", "process_sum"}
+
+
+def _check_option(name: str, option: str, value: Any, kind: Any) -> None:
+    choices = get_args(kind) if get_origin(kind) is Literal else None
+    if choices is not None and value not in choices:
+        expected = "one of " + ", ".join(map(str, choices))
+    elif kind in (int, int | None) and type(value) is int and value < 1 and option != "seed":
+        expected = "at least 1"
+    else:
+        return
+    raise CriterionError(f"criterion {name!r}: {option}={value!r}, expected {expected}")
+
+
+def score(
+    model: nn.Module,
+    graph: HasGroups,
+    batches: "Batches",
+    criterion: str = "sosp_h",
+    *,
+    loss_fn: "LossFn | None" = None,
+    kinds: tuple[str, ...] | list[str] | None = None,
+    seed: int = 0,
+    process_sum: Callable[[Tensor], Tensor] | None = None,
+    **options: Any,
+) -> "Saliency":
+    """How much each structure matters.
+
+    Args:
+        model: The model; it comes back exactly as it was.
+        graph: What ``trace`` found in it.
+        batches: Calibration data, ``(inputs, labels)`` or dicts; ``[]`` where none is needed.
+        criterion: Name of the criterion.
+        loss_fn: Loss of (logits, labels); None = what the task says.
+        kinds: Kinds of structures to score; None = all.
+        seed: Of everything random.
+        process_sum: Sum of a tensor over all processes, where each has its own batches.
+        **options: Options of the criterion.
+
+    Returns:
+        One CPU tensor per group; higher = keep.
+
+    Raises:
+        CriterionError: An unknown criterion or option, data that cannot be scored with, or a group
+            that the criterion cannot score.
+    """
+    known = criteria().get(criterion)
+    common = {"loss_fn": loss_fn, "seed": seed, "process_sum": process_sum}
+    has = {field.name for field in fields(known)} if known else set()  # pyright: ignore[reportArgumentType]
+    wanted = {name: value for name, value in common.items() if name in has}
+    method = make_criterion(criterion, **wanted, **options)
+    groups = _of_kinds(graph.groups, kinds)
+    return _checked(method.saliency(model, _Groups(groups), batches), groups, criterion)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    groups: Groups
+
+
+def _of_kinds(groups: Groups, kinds: tuple[str, ...] | list[str] | None) -> Groups:
+    chosen = {name: g for name, g in groups.items() if kinds is None or g.kind in kinds}
+    if not chosen:
+        there = sorted({group.kind for group in groups.values()})
+        raise CriterionError(
+            f"nothing to score: the graph has no group of the kinds {', '.join(kinds or ())}; "
+            f"it has {', '.join(there) or 'no groups'}"
+        )
+    return chosen
+
+
+def _checked(saliency: "Saliency", groups: Groups, criterion: str) -> "Saliency":
+    result = {name: saliency[name].detach().cpu() for name in groups}
+    for name, group in groups.items():
+        assert result[name].shape == (group.size,), f"{criterion}: {name} {result[name].shape}"
+        if not result[name].isfinite().all():
+            raise CriterionError(
+                f"criterion {criterion!r}: the scores of group {name!r} are not finite; look at "
+                "the weights and the data, or score in float32"
+            )
+    return result
+
+
+def _nearest(given: str, known: Any) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

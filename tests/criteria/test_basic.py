@@ -1,0 +1,96 @@
+"""sosp_h, taylor, magnitude, random in closed form."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sosp_hub.criteria.registry import score
+from tests.compare import assert_close
+from tests.gates.toys import TOYS, group, perceptron, residual, stand_in
+
+
+def test_sosp_h_is_gradient_and_row_sums():
+    for make in TOYS.values():
+        toy = make()
+        found = score(toy.model, toy.graph, [toy.batch], "sosp_h", loss_fn=F.cross_entropy)
+        expected = toy.gradient().abs() + 0.5 * toy.hessian().sum(1).abs()
+        assert_close(found, toy.split(expected), relative=1e-9)
+
+
+def test_sosp_h_of_a_linear_net_by_hand():
+    # L = 1/2 (sum_s m_s w_s x - y)^2:  g_s = (f - y) w_s x,  r_s = w_s x f  with f the output
+    first, second = nn.Linear(1, 3, bias=False), nn.Linear(3, 1, bias=False)
+    model = nn.Sequential(first, second).double()
+    w = (first.weight[:, 0] * second.weight[0]).detach()
+    graph = stand_in(group("w", "neuron", 3, [("1", -1, None)]))
+    x, y = torch.tensor([[2.0]]).double(), torch.tensor([[0.5]]).double()
+    found = score(model, graph, [(x, y)], loss_fn=lambda f, y: (f - y).square().mean() / 2)
+    f = 2 * w.sum()
+    expected = ((f - 0.5) * w * 2).abs() + 0.5 * (w * 2 * f).abs()
+    assert_close(found["w"], expected, relative=1e-12)
+
+
+def test_absolute_values_come_after_the_mean():
+    toy = perceptron()
+    inputs, labels = toy.batch
+    parts = [(inputs[:3], labels[:3]), (inputs[3:], labels[3:])]
+    for name in ("sosp_h", "taylor"):
+        whole = score(toy.model, toy.graph, [toy.batch], name, loss_fn=F.cross_entropy)
+        assert_close(
+            score(toy.model, toy.graph, parts, name, loss_fn=F.cross_entropy), whole, relative=1e-9
+        )
+
+
+def test_taylor():
+    toy = residual()
+    inputs, labels = toy.batch
+    found = score(toy.model, toy.graph, [toy.batch], "taylor", loss_fn=F.cross_entropy)
+    assert_close(found, toy.split(toy.gradient().abs()), relative=1e-9)
+    parts = [(inputs[:1], labels[:1]), (inputs[1:], labels[1:])]
+    squares = []
+    for x, y in parts:
+        part = residual()
+        part.model.load_state_dict(toy.model.state_dict())
+        squares.append(type(part)(part.model, part.graph, (x, y)).gradient().square() * len(y))
+    found = score(toy.model, toy.graph, parts, "taylor", form="squared", loss_fn=F.cross_entropy)
+    assert_close(found, toy.split(sum(squares) / 5), relative=1e-9)
+
+
+def test_scores_are_zero_in_train_mode_and_so_eval_mode_is_used():
+    """Why the mode is switched: BatchNorm in train mode undoes any scale of a filter."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2)
+    )
+    model.double().train()
+    x, y = torch.randn(4, 2, 6, 6).double(), torch.tensor([0, 1, 1, 0])
+    gate = torch.ones(3, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    weights = {"0.weight": model[0].weight.detach() * gate}
+    loss = F.cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
+    (gradient,) = torch.autograd.grad(loss, gate)
+    assert gradient.abs().max() < 1e-5
+    graph = stand_in(group("c", "channel", 3, [], [("0.weight", 0, None, False)]))
+    found = score(model, graph, [(x, y)], "taylor", gate="weight", loss_fn=F.cross_entropy)
+    assert found["c"].min() > 1e-4
+
+
+def test_magnitude():
+    toy = residual()
+    found = score(toy.model, toy.graph, [], "magnitude")
+    model = toy.model
+    squares = model.stem.weight.square().sum((1, 2, 3)) + model.two.weight.square().sum((1, 2, 3))
+    assert_close(found["stream"], squares.sqrt(), relative=1e-12)
+    assert_close(found["inner"], model.one.weight.flatten(1).norm(dim=1), relative=1e-12)
+
+
+def test_magnitude_of_a_head_takes_all_its_rows():
+    toy = TOYS["attention"]()
+    found = score(toy.model, toy.graph, [], "magnitude")
+    rows = toy.model.qkv.weight.unflatten(0, (3, 2, 3)).square().sum((0, 2, 3))
+    assert_close(found["heads"], rows.sqrt(), relative=1e-12)
+
+
+def test_random_follows_the_seed():
+    toy = perceptron()
+    one = score(toy.model, toy.graph, [], "random", seed=1)
+    assert_close(one, score(toy.model, toy.graph, [], "random", seed=1), relative=0)
+    assert not torch.equal(one["a"], score(toy.model, toy.graph, [], "random", seed=2)["a"])

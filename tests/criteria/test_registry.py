@@ -1,0 +1,111 @@
+"""`score` and the registry: every registered criterion keeps the same promises."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sosp_hub.criteria.registry import criteria, make_criterion, register, score
+from sosp_hub.errors import CriterionError
+from tests.compare import assert_close
+from tests.gates.toys import group, perceptron, residual, stand_in
+
+
+@pytest.mark.parametrize("name", criteria())
+def test_every_criterion_scores_every_structure_and_leaves_the_model(name):
+    toy = residual()
+    toy.model.train()
+    before = copy.deepcopy(toy.model.state_dict())
+    found = score(toy.model, toy.graph, [toy.batch], name, loss_fn=F.cross_entropy)
+    assert {key: len(value) for key, value in found.items()} == {"stream": 4, "inner": 6}
+    for value in found.values():
+        assert value.isfinite().all()
+        assert value.device.type == "cpu"
+        assert not value.requires_grad
+        assert value.untyped_storage().nbytes() == value.nbytes  # safetensors: no shared storage
+        assert len(value.unique()) > 1
+    assert_close(dict(toy.model.state_dict()), dict(before), relative=0)
+    assert toy.model.training
+    assert all(parameter.requires_grad for parameter in toy.model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(set(criteria()) - {"random"}))
+def test_scores_move_with_their_structures(name):
+    toy = perceptron()
+    dense = score(toy.model, toy.graph, [toy.batch], name, loss_fn=F.cross_entropy)
+    order = torch.randperm(5)
+    with torch.no_grad():
+        for tensor in (toy.model.a.weight, toy.model.a.bias):
+            tensor.copy_(tensor[order])
+        toy.model.b.weight.copy_(toy.model.b.weight[:, order])
+    moved = score(toy.model, toy.graph, [toy.batch], name, loss_fn=F.cross_entropy)
+    assert_close(moved, {"a": dense["a"][order], "b": dense["b"]}, relative=1e-9)
+
+
+@pytest.mark.parametrize("name", criteria())
+def test_name_is_the_file_name_and_the_paper_is_told(name):
+    criterion = criteria()[name]
+    assert criterion.__module__ == f"sosp_hub.criteria.{name}"
+    assert criterion.paper
+    assert criterion.needs in ("nothing", "inputs", "labels")
+    assert criterion.__doc__
+
+
+@pytest.mark.parametrize("name", [n for n, c in criteria().items() if c.needs == "nothing"])
+def test_criteria_without_data(name):
+    toy = residual()
+    assert score(toy.model, toy.graph, [], name)
+
+
+@pytest.mark.parametrize("name", [n for n, c in criteria().items() if c.needs != "nothing"])
+def test_criteria_with_data_ask_for_it(name):
+    toy = residual()
+    with pytest.raises(CriterionError, match="no calibration data"):
+        score(toy.model, toy.graph, [], name)
+
+
+def test_unknown_names_show_the_nearest():
+    toy = perceptron()
+    with pytest.raises(CriterionError, match=r"'sosph' \(did you mean 'sosp_h'\?\).*magnitude"):
+        score(toy.model, toy.graph, [], "sosph")
+    with pytest.raises(CriterionError, match=r"no option 'modes' \(did you mean 'mode'\?\)"):
+        score(toy.model, toy.graph, [], "sosp_h", modes="exact")
+    with pytest.raises(CriterionError, match="its options are none"):
+        make_criterion("random", mode="exact")
+
+
+def test_a_wrong_choice_shows_what_there_is():
+    toy = perceptron()
+    with pytest.raises(CriterionError, match=r"mode='exakt'.*exact, differences, auto"):
+        score(toy.model, toy.graph, [toy.batch], "sosp_h", mode="exakt")
+    with pytest.raises(CriterionError, match="micro_batch_size=0"):
+        score(toy.model, toy.graph, [toy.batch], "sosp_h", micro_batch_size=0)
+
+
+def test_kinds():
+    toy = perceptron()
+    graph = stand_in(*toy.groups.values(), group("n", "layer", 2, []))
+    assert set(score(toy.model, graph, [toy.batch], kinds=["neuron"])) == {"a", "b"}
+    with pytest.raises(CriterionError, match=r"'n' \(layer\) has no place for a gate"):
+        score(toy.model, graph, [toy.batch])
+    with pytest.raises(CriterionError, match="kinds head; it has layer, neuron"):
+        score(toy.model, graph, [toy.batch], kinds=["head"])
+
+
+def test_scores_that_are_not_finite_are_refused():
+    toy = perceptron()
+    toy.model.a.weight.data[2, 0] = torch.inf
+    with pytest.raises(CriterionError, match="'magnitude': the scores of group 'a' are not finite"):
+        score(toy.model, toy.graph, [], "magnitude")
+
+
+def test_a_name_is_given_once():
+    @dataclass(frozen=True)
+    class Another:
+        name: ClassVar[str] = "magnitude"
+
+    with pytest.raises(ValueError, match="two criteria are called 'magnitude'"):
+        register(Another)
