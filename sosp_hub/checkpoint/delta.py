@@ -5,6 +5,7 @@ here knows how the pruned model came about: ``diff`` finds every difference, ``a
 it again, and both refuse what the closed format cannot say.
 """
 
+import contextlib
 import copy
 import math
 from collections import ChainMap
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sosp_hub.checkpoint import standins
-from sosp_hub.checkpoint.record import Plain, Replacement, Section, Shape
+from sosp_hub.checkpoint.record import Delta, Plain, Replacement, Section, Shape
 from sosp_hub.errors import CheckpointError
 
 _TORCH_STATE = frozenset(nn.Module().__dict__)
@@ -76,6 +77,20 @@ def apply_section(model: nn.Module, section: Section, path: str) -> None:
     plan = _Applied(model, section, path)
     plan.check()
     plan.apply()
+
+
+@contextlib.contextmanager
+def versions_said(delta: Delta, installed: str) -> Iterator[None]:
+    """Adds to an error that the checkpoint was written with another version of its library."""
+    try:
+        yield
+    except CheckpointError as error:
+        if delta.library_version == installed:
+            raise
+        raise CheckpointError(
+            f"{error}; the checkpoint was written with {delta.library} {delta.library_version}, "
+            f"this is {installed}"
+        ) from None
 
 
 def own_config(module: nn.Module) -> Any | None:  # noqa: ANN401 - any library's config
@@ -222,14 +237,13 @@ class _Found:
                     f"tensor {join(name, key)!r} is not in what the config builds"
                 )
             was, now = tuple(before[key].shape), tuple(tensor.shape)
-            expected = new[key] if key in new and old[key] == was else was
-            if now == expected:
-                continue
             if len(now) != len(was) or any(n > w for n, w in zip(now, was, strict=True)):
                 raise CheckpointError(
                     f"tensor {join(name, key)!r} is {list(now)} where the config builds {list(was)}: "
                     f"a pruned model never grows"
                 )
+            if now == (new[key] if key in new and old[key] == was else was):
+                continue
             self.tensors[join(name, key)] = tuple(
                 None if n == w else n for n, w in zip(now, was, strict=True)
             )

@@ -19,7 +19,7 @@ from torch import nn
 
 import sosp_hub
 from sosp_hub.checkpoint import hooks
-from sosp_hub.checkpoint.delta import apply_section, diff
+from sosp_hub.checkpoint.delta import apply_section, diff, versions_said
 from sosp_hub.checkpoint.record import Delta, parse_delta
 from sosp_hub.errors import CheckpointError
 
@@ -162,7 +162,9 @@ def _adapt(model: nn.Module, variant: str) -> nn.Module:
     """Stands where timm shrinks its own pruned models: after the model is built, before its weights come."""
     if not (pending := _PENDING.get()):
         return _ORIGINALS["adapt"](model, variant)
-    apply_section(model, pending.pop().base, f"{_WHERE}.base")
+    delta = pending.pop()
+    with versions_said(delta, timm.__version__):
+        apply_section(model, delta.base, f"{_WHERE}.base")
     return model
 
 

@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 import sosp_hub
 from sosp_hub.checkpoint import hooks
-from sosp_hub.checkpoint.delta import apply_section, diff
+from sosp_hub.checkpoint.delta import apply_section, diff, versions_said
 from sosp_hub.checkpoint.record import KEY, Delta, Section, parse_delta
 from sosp_hub.errors import CheckpointError
 
@@ -59,17 +59,9 @@ def shrink(model: PreTrainedModel) -> None:
         raise CheckpointError(
             f"config.json: {KEY}.library: {delta.library!r}, but a transformers model is being built"
         )
-    where = f"config.json: {KEY}"
-    name = type(model).__name__
-    if name == delta.base.cls:
-        apply_section(model, delta.base, f"{where}.base")
-        setattr(model, _APPLIED, True)
-    elif any(type(module).__name__ == delta.base.cls for module in model.modules()):
-        _shrink_head(model, delta, f"{where}.head")
-        setattr(model, _APPLIED, True)
-    elif delta.head is None and (part := _of_sibling(model, delta.base)) is not None:
-        apply_section(model, part, f"{where}.base")
-        setattr(model, _APPLIED, True)
+    with versions_said(delta, transformers.__version__):
+        if _shrink_part(model, delta, f"config.json: {KEY}"):
+            setattr(model, _APPLIED, True)
 
 
 def delta_of(model: PreTrainedModel, config: Any | None = None) -> Delta:  # noqa: ANN401
@@ -134,6 +126,18 @@ def attach(model: PreTrainedModel) -> None:
     vars(model.config).pop(KEY, None)
     if not delta.empty:
         setattr(model.config, KEY, delta.to_json())
+
+
+def _shrink_part(model: PreTrainedModel, delta: Delta, where: str) -> bool:
+    if type(model).__name__ == delta.base.cls:
+        apply_section(model, delta.base, f"{where}.base")
+    elif any(type(module).__name__ == delta.base.cls for module in model.modules()):
+        _shrink_head(model, delta, f"{where}.head")
+    elif delta.head is None and (part := _of_sibling(model, delta.base)) is not None:
+        apply_section(model, part, f"{where}.base")
+    else:
+        return False
+    return True
 
 
 def _shrink_head(model: PreTrainedModel, delta: Delta, where: str) -> None:

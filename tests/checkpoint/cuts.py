@@ -344,9 +344,15 @@ TIMM = {
 }
 
 
+_SMALLER = {
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 2, 1), "img_size": 64, "window_size": 4},
+}
+
+
 def pruned_timm(name, **kwargs):
     """A timm model in eval mode, cut by hand."""
     torch.manual_seed(0)
+    kwargs = {**_SMALLER.get(name, {}), **kwargs}
     model = timm.create_model(name, num_classes=7, **kwargs).eval()
     TIMM[name](model)
     return model

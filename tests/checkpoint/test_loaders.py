@@ -1,0 +1,241 @@
+"""What people do with a loaded model: shards, half precision, devices, generation, training, pruning again."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import sosp_hub
+from sosp_hub.checkpoint import transformers as adapter
+from sosp_hub.errors import CheckpointError
+from tests.checkpoint import cuts
+from tests.checkpoint.test_families import output
+from tests.compare import assert_close
+
+TOKENS = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A pruned model and its folder."""
+    model = cuts.pruned("llama")
+    return model, sosp_hub.save_pretrained(model, tmp_path_factory.mktemp("checkpoint") / "llama")
+
+
+def test_shards(tmp_path):
+    model = cuts.pruned("llama")
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small", max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    for loaded in (
+        sosp_hub.from_pretrained(folder),
+        transformers.AutoModelForCausalLM.from_pretrained(folder),
+    ):
+        assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=1e-6)
+
+
+def test_half_precision(tmp_path):
+    model = cuts.pruned("llama").to(torch.bfloat16)
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    loaded = sosp_hub.from_pretrained(folder)
+    assert loaded.dtype == torch.bfloat16
+    assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=1e-2)  # rope tables stay float32
+    full = sosp_hub.from_pretrained(folder, dtype=torch.float32)
+    assert full.dtype == torch.float32
+
+
+def test_half_precision_timm(tmp_path):
+    model = cuts.pruned_timm("test_resnet").to(torch.bfloat16)
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    loaded = sosp_hub.from_pretrained(folder)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    model = cuts.pruned("qwen2")
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    loaded = sosp_hub.from_pretrained(folder)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("devices", [{"": "cpu"}, {"model.embed_tokens": "cpu", "model.layers.0": "cpu",
+    "model.layers.1": "disk", "model.layers.2": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}])
+def test_device_map(llama, devices, tmp_path):
+    model, folder = llama
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, device_map=devices, offload_folder=tmp_path / "offload"
+    )
+    assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=1e-6)
+
+
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+def test_generation(llama, cache):
+    model, folder = llama
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    options = {"none": {"use_cache": False}, "dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
+    ask = {**TOKENS, "attention_mask": torch.ones_like(TOKENS["input_ids"])}
+    answers = [
+        each.generate(**ask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, **options[cache])
+        for each in (model, loaded)
+    ]
+    plain = loaded.generate(**ask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=False)
+    assert answers[0].tolist() == answers[1].tolist() == plain.tolist()
+
+
+def test_pipeline(tmp_path):
+    model = cuts.pruned_timm("test_resnet")
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    from PIL import Image
+
+    classify = transformers.pipeline("image-classification", model=str(folder))
+    answer = classify(Image.new("RGB", (64, 64), "red"))
+    assert len(answer) == 5
+    assert type(classify.model.timm_model) is type(model)
+    for name, tensor in model.state_dict().items():
+        assert_close(classify.model.timm_model.state_dict()[name], tensor, relative=0, what=name)
+
+
+def test_timm_wrapper_saves_what_loads(tmp_path):
+    model = cuts.pruned_timm("test_vit")
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    x = torch.randn(2, 3, 160, 160)
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    assert_close(output(wrapped, {"pixel_values": x}), output(model, (x,)), relative=1e-6)
+    wrapped.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "again")
+    assert_close(output(again, {"pixel_values": x}), output(model, (x,)), relative=1e-6)
+
+
+def test_timm_arguments(tmp_path):
+    folder = sosp_hub.save_pretrained(cuts.pruned_timm("test_resnet"), tmp_path / "small")
+    name = f"local-dir:{folder}"
+    assert timm.create_model(name, pretrained=True, num_classes=4)(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
+    assert timm.create_model(name, pretrained=True, in_chans=1)(torch.zeros(1, 1, 64, 64)).shape == (1, 7)
+    features = timm.create_model(name, pretrained=True, features_only=True)(torch.zeros(1, 3, 64, 64))
+    assert len(features) == 5
+    folder = sosp_hub.save_pretrained(cuts.pruned_timm("test_vit"), tmp_path / "vit")
+    larger = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=192)
+    assert larger(torch.zeros(1, 3, 192, 192)).shape == (1, 7)
+
+
+def test_other_head_takes_the_same_body(llama):
+    model, folder = llama
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5)
+    assert other.model.layers[2].mlp.gate_proj.out_features == model.model.layers[2].mlp.gate_proj.out_features
+    assert_close(other.model.layers[2].mlp.up_proj.weight, model.model.layers[2].mlp.up_proj.weight, relative=0)
+
+
+def test_encoder_of_an_encoder_decoder(tmp_path):
+    model = cuts.pruned("t5")
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    encoder = transformers.T5EncoderModel.from_pretrained(folder)
+    expected = model.encoder(**TOKENS).last_hidden_state
+    assert_close(encoder(**TOKENS).last_hidden_state, expected, relative=1e-6)
+
+
+def test_deepcopy(llama):
+    model, folder = llama
+    loaded = copy.deepcopy(sosp_hub.from_pretrained(folder))
+    assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=0)
+
+
+def test_attention_implementation_reaches_every_layer(llama):
+    """Layers with their own copy of the config follow the model, else their masks would be misread."""
+    _, folder = llama
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    assert loaded.model.layers[1].self_attn.config is not loaded.config
+    expected = output(loaded, TOKENS)
+    loaded.set_attn_implementation("eager")
+    assert {layer.self_attn.config._attn_implementation for layer in loaded.model.layers} == {"eager"}
+    assert_close(output(loaded, TOKENS), expected, relative=1e-5)
+
+
+def test_second_prune_composes(llama, tmp_path):
+    _, folder = llama
+    loaded = sosp_hub.from_pretrained(folder)
+    for layer in loaded.model.layers:
+        cuts.mlp(layer.mlp, ["gate_proj", "up_proj"], "down_proj", share=0.5, attribute="intermediate_size")
+    again = sosp_hub.save_pretrained(loaded, tmp_path / "smaller")
+    record = json.loads((again / "config.json").read_text())["sosp_hub"]
+    assert record["base"]["modules"]["layers.0.mlp"] == {"intermediate_size": 19}
+    assert_close(output(sosp_hub.from_pretrained(again), TOKENS), output(loaded, TOKENS), relative=1e-6)
+
+
+def test_second_prune_composes_timm(tmp_path):
+    folder = sosp_hub.save_pretrained(cuts.pruned_timm("test_resnet"), tmp_path / "small")
+    loaded = sosp_hub.from_pretrained(folder)
+    cuts.timm_resnet(loaded)
+    x = torch.randn(2, 3, 64, 64)
+    again = sosp_hub.from_pretrained(sosp_hub.save_pretrained(loaded, tmp_path / "smaller"))
+    assert_close(output(again, (x,)), output(loaded, (x,)), relative=1e-6)
+
+
+def _trainer(model, folder, steps):
+    data = [{"input_ids": torch.arange(i, i + 6), "labels": torch.arange(i, i + 6)} for i in range(8)]
+    arguments = transformers.TrainingArguments(
+        folder, max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        disable_tqdm=True, logging_strategy="no", learning_rate=1e-2, lr_scheduler_type="constant", dataloader_pin_memory=False,
+    )  # fmt: skip
+    return transformers.Trainer(model, arguments, train_dataset=data)
+
+
+@pytest.mark.filterwarnings("ignore")  # the trainer's own deprecations
+def test_trainer_saves_and_resumes(llama, tmp_path):
+    _, folder = llama
+    straight = sosp_hub.from_pretrained(folder)
+    _trainer(straight, tmp_path / "straight", 4).train()
+    _trainer(sosp_hub.from_pretrained(folder), tmp_path / "twice", 2).train()
+    checkpoint = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twice" / "checkpoint-2")
+    assert checkpoint.model.layers[2].mlp.intermediate_size == straight.model.layers[2].mlp.intermediate_size
+    resumed = sosp_hub.from_pretrained(folder)
+    _trainer(resumed, tmp_path / "twice", 4).train(resume_from_checkpoint=str(tmp_path / "twice" / "checkpoint-2"))
+    assert_close(output(resumed.eval(), TOKENS), output(straight.eval(), TOKENS), relative=1e-5)
+
+
+def test_attached_delta_survives_the_librarys_own_save(tmp_path):
+    model = cuts.pruned("llama")
+    adapter.attach(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=1e-6)
+
+
+def test_lora_on_a_pruned_base(llama, tmp_path):
+    peft = pytest.importorskip("peft")
+    _, folder = llama
+    options = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(sosp_hub.from_pretrained(folder), options).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(sosp_hub.from_pretrained(folder), tmp_path / "adapter").eval()
+    assert_close(output(again, TOKENS), output(tuned, TOKENS), relative=1e-6)
+
+
+def test_cifar_resnet_loads_by_name(tmp_path):
+    model = timm.create_model("cifar_resnet20", num_classes=10).eval()
+    folder = sosp_hub.save_pretrained(model, tmp_path / "dense")
+    assert json.loads((folder / "config.json").read_text())["architecture"] == "cifar_resnet20"
+    expected = output(model, (torch.ones(1, 3, 32, 32),))[0, 0].item()
+    code = (
+        "import sosp_hub, timm, torch;"
+        f"m = timm.create_model('local-dir:{folder}', pretrained=True).eval();"
+        "print(m(torch.ones(1, 3, 32, 32))[0, 0].item())"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(answer.stdout) == pytest.approx(expected, abs=1e-5)
+
+
+def test_wrong_class_is_refused(llama):
+    _, folder = llama
+    with pytest.raises(CheckpointError, match="LlamaModel"):
+        transformers.BertModel.from_pretrained(folder, config=_bert_with_delta(folder))
+
+
+def _bert_with_delta(folder):
+    record = json.loads((folder / "config.json").read_text())["sosp_hub"]
+    return transformers.BertConfig(**cuts.TEXT, sosp_hub=record)
