@@ -4,7 +4,6 @@ The generated part stands between two markers. What a person writes outside of t
 metadata that a person has set.
 """
 
-import re
 import shutil
 from collections.abc import Mapping
 from functools import cache
@@ -26,6 +25,7 @@ from sosp_hub.hub.facts import (
     without_tokens,
 )
 from sosp_hub.hub.figures import Picture, write_figures
+from sosp_hub.hub.markers import fence, split_card
 from sosp_hub.hub.methods import method
 from sosp_hub.hub.snippets import (
     Checkpoint,
@@ -35,9 +35,6 @@ from sosp_hub.hub.snippets import (
     where_it_loads,
 )
 
-BEGIN = "<!-- sosp_hub: generated from here; write outside these two lines -->"
-END = "<!-- sosp_hub: generated up to here -->"
-_ADDRESS = re.compile(r"<!-- sosp_hub: address (.*?) -->")
 _PIPELINE_TAGS = {
     "image-classification": "image-classification",
     "text-classification": "text-classification",
@@ -102,7 +99,7 @@ def card_text(
     old: str | None = None,
 ) -> str:
     """The whole card; a person's own text and metadata in the ``old`` one survive."""
-    before, after, kept = _split(old)
+    before, after, kept = split_card(old)
     data = _merge(metadata(checkpoint, report, facts, address.rpartition("/")[2]), kept)
     criterion = report.get("criterion") or {}
     body = _template("card.md.jinja").render(
@@ -119,21 +116,8 @@ def card_text(
         calibration=_calibration(report.get("calibration") or {}),
         has_report=(checkpoint.folder / "sosp_report.json").is_file(),
     )
-    block = f"{BEGIN}\n<!-- sosp_hub: address {address} -->\n{body.strip()}\n\n{END}"
-    text = f"{before}{without_tokens(block)}{after}"
+    text = f"{before}{without_tokens(fence(body, address))}{after}"
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
-
-
-def readdress(text: str, repo_id: str) -> str:
-    """A card whose load snippet names ``repo_id``; anything a person wrote is left alone."""
-    found = _ADDRESS.search(text)
-    if found is None or END not in text:
-        return text
-    begin, end = text.index(found.group()), text.index(END)
-    block = text[begin:end].replace(f'"{found.group(1)}"', f'"{repo_id}"')
-    block = block.replace(f'hf-hub:{found.group(1)}"', f'hf-hub:{repo_id}"')
-    block = block.replace(found.group(), f"<!-- sosp_hub: address {repo_id} -->")
-    return text[:begin] + block + text[end:]
 
 
 def metadata(
@@ -208,23 +192,6 @@ def _merge(made: ModelCardData, kept: Mapping[str, Any]) -> ModelCardData:
         data[key] = value
     data.setdefault("model_name", old_name)
     return ModelCardData(**data)
-
-
-def _split(old: str | None) -> tuple[str, str, dict[str, Any]]:
-    """Text before and after the generated part, and the metadata, of the present card."""
-    if old is None or not old.strip():
-        return "\n", "\n", {}
-    card = ModelCard(old, ignore_metadata_errors=True)
-    text, kept = card.text, dict(card.data.__dict__)
-    begins, ends = text.count(BEGIN), text.count(END)
-    if (begins, ends) == (0, 0):
-        return f"{text.rstrip()}\n\n", "\n", kept
-    if (begins, ends) != (1, 1) or text.index(BEGIN) > text.index(END):
-        raise HubError(
-            f"README.md: expected the lines {BEGIN!r} and {END!r} once each and in this order, "
-            f"found {begins} and {ends}; restore them, or delete both and the card is appended"
-        )
-    return text[: text.index(BEGIN)], text[text.index(END) + len(END) :], kept
 
 
 def _recovery(report: Mapping[str, Any]) -> str:

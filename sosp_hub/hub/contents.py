@@ -1,0 +1,103 @@
+"""What may be published: a whole model, a card that the hub takes, and no secrets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from sosp_hub.errors import HubError
+from sosp_hub.hub.facts import has_token, hub_id
+from sosp_hub.hub.snippets import read_checkpoint
+
+_TEXT_SUFFIXES = (".md", ".json", ".yaml", ".yml", ".txt", ".html", ".jinja", ".py", ".log")
+_MOST_TEXT_BYTES = 20_000_000
+
+
+def local_files(folder: Path) -> list[str]:
+    """Names of the files to publish, relative to the folder; hidden and unfinished ones are not."""
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [
+        name.as_posix()
+        for name in names
+        if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        and name.suffix != ".part"
+    ]
+
+
+def check_folder(folder: Path, secret: str | None = None) -> None:
+    """Refuses what is no saved model, says nothing about itself, or holds a token.
+
+    Raises:
+        HubError: With what to do.
+    """
+    if not folder.is_dir():
+        raise HubError(f"{folder}: no such folder; give the output folder of a run")
+    read_checkpoint(folder)
+    names = local_files(folder)
+    if not any(name.endswith(".safetensors") and name != "saliency.safetensors" for name in names):
+        raise HubError(
+            f"{folder}: there are no weights (model.safetensors); "
+            "write the folder with sosp_hub.save_pretrained(model, folder)"
+        )
+    if "sosp_report.json" not in names and "README.md" not in names:
+        raise HubError(
+            f"{folder}: there is neither sosp_report.json nor README.md, so nobody could tell what "
+            "this model is; save it with save_pretrained(model, folder, report=...), or write a "
+            "README.md"
+        )
+    for name in names:
+        path = folder / name
+        if path.suffix in _TEXT_SUFFIXES and path.stat().st_size <= _MOST_TEXT_BYTES:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if has_token(text) or (secret and secret in text):
+                raise HubError(
+                    f"{path}: holds an access token; remove it, and revoke it if anyone saw it"
+                )
+
+
+def check_card(folder: Path) -> None:
+    """Refuses metadata that the hub would refuse, before anything is sent.
+
+    Raises:
+        HubError: With every fault.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    try:
+        data = ModelCard(
+            path.read_text(encoding="utf-8"), ignore_metadata_errors=True
+        ).data.to_dict()
+    except Exception as error:  # yaml's errors, and a block that is no mapping
+        raise HubError(f"{path}: the metadata at the top is not valid YAML: {error}") from error
+    faults = [*_ids(data, "base_model"), *_ids(data, "datasets")]
+    if faults:
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        raise HubError(f"{path}: the hub would refuse the metadata\n{lines}")
+
+
+def check_with_hub(card: str) -> None:
+    """Has the hub judge a card's metadata; a folder without a card has none.
+
+    Raises:
+        HubError: The hub refuses it.
+    """
+    if not card:
+        return
+    try:
+        ModelCard(card, ignore_metadata_errors=True).validate()
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise HubError(f"README.md: the hub refuses the metadata at its top: {error}") from error
+
+
+def _ids(data: dict[str, Any], key: str) -> list[str]:
+    value = data.get(key) or []
+    names = [value] if isinstance(value, str) else value
+    return [
+        f"{key}: {name!r} is a local path or no hub id; write NAMESPACE/NAME, or leave it out"
+        for name in names
+        if hub_id(name) is None and not (key == "datasets" and "/" not in str(name))
+    ]

@@ -1,0 +1,394 @@
+"""Publishing a folder as one commit, on a hub that may fail at any moment.
+
+The commit names its parent, so it is made once or not at all; its description carries a number by
+which a commit whose answer was lost is recognised.
+"""
+
+import logging
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import HFValidationError, sha, validate_repo_id
+
+from sosp_hub.errors import HubError
+from sosp_hub.hub.attempts import (
+    CONFLICT,
+    Patience,
+    explain,
+    is_passing,
+    no_token,
+    persistently,
+    status_of,
+)
+from sosp_hub.hub.contents import check_card, check_folder, check_with_hub, local_files
+from sosp_hub.hub.markers import readdress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+STALE_WEIGHTS = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "tf_model*.h5",
+    "flax_model*.msgpack",
+)
+"""Files in the root that a loader may take for this model's weights; old ones must not stay."""
+
+_BATCH_BYTES = 5_000_000_000
+_BATCH_FILES = 100
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did, or would do.
+
+    Attributes:
+        repo_id: Where.
+        url: Page of the commit, or of the pull request; of the repository where nothing was made.
+        commit: The commit that holds the folder; None for a dry run.
+        added: Files that are new or changed.
+        unchanged: Files that the hub has already.
+        deleted: Stale weights that the commit takes away.
+        num_bytes: Size of the added files.
+        compared: Whether the hub could be asked what it has (a dry run needs no network).
+    """
+
+    repo_id: str
+    url: str
+    commit: str | None
+    added: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    deleted: tuple[str, ...]
+    num_bytes: int
+    compared: bool = True
+
+
+def push_to_hub(
+    folder_or_model: "str | Path | nn.Module",
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    patience: Patience | None = None,
+) -> PushResult:
+    """Publishes a saved model as one commit.
+
+    Files that the hub has already are not sent again, so a push that was cut off continues when
+    it is repeated. Weights of an earlier push that are not in the folder are deleted in the same
+    commit.
+
+    Args:
+        folder_or_model: A folder with a model and its report or card; or a model.
+        repo_id: ``NAMESPACE/NAME``; made if it does not exist.
+        private: Of a repository that is made; None = as the namespace's default is.
+        revision: Branch, made from main if it does not exist; None = main.
+        create_pr: Open a pull request instead of writing to the branch.
+        commit_message: First line of the commit.
+        token: None = the one of ``hf auth login`` or HF_TOKEN.
+        dry_run: Check everything and say what would be sent, but write nothing.
+        patience: How often to try again, and how long to wait.
+
+    Raises:
+        HubError: With what to do. Unless it says otherwise, the repository is as it was.
+    """
+    check_target(repo_id, revision, create_pr)
+    if not isinstance(folder_or_model, str | Path):
+        with tempfile.TemporaryDirectory(prefix="sosp_hub-push-") as temporary:
+            from sosp_hub.checkpoint.io import save_pretrained  # here: they bring torch, matplotlib
+            from sosp_hub.hub.card import render_card
+
+            save_pretrained(folder_or_model, temporary)
+            if not (Path(temporary) / "README.md").is_file():
+                render_card(temporary, repo_id=repo_id, report={}, figures=False, run=False)
+            return push_to_hub(
+                temporary,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                token=token,
+                dry_run=dry_run,
+                patience=patience,
+            )
+    folder = Path(folder_or_model)
+    check_folder(folder, secret=token or get_token())
+    check_card(folder)
+    if not dry_run and not (token or get_token()):
+        raise HubError(no_token(repo_id))
+    push = _Push(folder, repo_id, revision, create_pr, HfApi(token=token), patience or Patience())
+    if dry_run:
+        return push.rehearse()
+    return push.run(private, commit_message or f"Upload {folder.resolve().name} with sosp_hub")
+
+
+def check_target(repo_id: str, revision: str | None, create_pr: bool) -> None:
+    """Refuses an address that no hub has.
+
+    Raises:
+        HubError: With the form that is expected.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"repo_id {repo_id!r}: {error}; write NAMESPACE/NAME") from None
+    if "/" not in repo_id:
+        raise HubError(
+            f"repo_id {repo_id!r}: write NAMESPACE/NAME, with your user name or an organisation"
+        )
+    if create_pr and revision not in (None, "main"):
+        raise HubError(
+            f"revision {revision!r} with create_pr: a pull request is made against main; "
+            "leave one of the two out"
+        )
+
+
+class _Push:
+    """One push: compare, upload, commit."""
+
+    def __init__(
+        self,
+        folder: Path,
+        repo_id: str,
+        revision: str | None,
+        create_pr: bool,
+        api: HfApi,
+        patience: Patience,
+    ) -> None:
+        self._repo_id = repo_id
+        self._revision = revision or "main"
+        self._create_pr = create_pr
+        self._api = api
+        self._patience = patience
+        self._id = f"sosp_hub push {uuid.uuid4().hex}"
+        self._card = _card(folder, repo_id)
+        self._additions = [
+            CommitOperationAdd(name, self._card.encode() if name == "README.md" else folder / name)
+            for name in local_files(folder)
+        ]
+
+    def rehearse(self) -> PushResult:
+        """What ``run`` would do, as far as the hub can be asked."""
+        remote: dict[str, RepoFile] = {}
+        compared = True
+        try:
+            head = self._api.model_info(self._repo_id, revision=self._revision).sha or ""
+            remote = self._remote_files(head)
+            check_with_hub(self._card)
+        except HubError:
+            raise
+        except Exception as error:
+            if status_of(error) not in (401, 404) and not _is_out_of_reach(error):
+                raise explain(error, self._repo_id, self._api) from error
+            compared = status_of(error) is not None
+        changed = self._changed(remote)
+        return self._result(None, changed, self._stale(remote), self._page(), compared)
+
+    def run(self, private: bool | None, message: str) -> PushResult:
+        """Makes the commit."""
+        try:
+            self._try(lambda: check_with_hub(self._card), "check card")
+            self._make_place(private)
+            head = self._head()
+            remote = self._try(lambda: self._remote_files(head), "list files")
+            changed, stale = self._changed(remote), self._stale(remote)
+            if not changed and not stale:
+                return self._result(head, changed, stale, self._page())
+            for batch in _batches(changed):
+                self._try(lambda batch=batch: self._upload(batch), "upload")
+            operations = [*(CommitOperationDelete(name) for name in stale), *changed]
+            commit, url = self._commit(operations, head, message)
+        except HubError:
+            raise
+        except Exception as error:
+            raise explain(error, self._repo_id, self._api) from error
+        return self._result(commit, changed, stale, url)
+
+    def _try(self, call, what: str):  # noqa: ANN001, ANN202 - as `persistently`
+        return persistently(call, f"{self._repo_id}: {what}", self._patience)
+
+    def _make_place(self, private: bool | None) -> None:
+        api, repo_id = self._api, self._repo_id
+        self._try(
+            lambda: api.create_repo(repo_id, private=private, exist_ok=True), "create repository"
+        )
+        if self._revision != "main" and not self._revision.startswith("refs/"):
+            self._try(
+                lambda: api.create_branch(repo_id, branch=self._revision, exist_ok=True),
+                "create branch",
+            )
+
+    def _head(self) -> str:
+        info = self._try(
+            lambda: self._api.model_info(self._repo_id, revision=self._revision), "read head"
+        )
+        return info.sha or ""
+
+    def _remote_files(self, revision: str) -> dict[str, RepoFile]:
+        tree = self._api.list_repo_tree(self._repo_id, recursive=True, revision=revision)
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+    def _changed(self, remote: dict[str, RepoFile]) -> list[CommitOperationAdd]:
+        return [add for add in self._additions if not _same(add, remote.get(add.path_in_repo))]
+
+    def _stale(self, remote: dict[str, RepoFile]) -> list[str]:
+        mine = {add.path_in_repo for add in self._additions}
+        return [
+            name
+            for name in sorted(remote.keys() - mine)
+            if "/" not in name and any(fnmatch(name, pattern) for pattern in STALE_WEIGHTS)
+        ]
+
+    def _upload(self, batch: Sequence[CommitOperationAdd]) -> None:
+        """Sends the large files of a batch; what arrived once is not sent again."""
+        self._api.preupload_lfs_files(
+            self._repo_id,
+            additions=batch,
+            revision=self._revision,
+            create_pr=self._create_pr,
+        )
+
+    def _commit(
+        self,
+        operations: list[CommitOperationAdd | CommitOperationDelete],
+        head: str,
+        message: str,
+    ) -> tuple[str, str]:
+        """Commits on top of ``head``, exactly once; returns commit and page."""
+        for attempt in range(1, self._patience.attempts + 1):
+            try:
+                made = self._api.create_commit(
+                    self._repo_id,
+                    operations=operations,
+                    commit_message=message,
+                    commit_description=self._id,
+                    revision=self._revision,
+                    parent_commit=head,
+                    create_pr=self._create_pr,
+                )
+            except Exception as error:
+                status = status_of(error)
+                passing, conflict = is_passing(error), status in CONFLICT
+                if not passing and not conflict:
+                    raise
+                if found := self._find_ours(head, message, error):
+                    log.info("%s: the answer was lost, but the commit is there", self._repo_id)
+                    return found
+                if conflict:
+                    raise HubError(
+                        f"{self._repo_id}: somebody else pushed to {self._revision!r} in the "
+                        "meantime; nothing was written. Look at their commit and push again"
+                    ) from error
+                if attempt == self._patience.attempts:
+                    raise
+                self._patience.wait(attempt, error, f"{self._repo_id}: commit")
+            else:
+                return made.oid, made.pr_url or made.commit_url
+        raise AssertionError("unreachable")
+
+    def _find_ours(self, head: str, message: str, lost: Exception) -> tuple[str, str] | None:
+        """The commit of this push, if it was made although no answer said so."""
+        try:
+            if self._create_pr:
+                return self._find_our_pull_request(message)
+            if self._head() == head:
+                return None
+            commit = self._ours_on(self._revision)
+        except Exception as error:
+            raise HubError(
+                f"{self._repo_id}: the hub stopped answering while it was committing "
+                f"({type(lost).__name__}, then {type(error).__name__}), so it is not known whether "
+                "the commit was made; it was made completely or not at all. Push again: what is "
+                "there already is not sent twice"
+            ) from error
+        return (commit, f"{self._page()}/commit/{commit}") if commit else None
+
+    def _find_our_pull_request(self, message: str) -> tuple[str, str] | None:
+        pulls = self._try(
+            lambda: list(
+                self._api.get_repo_discussions(self._repo_id, discussion_type="pull_request")
+            ),
+            "list pull requests",
+        )
+        for pull in pulls:
+            if pull.title == message and (commit := self._ours_on(f"refs/pr/{pull.num}")):
+                return commit, f"{self._page()}/discussions/{pull.num}"
+        return None
+
+    def _ours_on(self, revision: str) -> str | None:
+        commits = self._try(
+            lambda: self._api.list_repo_commits(self._repo_id, revision=revision), "list commits"
+        )
+        return next((c.commit_id for c in commits if self._id in c.message), None)
+
+    def _page(self) -> str:
+        return f"{self._api.endpoint}/{self._repo_id}"
+
+    def _result(
+        self,
+        commit: str | None,
+        changed: list[CommitOperationAdd],
+        stale: list[str],
+        url: str,
+        compared: bool = True,
+    ) -> PushResult:
+        added = {add.path_in_repo for add in changed}
+        return PushResult(
+            repo_id=self._repo_id,
+            url=url,
+            commit=commit,
+            added=tuple(sorted(added)),
+            unchanged=tuple(
+                add.path_in_repo for add in self._additions if add.path_in_repo not in added
+            ),
+            deleted=tuple(stale),
+            num_bytes=sum(add.upload_info.size for add in changed),
+            compared=compared,
+        )
+
+
+def _card(folder: Path, repo_id: str) -> str:
+    path = folder / "README.md"
+    return readdress(path.read_text(encoding="utf-8"), repo_id) if path.is_file() else ""
+
+
+def _same(add: CommitOperationAdd, remote: RepoFile | None) -> bool:
+    """Whether the hub has these bytes; the file is hashed only where size and name agree."""
+    if remote is None or remote.size != add.upload_info.size:
+        return False
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == add.upload_info.sha256.hex()
+    with add.as_file() as file:
+        return remote.blob_id == sha.git_hash(file.read())
+
+
+def _batches(additions: list[CommitOperationAdd]) -> Iterator[list[CommitOperationAdd]]:
+    batch: list[CommitOperationAdd] = []
+    size = 0
+    for add in additions:
+        if batch and (len(batch) == _BATCH_FILES or size + add.upload_info.size > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(add)
+        size += add.upload_info.size
+    if batch:
+        yield batch
+
+
+def _is_out_of_reach(error: Exception) -> bool:
+    return is_passing(error) or "offline" in type(error).__name__.lower()
