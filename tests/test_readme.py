@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import sosp_hub
+from sosp_hub.cost import cost
+from sosp_hub.criteria.registry import criteria
 from sosp_hub.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +49,14 @@ def recipe_table() -> str:
     return table(("recipe", "model", "data", "keeps", "measured"), rows)
 
 
+def criteria_table() -> str:
+    rows = []
+    for name, criterion in criteria().items():
+        what = criterion.__doc__.splitlines()[0].rstrip(".").replace("``", "`")
+        rows.append((f"`{name}`", what, criterion.needs, criterion.paper))
+    return table(("criterion", "what it is", "needs", "paper"), rows)
+
+
 def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = code_blocks("python")
@@ -54,8 +64,6 @@ def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     names = {}
     exec(compile(code, str(README), "exec"), names)
     graph, plan, images = names["graph"], names["plan"], names["images"]
-    from sosp_hub.cost import cost
-
     assert 0.4 < cost(graph, plan).macs / cost(graph).macs <= 0.5
     assert (tmp_path / "out/resnet18-small/model.safetensors").stat().st_size > 0
     loaded, cut = names["pruned"], sosp_hub.apply(names["model"], graph, plan)
@@ -63,13 +71,15 @@ def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
         torch.testing.assert_close(loaded.eval()(images), cut(images), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "make"), [("recipes", recipe_table)])
+@pytest.mark.parametrize(
+    ("name", "make"), [("recipes", recipe_table), ("criteria", criteria_table)]
+)
 def test_a_table_is_current(name, make, regenerate):
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
     text = README.read_text()
     before, rest = text.split(begin)
     found, after = rest.split(end)
-    wanted = f"\n{make()}\n"
+    wanted = f"\n{TABLES[name]()}\n"
     if regenerate:
         README.write_text(f"{before}{begin}{wanted}{end}{after}")
     else:

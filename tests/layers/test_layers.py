@@ -31,6 +31,8 @@ WRONG_IMPORTS = (
     ("sosp_hub.gates", "transformers"),
     # Deciding and cutting know nothing of processes
     ("sosp_hub.derivatives", "accelerate"),
+    # Criteria never import each other
+    ("sosp_hub.criteria.sosp_h", "sosp_hub.criteria.taylor"),
     # Plain data loads without torch
     ("sosp_hub.recipe.schema", "torch"),
     ("sosp_hub.errors", "transformers"),
