@@ -1,0 +1,270 @@
+"""The card says what the report says, and nothing else."""
+
+import copy
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from sosp_hub.errors import HubError
+from sosp_hub.hub.card import render_card
+from sosp_hub.hub.facts import collect
+from sosp_hub.hub.markers import BEGIN, END
+from tests.hub import reports
+from tests.hub.conftest import make_folder
+
+
+@pytest.fixture
+def image(tmp_path):
+    return make_folder(tmp_path / "digits-small", card=False)
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = make_folder(tmp_path / "smol-small", card=False)
+    reports.write(folder, *reports.text_report(layers=4))
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "sosp_hub": {}}')
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def render(folder, **options):
+    path = render_card(folder, run=False, figures=options.pop("figures", False), **options)
+    return path.read_text()
+
+
+def changed(folder, change):
+    report = json.loads((folder / "sosp_report.json").read_text())
+    change(report)
+    (folder / "sosp_report.json").write_text(json.dumps(report))
+    return folder
+
+
+def head(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+# ------------------------------------------------------------------------------- what it says
+def test_the_headline_is_one_sentence_with_both_sides(image):
+    assert (
+        "46.3 % fewer parameters and 50.2 % fewer multiply-accumulates than `cifar_resnet20`; "
+        "accuracy 97.8 %, from 98.3 % dense "
+        "(a difference within the 95 % spread of 360 test samples)."
+    ) in render(image)
+
+
+def test_a_loss_beyond_the_spread_is_called_so(text):
+    card = render(text)
+    assert "perplexity 29.9, from 22.4 dense (a difference beyond the 95 % spread of" in card
+    assert "- perplexity: 22.4 → 29.9 (+33.5 %;" in card
+
+
+def test_a_model_that_lost_nothing_is_not_called_better_than_measured(image):
+    def same(report):
+        report["metrics"]["final"] = copy.deepcopy(report["metrics"]["dense"])
+
+    card = render(changed(image, same))
+    assert "accuracy 98.3 %, from 98.3 % dense (the same on 360 test samples)" in card
+    assert "None of the metrics above is worse than in the dense model." in card
+
+
+def test_classes_that_lost_most_are_listed(image):
+    card = render(image)
+    assert "| 3 | 93.0 % (n = 36) | 87.0 % (n = 36) | \N{MINUS SIGN}6.0 points |" in card
+    assert "| 4 |" not in card
+
+
+def test_a_slower_model_says_so(image):
+    def slow(report):
+        report["latency"]["after"]["seconds"] = 0.021
+
+    assert "latency: 17.1 ms → 21 ms, slower although it is smaller" in render(changed(image, slow))
+
+
+@pytest.mark.parametrize(
+    ("key", "absent"),
+    [
+        ("latency", "| Latency"),
+        ("cost", "| Parameters"),
+        ("criterion", "saliency(s)"),
+        ("calibration", "Calibration:"),
+        ("versions", "Versions:"),
+        ("command", "```bash"),
+        ("recipe", "<summary>Recipe"),
+        ("groups", "channels:"),
+        ("plan", "The floor stopped"),
+        ("base", "cifar_resnet20`;"),
+    ],
+)
+def test_what_is_not_in_the_report_is_not_on_the_card(image, key, absent):
+    assert absent in render(image)
+    card = render(changed(image, lambda report: report.pop(key)))
+    assert absent not in card
+    assert "None" not in card.replace("None of the metrics", "")
+    assert "nan" not in card.lower().replace("finance", "")
+
+
+def test_an_empty_report_makes_a_card_without_a_number(image):
+    (image / "sosp_report.json").write_text("{}")
+    card = render(image)
+    assert "its quality was not measured" in card
+    assert "No metric was measured." in card
+    assert "Not measured: quality of this model; quality of the dense model; latency" in card
+    assert "%" not in card
+
+
+# -------------------------------------------------------------------------------- metadata
+def test_metadata_are_inherited(text):
+    data = head(render(text, repo_id="me/smol"))
+    assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data["base_model_relation"] == "finetune"
+    assert data["license"] == "apache-2.0"
+    assert data["language"] == ["en"]
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["library_name"] == "sosp_hub"
+    assert data["datasets"] == ["Salesforce/wikitext"]
+    (result,) = data["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "perplexity", "value": 29.9, "name": "perplexity"}]
+    assert result["dataset"]["split"] == "test"
+
+
+def test_metadata_are_never_guessed(image):
+    data = head(render(image))
+    assert not {"license", "language", "base_model", "datasets"} & data.keys()
+    assert "The licence of this model is unknown" in render(image)
+
+
+@pytest.mark.parametrize("name", ["/data/llama", "./llama", "~/llama", "models/a/b"])
+def test_a_local_base_model_is_not_named_but_said(image, name):
+    card = render(changed(image, lambda report: report.update(base={"model": name})))
+    assert "base_model" not in head(card)
+    assert "was loaded from a local folder" in card
+    assert "/data" not in card
+
+
+def test_a_native_checkpoint_names_its_own_library(image):
+    (image / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
+    card = render(image, repo_id="me/small")
+    assert head(card)["library_name"] == "timm"
+    assert 'timm.create_model("hf-hub:me/small", pretrained=True)' in card
+
+
+@pytest.mark.parametrize("fixture", ["image", "text"])
+def test_the_hubs_own_classes_read_the_card(fixture, request):
+    folder = request.getfixturevalue(fixture)
+    card = ModelCard(render(folder))
+    assert card.data.tags[:2] == ["sosp_hub", "pruned"]
+    assert card.data.eval_results
+
+
+# ------------------------------------------------------------------------------- regeneration
+def test_a_persons_own_text_and_metadata_survive(image):
+    card = render(image)
+    mine = card.replace("---\nlibrary", "---\nlicense: mit\nextra: 7\nlibrary", 1)
+    mine = mine.replace(BEGIN, f"# My words\n\nbefore\n\n{BEGIN}") + "\nafter, with trailing words"
+    (image / "README.md").write_text(mine)
+    changed(image, lambda report: report["cost"]["after"].update(params=100_000))
+    again = render(image)
+    assert "63.3 % fewer parameters" in again
+    assert "46.3 %" not in again
+    text = again.partition("\n---\n")[2]
+    assert text.startswith("\n# My words\n\nbefore\n\n<!-- sosp_hub")
+    assert text.endswith(f"{END}\n\nafter, with trailing words")
+    assert head(again)["license"] == "mit"
+    assert head(again)["extra"] == 7
+    assert "licence of this model is unknown" not in again
+
+
+def test_rendering_twice_changes_nothing(image):
+    assert render(image) == render(image)
+
+
+def test_a_card_without_markers_is_kept_and_continued(image):
+    (image / "README.md").write_text("---\ntags: [mine]\n---\n# My own card\n\nwords\n")
+    card = render(image)
+    assert card.index("# My own card\n\nwords") < card.index(BEGIN)
+    assert head(card)["tags"][0] == "mine"
+    assert "pruned" in head(card)["tags"]
+
+
+@pytest.mark.parametrize("text", [BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
+def test_broken_markers_are_refused_and_nothing_is_lost(image, text):
+    (image / "README.md").write_text(f"# Mine\n{text}\n")
+    with pytest.raises(HubError, match="once each and in this order"):
+        render(image)
+    assert (image / "README.md").read_text() == f"# Mine\n{text}\n"
+
+
+# -------------------------------------------------------------------------------- what stays out
+def test_no_token_and_no_folder_of_this_machine(image):
+    def leak(report):
+        report["command"] = "python -m sosp_hub.prune /home/someone/r.yaml --token hf_abcdefghijkl1"
+        report["recipe"] = "data: {path: /home/someone/data/digits, note: hf_abcdefghijkl1}\n"
+        report["calibration"]["data"] = "/home/someone/data/digits"
+        report["latency"]["after"]["hardware"] = "hf_abcdefghijkl1"
+
+    card = render(changed(image, leak))
+    assert "hf_abc" not in card
+    assert "/home" not in card
+    assert "python -m sosp_hub.prune .../r.yaml --token [token removed]" in card
+
+
+def test_a_folder_without_a_report(image):
+    (image / "sosp_report.json").unlink()
+    with pytest.raises(HubError, match=r"no sosp_report.json.*save_pretrained"):
+        render(image)
+    assert not (image / "README.md").exists()
+
+
+# --------------------------------------------------------------------------------- the snippet
+def test_a_load_snippet_that_fails_stops_the_card(image):
+    (image / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
+    with pytest.raises(HubError, match="load snippet of the card does not run"):
+        render_card(image, figures=False)
+    assert not (image / "README.md").exists()
+
+
+def test_the_load_snippet_of_a_real_checkpoint_runs(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_resnet", pretrained=False, num_classes=3)
+    timm.models.save_for_hf(model, tmp_path / "net", model_config={"num_classes": 3})
+    reports.write(tmp_path / "net", *reports.image_report())
+    card = render_card(tmp_path / "net", figures=False).read_text()
+    assert 'timm.create_model("hf-hub:net", pretrained=True)' in card
+    assert "image = torch.zeros(1, 3, 160, 160)" in card
+
+
+# ------------------------------------------------------------------------------------- figures
+@pytest.mark.parametrize("make", [reports.image_report, reports.text_report])
+def test_figures_are_drawn_and_shown(tmp_path, make):
+    folder = make_folder(tmp_path / "net", card=False)
+    reports.write(folder, *make())
+    card = render(folder, figures=True)
+    names = ["widths", "saliency", "recovery"]
+    assert [path.stem for path in sorted((folder / "figures").iterdir())] == sorted(names)
+    for name in names:
+        assert f"](figures/{name}.png)" in card
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_are_drawn_only_from_what_was_measured(image):
+    def less(report):
+        for key in ("metrics", "groups"):
+            report.pop(key)
+
+    (image / "saliency.safetensors").unlink()
+    card = render(changed(image, less), figures=True)
+    assert list((image / "figures").iterdir()) == []
+    assert "](figures/" not in card
+
+
+def test_facts_are_made_from_metrics_that_are_not_finite(image):
+    def explode(report):
+        report["metrics"]["cut"]["loss"]["value"] = float("inf")
+        report["metrics"]["cut"]["accuracy"]["stderr"] = None
+
+    changed(image, explode)
+    facts = collect(json.loads((image / "sosp_report.json").read_text()))
+    assert facts.metrics[1][1][1] == "inf"
+    render(image, figures=True)
