@@ -17,6 +17,7 @@ _SURROUNDINGS = {
     "OMP_NUM_THREADS": "1",  # the same sums in the same order, also under `pytest -n 2`
 }
 _SEED = 0
+collect_ignore = ["bench"]  # programs that print tables
 
 # Set before anything imports torch or a hub client. Workers of pytest-xdist inherit them all.
 if "PYTEST_XDIST_WORKER" not in os.environ:
