@@ -166,10 +166,23 @@ def _load_timm(
 
     dtype = kwargs.pop("dtype", None)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+    if not kwargs:
+        _check_all_loaded(model, tensors)
     kinds = {each.dtype for each in tensors.values() if each.dtype in _HALVES}
     if dtype is None and len(kinds) == 1:
         dtype = _HALVES[kinds.pop()]
     return model if dtype is None else model.to(dtype)
+
+
+def _check_all_loaded(model: nn.Module, tensors: Mapping[str, headers.TensorHeader]) -> None:
+    """timm fills a head of another size with random numbers, and says so nowhere."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(shapes.keys() | tensors.keys()):
+        held = tensors[name].shape if name in tensors else None
+        if held != shapes.get(name):
+            raise CheckpointError(
+                f"tensor {name!r}: the file holds {held}, the config builds {shapes.get(name)}"
+            )
 
 
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from sosp_hub.errors import CheckpointError
 
+OTHER_OUTPUT = (
+    "{}: the config and the delta build a model of the same shapes that computes something else; "
+    "an attribute was changed that is no number"
+)
 _TOLERANCE = 1e-6  # of the largest output
 
 

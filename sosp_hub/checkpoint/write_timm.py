@@ -10,12 +10,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import _hub
-from torch import nn
+from torch import Tensor, nn
 
 from sosp_hub.checkpoint import proof
 from sosp_hub.checkpoint import timm as adapter
 from sosp_hub.checkpoint.inputs import made_up_inputs
-from sosp_hub.checkpoint.record import Delta, parse_delta
+from sosp_hub.checkpoint.record import Delta
 from sosp_hub.errors import CheckpointError
 
 
@@ -25,9 +25,34 @@ def write(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: The files would not build the model again.
     """
-    args, delta = describe(model)
+    args = adapter.model_args(model)
+    delta = adapter.delta_of(model, args)
+    _write_config(model, folder, args, delta)
+    rebuilt = _rebuild(folder)
+    if getattr(rebuilt, "num_classes", None) != getattr(model, "num_classes", None):
+        # An architecture that sets the number itself. transformers' TimmWrapper will refuse this.
+        args["num_classes"] = model.num_classes
+        _write_config(model, folder, args, delta)
+        rebuilt = _rebuild(folder)
+    if buffers := proof.changed_buffers(rebuilt, model):
+        base = dataclasses.replace(delta.base, buffers=tuple(buffers))
+        delta = dataclasses.replace(delta, base=base)
+        _write_config(model, folder, args, delta)
+        rebuilt = _rebuild(folder)
+    state = _state(model, delta)
+    proof.check_tensors(rebuilt, state)
+    inputs = made_up_inputs(model)
+    if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
+        raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
+    save_file(_untied(state), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_config(model: nn.Module, folder: Path, args: dict[str, Any], delta: Delta) -> None:
     path = folder / "config.json"
-    _hub.save_config_for_hf(model, str(path))
+    try:
+        _hub.save_config_for_hf(model, str(path))
+    except ValueError as error:  # an argument that is no JSON data
+        raise CheckpointError(f"{type(model).__name__}: {error}") from error
     config = json.loads(path.read_text())
     config["architecture"] = adapter.base_architecture(model)
     config["model_args"] = args
@@ -36,60 +61,36 @@ def write(model: nn.Module, folder: Path) -> None:
         own = {"base_architecture": adapter.base_architecture(model), "delta": delta.to_json()}
         config["model_args"] = own | args
     path.write_text(json.dumps(config, indent=2) + "\n")
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _rebuild(folder: Path) -> nn.Module:
+    """What `timm.create_model` builds from the folder, before it loads weights."""
+    cfg, name, args = _hub.load_model_config_from_path(folder)
+    with adapter.enabled():
+        with contextlib.suppress(RuntimeError), proof.without_data():
+            model = timm.create_model(name, pretrained_cfg=cfg, **args)
+            if not any(buffer.is_meta for buffer in model.buffers()):
+                return model
+        return timm.create_model(name, pretrained_cfg=cfg, **args)  # its code reads values
+
+
+def _state(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
+    """The model's tensors, changed buffers, and an empty tensor for modules that were taken out."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     buffers = dict(model.named_buffers())
-    state |= {name: buffers[name].contiguous() for name in delta.base.buffers}
+    state |= {name: buffers[name] for name in delta.base.buffers}
     for name, one in delta.base.replaced.items():
         if one.tombstone is not None:
             state[f"{name}.{one.tombstone}"] = torch.empty(0)
-    save_file(_untied(state), folder / "model.safetensors", metadata={"format": "pt"})
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def describe(model: nn.Module) -> tuple[dict[str, Any], Delta]:
-    """The architecture's arguments and the delta that build this model again.
-
-    Raises:
-        CheckpointError: What they build differs from the model.
-    """
-    args = adapter.model_args(model)
-    delta = adapter.delta_of(model, args)
-    delta = parse_delta(json.loads(json.dumps(delta.to_json())))
-    rebuilt = _rebuild(model, args, delta)
-    if buffers := proof.changed_buffers(rebuilt, model):
-        delta = dataclasses.replace(
-            delta, base=dataclasses.replace(delta.base, buffers=tuple(buffers))
-        )
-        rebuilt = _rebuild(model, args, delta)
-    inputs = made_up_inputs(model)
-    if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
-        raise CheckpointError(
-            f"{type(model).__name__}: the config and the delta build a model of the same shapes that computes "
-            f"something else; an attribute was changed that is no number"
-        )
-    return args, delta
-
-
-def _rebuild(model: nn.Module, args: dict[str, Any], delta: Delta) -> nn.Module:
-    name = adapter.base_architecture(model)
-    kwargs = (
-        dict(args, num_classes=model.num_classes) if hasattr(model, "num_classes") else dict(args)
-    )
-    if not delta.empty:
-        kwargs |= {"base_architecture": name, "delta": delta.to_json()}
-        name = adapter.ARCHITECTURE
-    with adapter.enabled():
-        with contextlib.suppress(RuntimeError), proof.without_data():
-            model = timm.create_model(name, **kwargs)
-            if not any(buffer.is_meta for buffer in model.buffers()):
-                return model
-        return timm.create_model(name, **kwargs)  # its code reads values while it builds
-
-
-def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies what shares memory with another tensor: timm reads every name from the file."""
     seen: set[int] = set()
+    untied = {}
     for name, tensor in state.items():
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
-            state[name] = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-    return state
+        memory = tensor.untyped_storage().data_ptr()
+        untied[name] = tensor.clone() if memory in seen and tensor.numel() else tensor
+        seen.add(memory)
+    return untied

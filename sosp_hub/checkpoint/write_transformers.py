@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 
 from sosp_hub.checkpoint import native, proof
@@ -67,10 +68,7 @@ def describe(model: PreTrainedModel) -> tuple[Any, Delta]:
         rebuilt = _rebuild(model, config, delta)
     proof.check_tensors(rebuilt, _state(model, delta))
     if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
-        raise CheckpointError(
-            f"{type(model).__name__}: the config and the delta build a model of the same shapes that computes "
-            f"something else; an attribute was changed that is no number"
-        )
+        raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
     return config, delta
 
 
@@ -78,7 +76,7 @@ def _rebuild(model: PreTrainedModel, config: Any, delta: Delta) -> PreTrainedMod
     config = adapter.plain_config(config)
     if not delta.empty:
         setattr(config, KEY, delta.to_json())
-    with proof.without_data(), adapter.enabled():
+    with proof.without_data(), no_init_weights(), adapter.enabled():
         return type(model)(config)
 
 
