@@ -344,7 +344,7 @@ def _say_what_is_kept(work: WorkFolder) -> None:
         logger.warning("%s was begun with another recipe: %s", work.folder, changes)
         logger.warning("done again because of that: %s", ", ".join(work.stale))
     if work.kept:
-        logger.info("from %s: %s", work.folder, ", ".join(work.kept))
+        logger.info("going on with what %s holds: %s", work.folder, ", ".join(work.kept))
 
 
 def _last(metrics: dict[str, Any]) -> dict[str, Any]:
