@@ -131,8 +131,10 @@ def open_data(section: DataSection, task: Task, *, seed: int = 0) -> OpenData:
 def _classified(data: OpenData) -> OpenData:
     """Numbers for labels, then the subsets, then small images into memory."""
     names, train, test = code_labels(data.train, data.test, data.name)
-    train = _small(train.take(data.pick(len(train), "train")))
-    test = _small(test.take(data.pick(len(test), "test")))
+    train = train.take(data.pick(len(train), "train"))
+    test = test.take(data.pick(len(test), "test"))
+    if isinstance(train, ImageRows) and isinstance(test, ImageRows):
+        train, test = _in_memory(train, test)
     info = replace(data.info, num_labels=len(names), class_names=names)
     if isinstance(train, PixelRows):
         sample = train.pixels[:_STATISTICS_OF].double() / 255
@@ -145,8 +147,13 @@ def _classified(data: OpenData) -> OpenData:
     return replace(data, info=info, train=train, test=test, held_out=None)
 
 
-def _small(rows: Rows) -> Rows:
-    return rows.in_memory() or rows if isinstance(rows, ImageRows) else rows
+def _in_memory(train: ImageRows, test: ImageRows) -> tuple[Rows, Rows]:
+    """Both splits in memory or none: both have to go the same way to the model."""
+    small = train.in_memory()
+    other = test.in_memory() if small is not None else None
+    if small is None or other is None or small.pixels.shape[1:] != other.pixels.shape[1:]:
+        return train, test
+    return small, other
 
 
 def _find(section: DataSection, task: Task) -> tuple[str, Any, Any]:

@@ -110,17 +110,18 @@ def _describe(section: ModelSection) -> tuple[str, dict[str, Any]]:
     architecture = given.split(".")[0]
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        meant = f"; did you mean {' or '.join(close)}?" if close else "."
         raise ModelError(
             f"model.id: timm {timm.__version__} has no model {given!r}{meant} A folder or a hub id "
             "(OWNER/NAME) is possible too"
         )
-    config = timm.get_pretrained_cfg(given, allow_unregistered=False)
-    if config is None:
+    try:
+        config: Any = timm.get_pretrained_cfg(given, allow_unregistered=False)
+    except RuntimeError as error:
         tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
         raise ModelError(
             f"model.id: timm has no weights {given!r}; for {architecture} it has {tags}"
-        )
+        ) from error
     if section.pretrained and not config.has_weights and "checkpoint_path" not in section.kwargs:
         raise ModelError(
             f"model.pretrained: timm has no pretrained weights for {given!r}; write "
@@ -239,7 +240,7 @@ def _processor(
     if asked := (data.image_size if data else None) or kwargs.get("img_size"):
         shape = (shape[0], *((asked, asked) if isinstance(asked, int) else asked))
     elif small and not section.pretrained and not config.get("fixed_input_size"):
-        shape = (shape[0], *small[1:])
+        shape = _fitting(model, (shape[0], *small[1:]), shape)
     mean, std = config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
     if not section.pretrained and data and data.mean and data.std:
         mean, std = data.mean, data.std
@@ -265,6 +266,19 @@ def _processor(
         ),
         label_order=order,
     )
+
+
+def _fitting(
+    model: "nn.Module", wanted: tuple[int, ...], usual: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The size of the data, or the model's usual one where images of that size vanish in it."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *wanted))
+    except (RuntimeError, ValueError, AssertionError):
+        log.info("images of %s are too small for the model; they are enlarged to %s", wanted, usual)
+        return usual
+    return wanted
 
 
 def _transform(augment: bool, **options: Any) -> "Callable[[Image], Tensor]":

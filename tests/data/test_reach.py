@@ -1,0 +1,85 @@
+import socket
+
+import pytest
+
+from sosp_hub.data import reach
+from sosp_hub.data.source import open_data
+from sosp_hub.errors import DataError, HubError
+from sosp_hub.recipe.schema import DataSection
+
+
+@pytest.fixture
+def dead_hub(monkeypatch):
+    """An address at which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+
+
+def test_dead_hub_says_what_to_do_offline(dead_hub):
+    with pytest.raises(HubError) as error, reach.reaching_hub("model", "me/mine"):
+        pytest.fail("the hub was asked although it does not answer")
+    for word in ("'me/mine'", "model.id=FOLDER", "HF_HUB_OFFLINE=1", "HF_HOME"):
+        assert word in str(error.value)
+
+
+def test_data_that_is_not_in_the_cache():
+    with pytest.raises(HubError, match="path=FOLDER_OR_FILE"):
+        open_data(DataSection(id="somebody/something"), "causal-lm")
+
+
+def test_errors_that_are_not_the_hubs_pass():
+    with pytest.raises(KeyError), reach.reaching_hub("data", "me/mine"):
+        raise KeyError("mine")
+
+
+def test_unknown_repository_is_told_from_a_dead_line():
+    class RepositoryNotFoundError(Exception):
+        pass
+
+    with pytest.raises(HubError, match="has no 'me/mine'"), reach.reaching_hub("data", "me/mine"):
+        raise OSError("wrapped") from RepositoryNotFoundError("404")
+
+
+def test_path_that_does_not_exist(tmp_path):
+    with pytest.raises(DataError) as error:
+        open_data(DataSection(path=str(tmp_path / "a/b/c.csv")), "causal-lm")
+    assert str(tmp_path) in str(error.value).split("nearest")[1]
+    with pytest.raises(DataError, match="does not exist"):
+        open_data(DataSection(id="./no/where"), "causal-lm")
+
+
+def test_hub_splits_that_are_not_there(monkeypatch):
+    """`datasets` is stood in for: no hub is reached in tests."""
+
+    def load_dataset(path, name, revision, split):
+        raise ValueError(f'Unknown split "{split}"')
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train", "validation"])
+    with pytest.raises(DataError, match="has no split 'learn'; it has train, validation"):
+        open_data(DataSection(id="me/mine", train="learn"), "causal-lm")
+
+
+def test_hub_images_and_class_names(monkeypatch):
+    """Columns as `zalando-datasets/fashion_mnist` has them."""
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL.Image import new
+
+    def load_dataset(path, name, revision, split):
+        num = {"train": 6, "test": 2}[split]
+        rows = {
+            "image": [new("L", (28, 28), 10 * i) for i in range(num)],
+            "label": [i % 2 for i in range(num)],
+        }
+        features = Features({"image": Image(), "label": ClassLabel(names=["shirt", "boot"])})
+        return Dataset.from_dict(rows, features=features)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = open_data(DataSection(id="me/clothes"), "image-classification")
+    assert data.info.class_names == ("shirt", "boot")
+    assert data.info.image_shape == (1, 28, 28)
+    assert data.train.pixels[:, 0, 3, 4].tolist() == [0, 10, 20, 30, 40, 50]
+    assert list(data.test.labels) == [0, 1]

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+from sosp_hub.zoo.loss import batch_loss
+from tests.compare import assert_close
+
+
+def surprise(logits, labels):
+    """Oracle: minus the log-probability of each label that counts."""
+    pairs = zip(logits, labels.tolist(), strict=True)
+    return [-log_softmax(row.double(), -1)[label] for row, label in pairs if label != -100]
+
+
+@pytest.fixture
+def llama(save):
+    return save("LlamaForCausalLM")[1]
+
+
+def test_images_and_labels():
+    model, images, labels = nn.Linear(6, 4), torch.randn(5, 6), torch.tensor([0, 3, 1, 1, 2])
+    loss = batch_loss(model, (images, labels))
+    assert_close(loss.value, torch.stack(surprise(model(images), labels)).mean())
+    assert loss.weight == 5
+    assert_close(loss.logits, model(images))
+    assert batch_loss(model, ((images,), labels)).value == loss.value
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_tokens_of_a_language_model(llama, ignored):
+    tokens = torch.randint(10, (2, 7))
+    labels = tokens.clone()
+    labels[0, :ignored] = -100
+    loss = batch_loss(llama, {"input_ids": tokens, "labels": labels})
+    logits = llama(input_ids=tokens).logits
+    parts = [part for i in range(2) for part in surprise(logits[i, :-1], labels[i, 1:])]
+    assert_close(loss.value, torch.stack(parts).mean())
+    assert loss.weight == len(parts) == 12 - max(ignored - 1, 0)
+
+
+def test_weighted_batches_give_the_loss_of_the_whole(llama):
+    tokens = torch.randint(10, (5, 7))
+    whole = batch_loss(llama, {"input_ids": tokens, "labels": tokens})
+    parts = [
+        batch_loss(llama, {"input_ids": part, "labels": part}) for part in tokens.split([2, 3])
+    ]
+    mean = sum(part.value * part.weight for part in parts) / sum(part.weight for part in parts)
+    assert_close(mean, whole.value)
+
+
+def test_cache_is_off(llama):
+    seen = {}
+    llama.register_forward_pre_hook(lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True)
+    tokens = torch.randint(10, (2, 7))
+    batch_loss(llama, {"input_ids": tokens, "labels": tokens})
+    assert seen["use_cache"] is False
+
+
+def test_texts_with_a_label(save):
+    model = save("BertForSequenceClassification", num_labels=3)[1]
+    batch = {"input_ids": torch.randint(10, (4, 6)), "labels": torch.tensor([0, 2, 1, 1])}
+    loss = batch_loss(model, batch)
+    logits = model(input_ids=batch["input_ids"]).logits
+    assert_close(loss.value, torch.stack(surprise(logits, batch["labels"])).mean())
+    assert (loss.weight, set(batch)) == (4, {"input_ids", "labels"})
+
+
+def test_own_loss_function_gets_logits_and_labels(llama):
+    tokens = torch.randint(10, (2, 7))
+
+    def squares(logits, labels):
+        assert labels is tokens
+        return logits.square().mean()
+
+    loss = batch_loss(llama, {"input_ids": tokens, "labels": tokens}, squares)
+    assert_close(loss.value, llama(input_ids=tokens).logits.square().mean())
+
+
+def test_images_take_the_dtype_of_the_weights():
+    model = nn.Linear(6, 4, dtype=torch.bfloat16)
+    loss = batch_loss(model, (torch.randn(5, 6), torch.zeros(5, dtype=torch.int64)))
+    assert loss.logits.dtype == torch.bfloat16
+    assert loss.value.dtype == torch.float32

@@ -1,0 +1,174 @@
+import pytest
+import torch
+from PIL import Image
+
+from sosp_hub.data.source import DataInfo
+from sosp_hub.errors import DataError, HubError, ModelError
+from sosp_hub.recipe.schema import TrainSection
+from sosp_hub.zoo.load import example_inputs, load_model
+from tests.compare import assert_close
+
+CLASSES, CAUSAL, IMAGES = "text-classification", "causal-lm", "image-classification"
+TRAIN = TrainSection(epochs=1)
+THREE = DataInfo(num_labels=3, class_names=("ant", "bee", "cat"))
+
+
+@pytest.fixture
+def load(section):
+    def do(folder, task, data=None, **keys):
+        return load_model(section("transformers", task, id=str(folder), **keys), data=data)
+
+    return do
+
+
+def test_language_model(save, load):
+    folder, model = save("LlamaForCausalLM")
+    loaded = load(folder, CAUSAL)
+    inputs = example_inputs(loaded)
+    assert inputs["input_ids"].shape == (2, 16)
+    assert inputs["use_cache"] is False
+    output = loaded.model(**inputs)
+    assert output.past_key_values is None
+    assert_close(output.logits, model(**inputs).logits, relative=0)
+    assert (loaded.num_labels, loaded.new_head, loaded.base_model) == (None, False, None)
+    assert loaded.tokenizer.encode("good") == [2, 4, 3]
+    assert loaded.processor.max_positions == 40
+
+
+def test_encoder_without_a_head_gets_one(save, load, caplog):
+    folder, encoder = save("BertModel")
+    with caplog.at_level("INFO", "sosp_hub"):
+        loaded = load(folder, CLASSES, THREE, train=TRAIN)
+    assert "new head with 3 outputs" in caplog.text
+    assert (loaded.num_labels, loaded.new_head) == (3, True)
+    assert loaded.model.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+    weight = encoder.encoder.layer[1].output.dense.weight
+    assert_close(loaded.model.bert.encoder.layer[1].output.dense.weight, weight, relative=0)
+    assert loaded.model(**example_inputs(loaded)).logits.shape == (2, 3)
+    assert loaded.processor.max_positions == 24
+
+
+@pytest.mark.parametrize(("names", "order"), [(None, None), (("bee", "cat", "ant"), (2, 0, 1))])
+def test_head_that_fits(save, load, names, order):
+    labels = {} if names is None else {"id2label": dict(enumerate(names))}
+    folder, model = save("BertForSequenceClassification", num_labels=3, **labels)
+    loaded = load(folder, CLASSES, THREE)
+    assert (loaded.num_labels, loaded.new_head) == (3, False)
+    assert loaded.processor.label_order == order
+    assert_close(loaded.model.classifier.weight, model.classifier.weight, relative=0)
+
+
+def test_head_that_does_not_fit(save, load):
+    folder, model = save("BertForSequenceClassification", num_labels=4)
+    with pytest.raises(DataError, match="has 4 outputs, but the data has 3 labels"):
+        load(folder, CLASSES, THREE)
+    loaded = load(folder, CLASSES, THREE, num_labels=3)
+    assert loaded.model.classifier.weight.shape == (3, 16)
+    assert loaded.new_head
+    assert_close(loaded.model.bert.pooler.dense.weight, model.bert.pooler.dense.weight, relative=0)
+
+
+def test_decoder_that_classifies_can_pad(save, load):
+    folder, _ = save("LlamaModel")
+    loaded = load(folder, CLASSES, THREE, train=TRAIN)
+    assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id == 0
+    assert loaded.model(**example_inputs(loaded)).logits.shape == (2, 3)
+
+
+def test_random_weights_and_config_keys(save, load):
+    folder, _ = save("LlamaForCausalLM")
+    (folder / "model.safetensors").unlink()
+    loaded = load(folder, CAUSAL, pretrained=False, kwargs={"num_hidden_layers": 3})
+    assert len(loaded.model.model.layers) == 3
+    with pytest.raises(ModelError, match="no 'num_hiden_layers'; did you mean 'num_hidden_layers'"):
+        load(folder, CAUSAL, pretrained=False, kwargs={"num_hiden_layers": 3})
+
+
+def test_images_with_and_without_a_processor(save, load):
+    from transformers import ViTImageProcessor
+
+    folder, _ = save("ViTForImageClassification", num_labels=3)
+    plain = load(folder, IMAGES, THREE)
+    assert plain.processor.key == "pixel_values"
+    assert plain.processor.shape == (3, 8, 8)
+    assert plain.model(**example_inputs(plain)).logits.shape == (2, 3)
+    own = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3])
+    own.save_pretrained(folder)
+    loaded = load(folder, IMAGES, THREE)
+    assert loaded.processor.mean == (0.1, 0.2, 0.3)
+    image = Image.new("RGB", (20, 30), (10, 200, 30))
+    expected = own(images=image, return_tensors="pt")["pixel_values"][0]
+    assert_close(loaded.processor.transform(False)(image), expected)
+    assert loaded.processor.transform(True)(image).shape == (3, 8, 8)
+    assert plain.processor.transform(False)(image).shape == (3, 8, 8)
+    assert type(loaded.image_processor) is type(own)
+
+
+def test_random_image_model_takes_the_channels_of_the_data(save, load):
+    folder, _ = save("ViTForImageClassification")
+    data = DataInfo(3, ("a", "b", "c"), (1, 8, 8), (0.3,), (0.2,))
+    loaded = load(folder, IMAGES, data, pretrained=False)
+    assert (loaded.processor.shape, loaded.processor.mean) == ((1, 8, 8), (0.3,))
+    assert loaded.model(**example_inputs(loaded)).logits.shape == (2, 3)
+
+
+def test_weights_that_are_damaged(save, load):
+    folder, _ = save("LlamaForCausalLM")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder, CAUSAL)
+
+
+def test_weights_that_lack_a_part_are_named(save, load, caplog):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = save("BertForSequenceClassification", num_labels=3)
+    weights = load_file(folder / "model.safetensors")
+    del weights["bert.pooler.dense.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load(folder, CLASSES, THREE)
+    assert "lack 1 tensors, which stay random: bert.pooler.dense.weight" in caplog.text
+
+
+def test_bad_models(tmp_path, save, load):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        load(tmp_path, CAUSAL)
+    with pytest.raises(ModelError, match="nearest folder that does is"):
+        load(tmp_path / "no/where", CAUSAL)
+    folder, _ = save("ViTForImageClassification")
+    with pytest.raises(ModelError, match="has no vit for causal-lm"):
+        load(folder, CAUSAL)
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    with pytest.raises(ModelError, match="library: timm"):
+        load(tmp_path, IMAGES)
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(ModelError, match="cannot load"):
+        load(tmp_path, CAUSAL)
+
+
+def test_hub_that_is_not_reached(load):
+    with pytest.raises(HubError, match="id=FOLDER"):
+        load("somebody/something", CAUSAL)
+
+
+def test_hub_id_from_the_cache(save, load, in_cache, card):
+    folder, model = save("LlamaForCausalLM")
+    in_cache(folder, "me/llama", card)
+    loaded = load("me/llama", CAUSAL)
+    assert loaded.base_model == "me/llama"
+    assert loaded.base_revision == "0123456789abcdef0123456789abcdef01234567"
+    assert loaded.card == {"license": "mit", "language": "en", "pipeline_tag": "fill-mask"}
+    assert_close(loaded.model.lm_head.weight, model.lm_head.weight, relative=0)
+
+
+def test_new_head_is_a_new_pipeline(save, load, card):
+    folder, _ = save("BertModel")
+    (folder / "README.md").write_text(card)
+    loaded = load(folder, CLASSES, THREE, train=TRAIN)
+    assert loaded.card == {"license": "mit", "language": "en", "pipeline_tag": CLASSES}
+
+
+def test_half_precision(save, load):
+    loaded = load(save("LlamaForCausalLM")[0], CAUSAL, dtype="bfloat16")
+    assert next(loaded.model.parameters()).dtype == torch.bfloat16
