@@ -115,7 +115,7 @@ def _hint(where: str, kind: str, given: Any) -> str:
     if where.startswith("budget.") and kind in {"less_than_equal", "float_type"}:
         number = re.fullmatch(r"\s*([0-9.]+)\s*%?\s*", str(given))
         share = float(number[1]) if number else 0.0
-        share = share / 100 if share >= 2 else share
+        share = share / 100 if share > 10 or "%" in str(given) else share
         example = f"{share:g}" if 0 < share <= 1 else "0.5"
         return f"; a budget is the fraction that is kept, write {example}"
     if where.startswith("budget.") and kind == "greater_than":
