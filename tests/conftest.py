@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 
+import hypothesis
 import pytest
 
 _SURROUNDINGS = {
@@ -26,6 +27,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sosp_hub-tests-hf-")
     for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         os.environ.pop(secret, None)
+
+# The same examples each time, however slow the machine: a test that fails, fails again.
+hypothesis.settings.register_profile("sosp_hub", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("sosp_hub")
 
 
 def pytest_addoption(parser):
