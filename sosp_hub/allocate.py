@@ -36,8 +36,7 @@ def allocate(
     kinds: Iterable[Kind] | None = None,
     measure: Callable[[PruningPlan], float] | None = None,
 ) -> PruningPlan:
-    """Removes the structures of least saliency over all groups at once until every budget holds,
-    and no more.
+    """Removes the least salient structures of all groups until every budget holds, and no more.
 
     Ties between groups, ``round_to`` and floors are part of every candidate, so the plan found
     meets them and the
@@ -93,7 +92,8 @@ def allocate(
     if not holds(total):
         reach = meter.of(candidates.counts(total))
         told = ", ".join(
-            f"{name}={share} was asked, {reach[name] / max(dense[name], 1e-30):.3f} is the least that can be reached"
+            f"{name}={share} was asked, "
+            f"{reach[name] / max(dense[name], 1e-30):.3f} is the least that can be reached"
             for name, share in budgets.items()
         )
         raise BudgetError(
@@ -147,7 +147,8 @@ def _eligible(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind,
     strange = [name for name in saliency if name not in graph.groups]
     if strange:
         raise BudgetError(
-            f"saliency: this model has no group {strange[0]!r}; it has {', '.join(list(graph.groups)[:5])}"
+            f"saliency: this model has no group {strange[0]!r}; "
+            f"it has {', '.join(list(graph.groups)[:5])}"
         )
     chosen = [
         name for name, group in graph.groups.items() if name in saliency and group.kind in kinds
@@ -167,7 +168,8 @@ def _scores(group: Group, values: "Tensor") -> NDArray[np.float64]:
     )
     if scores.shape != (group.size,):
         raise BudgetError(
-            f"saliency: group {group.name!r} has {group.size} structures, got values of shape {scores.shape}"
+            f"saliency: group {group.name!r} has {group.size} structures, "
+            f"got values of shape {scores.shape}"
         )
     if not np.isfinite(scores).all():
         raise BudgetError(

@@ -29,9 +29,7 @@ Size = tuple[int, tuple["Size | int", ...], str]
 
 
 class CostModel:
-    """The costs of a graph as polynomials in the numbers of kept structures; evaluating one takes
-    milliseconds.
-    """
+    """The costs of a graph as polynomials in the numbers of kept structures."""
 
     def __init__(self, graph: Graph) -> None:
         self._names = {atom.id: name for name, atom in graph.atoms.items()}
@@ -53,9 +51,7 @@ class CostModel:
         )
 
     def _monomial(self, axes: tuple[Axis, ...]) -> tuple[int, tuple[object, ...]]:
-        """A constant and the sizes it is multiplied with: group names, or nested sums of such
-        products.
-        """
+        """A constant and what it is multiplied with: group names, or sums of such products."""
         constant, factors = 1, []
         for axis in axes:
             number, symbols = self._size(resolve(axis))
@@ -106,8 +102,7 @@ def _factor(symbol: object, counts: Mapping[str, int]) -> int:
 def cost(
     graph: Graph, plan: PruningPlan | None = None, counts: Mapping[str, int] | None = None
 ) -> Cost:
-    """Cost of the model under a plan, or with ``counts`` structures kept; of the dense model by
-    default.
+    """Cost under a plan, or with ``counts`` structures kept; of the dense model by default.
 
     Equal to what is measured on the cut model.
     """

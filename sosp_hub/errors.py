@@ -1,6 +1,4 @@
-"""Every error a user can meet. Each message says what was given, what was expected and what to
-write instead.
-"""
+"""Every error a user can meet: what was given, what was expected, what to write instead."""
 
 from collections.abc import Sequence
 

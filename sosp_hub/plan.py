@@ -1,6 +1,4 @@
-"""The pruning plan: which structures of which group are kept. Plain data, the waist of the
-package.
-"""
+"""The pruning plan: which structures of which group are kept. The waist of the package."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -120,9 +118,11 @@ def _check_indices(name: str, kept: Sequence[int], size: int) -> None:
         )
     if list(kept) != sorted(set(kept)):
         raise PlanError(
-            f"plan: kept indices of group {name!r} must be sorted and distinct, got {list(kept)[:8]}..."
+            f"plan: kept indices of group {name!r} must be sorted and distinct: "
+            f"got {list(kept)[:8]}..."
         )
     if kept[0] < 0 or kept[-1] >= size:
+        wrong = kept[0] if kept[0] < 0 else kept[-1]
         raise PlanError(
-            f"plan: group {name!r} has {size} structures; kept index {kept[-1] if kept[0] >= 0 else kept[0]} is out of range"
+            f"plan: group {name!r} has {size} structures; kept index {wrong} is out of range"
         )

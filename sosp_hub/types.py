@@ -1,6 +1,4 @@
-"""Names that every room shares. Plain data: importing this file loads neither torch nor
-transformers.
-"""
+"""Names that every room shares. Importing this file loads neither torch nor transformers."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal

@@ -1,0 +1,1 @@
+"""What belongs together in a model: axis algebra, trace, groups."""

@@ -1,6 +1,4 @@
-"""From the terms of a finished trace to the graph: which atoms are groups, what they are called,
-where their gates sit.
-"""
+"""From a finished trace to the graph: groups, their names, and where their gates sit."""
 
 from typing import Any
 
@@ -27,9 +25,7 @@ def assemble(
     outputs: tuple[str, ...] | None,
     num_samples: int,
 ) -> Graph:
-    """Settles the ties and turns every atom that is not pinned and sizes a parameter into a
-    group.
-    """
+    """Settles the ties and makes a group of every loose atom that sizes a parameter."""
     tensors, aliases = _tensors(model, terms)
     for axes in tensors.values():
         for axis in axes:
@@ -140,9 +136,7 @@ def _reads(terms: Terms) -> Reads:
 
 
 def _is_read(reads: Reads, tensor: str, dim: int, atom: Atom, tensors: dict[str, Axes]) -> bool:
-    """Whether this dimension of the tensor is the one that is summed over (a square weight has the
-    atom twice).
-    """
+    """Whether this dimension is summed over; a square weight has the atom twice."""
     if (tensor, atom.id) not in reads:
         return False
     holders = [d for d, axis in enumerate(tensors[tensor]) if any(a is atom for a in atoms(axis))]
@@ -172,8 +166,7 @@ def _kind(atom: Atom, members: list[tuple[str, int]], tensors: dict[str, Axes]) 
         return "head_dim"
     if {"stream", "normalised"} <= atom.roles:
         return "residual"
-    has_window = any(len(tensors[name]) > 2 for name, _ in members)
-    return "channel" if has_window else "neuron"
+    return "channel" if "convolved" in atom.roles else "neuron"
 
 
 def _is_inside_head(axis: Axis, atom: Atom) -> bool:
@@ -231,9 +224,7 @@ def _sites(
 
 
 def _input_dim(module: nn.Module) -> int | None:
-    """Dimension of the module's input that its weight is multiplied with, for layers whose input
-    is what they read.
-    """
+    """Dimension of a layer's input that its weight is multiplied with."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return 1
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
@@ -242,9 +233,7 @@ def _input_dim(module: nn.Module) -> int | None:
 
 
 def _pinned(tensors: dict[str, Axes], parameters: set[str]) -> list[Pinned]:
-    """Parameter dimensions nothing of which can be cut; windows of convolutions go without
-    saying.
-    """
+    """Parameter dimensions nothing of which can be cut, windows of convolutions aside."""
     found = []
     for name, axes in tensors.items():
         for dim, axis in enumerate(axes):

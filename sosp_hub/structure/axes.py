@@ -63,9 +63,7 @@ def free(size: int) -> Axis:
 
 
 def size_of(axis: Axis, count: Callable[[Atom], int] | None = None) -> int:
-    """Length of an axis: of the dense model, or with ``count`` structures left of each root
-    atom.
-    """
+    """Length of an axis: dense, or with ``count`` structures left of each root atom."""
     axis = resolve(axis)
     if isinstance(axis, Atom):
         return axis.size if count is None else count(axis)
@@ -138,9 +136,7 @@ def is_fixed(axis: Axis) -> bool:
 
 
 def unify(one: Axis, two: Axis, why: str) -> None:
-    """Makes two axes the same one. Where no common refinement exists, both are pinned for the
-    reason ``why``.
-    """
+    """Makes two axes the same one; where nothing refines both, both are pinned."""
     one, two = resolve(one), resolve(two)
     if one is two:
         return
@@ -260,9 +256,7 @@ def split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:
 
 
 def cut_at(axis: Axis, position: int) -> tuple[Axis, Axis] | None:
-    """The axis as two pieces with the border at ``position``, or None where no such border can be
-    drawn.
-    """
+    """The axis as two pieces with the border at ``position``, or None where none can be drawn."""
     axis = resolve(axis)
     size = size_of(axis)
     assert 0 < position < size

@@ -73,11 +73,13 @@ class Graph:
             if group is None:
                 known = ", ".join(list(self.groups)[:5])
                 raise PlanError(
-                    f"plan: this model has no group {name!r}; it has {len(self.groups)}, such as {known}"
+                    f"plan: this model has no group {name!r}; "
+                    f"it has {len(self.groups)}, such as {known}"
                 )
             if group.size != size:
                 raise PlanError(
-                    f"plan: group {name!r} has {group.size} structures here, but the plan was made for {size}"
+                    f"plan: group {name!r} has {group.size} structures here, "
+                    f"but the plan was made for {size}"
                 )
         counts = plan.num_kept()
         for tie in self.ties:

@@ -30,8 +30,7 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where the group's activation is read. A gate multiplies the tensor here; gate 0 at
-    all sites = pruned.
+    """A place where the group's activation is read: gate 0 at all sites = pruned.
 
     Exactly one of ``module`` and ``weight`` is set.
 
@@ -75,9 +74,7 @@ class Group:
 
     @property
     def exact(self) -> bool:
-        """Whether the cut model computes what the dense model computes with these activations at
-        zero.
-        """
+        """Whether the cut model equals the dense model with these activations at zero."""
         return not self.reasons
 
 

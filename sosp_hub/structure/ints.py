@@ -17,9 +17,7 @@ from sosp_hub.structure.axes import Atom, Axis, atoms, size_of
 
 
 class Attribute(NamedTuple):
-    """An int attribute of a module: ``name`` may be dotted (``config.hidden_size``); ``item`` is a
-    tuple position.
-    """
+    """An int attribute of a module; a name may be dotted, ``item`` is a tuple position."""
 
     module: str
     name: str
@@ -59,6 +57,7 @@ class TracedInt(int):
     expr: Expr
 
     def __new__(cls, value: int, expr: Expr) -> "TracedInt":
+        """An int of this value that remembers ``expr``."""
         self = super().__new__(cls, value)
         self.expr = expr
         return self
@@ -137,9 +136,7 @@ def expr_atoms(expr: Expr) -> list[Atom]:
 
 
 def evaluate(expr: Expr, values: Mapping[Attribute, int], count: Callable[[Atom], int]) -> int:
-    """Value of an expression when ``count`` structures are left of each atom. Raises KeyError on
-    an unknown attribute.
-    """
+    """Value of an expression when ``count`` structures are left of each atom."""
     if isinstance(expr, int):
         return expr
     if isinstance(expr, Attribute):
@@ -153,9 +150,7 @@ def evaluate(expr: Expr, values: Mapping[Attribute, int], count: Callable[[Atom]
 def solve(
     expr: Expr, target: int, values: Mapping[Attribute, int], count: Callable[[Atom], int]
 ) -> tuple[Attribute, int] | None:
-    """The one unknown attribute of ``expr == target`` and its value, or None where no whole number
-    does.
-    """
+    """The one unknown attribute of ``expr == target`` and its value, if a whole number."""
     while isinstance(expr, Op):
         in_left = not attributes(expr.left) <= values.keys()
         if in_left and not attributes(expr.right) <= values.keys():

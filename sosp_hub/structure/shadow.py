@@ -1,6 +1,4 @@
-"""A copy of the model to trace: parameters without data, and ints that remember where they come
-from.
-"""
+"""A copy of the model to trace: tensors without data, ints that know where they come from."""
 
 import copy
 from typing import Any
@@ -13,9 +11,7 @@ from sosp_hub.structure.ints import Attribute, TracedInt
 
 
 def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
-    """A deep copy whose int attributes are traced; with ``fake`` its tensors hold no data and the
-    copy is cheap.
-    """
+    """A deep copy whose ints are traced; with ``fake`` its tensors hold no data."""
     memo: dict[int, Any] = {}
     if fake is not None:
         for tensor in [*model.parameters(), *model.buffers()]:

@@ -12,7 +12,8 @@ def show(graph: "Graph") -> str:
     everything = graph.num_cuttable_params.get("all", 0)
     total = max(graph.num_params, 1)
     lines = [
-        f"{len(graph.groups)} groups; {100 * everything / total:.1f} % of {graph.num_params:,} parameters can be cut "
+        f"{len(graph.groups)} groups; {100 * everything / total:.1f} % of "
+        f"{graph.num_params:,} parameters can be cut "
         f"({100 * exact / total:.1f} % exactly)"
     ]
     for group in graph.groups.values():

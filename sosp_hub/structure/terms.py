@@ -1,6 +1,4 @@
-"""What a running trace knows: the axes of every tensor, who reads which parameter, and what was
-asked of sizes.
-"""
+"""What a running trace knows: axes of every tensor, reads of parameters, demands on sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +15,7 @@ Axes = tuple[Axis, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of the forward pass: its tensors' axes, and whether it mixes values along an
-    axis that may be cut.
-    """
+    """One operation: its tensors' axes, and whether it mixes values along a cuttable one."""
 
     name: str
     module: str
@@ -30,9 +26,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Read:
-    """A sum over an axis of a parameter, in the code of a module: the place where an activation is
-    used.
-    """
+    """A sum over an axis of a parameter, in a module's code: an activation is used here."""
 
     tensor: str
     axis: Axis
@@ -88,9 +82,7 @@ class Terms:
         self.axes[tensor] = tuple(axes)
 
     def read(self, operand: Tensor, axis: Axis) -> None:
-        """``operand`` is summed over along ``axis``; remembered where it is a parameter or a view
-        of one.
-        """
+        """Remembers that a parameter, or a view of one, is summed over along ``axis``."""
         name = self.source.get(operand)
         if name is not None:
             self.reads.append(Read(name, axis, self.modules[-1]))

@@ -1,5 +1,4 @@
-"""What sizes must satisfy: one attribute for several axes, slices at half a width, products of two
-attributes.
+"""What sizes must satisfy: one attribute for several axes, halves, products of attributes.
 
 Every size argument of the traced code gave a constraint ``expression == size of an axis``. For a
 choice of counts the
@@ -8,6 +7,7 @@ are turned into ties
 (groups that keep equally many structures), or where that does not help their axes are pinned.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -21,9 +21,7 @@ Count = Callable[[Atom], int]
 def solve_attributes(
     constraints: Sequence[Constraint], count: Count
 ) -> tuple[dict[Attribute, int], list[Constraint]]:
-    """Attribute values of the model in which ``count`` structures are left, and the constraints
-    that then fail.
-    """
+    """Attribute values with ``count`` structures left, and the constraints that then fail."""
     values: dict[Attribute, int] = {}
     violated: list[Constraint] = []
     open_ones = list(constraints)
@@ -80,15 +78,17 @@ def settle(
 
         _, violated = solve_attributes(relevant, count)
         clean = 0 if violated else clean + 1
+        touched: set[int] = set()
         for constraint in violated:
-            _repair(constraint, relevant, find, representative)
+            involved = _involved(constraint, relevant)
+            if touched.isdisjoint(find(atom.id) for atom in involved):
+                _repair(constraint, involved, find, representative)
+                touched |= {find(atom.id) for atom in involved}
     return {number: find(number) for number in members}
 
 
 def _relevant(constraints: Sequence[Constraint]) -> list[Constraint]:
-    """One of each kind, simple ones first; only those that share an attribute or an axis with
-    something that may be cut.
-    """
+    """One of each kind that has to do with something cuttable, simple ones first."""
     seen: dict[tuple[object, ...], Constraint] = {}
     for constraint in constraints:
         key = (
@@ -127,19 +127,17 @@ def _pin_leaks(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, 
 
 def _repair(
     constraint: Constraint,
-    all_of_them: Sequence[Constraint],
+    involved: Sequence[Atom],
     find: Callable[[int], int],
     tied: dict[int, int],
 ) -> None:
     """Ties two equally long axes of a failing constraint, or pins it."""
-    involved = _involved(constraint, all_of_them)
-    fixed_sizes = {a.size for a in involved if a.pinned}
-    loose = {find(a.id): a for a in involved if not a.pinned}
-    for one in loose.values():
-        for two in loose.values():
-            if one.id < two.id and one.size == two.size and one.size not in fixed_sizes:
-                tied[find(two.id)] = find(one.id)
-                return
+    fixed_sizes = {atom.size for atom in involved if atom.pinned}
+    loose = {find(atom.id): atom for atom in involved if not atom.pinned}
+    for one, two in itertools.combinations(loose, 2):
+        if loose[one].size == loose[two].size and loose[one].size not in fixed_sizes:
+            tied[max(one, two)] = min(one, two)
+            return
     for atom in loose.values():
         atom.pinned.setdefault(f"its size is bound to others by {constraint.where}")
 

@@ -72,7 +72,8 @@ def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bo
         except Exception as error:
             if not has_data:
                 raise TraceError(
-                    f"the forward pass of {type(model).__name__} cannot be followed without its weights "
+                    f"the forward pass of {type(model).__name__} cannot be followed "
+                    f"without its weights "
                     f"({type(error).__name__}: {error}); load the weights first"
                 ) from error
     try:
@@ -82,7 +83,8 @@ def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bo
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} does not run on the example inputs {describe(inputs)}: "
-            f"{type(error).__name__}: {error}. Give a tuple of positional tensors or a dict of keyword tensors"
+            f"{type(error).__name__}: {error}. "
+            "Give a tuple of positional tensors or a dict of keyword tensors"
         ) from error
 
 
@@ -186,12 +188,12 @@ def _watch_modules(
     """Keeps the stack of running modules, and the axes of what each leaf module was given first."""
     for name, module in model.named_modules():
 
-        def enter(module: nn.Module, args: Any, name: str = name) -> None:
+        def enter(_: nn.Module, args: Any, name: str = name) -> None:
             terms.modules.append(name)
             if args and isinstance(args[0], Tensor):
                 entries[name] = terms.of(args[0])
 
-        def leave(module: nn.Module, args: Any, result: Any) -> None:
+        def leave(*_: Any) -> None:
             terms.modules.pop()
 
         yield module.register_forward_pre_hook(enter)

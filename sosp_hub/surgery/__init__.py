@@ -1,0 +1,1 @@
+"""The cut itself: tensors, attributes, verification."""

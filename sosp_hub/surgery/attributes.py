@@ -1,6 +1,4 @@
-"""Python attributes that must follow the tensors: sizes of standard layers, traced attributes,
-configs.
-"""
+"""Python attributes that must follow the tensors: traced ones, configs, standard layers."""
 
 import copy
 from typing import Any
@@ -14,9 +12,7 @@ from sosp_hub.structure.ties import attribute_values
 
 
 def rewrite(model: nn.Module, graph: Graph, plan: PruningPlan) -> None:
-    """Sets every attribute whose value the cut changes; a config is copied for the module that
-    needs another value.
-    """
+    """Sets every attribute the cut changes; a module that needs it gets its own config."""
     values = attribute_values(graph.constraints, graph.count(plan.num_kept()))
     configs: dict[tuple[str, str], Any] = {}
     for attribute, value in values.items():
@@ -74,9 +70,7 @@ _COPIES = ("num_key_value_groups", "n_rep")
 def _unread_head_attributes(
     model: nn.Module, graph: Graph, plan: PruningPlan, known: set[tuple[str, str]]
 ) -> None:
-    """Head counts that the traced path did not read but another one may (fused against plain
-    attention).
-    """
+    """Head counts that the traced path did not read but another kernel's path may."""
     ratios: dict[str, dict[str, tuple[int, int]]] = {}
     for name, kept in plan.kept.items():
         group = graph.groups[name]

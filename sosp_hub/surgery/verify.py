@@ -39,9 +39,7 @@ def verify_cut(
     thorough: bool,
     cut: Cut,
 ) -> None:
-    """Raises VerificationError unless ``pruned`` computes what ``model`` masked by ``plan``
-    computes.
-    """
+    """Raises unless ``pruned`` computes what ``model`` masked by ``plan`` computes."""
     try:
         check_shapes(pruned, graph, plan)
         if thorough and plan.kept:
@@ -49,19 +47,19 @@ def verify_cut(
             error = relative_error(dense, cut(copy.deepcopy(dense), graph, plan), graph, plan)
             if not error <= TOLERANCE:
                 raise VerificationError(
-                    f"the cut model's outputs differ from the masked model's by {error:.1e} (relative)"
+                    "the cut model's outputs differ from the masked model's "
+                    f"by {error:.1e} (relative)"
                 )
     except VerificationError as failure:
         culprit = _culprit(model, graph, plan, thorough, cut)
         raise VerificationError(
-            f"{failure}. Group {culprit!r} is where it goes wrong; leave it whole (structure.exclude) and report the model"
+            f"{failure}. Group {culprit!r} is where it goes wrong; "
+            "leave it whole (structure.exclude) and report the model"
         ) from failure
 
 
 def check_shapes(pruned: nn.Module, graph: Graph, plan: PruningPlan) -> None:
-    """Runs the cut model without data and compares the shapes of its operations with the predicted
-    ones.
-    """
+    """Runs the cut model without data and compares its shapes with the predicted ones."""
     try:
         small = retrace(pruned, graph.example_inputs)
     except TraceError as error:
@@ -75,14 +73,13 @@ def check_shapes(pruned: nn.Module, graph: Graph, plan: PruningPlan) -> None:
             sizes = [size_of(axis, count) for axis in expected], [size_of(axis) for axis in found]
             if sizes[0] != sizes[1]:
                 raise VerificationError(
-                    f"{before.name} in {before.module or 'the model'} gives shape {sizes[1]}, expected {sizes[0]}"
+                    f"{before.name} in {before.module or 'the model'} gives shape {sizes[1]}, "
+                    f"expected {sizes[0]}"
                 )
 
 
 def relative_error(model: nn.Module, pruned: nn.Module, graph: Graph, plan: PruningPlan) -> float:
-    """Largest difference between the cut and the masked model on the traced inputs, relative to
-    the largest output.
-    """
+    """Largest difference between cut and masked model, relative to the largest output."""
     inputs = graph.example_inputs
     with torch.no_grad():
         found = output_tensors(wanted_outputs(call(pruned.eval(), inputs), graph.outputs))
@@ -244,9 +241,7 @@ class _AttentionSteps(TorchFunctionMode):
 
 
 def _without_zeros(model: nn.Module) -> nn.Module:
-    """Fills tensors that are constant zero or nearly so: what they hide from the outputs could not
-    be checked.
-    """
+    """Fills tensors that are (nearly) zero: what they hide could not be checked."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.is_floating_point() and float(parameter.detach().abs().max()) < 1e-4:

@@ -6,6 +6,7 @@ from sosp_hub.structure.rules.registry import RULES, Operation, apply_rule, tens
 
 __all__ = [
     "RULES",
+    "Operation",
     "apply_rule",
     "attention",
     "lookup",

@@ -81,6 +81,7 @@ def _convolution(terms: Terms, op: Operation) -> None:
         result = first
     if bias is not None:
         unify(result, terms.of(bias)[0], where)
+    mark(channels, "convolved"), mark(result, "convolved")
     for axis in window:
         terms.fix(axis, "the window of a convolution")
     spatial = [
@@ -101,9 +102,7 @@ def attention(
     out: Tensor,
     scaled: bool,
 ) -> None:
-    """``scaled_dot_product_attention``: (..., heads, length, width); KV heads may be shared by
-    several query heads.
-    """
+    """``scaled_dot_product_attention`` of (..., heads, length, width), KV heads shared or not."""
     *lead_q, length, width = terms.of(query)
     *lead_k, places, width_k = terms.of(key)
     *lead_v, places_v, width_v = terms.of(value)
@@ -127,3 +126,16 @@ def attention(
         broadcast(terms, [(*lead_q, length, places), terms.of(mask)], what)
     terms.macs += [(*lead_q, length, width, places), (*lead_q, length, places, width_v)]
     terms.set(out, [*lead_q, length, width_v])
+
+
+@rule("_grouped_mm")
+def _grouped_mm(terms: Terms, op: Operation) -> None:
+    left, right = op.args[:2]
+    if left.dim() != 2 or right.dim() != 3:
+        raise ValueError("only rows by experts are known")
+    rows, inner = terms.of(left)
+    experts, other, columns = terms.of(right)
+    _contract(terms, left, inner, right, other, "a product by experts")
+    terms.fix(experts, "experts are picked by number")
+    terms.macs.append((rows, inner, columns))
+    terms.set(op.out, [rows, columns])

@@ -15,8 +15,8 @@ from sosp_hub.structure.terms import Terms
 
 
 @rule(
-    "mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "norm",
-    "linalg_vector_norm", "any", "all", "argmax", "argmin", "median",
+    "mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "std_mean",
+    "logsumexp", "norm", "linalg_vector_norm", "any", "all", "argmax", "argmin", "median",
 )  # fmt: skip
 def _reduce(terms: Terms, op: Operation) -> None:
     tensor = op.args[0]
@@ -102,8 +102,9 @@ def _glu(terms: Terms, op: Operation) -> None:
 
 
 @rule(
-    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "_batch_norm_with_update", "_batch_norm_no_update", "_native_batch_norm_legit_functional",
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update",
+    "_native_batch_norm_legit_functional",
 )  # fmt: skip
 def _batch_norm(terms: Terms, op: Operation) -> None:
     axes = list(terms.of(op.args[0]))

@@ -39,9 +39,7 @@ def _view(terms: Terms, op: Operation) -> None:
 
 
 def reshape(terms: Terms, axes: list[Axis], sizes: list[int], what: str) -> list[Axis]:
-    """Row-major regrouping: factors are consumed from the left and split where an output border
-    falls inside one.
-    """
+    """Row-major regrouping: factors are taken from the left, split where a border falls inside."""
     factors: list[Axis] = [axis for axis in axes if size_of(axis) != 1]
     result: list[Axis] = []
     for position, size in enumerate(sizes):
@@ -268,9 +266,7 @@ def _as_strided(terms: Terms, op: Operation) -> None:
 
 
 def _is_relayout(args: tuple[Any, ...], out: Tensor) -> bool:
-    """Whether ``as_strided_`` only changed the memory layout of its argument (convolutions do that
-    to an output).
-    """
+    """Whether only the memory layout changed; convolutions do that to an output."""
     return out is args[0] and list(args[1]) == list(out.shape)
 
 

@@ -5,11 +5,13 @@ from sosp_hub.structure.rules.registry import Operation, rule, tensors
 from sosp_hub.structure.terms import Terms
 
 _RESAMPLE = (
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d",
-    "max_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool1d", "adaptive_max_pool2d", "upsample_nearest1d",
-    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", "reflection_pad1d", "reflection_pad2d", "replication_pad2d",
-    "upsample_linear1d", "adaptive_avg_pool2d", "mkldnn_max_pool2d",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices",
+    "max_pool3d_with_indices", "max_pool1d", "max_pool2d", "_adaptive_avg_pool2d",
+    "adaptive_avg_pool1d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", "reflection_pad1d",
+    "reflection_pad2d", "replication_pad2d", "upsample_linear1d", "adaptive_avg_pool2d",
+    "mkldnn_max_pool2d",
 )  # fmt: skip
 
 
