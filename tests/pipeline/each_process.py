@@ -1,0 +1,63 @@
+"""What each of several processes computes on data that does not divide."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from sosp_hub.data.loading import make_loader
+from sosp_hub.distributed import from_main, make_accelerator, process_state, process_sum
+from sosp_hub.evaluate import evaluate
+from sosp_hub.finetune import finetune, recalibrate_norm
+from sosp_hub.recipe.schema import TrainSection
+
+NUM_SAMPLES = 23
+
+
+class Points(Dataset):
+    class_names = ("a", "b", "c")
+
+    def __init__(self, num):
+        generator = torch.Generator().manual_seed(0)
+        self.points = torch.randn(num, 4, generator=generator)
+        self.labels = torch.randint(3, (num,), generator=generator)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, indices):
+        return self.points[indices], self.labels[indices]
+
+
+def results():
+    accelerator = make_accelerator(seed=3)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    points = Points(NUM_SAMPLES)
+    loader = accelerator.prepare_data_loader(make_loader(points, batch_size=4))
+    found = evaluate(model, loader, ("accuracy", "loss", "per_class_accuracy"))
+    one = evaluate(model, [(points.points[:5], points.labels[:5])] if rank == 0 else [], ("loss",))
+    batches = [(points.points[i : i + 4], points.labels[i : i + 4]) for i in range(0, 20, 4)]
+    recalibrate_norm(model, batches[rank::world])
+    norm = {key: value.tolist() for key, value in model[1].state_dict().items()}
+    del norm["num_batches_tracked"]
+    linear = nn.Linear(4, 3)
+    settings = TrainSection(epochs=2, batch_size=6 // world, optimizer="sgd", learning_rate=0.1)
+    finetune(linear, Points(24), settings, accelerator=accelerator, seed=3)
+    return {
+        "metrics": {name: [m.value, m.n, m.stderr] for name, m in found.items()},
+        "only rank 0 has data": [one["loss"].value, one["loss"].n, one["loss"].stderr],
+        "norm": norm,
+        "sum": process_sum(torch.tensor([1.0 / world, 2.0 / world])).tolist(),
+        "from main": from_main({"rank": rank}),
+        "trained": linear.weight.tolist(),
+    }
+
+
+if __name__ == "__main__":
+    made = results()
+    (Path(sys.argv[1]) / f"{process_state().process_index}.json").write_text(json.dumps(made))
