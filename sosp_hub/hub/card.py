@@ -18,7 +18,6 @@ from sosp_hub.errors import HubError
 from sosp_hub.hub.facts import (
     Facts,
     collect,
-    hub_id,
     overall_metrics,
     read_report,
     scrub,
@@ -105,7 +104,7 @@ def card_text(
     body = _template("card.md.jinja").render(
         title=address.rpartition("/")[2],
         facts=facts,
-        note=notes(report, facts, data),
+        note=notes(facts, data),
         snippet=load_snippet(checkpoint, address, facts.task),
         where=where_it_loads(checkpoint),
         pictures=drawn,
@@ -160,9 +159,8 @@ def metadata(
     )
 
 
-def notes(report: Mapping[str, Any], facts: Facts, data: ModelCardData) -> list[str]:
+def notes(facts: Facts, data: ModelCardData) -> list[str]:
     """What a reader has to be told because it is not known."""
-    base = report.get("base") or {}
     found = []
     if data.get("license") is None:
         reason = "its base model's card names none" if facts.base_model else "no licence was set"
@@ -170,8 +168,7 @@ def notes(report: Mapping[str, Any], facts: Facts, data: ModelCardData) -> list[
             f"The licence of this model is unknown: {reason}. "
             "Set `license:` at the top of this file."
         )
-    named = str(base.get("model") or "")
-    if named and hub_id(named) is None and data.get("base_model") is None and _is_path(named):
+    if facts.local_base and data.get("base_model") is None:
         found.append(
             "The base model was loaded from a local folder, so it is not named. "
             "If it is on the hub, set `base_model: NAMESPACE/NAME` at the top of this file."
@@ -212,10 +209,6 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
     if calibration.get("seed") is not None:
         words.append(f"(seed {calibration['seed']})")
     return " ".join(words)
-
-
-def _is_path(name: str) -> bool:
-    return Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 @cache

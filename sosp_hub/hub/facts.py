@@ -54,7 +54,9 @@ class Facts:
         versions: Package and version.
         base_model: Hub id of the base model; None where there is none.
         base_words: The base model in words, for running text.
-        groups: Number of groups that can only be approximated by a mask.
+        inexact: Number of cut groups that a mask can only approximate.
+        trained_here: The dense model came out of the same run.
+        local_base: The dense weights came from a folder, so that nobody else can name them.
     """
 
     headline: str
@@ -78,6 +80,8 @@ class Facts:
     test_split: str | None
     command: str
     recipe: str
+    trained_here: bool
+    local_base: bool
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
@@ -91,12 +95,12 @@ def collect(report: Mapping[str, Any]) -> Facts:
     base = report.get("base") or {}
     recipe_text = str(report.get("recipe") or "")
     recipe = _parse_recipe(recipe_text)
-    data = recipe.get("data") or {}
+    data, model = recipe.get("data") or {}, recipe.get("model") or {}
     metrics = report.get("metrics") or {}
     cost = report.get("cost") or {}
     groups = report.get("groups") or []
     base_model = hub_id(base.get("model"))
-    task = report.get("task") or (recipe.get("model") or {}).get("task")
+    task = report.get("task") or model.get("task")
     unit = "test tokens" if task == "causal-lm" else "test samples"
     worse, drops = _what_got_worse(metrics, report.get("latency") or {}, unit)
     stages = tuple(label for key, label in STAGES if metrics.get(key))
@@ -124,6 +128,8 @@ def collect(report: Mapping[str, Any]) -> Facts:
         test_split=data.get("test", "test") if data else None,
         command=scrub(str(report.get("command") or "")),
         recipe=scrub(recipe_text).strip(),
+        trained_here=model.get("pretrained") is False,
+        local_base=is_path(str(base.get("model") or model.get("id") or "")),
     )
 
 
@@ -153,6 +159,11 @@ def hub_id(name: object) -> str | None:
     return None if name.startswith("sklearn/") or Path(name).exists() else name
 
 
+def is_path(name: str) -> bool:
+    """Whether the name can only be a folder or file of the machine it was written on."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
+
+
 def is_share(metric: str) -> bool:
     """Whether the metric is a fraction that people read in percent."""
     return metric.startswith(("accuracy", "top", "f1", "precision", "recall"))
@@ -169,10 +180,22 @@ def overall_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def format_metric(name: str, value: float) -> str:
-    """The value as people write it: percent for shares, four digits otherwise."""
+    """The value as people write it: percent for shares, three digits otherwise."""
     if not math.isfinite(value):
         return str(value)
-    return f"{100 * value:.1f} %" if is_share(name) else f"{value:,.4g}"
+    if is_share(name):
+        return f"{100 * value:.1f} %"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def with_spread(name: str, metric: Mapping[str, Any]) -> str:
+    """The value with its standard error, where one was measured."""
+    value, stderr = metric["value"], metric.get("stderr")
+    if stderr is None or not math.isfinite(value):
+        return format_metric(name, value)
+    if is_share(name):
+        return f"{100 * value:.1f} ± {100 * stderr:.1f} %"
+    return f"{format_metric(name, value)} ± {stderr:.2g}"
 
 
 def _headline(cost: Mapping[str, Any], metrics: Mapping[str, Any], base: str, unit: str) -> str:
@@ -238,16 +261,7 @@ def _metric_rows(
     for name in overall_metrics(metrics):
         found = [(metrics[stage] or {}).get(name) for stage in stages]
         numbers = sorted({f"{m['n']:,}" for m in found if m and m.get("n")})
-        yield name, tuple(_with_spread(name, m) if m else "" for m in found), " / ".join(numbers)
-
-
-def _with_spread(name: str, metric: Mapping[str, Any]) -> str:
-    value, stderr = metric["value"], metric.get("stderr")
-    if stderr is None or not math.isfinite(value):
-        return format_metric(name, value)
-    if is_share(name):
-        return f"{100 * value:.1f} ± {100 * stderr:.1f} %"
-    return f"{value:,.4g} ± {stderr:.2g}"
+        yield name, tuple(with_spread(name, m) if m else "" for m in found), " / ".join(numbers)
 
 
 def _removed(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:

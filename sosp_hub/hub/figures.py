@@ -319,6 +319,53 @@ def draw_recovery(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def pareto_picture(runs: Mapping[str, Mapping[str, Any]], metric: str) -> Picture:
+    """Final quality over cost of several runs, each named by its criterion."""
+    return Picture(
+        "pareto",
+        f"{metric} over the share of MACs that is kept",
+        "Each dot is one pruned model, with a 95 % interval; the dashed line is the dense model.",
+        lambda: draw_pareto(runs, metric),
+    )
+
+
+def draw_pareto(runs: Mapping[str, Mapping[str, Any]], metric: str) -> Figure:
+    """Quality over the kept share of MACs; runs of one criterion are joined."""
+    figure = _figure(7.2, 4.2)
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    dense = []
+    for report in runs.values():
+        cost, metrics = report["cost"], report["metrics"]
+        final = metrics["final"][metric]
+        point = (
+            cost["after"]["macs"] / cost["before"]["macs"],
+            final["value"],
+            1.96 * (final.get("stderr") or 0.0),
+        )
+        lines.setdefault(str((report.get("criterion") or {}).get("name")), []).append(point)
+        if metric in (metrics.get("dense") or {}):
+            dense.append(metrics["dense"][metric]["value"])
+    colours = list(KIND_COLOURS.values())
+    for i, (name, points) in enumerate(sorted(lines.items())):
+        x, y, spread = (np.array(column) for column in zip(*sorted(points), strict=True))
+        colour = colours[i % len(colours)]
+        axes.errorbar(
+            x, y, yerr=spread, color=colour, marker="o", capsize=3, linewidth=1.6, label=name
+        )
+    if dense:
+        axes.axhline(float(np.mean(dense)), color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    if is_share(metric):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("multiply-accumulates that are kept")
+    axes.set_ylabel(metric.replace("_", " "))
+    axes.margins(x=0.08, y=0.1)
+    figure.legend(loc="outside upper left", ncols=min(len(lines), 5), frameon=False)
+    _bare(axes, grid="y")
+    return figure
+
+
 def draw_correlation(matrix: NDArray[Any], groups: Sequence[Mapping[str, Any]]) -> Figure:
     """Correlation between all structures as SOSP-I sees it: Q'_ij / sqrt(Q'_ii Q'_jj).
 

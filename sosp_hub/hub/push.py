@@ -73,6 +73,9 @@ class PushResult:
     num_bytes: int
     compared: bool = True
 
+    def __str__(self) -> str:
+        return self.url
+
 
 def push_to_hub(
     folder_or_model: "str | Path | nn.Module",

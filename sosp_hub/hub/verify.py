@@ -1,0 +1,233 @@
+"""Whether a published model is what its card says: hashes, plan, size, and its metrics again."""
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import sha
+from torch import nn
+
+from sosp_hub.checkpoint.io import from_pretrained
+from sosp_hub.data.loading import load_split, make_loader
+from sosp_hub.data.source import open_data
+from sosp_hub.errors import HubError, PlanError, SospHubError
+from sosp_hub.evaluate import evaluate
+from sosp_hub.hub.attempts import explain
+from sosp_hub.hub.facts import format_metric, is_share, overall_metrics, read_report
+from sosp_hub.plan import PruningPlan
+from sosp_hub.recipe.load import load_recipe
+from sosp_hub.recipe.schema import Recipe
+from sosp_hub.zoo.load import load_model
+
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        holds: Whether it is as published; None where it could not be looked at.
+        said: What was found, in a sentence.
+    """
+
+    name: str
+    holds: bool | None
+    said: str
+
+
+@dataclass
+class Verification:
+    """All checks of one model."""
+
+    source: str
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Nothing contradicts what was published, and the metrics were measured again."""
+        measured = any(check.holds for check in self.checks if check.name.startswith("metric"))
+        return measured and all(check.holds is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        marks = {True: "holds", False: "DIFFERS", None: "not checked"}
+        lines = [f"  {check.name}: {marks[check.holds]}; {check.said}" for check in self.checks]
+        verdict = (
+            "what was published holds" if self.holds else "what was published is not confirmed"
+        )
+        return "\n".join([f"{self.source}: {verdict}", *lines])
+
+
+def verify(
+    repo_id_or_folder: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    num_samples: int = 1000,
+    overrides: Sequence[str] = (),
+) -> Verification:
+    """Downloads a published model and checks it against its own report and card.
+
+    Args:
+        repo_id_or_folder: Hub id, or a folder.
+        revision: Commit, branch or tag; None = main.
+        token: None = the one of ``hf auth login``.
+        num_samples: Test samples to measure on; the published subset is used where it is smaller.
+        overrides: ``key.path=value`` for the recipe, such as ``data.path=FOLDER``.
+
+    Raises:
+        HubError: The hub cannot be reached, or has no such model; or there is no report.
+    """
+    result = Verification(repo_id_or_folder)
+    folder = Path(repo_id_or_folder)
+    if folder.is_dir():
+        result.checks.append(Check("files", None, "a folder has no hashes to compare with"))
+    else:
+        folder, check = _download(repo_id_or_folder, revision, token)
+        result.checks.append(check)
+    report = read_report(folder)
+    if report is None:
+        raise HubError(
+            f"{repo_id_or_folder}: there is no sosp_report.json, so nothing to compare with"
+        )
+    result.checks += [_check_plan(report), _check_card(folder, report)]
+    try:
+        model = from_pretrained(str(folder))
+    except SospHubError as error:
+        result.checks.append(Check("weights", False, str(error)))
+        return result
+    result.checks.append(_check_size(model, report))
+    result.checks += _measure(folder, model, report, num_samples, overrides)
+    return result
+
+
+def _download(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, Check]:
+    api = HfApi(token=token)
+    try:
+        commit = api.model_info(repo_id, revision=revision).sha
+        listed = [
+            entry
+            for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
+            if isinstance(entry, RepoFile)
+        ]
+        folder = Path(snapshot_download(repo_id, revision=commit, token=token))
+    except Exception as error:
+        raise explain(error, repo_id, api) from error
+    wrong = [entry.path for entry in listed if not _is_listed(folder / entry.path, entry)]
+    if wrong:
+        return folder, Check("files", False, f"other bytes than the hub lists: {', '.join(wrong)}")
+    said = f"{len(listed)} files of commit {str(commit)[:7]} have the hashes that the hub lists"
+    return folder, Check("files", True, said)
+
+
+def _is_listed(path: Path, entry: RepoFile) -> bool:
+    if not path.is_file() or path.stat().st_size != entry.size:
+        return False
+    if entry.lfs is None:
+        return sha.git_hash(path.read_bytes()) == entry.blob_id
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == entry.lfs.sha256
+
+
+def _check_plan(report: Mapping[str, Any]) -> Check:
+    record = report.get("plan")
+    if not record:
+        return Check("plan", None, "the report holds no plan")
+    try:
+        kept = PruningPlan.from_json(json.dumps(record)).num_kept()
+    except PlanError as error:
+        return Check("plan", False, str(error))
+    listed = {group["name"]: group["kept"] for group in report.get("groups") or []}
+    odd = [name for name, count in kept.items() if listed.get(name, count) != count]
+    if odd:
+        return Check("plan", False, f"other counts than the report's groups: {', '.join(odd)}")
+    return Check("plan", True, f"{len(kept)} groups, sorted and in range")
+
+
+def _check_card(folder: Path, report: Mapping[str, Any]) -> Check:
+    path = folder / "README.md"
+    if not path.is_file():
+        return Check("card", None, "there is no README.md")
+    results = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    final = (report.get("metrics") or {}).get("final") or {}
+    stated = {one.metric_type: one.metric_value for one in results.get("eval_results") or []}
+    wrong = [
+        f"{name} {value} (report: {final[name]['value']:.6g})"
+        for name, value in stated.items()
+        if name in final and not math.isclose(value, final[name]["value"], abs_tol=_ROUNDING)
+    ]
+    if wrong:
+        return Check("card", False, f"the card states another number: {', '.join(wrong)}")
+    return Check("card", True if stated else None, f"{len(stated)} metrics, as in the report")
+
+
+def _check_size(model: nn.Module, report: Mapping[str, Any]) -> Check:
+    stated = ((report.get("cost") or {}).get("after") or {}).get("params")
+    found = sum(parameter.numel() for parameter in model.parameters())
+    if stated is None:
+        return Check("weights", None, f"{found:,} parameters; the report states none")
+    said = f"{found:,} parameters loaded, {stated:,} published"
+    return Check("weights", found == stated, said)
+
+
+def _measure(
+    folder: Path,
+    model: nn.Module,
+    report: Mapping[str, Any],
+    num_samples: int,
+    overrides: Sequence[str],
+) -> list[Check]:
+    """The published metrics once more, on a subset of the published test samples."""
+    final = (report.get("metrics") or {}).get("final") or {}
+    names = overall_metrics({"final": final})
+    if not names or not report.get("recipe"):
+        return [Check("metrics", None, "the report publishes none, or no recipe to repeat them")]
+    try:
+        with tempfile.TemporaryDirectory(prefix="sosp_hub-verify-") as temporary:
+            path = Path(temporary) / "published.yaml"
+            path.write_text(str(report["recipe"]), encoding="utf-8")
+            recipe = load_recipe(path, overrides)
+        found = _evaluate(folder, model, recipe, names, num_samples)
+    except SospHubError as error:
+        return [Check("metrics", None, f"could not be measured: {error}")]
+    return [_compare(name, final[name], found[name]) for name in names]
+
+
+def _evaluate(
+    folder: Path, model: nn.Module, recipe: Recipe, names: Sequence[str], num_samples: int
+) -> dict[str, Mapping[str, Any]]:
+    data = open_data(recipe.data, recipe.model.task, seed=recipe.seed)
+    local = {"id": str(folder), "pretrained": True, "revision": None, "train": None, "kwargs": {}}
+    loaded = load_model(recipe.model.model_copy(update=local), data=data.info)
+    test = load_split(data, "test", loaded.processor)
+    loader = make_loader(test, recipe.evaluate.batch_size)
+    batches, left = [], num_samples
+    for batch in loader:
+        if left <= 0:
+            break
+        batches.append(batch)
+        left -= recipe.evaluate.batch_size
+    measured = evaluate(model, batches, names)
+    return {name: {"value": m.value, "n": m.n, "stderr": m.stderr} for name, m in measured.items()}
+
+
+def _compare(name: str, published: Mapping[str, Any], found: Mapping[str, Any]) -> Check:
+    spread = 1.96 * math.hypot(published.get("stderr") or 0.0, found["stderr"] or 0.0)
+    if found["n"] == published.get("n"):  # the same samples: only arithmetic may differ
+        spread = max(
+            _ROUNDING, 2 / found["n"] if is_share(name) else 1e-3 * abs(published["value"])
+        )
+    holds = abs(found["value"] - published["value"]) <= spread
+    said = (
+        f"{format_metric(name, found['value'])} on {found['n']:,} test samples, published "
+        f"{format_metric(name, published['value'])} on {published.get('n') or 0:,}"
+    )
+    return Check(f"metric {name}", holds, said)
