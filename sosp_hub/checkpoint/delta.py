@@ -32,6 +32,7 @@ def diff(
     *,
     skip: str = "",
     shared_configs: frozenset[int] = frozenset(),
+    original: nn.Module | None = None,
     rewritten: frozenset[tuple[str, Any]] = frozenset(),
 ) -> Section:
     """All that has to change in ``skeleton`` to make it ``model``. Values of tensors are not compared.
@@ -42,12 +43,14 @@ def diff(
         skip: Name of a child that has a section of its own.
         shared_configs: ``id`` of the configs that belong to the whole model; a module whose config is
             another object has its own copy, and only such copies are compared.
+        original: What the config built before the skeleton's was rewritten. Numbers that are still
+            as they were there, because nothing reads them, do not count.
         rewritten: Keys with their old values that the skeleton's config says differently on purpose.
 
     Raises:
         CheckpointError: A difference that the format cannot say; names the module.
     """
-    found = _Found(shared_configs, rewritten)
+    found = _Found(original, shared_configs, rewritten)
     found.walk(skeleton, model, "", skip)
     return Section(
         cls=type(model).__name__,
@@ -159,8 +162,13 @@ def join(*names: str) -> str:
 class _Found:
     """Differences seen so far."""
 
-    def __init__(self, shared: frozenset[int], rewritten: frozenset[tuple[str, Any]]) -> None:
-        self.shared, self.rewritten = shared, rewritten
+    def __init__(
+        self,
+        original: nn.Module | None,
+        shared: frozenset[int],
+        rewritten: frozenset[tuple[str, Any]],
+    ) -> None:
+        self.original, self.shared, self.rewritten = original, shared, rewritten
         self.modules: dict[str, dict[str, Plain]] = {}
         self.configs: dict[str, dict[str, Plain]] = {}
         self.tensors: dict[str, Shape] = {}
@@ -200,10 +208,13 @@ class _Found:
 
     def attributes(self, skeleton: nn.Module, model: nn.Module, name: str) -> None:
         before, after = plain_attributes(skeleton), plain_attributes(model)
+        stale = plain_attributes(self.original.get_submodule(name)) if self.original else {}
         changed = {
             key: _as_plain(after[key])
             for key, value in before.items()
-            if key in after and _as_plain(after[key]) != _as_plain(value)
+            if key in after
+            and _as_plain(after[key]) != _as_plain(value)
+            and not (key in stale and _as_plain(stale[key]) == _as_plain(after[key]))
         }
         if changed:
             self.modules[name] = changed

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from sosp_hub.checkpoint import headers
 from sosp_hub.checkpoint.folder import replaced_folder
 from sosp_hub.checkpoint.record import KEY
-from sosp_hub.errors import CheckpointError, HubError, ModelError
+from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError
 
 REPORT = "sosp_report.json"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -112,10 +111,11 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
         if "architecture" in config and "model_type" not in config:
             return _load_timm(folder, tensors, kwargs)
         return _load_transformers(folder, config, kwargs)
-    except torch.OutOfMemoryError:
+    except (SospHubError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path_or_id}: {error}") from error
+    except Exception as error:  # a library meets damaged files with whatever error comes first
+        what = _first_misfit(folder, config, tensors) or f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path_or_id}: {what}") from error
 
 
 def library_of(model: nn.Module) -> str:
@@ -193,22 +193,14 @@ def _load_transformers(
 ) -> nn.Module:
     import transformers
 
-    cls = kwargs.pop("model_class", None)
+    cls = kwargs.pop("model_class", None) or _model_class(config)
     if cls is None:
-        names = config.get("architectures")
-        name = names[0] if isinstance(names, list) and names else None
-        cls = (
-            getattr(transformers, name, None)
-            if isinstance(name, str) and name.isidentifier()
-            else None
-        )
-        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-            if not kwargs.get("trust_remote_code"):
-                raise CheckpointError(
-                    f"config.json: architectures: {ascii(names)[:80]} is no model class of transformers "
-                    f"{transformers.__version__}; pass model_class="
-                )
-            cls = transformers.AutoModel
+        if not kwargs.get("trust_remote_code"):
+            raise CheckpointError(
+                f"config.json: architectures: {ascii(config.get('architectures'))[:80]} is no model "
+                f"class of transformers {transformers.__version__}; pass model_class="
+            )
+        cls = transformers.AutoModel
     model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
     if config.get(KEY) is not None:
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -218,6 +210,39 @@ def _load_transformers(
                     f"({len(names)} in all) do not fit the config"
                 )
     return model
+
+
+def _model_class(config: Mapping[str, Any]) -> Any | None:
+    import transformers
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    return cls if is_model else None
+
+
+def _first_misfit(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, headers.TensorHeader]
+) -> str | None:
+    """The first tensor whose size in the file is not what the config builds."""
+    import transformers
+
+    from sosp_hub.checkpoint.transformers import build_meta
+
+    if (cls := _model_class(config)) is None:
+        return None
+    try:
+        built = build_meta(cls, transformers.AutoConfig.from_pretrained(folder)).state_dict()
+    except Exception:  # noqa: BLE001 - the error that led here says it
+        return None
+    for name, tensor in built.items():
+        if name in tensors and tensors[name].shape != tuple(tensor.shape):
+            return (
+                f"tensor {name!r}: {tensors[name].file} holds {list(tensors[name].shape)}, "
+                f"the config builds {list(tensor.shape)}"
+            )
+    return None
 
 
 def _as_json(value: Any) -> Any:

@@ -64,7 +64,7 @@ def uniform_config(model: PreTrainedModel, config: Any, delta: Delta) -> Any | N
         config: The best config so far.
         delta: What it leaves.
     """
-    left, builds = _num_entries(delta), 0
+    original, left, builds = config, _num_entries(delta), 0
     while left:
         skeleton = adapter.build_meta(type(model), config)
         pairs = _pairs(skeleton, adapter.base_name(model), delta)
@@ -76,7 +76,7 @@ def uniform_config(model: PreTrainedModel, config: Any, delta: Delta) -> Any | N
                 return None
             try:
                 candidate = _with(config, position, key, value)
-                delta = adapter.delta_of(model, candidate)
+                delta = adapter.delta_of(model, candidate, original)
             except _REFUSALS:
                 continue
             if _num_entries(delta) < left:

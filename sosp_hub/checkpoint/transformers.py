@@ -64,28 +64,43 @@ def shrink(model: PreTrainedModel) -> None:
             setattr(model, _APPLIED, True)
 
 
-def delta_of(model: PreTrainedModel, config: Any | None = None) -> Delta:  # noqa: ANN401
-    """The delta of a pruned model against what a plain config builds, proved by building it again.
+def delta_of(
+    model: PreTrainedModel, config: Any | None = None, original: Any | None = None
+) -> Delta:
+    """The delta of a pruned model against what a plain config builds.
 
     Args:
         model: The pruned model.
         config: The plain config; by default the model's own.
+        original: The config that ``config`` was rewritten from. Numbers of the model that are as
+            this one says are taken for leftovers that nothing reads.
 
     Raises:
-        CheckpointError: A difference that the format cannot say, or a rebuilt model that differs.
+        CheckpointError: A difference that the format cannot say.
     """
     config = plain_config(model.config if config is None else config)
-    rewritten = _rewritten(plain_config(model.config), config)
     skeleton = build_meta(type(model), config)
+    first, rewritten = None, frozenset()
+    if original is not None:
+        first = build_meta(type(model), plain_config(original))
+        rewritten = _rewritten(original, config)
     shared = frozenset(id(each) for each in config_tree(model.config))
     base = base_name(model)
-    kept: dict[str, Any] = {"shared_configs": shared, "rewritten": rewritten}
-    if base:
-        inner = diff(skeleton.get_submodule(base), model.get_submodule(base), **kept)
-        head = diff(skeleton, model, skip=base, **kept)
-    else:
-        inner, head = diff(skeleton, model, **kept), None
-    return Delta("transformers", transformers.__version__, sosp_hub.__version__, inner, head)
+
+    def section(name: str, skip: str) -> Section:
+        return diff(
+            skeleton.get_submodule(name),
+            model.get_submodule(name),
+            skip=skip,
+            shared_configs=shared,
+            original=first and first.get_submodule(name),
+            rewritten=rewritten,
+        )
+
+    head = section("", base) if base else None
+    return Delta(
+        "transformers", transformers.__version__, sosp_hub.__version__, section(base, ""), head
+    )
 
 
 def build_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:  # noqa: ANN401

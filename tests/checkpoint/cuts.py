@@ -345,7 +345,12 @@ TIMM = {
 
 
 _SMALLER = {
-    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 2, 1), "img_size": 64, "window_size": 4},
+    "swin_tiny_patch4_window7_224": {
+        "embed_dim": 24,
+        "depths": (1, 1, 2, 1),
+        "img_size": 64,
+        "window_size": 4,
+    },
 }
 
 

@@ -29,7 +29,9 @@ def output(model, inputs):
         result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     if isinstance(result, torch.Tensor):
         return result
-    return next(result[key] for key in ("logits", "logits_per_image", "last_hidden_state") if key in result)
+    return next(
+        result[key] for key in ("logits", "logits_per_image", "last_hidden_state") if key in result
+    )
 
 
 def assert_holds_only(folder, model):
@@ -38,7 +40,10 @@ def assert_holds_only(folder, model):
     file = folder / "model.safetensors"
     header = int.from_bytes(file.read_bytes()[:8], "little") + 8
     assert header < file.stat().st_size <= sum(live.values()) + header
-    assert sum(each.num_bytes for each in read_tensors(folder).values()) == file.stat().st_size - header
+    assert (
+        sum(each.num_bytes for each in read_tensors(folder).values())
+        == file.stat().st_size - header
+    )
 
 
 @pytest.mark.parametrize("family", cuts.FAMILIES)

@@ -44,7 +44,9 @@ def test_half_precision(tmp_path):
     folder = sosp_hub.save_pretrained(model, tmp_path / "small")
     loaded = sosp_hub.from_pretrained(folder)
     assert loaded.dtype == torch.bfloat16
-    assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=1e-2)  # rope tables stay float32
+    assert_close(
+        output(loaded, TOKENS), output(model, TOKENS), relative=1e-2
+    )  # rope tables stay float32
     full = sosp_hub.from_pretrained(folder, dtype=torch.float32)
     assert full.dtype == torch.float32
 
@@ -64,8 +66,21 @@ def test_tied_weights_are_stored_once(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("devices", [{"": "cpu"}, {"model.embed_tokens": "cpu", "model.layers.0": "cpu",
-    "model.layers.1": "disk", "model.layers.2": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}])
+@pytest.mark.parametrize(
+    "devices",
+    [
+        {"": "cpu"},
+        {
+            "model.embed_tokens": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": "disk",
+            "model.layers.2": "disk",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "lm_head": "cpu",
+        },
+    ],
+)
 def test_device_map(llama, devices, tmp_path):
     model, folder = llama
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -78,13 +93,26 @@ def test_device_map(llama, devices, tmp_path):
 def test_generation(llama, cache):
     model, folder = llama
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    options = {"none": {"use_cache": False}, "dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
+    options = {
+        "none": {"use_cache": False},
+        "dynamic": {},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+    }
     ask = {**TOKENS, "attention_mask": torch.ones_like(TOKENS["input_ids"])}
     answers = [
-        each.generate(**ask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, **options[cache])
+        each.generate(
+            **ask,
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options[cache],
+        )
         for each in (model, loaded)
     ]
-    plain = loaded.generate(**ask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=False)
+    plain = loaded.generate(
+        **ask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=False
+    )
     assert answers[0].tolist() == answers[1].tolist() == plain.tolist()
 
 
@@ -115,9 +143,15 @@ def test_timm_wrapper_saves_what_loads(tmp_path):
 def test_timm_arguments(tmp_path):
     folder = sosp_hub.save_pretrained(cuts.pruned_timm("test_resnet"), tmp_path / "small")
     name = f"local-dir:{folder}"
-    assert timm.create_model(name, pretrained=True, num_classes=4)(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
-    assert timm.create_model(name, pretrained=True, in_chans=1)(torch.zeros(1, 1, 64, 64)).shape == (1, 7)
-    features = timm.create_model(name, pretrained=True, features_only=True)(torch.zeros(1, 3, 64, 64))
+    assert timm.create_model(name, pretrained=True, num_classes=4)(
+        torch.zeros(1, 3, 64, 64)
+    ).shape == (1, 4)
+    assert timm.create_model(name, pretrained=True, in_chans=1)(
+        torch.zeros(1, 1, 64, 64)
+    ).shape == (1, 7)
+    features = timm.create_model(name, pretrained=True, features_only=True)(
+        torch.zeros(1, 3, 64, 64)
+    )
     assert len(features) == 5
     folder = sosp_hub.save_pretrained(cuts.pruned_timm("test_vit"), tmp_path / "vit")
     larger = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=192)
@@ -127,8 +161,15 @@ def test_timm_arguments(tmp_path):
 def test_other_head_takes_the_same_body(llama):
     model, folder = llama
     other = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5)
-    assert other.model.layers[2].mlp.gate_proj.out_features == model.model.layers[2].mlp.gate_proj.out_features
-    assert_close(other.model.layers[2].mlp.up_proj.weight, model.model.layers[2].mlp.up_proj.weight, relative=0)
+    assert (
+        other.model.layers[2].mlp.gate_proj.out_features
+        == model.model.layers[2].mlp.gate_proj.out_features
+    )
+    assert_close(
+        other.model.layers[2].mlp.up_proj.weight,
+        model.model.layers[2].mlp.up_proj.weight,
+        relative=0,
+    )
 
 
 def test_encoder_of_an_encoder_decoder(tmp_path):
@@ -152,7 +193,9 @@ def test_attention_implementation_reaches_every_layer(llama):
     assert loaded.model.layers[1].self_attn.config is not loaded.config
     expected = output(loaded, TOKENS)
     loaded.set_attn_implementation("eager")
-    assert {layer.self_attn.config._attn_implementation for layer in loaded.model.layers} == {"eager"}
+    assert {layer.self_attn.config._attn_implementation for layer in loaded.model.layers} == {
+        "eager"
+    }
     assert_close(output(loaded, TOKENS), expected, relative=1e-5)
 
 
@@ -160,11 +203,19 @@ def test_second_prune_composes(llama, tmp_path):
     _, folder = llama
     loaded = sosp_hub.from_pretrained(folder)
     for layer in loaded.model.layers:
-        cuts.mlp(layer.mlp, ["gate_proj", "up_proj"], "down_proj", share=0.5, attribute="intermediate_size")
+        cuts.mlp(
+            layer.mlp,
+            ["gate_proj", "up_proj"],
+            "down_proj",
+            share=0.5,
+            attribute="intermediate_size",
+        )
     again = sosp_hub.save_pretrained(loaded, tmp_path / "smaller")
     record = json.loads((again / "config.json").read_text())["sosp_hub"]
     assert record["base"]["modules"]["layers.0.mlp"] == {"intermediate_size": 19}
-    assert_close(output(sosp_hub.from_pretrained(again), TOKENS), output(loaded, TOKENS), relative=1e-6)
+    assert_close(
+        output(sosp_hub.from_pretrained(again), TOKENS), output(loaded, TOKENS), relative=1e-6
+    )
 
 
 def test_second_prune_composes_timm(tmp_path):
@@ -177,7 +228,9 @@ def test_second_prune_composes_timm(tmp_path):
 
 
 def _trainer(model, folder, steps):
-    data = [{"input_ids": torch.arange(i, i + 6), "labels": torch.arange(i, i + 6)} for i in range(8)]
+    data = [
+        {"input_ids": torch.arange(i, i + 6), "labels": torch.arange(i, i + 6)} for i in range(8)
+    ]
     arguments = transformers.TrainingArguments(
         folder, max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
         disable_tqdm=True, logging_strategy="no", learning_rate=1e-2, lr_scheduler_type="constant", dataloader_pin_memory=False,
@@ -191,10 +244,17 @@ def test_trainer_saves_and_resumes(llama, tmp_path):
     straight = sosp_hub.from_pretrained(folder)
     _trainer(straight, tmp_path / "straight", 4).train()
     _trainer(sosp_hub.from_pretrained(folder), tmp_path / "twice", 2).train()
-    checkpoint = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twice" / "checkpoint-2")
-    assert checkpoint.model.layers[2].mlp.intermediate_size == straight.model.layers[2].mlp.intermediate_size
+    checkpoint = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "twice" / "checkpoint-2"
+    )
+    assert (
+        checkpoint.model.layers[2].mlp.intermediate_size
+        == straight.model.layers[2].mlp.intermediate_size
+    )
     resumed = sosp_hub.from_pretrained(folder)
-    _trainer(resumed, tmp_path / "twice", 4).train(resume_from_checkpoint=str(tmp_path / "twice" / "checkpoint-2"))
+    _trainer(resumed, tmp_path / "twice", 4).train(
+        resume_from_checkpoint=str(tmp_path / "twice" / "checkpoint-2")
+    )
     assert_close(output(resumed.eval(), TOKENS), output(straight.eval(), TOKENS), relative=1e-5)
 
 
@@ -212,7 +272,9 @@ def test_lora_on_a_pruned_base(llama, tmp_path):
     options = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     tuned = peft.get_peft_model(sosp_hub.from_pretrained(folder), options).eval()
     tuned.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(sosp_hub.from_pretrained(folder), tmp_path / "adapter").eval()
+    again = peft.PeftModel.from_pretrained(
+        sosp_hub.from_pretrained(folder), tmp_path / "adapter"
+    ).eval()
     assert_close(output(again, TOKENS), output(tuned, TOKENS), relative=1e-6)
 
 
@@ -226,7 +288,9 @@ def test_cifar_resnet_loads_by_name(tmp_path):
         f"m = timm.create_model('local-dir:{folder}', pretrained=True).eval();"
         "print(m(torch.ones(1, 3, 32, 32))[0, 0].item())"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert float(answer.stdout) == pytest.approx(expected, abs=1e-5)
 
 

@@ -20,6 +20,7 @@ from tests.compare import assert_close
 
 TOKENS = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
 
+
 def without_attention(layer=0):
     """A model whose attention in one layer, and MLP in the next, were taken out."""
     model = cuts.pruned("llama")
@@ -69,7 +70,9 @@ for folder in Path({str(root)!r}).iterdir():
         except Exception as error:
             print(folder.name, type(error).__name__, str(error).replace(chr(10), " "))
 """
-    answer = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
     return root, answer.stdout.splitlines()
 
 
@@ -77,7 +80,11 @@ def test_fails_loudly_without_the_package(without_the_package):
     _, said = without_the_package
     assert len(said) == 12
     for line in said:
-        assert "sosp_hub_pruned" in line if line.startswith("timm ") else "ignore_mismatched_sizes" in line, line
+        assert (
+            "sosp_hub_pruned" in line
+            if line.startswith("timm ")
+            else "ignore_mismatched_sizes" in line
+        ), line
 
 
 def test_removed_blocks_survive_the_librarys_own_save(without_the_package):
@@ -105,10 +112,15 @@ def test_delta_without_a_changed_size_is_not_saved(tmp_path):
 # Trap 2: a removed attention must keep the cache in step.
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}],
+)
 def test_removed_attention_generates_with_padding_and_caches(options, tmp_path):
     model = without_attention()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(sosp_hub.save_pretrained(model, tmp_path / "small"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        sosp_hub.save_pretrained(model, tmp_path / "small")
+    )
     padded = {
         "input_ids": torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]]),
         "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
@@ -155,7 +167,9 @@ def test_shards_replace_an_older_single_file(tmp_path):
     assert not (folder / "pytorch_model.bin").exists()
     assert (folder / "README.md").read_text() == "mine"
     assert (folder / "figures" / "widths.png").exists()
-    assert_close(output(sosp_hub.from_pretrained(folder), TOKENS), output(model, TOKENS), relative=1e-6)
+    assert_close(
+        output(sosp_hub.from_pretrained(folder), TOKENS), output(model, TOKENS), relative=1e-6
+    )
     sosp_hub.save_pretrained(model, folder)
     assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
@@ -185,7 +199,9 @@ def test_another_version_is_named(tmp_path):
     modules = config["sosp_hub"]["base"]["modules"]
     modules["layers.0.feed_forward"] = modules.pop("layers.0.mlp")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"layers\.0\.feed_forward.*written with transformers 4\.57\.6"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.feed_forward.*written with transformers 4\.57\.6"
+    ):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -221,6 +237,10 @@ def test_missing_weights_are_refused(tmp_path):
     save_file(gone, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=re.escape("model.layers.1.mlp.up_proj.weight")):
         sosp_hub.from_pretrained(folder)
-    save_file({**tensors, "extra": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**tensors, "extra": torch.zeros(1)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(CheckpointError, match="unexpected tensors: extra"):
         sosp_hub.from_pretrained(folder)

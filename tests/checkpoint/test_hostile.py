@@ -1,0 +1,309 @@
+"""Damaged and hostile files: a typed error that names the place, before anything large happens."""
+
+import copy
+import json
+import os
+import struct
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import sosp_hub
+from sosp_hub.checkpoint import headers
+from sosp_hub.checkpoint import transformers as adapter
+from sosp_hub.checkpoint.delta import apply_section
+from sosp_hub.checkpoint.record import parse_delta
+from sosp_hub.errors import CheckpointError, SospHubError
+from tests.checkpoint import cuts
+
+EXAMPLES = int(os.environ.get("SOSP_HUB_FUZZ", "300"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return sosp_hub.save_pretrained(cuts.pruned("llama"), tmp_path_factory.mktemp("hostile") / "llama")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def put(record, path, value):
+    """A copy of a record with one place changed."""
+    record = copy.deepcopy(record)
+    *ahead, last = path
+    place = record
+    for key in ahead:
+        place = place.setdefault(key, {})
+    place[last] = value
+    return record
+
+
+MLP = ("base", "modules", "layers.0.mlp")
+HOSTILE = {
+    "unknown module": (("base", "modules", "layers.0.nothing"), {"in_features": 1}, r"layers\.0\.nothing"),
+    "no layer": (("base", "modules", "layers.9.mlp"), {"intermediate_size": 1}, r"layers\.9\.mlp"),
+    "dunder attribute": ((*MLP, "__class__"), 3, "__class__"),
+    "dunder name": (("base", "modules", "layers.__init__"), {"a": 3}, "__init__"),
+    "unknown attribute": ((*MLP, "nothing"), 3, "nothing"),
+    "method": ((*MLP, "forward"), 3, "forward"),
+    "training": ((*MLP, "training"), 1, "training"),
+    "private torch state": ((*MLP, "_parameters"), 1, "_parameters"),
+    "growth": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 49, r"layers\.0\.mlp\.up_proj"),
+    "10^12": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 10**12, "1000000000000"),
+    "10^5000": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 10**5000, "bits"),
+    "negative": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), -1, "-1"),
+    "zero": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 0, "sizes from 1"),
+    "float": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 3.5, "3.5"),
+    "bool": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), True, "True"),
+    "NaN": ((*MLP, "intermediate_size"), float("nan"), "nan"),
+    "infinity": ((*MLP, "intermediate_size"), float("inf"), "inf"),
+    "string": ((*MLP, "intermediate_size"), "38", "'38'"),
+    "null": ((*MLP, "intermediate_size"), None, "None"),
+    "nested": ((*MLP, "intermediate_size"), {"a": {"b": 1}}, "whole number"),
+    "list for a number": ((*MLP, "intermediate_size"), [3], "intermediate_size"),
+    "modules as a list": (("base", "modules"), [1], "JSON object"),
+    "unknown key": (("base", "code"), "import os", "unknown key 'code'"),
+    "unknown top key": (("auto_map",), {}, "unknown key 'auto_map'"),
+    "unknown config key": (("base", "configs", "layers.0.self_attn"), {"nothing": 3}, "nothing"),
+    "config of a module without": (("base", "configs", "norm"), {"hidden_size": 3}, "no config"),
+    "delta in the delta": (("base", "configs", "layers.0.self_attn"), {"sosp_hub": 3}, "sosp_hub"),
+    "tensor that is not there": (("base", "tensors", "layers.0.mlp.extra"), [3], "no such tensor"),
+    "tensor of another rank": (("base", "tensors", "norm.weight"), [3, 3], "2 sizes"),
+    "tensor that grows": (("base", "tensors", "norm.weight"), [33], "33"),
+    "shape of nothing": (("base", "tensors", "norm.weight"), [], "1 to 8 sizes"),
+    "stand-in of another kind": (("base", "replaced", "layers.0.mlp"), {"as": "eval"}, "'eval'"),
+    "stand-in with a bad tombstone": (
+        ("base", "replaced", "layers.0.mlp"), {"as": "mlp", "tombstone": "../../x"}, "tombstone",
+    ),
+    "dropped in the middle": (("base", "dropped"), ["layers.0"], "takes this module out"),
+    "dropped twice": (("base", "dropped"), ["layers.2", "layers.2"], "twice"),
+    "bias where none can be": (("base", "biases"), ["norm"], "cannot take a bias"),
+    "buffer that is not there": (("base", "buffers"), ["norm.nothing"], "no buffer"),
+    "no schema version": (("schema_version",), None, "schema_version"),
+    "later schema version": (("schema_version",), 99, "pip install -U sosp_hub"),
+    "schema version as text": (("schema_version",), "1", "schema_version"),
+    "other library": (("library",), "keras", "'keras'"),
+    "class that is no name": (("base", "class"), "os.system('x')", "name of a class"),
+    "no base": (("base",), None, r"sosp_hub\.base"),
+    "long name": (("base", "modules", "a" * 1000), {"a": 1}, "expected a name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_delta_names_its_place(case, config):
+    path, value, words = HOSTILE[case]
+    record = put(config["sosp_hub"], path, value)
+    plain = transformers.LlamaConfig(**{**config, "sosp_hub": record})
+    with pytest.raises(CheckpointError, match=words), torch.device("meta"):
+        transformers.LlamaForCausalLM(plain)
+
+
+def write(tmp_path, folder, name, content):
+    """A copy of a folder with one file changed."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting"),
+        ("[1]", "JSON object"),
+        ('{"a": 1, "a": 2}', "given twice"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "recursion"),
+        (b"\xff\xfe", "config.json"),
+        ('{"architectures": ["os.system"], "model_type": "llama"}', "no model class"),
+        ('{"architectures": ["LlamaTokenizer"], "model_type": "llama"}', "no model class"),
+        ('{"architecture": "sosp_hub_pruned", "model_args": {"base_architecture": "resnet18", "delta": 3}, "pretrained_cfg": {}}', "delta"),
+        ('{"architecture": "sosp_hub_pruned", "pretrained_cfg": {}}', "base_architecture"),
+    ],
+)
+def test_damaged_config(text, words, folder, tmp_path):
+    with pytest.raises(CheckpointError, match=words):
+        sosp_hub.from_pretrained(write(tmp_path, folder, "config.json", text))
+
+
+def test_no_config(folder, tmp_path):
+    write(tmp_path, folder, "other", "")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        sosp_hub.from_pretrained(tmp_path)
+
+
+def header(entries, data=b""):
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cut short"),
+        (b"\x00" * 8, "cut short"),
+        (struct.pack("<Q", 2**63) + b"{}", "cut short"),
+        (header(b"{]"), "header"),
+        (header([1]), "JSON object"),
+        (header({"a": GOOD}), "need 8 bytes"),
+        (header({"a": GOOD}, b"\x00" * 9), "need 8 bytes"),
+        (header({"a": {**GOOD, "shape": [10**12]}}, b"\x00" * 8), "do not fill"),
+        (header({"a": {**GOOD, "shape": [-2]}}, b"\x00" * 8), "shape"),
+        (header({"a": {**GOOD, "shape": [2.0]}}, b"\x00" * 8), "shape"),
+        (header({"a": {**GOOD, "dtype": "OBJECT"}}, b"\x00" * 8), "unknown dtype"),
+        (header({"a": {**GOOD, "data_offsets": [8, 0]}}, b"\x00" * 8), "do not fill"),
+        (header({"a": GOOD, "b": GOOD}, b"\x00" * 8), "without gaps"),
+        (header({"a": 3}, b"\x00" * 8), "expected dtype"),
+        (header(b'{"a": 1, "a": 1}'), "given twice"),
+    ],
+)
+def test_damaged_weights(content, words, folder, tmp_path):
+    with pytest.raises(CheckpointError, match=words):
+        sosp_hub.from_pretrained(write(tmp_path, folder, "model.safetensors", content))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return sosp_hub.save_pretrained(
+        cuts.pruned("llama"), tmp_path_factory.mktemp("shards") / "llama", max_shard_size="20KB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("../../etc/passwd", "name of a weight file"),
+        ("/etc/model.safetensors", "name of a weight file"),
+        ("..", "name of a weight file"),
+        ("model.bin", "name of a weight file"),
+        (3, "name of a weight file"),
+        ("gone.safetensors", "missing"),
+    ],
+)
+def test_damaged_index(file, words, shards, tmp_path):
+    index = json.loads((shards / headers.INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    with pytest.raises(CheckpointError, match=words):
+        sosp_hub.from_pretrained(write(tmp_path, shards, headers.INDEX, json.dumps(index)))
+
+
+def test_missing_and_truncated_shard(shards, tmp_path):
+    name = sorted(path.name for path in shards.glob("model-*.safetensors"))[1]
+    cut = write(tmp_path, shards, name, (shards / name).read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        sosp_hub.from_pretrained(cut)
+    (cut / name).unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        sosp_hub.from_pretrained(cut)
+
+
+def test_weights_of_another_size(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(7)
+    write(tmp_path, folder, "other", "")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        sosp_hub.from_pretrained(tmp_path)
+
+
+def test_a_failed_delta_changes_nothing(config):
+    """Everything is checked before the first change: the last entry of this delta is wrong."""
+    record = put(config["sosp_hub"], ("base", "tensors", "norm.weight"), [33])
+    model = adapter.build_meta(transformers.LlamaModel, transformers.LlamaConfig(**{**config, "sosp_hub": None}))
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError):
+        apply_section(model, parse_delta(record).base, "sosp_hub.base")
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before
+    assert model.layers[0].mlp.intermediate_size == 48
+
+
+# ----------------------------------------------------------------------------------------------- fuzz
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(-2, 100), st.floats(), st.text(max_size=12),
+    st.sampled_from(["layers.0.mlp", "__class__", "", "norm.weight", "as", "identity", 10**12, -1]),
+)  # fmt: skip
+JUNK = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
+)
+
+
+def places(record, path=()):
+    """Every place of a record."""
+    yield path
+    items = record.items() if isinstance(record, dict) else enumerate(record) if isinstance(record, list) else ()
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+@st.composite
+def mutated(draw, record):
+    """A record with one to three places changed, removed or renamed."""
+    record = copy.deepcopy(record)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(list(places(record))))
+        if not path:
+            continue
+        place = record
+        for key in path[:-1]:
+            place = place[key]
+        action = draw(st.sampled_from(["set", "remove", "rename"]))
+        if action == "set":
+            place[path[-1]] = draw(JUNK)
+        elif isinstance(place, dict):
+            value = place.pop(path[-1])
+            if action == "rename":
+                place[draw(st.text(max_size=8) | st.sampled_from(["layers.1", "norm", "__init__", "modules"]))] = value
+    return record
+
+
+def fuzz_config():
+    record = json.loads(json.dumps(adapter.delta_of(cuts.pruned("llama")).to_json()))
+    record["base"]["tensors"] = {"norm.weight": [None]}
+    record["base"]["replaced"] = {"layers.1.post_attention_layernorm": {"as": "identity", "tombstone": "weight"}}
+    record["base"]["buffers"] = ["rotary_emb.inv_freq"]
+    return record
+
+
+RECORD = fuzz_config()
+SKELETON = adapter.build_meta(transformers.LlamaModel, cuts.FAMILIES["llama"][1])
+
+
+@given(mutated(RECORD))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+def test_fuzzed_deltas_raise_nothing_else(record):
+    try:
+        delta = parse_delta(record)
+    except SospHubError:
+        return
+    model = copy.deepcopy(SKELETON)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        apply_section(model, delta.base, "base")
+    except SospHubError:
+        return
+    assert sum(parameter.numel() for parameter in model.parameters()) <= before + 1000  # biases
+
+
+@given(st.data())
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+def test_fuzzed_headers_raise_nothing_else(tmp_path_factory, data):
+    entries = {"a": GOOD, "b": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [8, 16]}}
+    content = bytearray(header(data.draw(mutated(entries)), b"\x00" * 16))
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "model.safetensors"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        headers.read_tensors(path.parent)
+    except SospHubError:
+        return
