@@ -198,7 +198,7 @@ class _Candidates:
 
     def _tied(self) -> list[list[str]]:
         """Groups that keep equally many; one that may not be cut holds its partners whole."""
-        label = {name: (name,) for name in self._names}
+        label: dict[str, tuple[object, ...]] = {name: (name,) for name in self._names}
         if self.uniform:
             label = {
                 name: (self.graph.groups[name].kind, self.graph.groups[name].size)

@@ -1,6 +1,6 @@
 """What a plan costs, without cutting: MACs, parameters, bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -25,7 +25,10 @@ class Cost:
     bytes: int
 
 
-Size = tuple[int, tuple["Size | int", ...], str]
+Symbol = str | tuple["Monomial", ...]
+"""A group's name, or a sum of products."""
+Monomial = tuple[int, tuple[Symbol, ...]]
+Polynomial = dict[tuple[Symbol, ...], int]
 
 
 class CostModel:
@@ -50,16 +53,16 @@ class CostModel:
             bytes=_value(self._bytes, kept),
         )
 
-    def _monomial(self, axes: tuple[Axis, ...]) -> tuple[int, tuple[object, ...]]:
+    def _monomial(self, axes: tuple[Axis, ...]) -> Monomial:
         """A constant and what it is multiplied with: group names, or sums of such products."""
-        constant, factors = 1, []
+        constant, factors = 1, list[Symbol]()
         for axis in axes:
             number, symbols = self._size(resolve(axis))
             constant *= number
             factors += symbols
         return constant, tuple(sorted(factors, key=str))
 
-    def _size(self, axis: Axis) -> tuple[int, list[object]]:
+    def _size(self, axis: Axis) -> tuple[int, list[Symbol]]:
         if isinstance(axis, Atom):
             name = self._names.get(axis.id)
             return (axis.size, []) if name is None else (1, [name])
@@ -74,12 +77,9 @@ class CostModel:
         return 1, [tuple(sorted((self._monomial((part,)) for part in axis.parts), key=str))]
 
 
-Polynomial = dict[tuple[object, ...], int]
-
-
-def _collect(terms: "object") -> Polynomial:
+def _collect(terms: Iterable[tuple[Monomial, int]]) -> Polynomial:
     total: Polynomial = {}
-    for (constant, symbols), weight in terms:  # type: ignore[attr-defined]
+    for (constant, symbols), weight in terms:
         total[symbols] = total.get(symbols, 0) + constant * weight
     return total
 
@@ -91,12 +91,12 @@ def _value(polynomial: Polynomial, counts: Mapping[str, int]) -> int:
     )
 
 
-def _factor(symbol: object, counts: Mapping[str, int]) -> int:
+def _factor(symbol: Symbol, counts: Mapping[str, int]) -> int:
     if isinstance(symbol, str):
         return counts[symbol]
     return sum(
         number * prod(_factor(inner, counts) for inner in symbols) for number, symbols in symbol
-    )  # type: ignore[attr-defined]
+    )
 
 
 def cost(

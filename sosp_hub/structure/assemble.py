@@ -209,6 +209,10 @@ def _sites(
     entries: dict[str, Axes],
 ) -> list[Site]:
     sites: list[Site] = []
+    if (
+        "contracted" in atom.roles
+    ):  # also summed over between two activations: no gate stands for it
+        return sites
     modules = dict(model.named_modules())
     for tensor, dim in members:
         if not _is_read(reads, tensor, dim, atom, tensors):

@@ -186,7 +186,7 @@ def _refine(ones: list[Axis], twos: list[Axis], why: str) -> None:
     while ones and twos:
         one, two = ones[0], twos[0]
         if size_of(one) == size_of(two):
-            ones.pop(0), twos.pop(0)
+            del ones[0], twos[0]
             unify(one, two, why)
             continue
         longer, shorter = (ones, two) if size_of(one) > size_of(two) else (twos, one)
@@ -202,7 +202,7 @@ def _align(ones: list[Axis], twos: list[Axis], why: str) -> None:
     while ones and twos:
         one, two = ones[0], twos[0]
         if size_of(one) == size_of(two):
-            ones.pop(0), twos.pop(0)
+            del ones[0], twos[0]
             unify(one, two, why)
             continue
         longer, shorter = (ones, two) if size_of(one) > size_of(two) else (twos, one)
@@ -265,7 +265,8 @@ def cut_at(axis: Axis, position: int) -> tuple[Axis, Axis] | None:
         reasons, flags, roles = axis.pinned, axis.inexact, axis.roles
         for piece in pieces:
             for atom in atoms(piece):
-                atom.pinned.update(reasons), atom.inexact.update(flags)
+                atom.pinned.update(reasons)
+                atom.inexact.update(flags)
                 atom.roles |= roles
         axis.parent = Sum(pieces)
         return pieces

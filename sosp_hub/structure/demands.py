@@ -131,8 +131,8 @@ def _getitem(terms: Terms, op: Operation) -> None:
 def _slice(terms: Terms, item: slice, whole: Axis, piece: Axis) -> None:
     length = size_of(whole)
     for border in (item.start, item.stop):
-        traced = border is None or isinstance(border, TracedInt)
-        if not traced and border != 0 and abs(border) < length:
+        literal = type(border) is int
+        if literal and border != 0 and abs(border) < length:
             terms.fix(whole, f"the number {border} is written into the code (a slice)")
             return
     total = TracedInt(length, whole)

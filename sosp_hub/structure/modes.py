@@ -33,14 +33,20 @@ class DispatchWatch(TorchDispatchMode):
         out = func(*args, **kwargs)
         self.terms.mixes = False
         rules.apply_rule(self.terms, func, args, kwargs, out)
-        self.note(str(func), inputs, out)
+        self.note(str(func), inputs, out, tuple(arg for arg in args if type(arg) is float))
         return out
 
-    def note(self, name: str, inputs: tuple[tuple[Axis, ...], ...], out: Any) -> None:
+    def note(
+        self,
+        name: str,
+        inputs: tuple[tuple[Axis, ...], ...],
+        out: Any,
+        floats: tuple[float, ...] = (),
+    ) -> None:
         """Appends a step to the record."""
         outputs = tuple(self.terms.of(tensor) for tensor in rules.tensors(out))
         self.terms.steps.append(
-            Step(name, self.terms.modules[-1], inputs, outputs, self.terms.mixes)
+            Step(name, self.terms.modules[-1], inputs, outputs, self.terms.mixes, floats)
         )
 
 
@@ -83,7 +89,8 @@ class FunctionWatch(TorchFunctionMode):
             out = func(*args, **kwargs)
         finally:
             self.dispatch.paused = False
-        query, key, value, mask = (given.get(name) for name in names[:4])
+        query, key, value = (given[name] for name in names[:3])
+        mask = given.get("attn_mask")
         inputs = tuple(
             self.terms.of(tensor) for tensor in (query, key, value, mask) if tensor is not None
         )

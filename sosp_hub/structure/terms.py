@@ -22,6 +22,7 @@ class Step:
     inputs: tuple[Axes, ...]
     outputs: tuple[Axes, ...]
     mixes: bool
+    floats: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

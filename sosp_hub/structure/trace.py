@@ -50,7 +50,7 @@ def trace(
         (outputs,) if isinstance(outputs, str) else (None if outputs is None else tuple(outputs))
     )
     twin, terms, entries = _run(model, example_inputs, wanted, fake)
-    samples = next(rules.tensors(example_inputs)).shape[0]
+    samples = next(iter(rules.tensors(example_inputs))).shape[0]
     return assemble(twin, terms, entries, example_inputs, wanted, int(samples))
 
 
@@ -61,7 +61,7 @@ def retrace(model: nn.Module, example_inputs: Any) -> tuple[Step, ...]:
 
 def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bool) -> Run:
     """One watched forward pass: without data where the code allows it, else with."""
-    if next(rules.tensors(inputs), None) is None:
+    if not any(True for _ in rules.tensors(inputs)):
         raise TraceError(f"example inputs must hold at least one tensor, got {describe(inputs)}")
     has_data = not any(tensor.is_meta for tensor in model.parameters())
     if fake or not has_data:

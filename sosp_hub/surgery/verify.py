@@ -69,6 +69,11 @@ def check_shapes(pruned: nn.Module, graph: Graph, plan: PruningPlan) -> None:
     if [_plain(step.name) for step in steps[0]] != [_plain(step.name) for step in steps[1]]:
         return  # another path through the code (a repeat factor of one): the outputs decide
     for before, after in zip(*steps, strict=True):
+        if before.floats != after.floats:
+            raise VerificationError(
+                f"{before.name} in {before.module or 'the model'} computes with {after.floats}, "
+                f"expected {before.floats}: the code uses a size as a value"
+            )
         for expected, found in zip(before.outputs, after.outputs, strict=True):
             sizes = [size_of(axis, count) for axis in expected], [size_of(axis) for axis in found]
             if sizes[0] != sizes[1]:

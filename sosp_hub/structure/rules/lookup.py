@@ -2,7 +2,7 @@
 
 import torch
 
-from sosp_hub.structure.axes import Axis, fixed, free, size_of, unify
+from sosp_hub.structure.axes import Axis, Sum, fixed, free, size_of, unify
 from sosp_hub.structure.rules.registry import (
     Operation,
     broadcast,
@@ -97,7 +97,7 @@ def _along(terms: Terms, op: Operation) -> None:
                 elif size_of(mine) == size_of(theirs):
                     unify(mine, theirs, f"`{op.name}` in {terms.where}")
                 else:
-                    terms.fix(mine, f"`{op.name}`"), terms.fix(theirs, f"`{op.name}`")
+                    terms.fix(Sum((mine, theirs)), f"`{op.name}`")
     if op.out.shape != tensor.shape:
         axes = [
             a if size_of(a) == s else fixed(int(s), f"`{op.name}`")

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sosp_hub.structure.axes import UNIT, Axis, Prod, free, mark, pin, size_of, split, unify
+from sosp_hub.structure.axes import UNIT, Axis, Prod, Sum, free, mark, pin, size_of, split, unify
 from sosp_hub.structure.rules.registry import Operation, broadcast, rule, tensors
 from sosp_hub.structure.terms import Terms
 
@@ -68,10 +68,10 @@ def _convolution(terms: Terms, op: Operation) -> None:
     batch, channels, *window_in = terms.of(tensor)
     first, second, *window = terms.of(weight)
     where = f"a convolution in {terms.where}"
-    halves = split(channels, groups, where), split(first, groups, where)
-    if halves[0] is None or halves[1] is None:
+    halves_in, halves_out = split(channels, groups, where), split(first, groups, where)
+    if halves_in is None or halves_out is None:
         raise ValueError("groups do not divide the channels")
-    (groups_in, inner), (groups_out, per_group) = halves
+    (groups_in, inner), (groups_out, per_group) = halves_in, halves_out
     unify(groups_in, groups_out, where)
     if transposed:
         _contract(terms, tensor, inner, weight, per_group, where)
@@ -81,7 +81,7 @@ def _convolution(terms: Terms, op: Operation) -> None:
         result = first
     if bias is not None:
         unify(result, terms.of(bias)[0], where)
-    mark(channels, "convolved"), mark(result, "convolved")
+    mark(Sum((channels, result)), "convolved")
     for axis in window:
         terms.fix(axis, "the window of a convolution")
     spatial = [
@@ -107,7 +107,8 @@ def attention(
     *lead_k, places, width_k = terms.of(key)
     *lead_v, places_v, width_v = terms.of(value)
     what = f"attention in {terms.where}"
-    unify(width, width_k, what), unify(places, places_v, what)
+    unify(width, width_k, what)
+    unify(places, places_v, what)
     mark(width, "contracted")
     if not scaled:
         terms.mix(width, "attention is scaled by 1/sqrt(its size)")

@@ -1,6 +1,6 @@
 """Windows that slide over, resample or rearrange pictures and sequences."""
 
-from sosp_hub.structure.axes import Prod, fixed, size_of, split
+from sosp_hub.structure.axes import Prod, Sum, fixed, size_of, split
 from sosp_hub.structure.rules.registry import Operation, rule, tensors
 from sosp_hub.structure.terms import Terms
 
@@ -59,7 +59,7 @@ def _pixel_unshuffle(terms: Terms, op: Operation) -> None:
 def _im2col(terms: Terms, op: Operation) -> None:
     *lead, channels, height, width = terms.of(op.args[0])
     window = fixed(int(op.out.shape[-2]) // size_of(channels), f"`unfold` in {terms.where}")
-    terms.spatial(height, 1, "`unfold`"), terms.spatial(width, 1, "`unfold`")
+    terms.fix(Sum((height, width)), "`unfold` slides along it")
     terms.set(
         op.out,
         [
