@@ -269,7 +269,7 @@ class _Stages:
             return {"history": history}
 
         record = self._stage(stage, make)
-        load_model(model, tensors, device=str(self.accelerator.device))
+        load_model(model, tensors)  # read on the CPU, copied to where the model is
         return record["history"]
 
     def _seconds_of(self, graph: Graph) -> Callable[[PruningPlan], float]:
