@@ -53,7 +53,7 @@ def _view(terms: Terms, op: Operation) -> None:
 
 @_demand("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
 def _factory(terms: Terms, op: Operation) -> None:
-    given = op.args[1:] if op.args and isinstance(op.args[0], Tensor) else op.args
+    given = op.args[1:] if op.args and isinstance(op.tensor, Tensor) else op.args
     sizes = _flat(given) or list(op.kwargs.get("size", ()))
     for size, axis in zip(sizes[: op.out.dim()], terms.of(op.out), strict=False):
         if isinstance(size, TracedInt):
@@ -71,7 +71,7 @@ def _series(terms: Terms, op: Operation) -> None:
 
 @_demand("unflatten")
 def _unflatten(terms: Terms, op: Operation) -> None:
-    dim = op.argument(1, "dim") % op.args[0].dim()
+    dim = op.argument(1, "dim") % op.tensor.dim()
     for offset, size in enumerate(op.argument(2, "sizes")):
         terms.constrain(size, terms.of(op.out)[dim + offset], "unflatten")
 
@@ -80,7 +80,7 @@ def _unflatten(terms: Terms, op: Operation) -> None:
 def _split(terms: Terms, op: Operation) -> None:
     key = "split_size_or_sections" if "split_size_or_sections" in op.kwargs else "split_size"
     sizes = op.argument(1, key)
-    dim = op.argument(2, "dim", 0) % op.args[0].dim()
+    dim = op.argument(2, "dim", 0) % op.tensor.dim()
     for size, piece in zip(
         [sizes] * len(op.out) if isinstance(sizes, int) else sizes, op.out, strict=False
     ):
@@ -90,7 +90,7 @@ def _split(terms: Terms, op: Operation) -> None:
 
 @_demand("chunk", "tensor_split")
 def _chunk(terms: Terms, op: Operation) -> None:
-    dim = op.argument(2, "dim", 0) % op.args[0].dim()
+    dim = op.argument(2, "dim", 0) % op.tensor.dim()
     first = op.out[0]
     for piece in op.out[1:]:
         if piece.shape[dim] == first.shape[dim]:

@@ -38,14 +38,14 @@ def _series(terms: Terms, op: Operation) -> None:
 
 @rule("embedding")
 def _embedding(terms: Terms, op: Operation) -> None:
-    vocabulary, width = terms.of(op.args[0])
+    vocabulary, width = terms.of(op.tensor)
     terms.fix(vocabulary, "rows are looked up by number")
     terms.set(op.out, [*terms.of(op.args[1]), width])
 
 
 @rule("index", "index_put")
 def _index(terms: Terms, op: Operation) -> None:
-    tensor, indices = op.args[0], list(op.args[1])
+    tensor, indices = op.tensor, list(op.args[1])
     axes = list(terms.of(tensor))
     used = [dim for dim, index in enumerate(indices) if index is not None]
     for dim in used:
@@ -86,7 +86,7 @@ def _index(terms: Terms, op: Operation) -> None:
     "index_fill",
 )
 def _along(terms: Terms, op: Operation) -> None:
-    tensor, dim = op.args[0], position_of(op.args[1], op.args[0])
+    tensor, dim = op.tensor, position_of(op.args[1], op.tensor)
     axes = list(terms.of(tensor))
     terms.fix(axes[dim], "positions along it are picked by an index")
     for other in tensors(op.args[2:]):

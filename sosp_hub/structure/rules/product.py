@@ -22,7 +22,7 @@ def _mm(terms: Terms, op: Operation) -> None:
     _contract(terms, left, inner, right, other, "a matrix product")
     result = [rows, columns]
     if op.name == "addmm":
-        broadcast(terms, [tuple(result), terms.of(op.args[0])], op.name)
+        broadcast(terms, [tuple(result), terms.of(op.tensor)], op.name)
     terms.macs.append((rows, inner, columns))
     terms.set(op.out, result)
 
@@ -36,7 +36,7 @@ def _bmm(terms: Terms, op: Operation) -> None:
     mark(batch, "expert" if terms.is_parameter(left) or terms.is_parameter(right) else "head")
     result = [batch, rows, columns]
     if op.name == "baddbmm":
-        broadcast(terms, [tuple(result), terms.of(op.args[0])], op.name)
+        broadcast(terms, [tuple(result), terms.of(op.tensor)], op.name)
     terms.macs.append((batch, rows, inner, columns))
     terms.set(op.out, result)
 

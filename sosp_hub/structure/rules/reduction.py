@@ -19,7 +19,7 @@ from sosp_hub.structure.terms import Terms
     "logsumexp", "norm", "linalg_vector_norm", "any", "all", "argmax", "argmin", "median",
 )  # fmt: skip
 def _reduce(terms: Terms, op: Operation) -> None:
-    tensor = op.args[0]
+    tensor = op.tensor
     axes = terms.of(tensor)
     results = list(tensors(op.out))
     if op.name in {"max", "min"} and len(op.args) > 1 and isinstance(op.args[1], Tensor):
@@ -57,15 +57,15 @@ def _reduce(terms: Terms, op: Operation) -> None:
     "logcumsumexp",
 )
 def _along_dim(terms: Terms, op: Operation) -> None:
-    axes = terms.of(op.args[0])
+    axes = terms.of(op.tensor)
     if axes:
-        terms.mix(axes[position_of(op.args[1], op.args[0])], f"`{op.name.strip('_')}` runs over it")
+        terms.mix(axes[position_of(op.args[1], op.tensor)], f"`{op.name.strip('_')}` runs over it")
     terms.set(op.out, axes)
 
 
 @rule("topk", "sort", "argsort", "kthvalue")
 def _order(terms: Terms, op: Operation) -> None:
-    tensor = op.args[0]
+    tensor = op.tensor
     position = {"topk": 2, "kthvalue": 2}.get(op.name, 1)
     dim = (
         op.args[position]
@@ -83,7 +83,7 @@ def _order(terms: Terms, op: Operation) -> None:
 
 @rule("tril", "triu")
 def _triangle(terms: Terms, op: Operation) -> None:
-    axes = terms.of(op.args[0])
+    axes = terms.of(op.tensor)
     for axis in axes[-2:]:
         terms.fix(axis, f"`{op.name}` counts positions along it")
     terms.set(op.out, axes)
@@ -91,7 +91,7 @@ def _triangle(terms: Terms, op: Operation) -> None:
 
 @rule("glu")
 def _glu(terms: Terms, op: Operation) -> None:
-    tensor = op.args[0]
+    tensor = op.tensor
     dim = position_of(op.args[1] if len(op.args) > 1 else -1, tensor)
     axes = list(terms.of(tensor))
     pieces = cut_at(axes[dim], int(op.out.shape[dim]))
@@ -107,7 +107,7 @@ def _glu(terms: Terms, op: Operation) -> None:
     "_native_batch_norm_legit_functional",
 )  # fmt: skip
 def _batch_norm(terms: Terms, op: Operation) -> None:
-    axes = list(terms.of(op.args[0]))
+    axes = list(terms.of(op.tensor))
     result = op.out[0]
     for statistic in tensors(op.args[1:]):
         unify(axes[1], terms.of(statistic)[0], f"batch norm in {terms.where}")
@@ -130,7 +130,7 @@ def _batch_norm(terms: Terms, op: Operation) -> None:
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 def _layer_norm(terms: Terms, op: Operation) -> None:
-    axes = list(terms.of(op.args[0]))
+    axes = list(terms.of(op.tensor))
     count = len(op.args[1])
     for scale in tensors(op.args[2:]):
         for mine, theirs in zip(axes[-count:], terms.of(scale), strict=True):
@@ -146,7 +146,7 @@ def _layer_norm(terms: Terms, op: Operation) -> None:
 
 @rule("native_group_norm", "group_norm")
 def _group_norm(terms: Terms, op: Operation) -> None:
-    tensor, groups = op.args[0], int(op.args[6] if op.name == "native_group_norm" else op.args[1])
+    tensor, groups = op.tensor, int(op.args[6] if op.name == "native_group_norm" else op.args[1])
     axes = list(terms.of(tensor))
     for scale in tensors(op.args[1:]):
         unify(axes[1], terms.of(scale)[0], f"group norm in {terms.where}")

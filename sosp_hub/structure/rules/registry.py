@@ -25,6 +25,11 @@ class Operation:
     out: Any
 
     @property
+    def tensor(self) -> Any:
+        """Its first argument."""
+        return self.args[0]
+
+    @property
     def operands(self) -> list[Tensor]:
         """Its tensor arguments."""
         return list(tensors((self.args, self.kwargs)))

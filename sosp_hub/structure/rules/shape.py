@@ -32,7 +32,7 @@ from sosp_hub.structure.terms import Terms
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten")
 def _view(terms: Terms, op: Operation) -> None:
-    source = op.args[0]
+    source = op.tensor
     axes = reshape(terms, list(terms.of(source)), [int(size) for size in op.out.shape], op.name)
     terms.set(op.out, axes)
     carry_source(terms, source, op.out)
@@ -76,42 +76,42 @@ def reshape(terms: Terms, axes: list[Axis], sizes: list[int], what: str) -> list
 
 @rule("t", "transpose", "numpy_T", "mT", "swapaxes")
 def _transpose(terms: Terms, op: Operation) -> None:
-    axes = list(terms.of(op.args[0]))
+    axes = list(terms.of(op.tensor))
     one, two = (op.args[1], op.args[2]) if len(op.args) > 2 else (-2, -1)
     if len(axes) > 1:
         axes[one], axes[two] = axes[two], axes[one]
     terms.set(op.out, axes)
-    carry_source(terms, op.args[0], op.out)
+    carry_source(terms, op.tensor, op.out)
 
 
 @rule("permute")
 def _permute(terms: Terms, op: Operation) -> None:
-    axes = terms.of(op.args[0])
+    axes = terms.of(op.tensor)
     terms.set(op.out, [axes[dim] for dim in op.args[1]])
-    carry_source(terms, op.args[0], op.out)
+    carry_source(terms, op.tensor, op.out)
 
 
 @rule("unsqueeze")
 def _unsqueeze(terms: Terms, op: Operation) -> None:
-    axes = list(terms.of(op.args[0]))
+    axes = list(terms.of(op.tensor))
     axes.insert(op.args[1] % op.out.dim(), UNIT)
     terms.set(op.out, axes)
-    carry_source(terms, op.args[0], op.out)
+    carry_source(terms, op.tensor, op.out)
 
 
 @rule("squeeze")
 def _squeeze(terms: Terms, op: Operation) -> None:
-    dims = dims_of(op.args[1] if len(op.args) > 1 else None, op.args[0])
+    dims = dims_of(op.args[1] if len(op.args) > 1 else None, op.tensor)
     terms.set(
         op.out,
-        [a for i, a in enumerate(terms.of(op.args[0])) if not (i in dims and size_of(a) == 1)],
+        [a for i, a in enumerate(terms.of(op.tensor)) if not (i in dims and size_of(a) == 1)],
     )
-    carry_source(terms, op.args[0], op.out)
+    carry_source(terms, op.tensor, op.out)
 
 
 @rule("expand", "broadcast_to")
 def _expand(terms: Terms, op: Operation) -> None:
-    axes = list(terms.of(op.args[0]))
+    axes = list(terms.of(op.tensor))
     axes = [UNIT] * (op.out.dim() - len(axes)) + axes
     result: list[Axis] = []
     for axis, size in zip(axes, op.out.shape, strict=True):
@@ -124,7 +124,7 @@ def _expand(terms: Terms, op: Operation) -> None:
 
 @rule("repeat", "tile")
 def _repeat(terms: Terms, op: Operation) -> None:
-    axes = list(terms.of(op.args[0]))
+    axes = list(terms.of(op.tensor))
     axes = [UNIT] * (op.out.dim() - len(axes)) + axes
     reason = f"`{op.name}` in {terms.where}"
     terms.set(
@@ -139,8 +139,8 @@ def _repeat(terms: Terms, op: Operation) -> None:
 @rule("cat", "concatenate", "concat")
 def _cat(terms: Terms, op: Operation) -> None:
     pieces = [
-        piece for piece in op.args[0] if piece.dim() == op.out.dim() and piece.numel()
-    ] or list(op.args[0])
+        piece for piece in op.tensor if piece.dim() == op.out.dim() and piece.numel()
+    ] or list(op.tensor)
     dim = position_of(op.argument(1, "dim", 0), op.out)
     axes = [terms.of(piece) for piece in pieces]
     result = list(axes[0])
@@ -155,8 +155,8 @@ def _cat(terms: Terms, op: Operation) -> None:
 @rule("stack")
 def _stack(terms: Terms, op: Operation) -> None:
     dim = position_of(op.argument(1, "dim", 0), op.out)
-    axes = broadcast(terms, [terms.of(piece) for piece in op.args[0]], op.name)
-    axes.insert(dim, fixed(len(op.args[0]), f"`stack` in {terms.where}"))
+    axes = broadcast(terms, [terms.of(piece) for piece in op.tensor], op.name)
+    axes.insert(dim, fixed(len(op.tensor), f"`stack` in {terms.where}"))
     terms.set(op.out, axes)
 
 
@@ -170,8 +170,8 @@ def _stack(terms: Terms, op: Operation) -> None:
     "split_copy",
 )
 def _split(terms: Terms, op: Operation) -> None:
-    dim = position_of(op.argument(2, "dim", 0), op.args[0])
-    axes = list(terms.of(op.args[0]))
+    dim = position_of(op.argument(2, "dim", 0), op.tensor)
+    axes = list(terms.of(op.tensor))
     rest = axes[dim]
     for piece in op.out:
         size = int(piece.shape[dim])
@@ -184,12 +184,12 @@ def _split(terms: Terms, op: Operation) -> None:
             head, rest = pieces
         axes[dim] = head
         terms.set(piece, axes)
-        carry_source(terms, op.args[0], piece)
+        carry_source(terms, op.tensor, piece)
 
 
 @rule("slice", "narrow")
 def _slice(terms: Terms, op: Operation) -> None:
-    tensor = op.args[0]
+    tensor = op.tensor
     dim = position_of(op.args[1] if len(op.args) > 1 else 0, tensor)
     size, kept = int(tensor.shape[dim]), int(op.out.shape[dim])
     start = (op.args[2] if len(op.args) > 2 else None) or 0
@@ -229,17 +229,17 @@ def _piece(terms: Terms, axis: Axis, start: int, length: int) -> Axis:
 
 @rule("select", "unbind")
 def _select(terms: Terms, op: Operation) -> None:
-    dim = position_of(op.argument(1, "dim", 0), op.args[0])
-    axes = list(terms.of(op.args[0]))
+    dim = position_of(op.argument(1, "dim", 0), op.tensor)
+    axes = list(terms.of(op.tensor))
     terms.fix(axes.pop(dim), "single elements of this axis are picked by their position")
     for result in tensors(op.out):
         terms.set(result, axes)
-        carry_source(terms, op.args[0], result)
+        carry_source(terms, op.tensor, result)
 
 
 @rule("constant_pad_nd", "pad")
 def _pad(terms: Terms, op: Operation) -> None:
-    axes, widths = list(terms.of(op.args[0])), op.args[1]
+    axes, widths = list(terms.of(op.tensor)), op.args[1]
     for back in range(len(widths) // 2):
         before, after = widths[2 * back], widths[2 * back + 1]
         axis = axes[-1 - back]
@@ -262,7 +262,7 @@ def _pad(terms: Terms, op: Operation) -> None:
 def _as_strided(terms: Terms, op: Operation) -> None:
     if not _is_relayout(op.args, op.out):
         raise ValueError("a new view of the memory")
-    terms.set(op.out, terms.of(op.args[0]))
+    terms.set(op.out, terms.of(op.tensor))
 
 
 def _is_relayout(args: tuple[Any, ...], out: Tensor) -> bool:
@@ -272,7 +272,7 @@ def _is_relayout(args: tuple[Any, ...], out: Tensor) -> bool:
 
 @rule("roll", "flip")
 def _move(terms: Terms, op: Operation) -> None:
-    axes = terms.of(op.args[0])
-    for dim in dims_of(op.args[-1], op.args[0]):
+    axes = terms.of(op.tensor)
+    for dim in dims_of(op.args[-1], op.tensor):
         terms.fix(axes[dim], f"`{op.name}` moves elements along it")
     terms.set(op.out, axes)

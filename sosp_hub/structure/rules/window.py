@@ -17,7 +17,7 @@ _RESAMPLE = (
 
 @rule(*_RESAMPLE)
 def _resample(terms: Terms, op: Operation) -> None:
-    tensor = op.args[0]
+    tensor = op.tensor
     axes = terms.of(tensor)
     flat = op.name.endswith("1d")
     num_spatial = 1 if flat else (3 if "3d" in op.name else 2)
@@ -33,7 +33,7 @@ def _resample(terms: Terms, op: Operation) -> None:
 
 @rule("pixel_shuffle")
 def _pixel_shuffle(terms: Terms, op: Operation) -> None:
-    *lead, channels, height, width = terms.of(op.args[0])
+    *lead, channels, height, width = terms.of(op.tensor)
     halves = split(channels, int(op.out.shape[-3]), op.name)
     assert halves is not None
     terms.fix(halves[1], "`pixel_shuffle` moves it into the picture")
@@ -46,7 +46,7 @@ def _pixel_shuffle(terms: Terms, op: Operation) -> None:
 
 @rule("pixel_unshuffle")
 def _pixel_unshuffle(terms: Terms, op: Operation) -> None:
-    *lead, channels, height, width = terms.of(op.args[0])
+    *lead, channels, height, width = terms.of(op.tensor)
     factor = fixed(int(op.out.shape[-3]) // size_of(channels), f"`{op.name}` in {terms.where}")
     spatial = [
         terms.spatial(a, int(s), op.name)
@@ -57,7 +57,7 @@ def _pixel_unshuffle(terms: Terms, op: Operation) -> None:
 
 @rule("im2col")
 def _im2col(terms: Terms, op: Operation) -> None:
-    *lead, channels, height, width = terms.of(op.args[0])
+    *lead, channels, height, width = terms.of(op.tensor)
     window = fixed(int(op.out.shape[-2]) // size_of(channels), f"`unfold` in {terms.where}")
     terms.fix(Sum((height, width)), "`unfold` slides along it")
     terms.set(
