@@ -96,7 +96,7 @@ def versions_said(delta: Delta, installed: str) -> Iterator[None]:
         ) from None
 
 
-def own_config(module: nn.Module) -> Any | None:  # noqa: ANN401 - any library's config
+def own_config(module: nn.Module) -> Any | None:
     """The config object that a module holds, if it holds one."""
     config = module.__dict__.get("config")
     return config if hasattr(config, "model_type") else None
@@ -471,7 +471,7 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _as_plain(value: Any) -> Plain:  # noqa: ANN401 - what _is_plain accepted
+def _as_plain(value: Any) -> Plain:
     if isinstance(value, tuple | list):
         return tuple(int(v) for v in value)
     return float(value) if isinstance(value, float) else int(value)

@@ -50,7 +50,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: Any = None,  # noqa: ANN401 - Python's protocol
+        path: Any = None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         if fullname not in _LOADERS:

@@ -175,7 +175,7 @@ def _load_timm(
 
 
 def _check_all_loaded(model: nn.Module, tensors: Mapping[str, headers.TensorHeader]) -> None:
-    """timm fills a head of another size with random numbers, and says so nowhere."""
+    """Timm fills a head of another size with random numbers, and says so nowhere."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(shapes.keys() | tensors.keys()):
         held = tensors[name].shape if name in tensors else None
@@ -217,7 +217,9 @@ def _model_class(config: Mapping[str, Any]) -> Any | None:
 
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    cls = (
+        getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    )
     is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     return cls if is_model else None
 

@@ -31,14 +31,14 @@ class StandIn(nn.Module):
 class RemovedBlock(StandIn):
     """Hands its first input on."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, D102 - any block's arguments
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - any block's arguments
         return args[0] if args else next(iter(kwargs.values()))
 
 
 class RemovedMlp(StandIn):
     """Adds nothing to the residual stream."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: ANN401, D102
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: D102
         return torch.zeros_like(hidden_states)
 
 
@@ -60,9 +60,9 @@ class RemovedAttention(StandIn):
     def forward(  # noqa: D102
         self,
         hidden_states: Tensor,
-        *_: Any,  # noqa: ANN401 - any attention's arguments
-        past_key_values: Any = None,  # noqa: ANN401 - any cache
-        **__: Any,  # noqa: ANN401
+        *_: Any,
+        past_key_values: Any = None,
+        **__: Any,
     ) -> tuple[Tensor, None]:
         if past_key_values is not None and self.layer_idx is not None:
             batch, tokens = hidden_states.shape[:2]

@@ -37,8 +37,8 @@ def sosp_hub_pruned(
     *,
     base_architecture: str,
     delta: Mapping[str, Any],
-    pretrained_cfg: Any = None,  # noqa: ANN401 - timm's own
-    **kwargs: Any,  # noqa: ANN401 - whatever the real architecture takes
+    pretrained_cfg: Any = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """A pruned model; timm calls this with what ``config.json`` says.
 

@@ -103,13 +103,13 @@ def delta_of(
     )
 
 
-def build_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:  # noqa: ANN401
+def build_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     """Builds a model without data. The delta in its config, if any, is applied."""
     with torch.device("meta"), enabled():
         return model_class(copy.deepcopy(config))
 
 
-def plain_config(config: Any) -> Any:  # noqa: ANN401
+def plain_config(config: Any) -> Any:
     """A copy of the config without the delta."""
     config = copy.deepcopy(config)
     for each in config_tree(config):
@@ -117,7 +117,7 @@ def plain_config(config: Any) -> Any:  # noqa: ANN401
     return config
 
 
-def config_tree(config: Any) -> Iterator[Any]:  # noqa: ANN401
+def config_tree(config: Any) -> Iterator[Any]:
     """A config and the configs inside it."""
     yield config
     for value in vars(config).values():
@@ -191,7 +191,7 @@ def _of_sibling(model: PreTrainedModel, section: Section) -> Section | None:
     )
 
 
-def _rewritten(old: Any, new: Any) -> frozenset[tuple[str, Any]]:  # noqa: ANN401
+def _rewritten(old: Any, new: Any) -> frozenset[tuple[str, Any]]:
     """Keys, with their old values, that two configs of one tree say differently."""
     return frozenset(
         (key, value)
@@ -218,7 +218,7 @@ def _post_init(self: PreTrainedModel) -> None:
     _ORIGINALS["post_init"](self)
 
 
-def _set_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+def _set_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     """Also tells modules that have their own copy of the config."""
     _ORIGINALS["set_attn_implementation"](self, *args, **kwargs)
     follow(self)
@@ -243,7 +243,7 @@ def _own_part(model: nn.Module) -> Iterator[nn.Module]:
             yield from _own_part(child)
 
 
-def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Refuses what would load a pruned checkpoint wrongly without a word."""
     record = vars(model.config).get(KEY)
     if record is not None:
