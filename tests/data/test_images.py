@@ -157,7 +157,7 @@ def test_transformers_take_a_dict_and_their_own_order_of_labels(idx_folder, proc
 
 
 def test_augmented_image_is_one_of_all_shifts_and_mirrors():
-    pixels = torch.randint(1, 256, (40, 2, 8, 16), dtype=torch.uint8)
+    pixels = torch.randint(1, 256, (400, 2, 8, 16), dtype=torch.uint8)
     shifted = shift_and_flip(pixels)
     padded = torch.nn.functional.pad(pixels, (2, 2, 1, 1))
     chosen = set()
@@ -171,8 +171,7 @@ def test_augmented_image_is_one_of_all_shifts_and_mirrors():
         ]
         assert len(fits) == 1
         chosen.add(fits[0])
-    assert len(chosen) > 10
-    assert {mirrored for mirrored, _, _ in chosen} == {False, True}
+    assert len(chosen) == 2 * 3 * 5
 
 
 def test_text_model_on_images(idx_folder, letters):
