@@ -24,6 +24,7 @@ from sosp_hub.hub.facts import (
     without_tokens,
 )
 from sosp_hub.hub.figures import Picture, write_figures
+from sosp_hub.hub.licence import copy_licence_files
 from sosp_hub.hub.markers import fence, split_card
 from sosp_hub.hub.methods import method
 from sosp_hub.hub.snippets import (
@@ -51,7 +52,7 @@ def render_card(
     figures: bool = True,
     run: bool = True,
 ) -> Path:
-    """Writes ``README.md`` (and ``figures/``) into a model's folder.
+    """Writes ``README.md`` and ``figures/`` into a model's folder, and the base's licence texts.
 
     Args:
         folder: A saved model with its ``sosp_report.json``.
@@ -79,6 +80,8 @@ def render_card(
     facts = collect(report)
     if run:
         run_snippet(load_snippet(checkpoint, str(folder.resolve()), facts.task))
+    if facts.base_model:
+        copy_licence_files(facts.base_model, folder, facts.base_revision)
     drawn = write_figures(report, folder) if figures else []
     path = folder / "README.md"
     old = path.read_text(encoding="utf-8") if path.is_file() else None

@@ -98,7 +98,7 @@ def image_report():
     return report, saliency
 
 
-def text_report(layers=30):
+def text_report(layers=16):
     """A language model: two kinds of structure in every layer, perplexity, a base on the hub."""
     rng = np.random.default_rng(1)
     groups, saliency, kept = [], {}, {}

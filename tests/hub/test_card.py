@@ -158,6 +158,22 @@ def test_the_hubs_own_classes_read_the_card(fixture, request):
     assert card.data.eval_results
 
 
+def test_licence_texts_of_the_base_model_are_copied(hub, text, tmp_path):
+    texts = {"LICENSE": b"the words", "NOTICE.txt": b"more words"}
+    hub.add_repo("lab/base", files={**texts, "model.safetensors": b"large"})
+    changed(text, lambda report: report.update(base={"model": "lab/base", "license": "mit"}))
+    (text / "NOTICE.txt").write_bytes(b"mine")
+    render(text)
+    assert (text / "LICENSE").read_bytes() == b"the words"
+    assert (text / "NOTICE.txt").read_bytes() == b"mine"
+    assert not any("model.safetensors" in request for request, _ in hub.log)
+
+
+def test_a_base_model_out_of_reach_costs_only_its_licence_text(text, caplog):
+    assert "perplexity 29.9" in render(text)
+    assert "licence files could not be copied" in caplog.text
+
+
 # ------------------------------------------------------------------------------- regeneration
 def test_a_persons_own_text_and_metadata_survive(image):
     card = render(image)
