@@ -95,14 +95,15 @@ def token_windows(
     tokenizer, length = processing.tokenizer, allowed_length(processing, max_length)
     start = [tokenizer.bos_token_id] if _starts_with_bos(tokenizer) else []
     body = length - len(start)
-    stream: list[int] = []
+    parts: list[Tensor] = []
     for first in range(0, len(rows), _TEXTS_AT_ONCE):
         texts = [
             text + _BETWEEN_TEXTS for text in rows.texts[first : first + _TEXTS_AT_ONCE] if text
         ]
         if texts:
             encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            stream.extend(token for tokens in encoded for token in tokens)
+            parts.append(torch.tensor([token for tokens in encoded for token in tokens]))
+    stream = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
     num_windows = len(stream) // body
     if not num_windows:
         raise DataError(
@@ -110,7 +111,7 @@ def token_windows(
             f"{length}; "
             "give more text or a smaller data.max_length"
         )
-    windows = torch.tensor(stream[: num_windows * body]).view(num_windows, body)
+    windows = stream[: num_windows * body].view(num_windows, body)
     return torch.cat(
         [torch.tensor(start, dtype=torch.int64).expand(num_windows, -1), windows], dim=1
     )

@@ -24,6 +24,9 @@ def load_model(section: ModelSection, *, data: DataInfo | None = None) -> Loaded
         DataError: A head that does not fit the labels.
         HubError: The hub cannot be reached.
     """
+    for key in ("num_classes", "num_labels"):
+        if key in section.kwargs:
+            raise ModelError(f"model.kwargs: write model.num_labels instead of {key!r} here")
     if section.library == "timm":
         if section.task != "image-classification":
             raise ModelError(

@@ -165,6 +165,7 @@ def test_classes_of_the_same_name_meet(tmp_path, section):
         ({"id": "/no/such/folder"}, "nearest folder that does is /$"),
         ({"id": TINY, "pretrained": False, "kwargs": {"depht": 3}}, "depht"),
         ({"id": TINY, "kwargs": {"checkpoint_path": "/no/file.pth"}}, "checkpoint_path.*not exist"),
+        ({"id": TINY, "kwargs": {"num_classes": 3}}, "write model.num_labels instead"),
         ({"id": TINY, "task": "causal-lm"}, "model.task: timm models do image-classification"),
     ],
 )
