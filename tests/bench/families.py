@@ -368,13 +368,11 @@ VISION = (
         "cvt", "CvtForImageClassification", {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3]},
         depth=[1, 2, 3],
     ),
-    _image("vit_mae_encoder", "ViTMAEModel", _IMAGE, mask_ratio=0.0),
+    Family(
+        "vit_mae", "ViTMAEModel", {**_IMAGE, "mask_ratio": 0.0},
+        lambda: {**_pixels(), "noise": torch.rand(2, 16)}, "last_hidden_state",
+    ),
 )  # fmt: skip
-VISION = tuple(
-    Family(f.name, f.model, f.config, f.inputs, "last_hidden_state") if "mae" in f.name else f
-    for f in VISION
-)
-
 OTHERS = (
     Family("clip", "CLIPModel", {"text_config": _CLIP_TEXT, "vision_config": _CLIP_IMAGE,
                                  "projection_dim": 24}, _both, "logits_per_image"),

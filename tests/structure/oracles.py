@@ -41,31 +41,41 @@ def plan_of(graph: Graph, kept: dict[str, Any]) -> PruningPlan:
     return PruningPlan(kept, {name: graph.groups[name].size for name in kept})
 
 
+def _free(graph: Graph, chosen: Callable[[Group], bool]) -> list[str]:
+    """Chosen groups whose ties are all chosen."""
+    bound = {
+        name
+        for tie in graph.ties
+        if not all(chosen(graph.groups[name]) for name in tie)
+        for name in tie
+    }
+    return [name for name, group in graph.groups.items() if chosen(group) and name not in bound]
+
+
 def half(
     graph: Graph, chosen: Callable[[Group], bool] = lambda group: True, seed: int = 0
 ) -> PruningPlan:
     """Keeps a random half of every chosen group."""
     generator = random.Random(seed)
-    return plan_of(
-        graph,
-        {
-            name: tuple(sorted(generator.sample(range(group.size), max(1, group.size // 2))))
-            for name, group in graph.groups.items()
-            if chosen(group)
-        },
-    )
+    kept = {}
+    for name in _free(graph, chosen):
+        size = graph.groups[name].size
+        kept[name] = tuple(sorted(generator.sample(range(size), max(1, size // 2))))
+    return plan_of(graph, kept)
 
 
-def ragged(graph: Graph, chosen: Callable[[Group], bool] = lambda group: True, seed: int = 0):
+def ragged(
+    graph: Graph, chosen: Callable[[Group], bool] = lambda group: True, seed: int = 0
+) -> PruningPlan:
     """Keeps a random number of every chosen group; tied groups keep equally many."""
     generator = random.Random(seed)
     label = {name: tie[0] for tie in graph.ties for name in tie}
     counts: dict[str, int] = {}
     kept = {}
-    for name, group in graph.groups.items():
-        if chosen(group):
-            count = counts.setdefault(label.get(name, name), generator.randint(1, group.size))
-            kept[name] = tuple(sorted(generator.sample(range(group.size), count)))
+    for name in _free(graph, chosen):
+        size = graph.groups[name].size
+        count = counts.setdefault(label.get(name, name), generator.randint(1, size))
+        kept[name] = tuple(sorted(generator.sample(range(size), count)))
     return plan_of(graph, kept)
 
 

@@ -1,0 +1,94 @@
+"""Every rule on a model of one operation: which groups are found; a cut equals plain runs."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sosp_hub.structure.rules import RULES
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import apply, cut
+from tests.compare import assert_close
+from tests.structure.cases import CASES, PENDING, RuleCase
+from tests.structure.oracles import fill, gated, half, ragged, run, unmade
+
+ELSEWHERE = {
+    *("_convolution", "mkldnn_convolution", "cudnn_convolution", "cudnn_batch_norm"),
+    *("_batch_norm_no_update", "_batch_norm_with_update", "_native_batch_norm_legit"),
+    *("_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training"),
+    *("_reshape_alias", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "argsort", "avg_pool1d"),
+    *("broadcast_to", "chunk", "concat", "concatenate", "flatten", "group_norm", "layer_norm"),
+    *("linear", "log_softmax", "mT", "max_pool1d", "max_pool2d", "mkldnn_max_pool2d", "narrow"),
+    *("norm", "numpy_T", "pad", "reshape", "rms_norm", "_fused_rms_norm", "softmax", "swapaxes"),
+    *("take_along_dim", "tensor", "tensor_split", "tile", "unflatten", "unsafe_chunk"),
+}
+"""Made of other operations before a rule could see them, or met on other devices only."""
+
+
+def chosen(test, cases):
+    """Test parameters, with the defects that are known."""
+    params = []
+    for case in cases:
+        reason = PENDING.get((test, case.name))
+        marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
+        params.append(pytest.param(case, id=case.name, marks=marks))
+    return params
+
+
+def build(case: RuleCase):
+    torch.manual_seed(0)
+    model = fill(case.build().eval())
+    return model, (case.example(),)
+
+
+@pytest.mark.parametrize("fake", [True, False], ids=["fake", "real"])
+@pytest.mark.parametrize("case", chosen("groups", CASES))
+def test_the_groups_that_belong_together_are_found(case, fake):
+    model, inputs = build(case)
+    graph = trace(model, inputs, fake=fake)
+    exact = Counter(group.size for group in graph.groups.values() if group.exact)
+    inexact = Counter(group.size for group in graph.groups.values() if not group.exact)
+    assert exact == Counter(case.sizes), str(graph)
+    assert inexact == Counter(case.inexact), str(graph)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", chosen("cut", [case for case in CASES if case.sizes]))
+def test_a_cut_of_exact_groups_is_the_dense_model_with_zeros(case, seed):
+    model, inputs = build(case)
+    graph = trace(model, inputs)
+    make = half if seed == 0 or case.multiple > 1 else ragged
+    plan = make(graph, lambda group: group.exact, seed=seed)
+    found = run(cut(copy.deepcopy(model), graph, plan), graph)
+    assert_close(found, gated(model, graph, plan), what="against gates where it is read")
+    if case.keeps_zero:
+        assert_close(found, unmade(model, graph, plan), what="against zeros where it is made")
+
+
+@pytest.mark.parametrize("case", chosen("verify", [c for c in CASES if c.sizes or c.inexact]))
+def test_verification_accepts_the_cut(case):
+    model, inputs = build(case)
+    graph = trace(model, inputs)
+    apply(model, graph, half(graph))
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__.rstrip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_rule_has_a_case():
+    with torch.no_grad(), _Names() as seen:
+        for case in CASES:
+            model, inputs = build(case)
+            model(*inputs)
+    tried = {name for name in RULES if name.rstrip("_") in seen.names}
+    assert sorted(set(RULES) - tried - ELSEWHERE) == [], "rules that no case runs"
+    assert sorted(tried & ELSEWHERE) == [], "these are met after all"
