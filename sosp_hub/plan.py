@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from sosp_hub.errors import PlanError
@@ -15,17 +16,18 @@ class PruningPlan:
     """Kept indices per group.
 
     Attributes:
-        kept: Sorted kept indices of each group that is cut; a group that is not listed is kept
-            whole.
+        kept: Sorted kept indices of each group that is cut; an unlisted group is kept whole.
         sizes: Size of each listed group in the model that the plan was made for.
         base_model: Hub id of the model the plan was made for, if it has one.
         base_revision: Commit of that model.
         provenance: Where the plan comes from (criterion, budget, calibration): JSON data, never
             needed to apply it.
+        gates: For groups whose kept structures make up for the removed ones: a factor for each
+            kept structure, folded into the weights that read it.
 
     Raises:
-        PlanError: Indices that are unsorted, repeated or out of range, or a group that is left
-            empty.
+        PlanError: Indices that are unsorted, repeated or out of range, a group that is left empty,
+            or gates that do not fit their group.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -33,17 +35,20 @@ class PruningPlan:
     base_model: str | None = None
     base_revision: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    gates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kept", {name: tuple(kept) for name, kept in self.kept.items()})
+        for name in ("kept", "gates"):
+            lists = {group: tuple(values) for group, values in getattr(self, name).items()}
+            object.__setattr__(self, name, lists)
         object.__setattr__(self, "sizes", dict(self.sizes))
         if self.kept.keys() != self.sizes.keys():
             odd = sorted(self.kept.keys() ^ self.sizes.keys())
-            raise PlanError(
-                f"plan: `kept` and `sizes` must list the same groups; they differ in {odd}"
-            )
+            raise PlanError(f"plan: `kept` and `sizes` must list the same groups, not {odd}")
         for name, kept in self.kept.items():
             _check_indices(name, kept, self.sizes[name])
+        for name, gates in self.gates.items():
+            _check_gates(name, gates, len(self.kept.get(name, ())))
 
     def num_kept(self) -> dict[str, int]:
         """Number of kept structures of each listed group."""
@@ -62,8 +67,14 @@ class PruningPlan:
         for name, indices in second.kept.items():
             first = self.kept.get(name)
             kept[name] = indices if first is None else tuple(first[i] for i in indices)
+        gates: dict[str, tuple[float, ...]] = {}
+        for name in self.gates.keys() | second.gates.keys():
+            one = self.gates.get(name, (1.0,) * len(self.kept.get(name, range(sizes[name]))))
+            two = second.gates.get(name, (1.0,) * len(second.kept.get(name, one)))
+            chosen = second.kept.get(name, range(len(one)))
+            gates[name] = tuple(one[i] * factor for i, factor in zip(chosen, two, strict=True))
         provenance = {"steps": [dict(self.provenance), dict(second.provenance)]}
-        return PruningPlan(kept, sizes, self.base_model, self.base_revision, provenance)
+        return PruningPlan(kept, sizes, self.base_model, self.base_revision, provenance, gates)
 
     def to_json(self) -> str:
         """The plan as JSON text; ``from_json`` gives the same plan back."""
@@ -73,6 +84,7 @@ class PruningPlan:
             "base_revision": self.base_revision,
             "sizes": self.sizes,
             "kept": {name: list(kept) for name, kept in self.kept.items()},
+            "gates": {name: list(gates) for name, gates in self.gates.items()},
             "provenance": dict(self.provenance),
         }
         return json.dumps(record, indent=1)
@@ -100,6 +112,7 @@ class PruningPlan:
                 base_model=record.get("base_model"),
                 base_revision=record.get("base_revision"),
                 provenance=record.get("provenance", {}),
+                gates=record.get("gates", {}),
             )
         except (KeyError, AttributeError, TypeError) as error:
             raise PlanError(
@@ -126,3 +139,13 @@ def _check_indices(name: str, kept: Sequence[int], size: int) -> None:
         raise PlanError(
             f"plan: group {name!r} has {size} structures; kept index {wrong} is out of range"
         )
+
+
+def _check_gates(name: str, gates: Sequence[float], num_kept: int) -> None:
+    if len(gates) != num_kept:
+        raise PlanError(
+            f"plan: group {name!r} keeps {num_kept} structures but has {len(gates)} gates"
+        )
+    wrong = [gate for gate in gates if not isinstance(gate, int | float) or not isfinite(gate)]
+    if wrong:
+        raise PlanError(f"plan: gates of group {name!r} must be finite numbers, got {wrong[0]!r}")

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.errors import PlanError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
@@ -20,25 +21,49 @@ def apply(
 ) -> nn.Module:
     """A new, smaller model of the same class; the given model stays as it is.
 
+    Gates of the plan are folded into the weights that read the kept structures, so that the result
+    needs no extra parameter.
+
     Args:
         model: The model that ``graph`` was traced from.
         graph: What ``trace`` found.
         plan: Kept indices per group.
-        verify: ``thorough`` compares the cut model's outputs with the masked model's on the traced
-            inputs, after
-            comparing every tensor shape of its forward pass with the predicted one; ``fast``
-            compares shapes only and
-            needs no data.
+        verify: ``thorough`` compares every tensor shape of the cut model's forward pass with the
+            predicted one, and its outputs with those of the masked model on the traced inputs;
+            ``fast`` compares shapes only and needs no data.
 
     Raises:
-        PlanError: The plan was made for another model, or breaks a tie.
-        VerificationError: The cut model does not compute what the masked model computes; names the
-            group.
+        PlanError: The plan was made for another model, breaks a tie, or has gates that no weight
+            of their own reads.
+        VerificationError: The cut model does not compute what the masked model computes; names
+            the group.
     """
     graph.check(plan)
-    pruned = cut(copy.deepcopy(model), graph, plan)
-    verify_cut(model, pruned, graph, plan, thorough=verify == "thorough", cut=cut)
+    dense = fold(copy.deepcopy(model), graph, plan) if plan.gates else model
+    pruned = cut(copy.deepcopy(dense), graph, plan)
+    verify_cut(dense, pruned, graph, plan, thorough=verify == "thorough", cut=cut)
     return pruned
+
+
+def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
+    """Multiplies, in place, the weights that read each gated structure by its gate."""
+    with torch.no_grad():
+        for name, gates in plan.gates.items():
+            group = graph.groups[name]
+            readers = [member for member in group.members if member.reads]
+            shared = [m.tensor for m in readers if graph.aliases.get(m.tensor)]
+            if shared or not readers or not group.sites:
+                why = f"{shared[0]!r} is tied to another weight" if shared else "no weight reads it"
+                raise PlanError(f"plan: gates of group {name!r} cannot be folded: {why}")
+            factors = torch.ones(group.size, dtype=torch.float64)
+            factors[list(plan.kept[name])] = torch.tensor(gates, dtype=torch.float64)
+            for member in readers:
+                weight = _get(model, member.tensor)
+                index = torch.as_tensor(member.index)
+                scale = torch.where(index >= 0, factors[index.clamp(min=0)], 1.0)
+                shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
+                weight.mul_(scale.to(weight).view(shape))
+    return model
 
 
 def apply_(

@@ -54,7 +54,7 @@ def verify_cut(
         culprit = _culprit(model, graph, plan, thorough, cut)
         raise VerificationError(
             f"{failure}. Group {culprit!r} is where it goes wrong; "
-            "leave it whole (structure.exclude) and report the model"
+            "drop it from the saliency (it then stays whole) and report the model"
         ) from failure
 
 
