@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -39,7 +39,11 @@ class CheapSecondDerivatives(TorchFunctionMode):
 
 
 def _constant(*tensors: Tensor | None) -> bool:
-    return not any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether these are plain tensors (not quantised, not spread over devices), no gradient."""
+    return all(
+        tensor is None or (type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad)
+        for tensor in tensors
+    )
 
 
 # Linear maps --------------------------------------------------------------------------------------
@@ -137,6 +141,49 @@ def _batch_norm(
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
 
     return _LinearMap.apply(x, forward, scale.mul, scale.mul)
+
+
+class _Kinked(Function):
+    """A piecewise linear function. Its backward depends on the output alone, and is linear."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, forward: Callable, backward: Callable, inplace: bool
+    ) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        output = forward(x)
+        ctx.save_for_backward(output)
+        ctx.map = backward
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output, backward = ctx.saved_tensors[0].detach(), ctx.map
+
+        def transpose(grad: Tensor) -> Tensor:
+            return backward(grad, output)
+
+        return _LinearMap.apply(grad, transpose, transpose, transpose), None, None, None
+
+
+def _relu(x: Tensor, inplace: bool = False) -> Tensor | None:
+    if not x.requires_grad:
+        return None
+    forward = torch.relu_ if inplace else torch.relu
+    return _Kinked.apply(x, forward, lambda grad, y: _aten.threshold_backward(grad, y, 0), inplace)
+
+
+def _relu6(x: Tensor, inplace: bool = False) -> Tensor | None:
+    if not x.requires_grad:
+        return None
+    forward = F.hardtanh_ if inplace else F.hardtanh
+    return _Kinked.apply(
+        x,
+        lambda x: forward(x, 0.0, 6.0),
+        lambda grad, y: _aten.hardtanh_backward(grad, y, 0, 6),
+        inplace,
+    )
 
 
 # Smooth activations -------------------------------------------------------------------------------
@@ -378,6 +425,8 @@ _REWRITES: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _linear,
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
+    F.relu: _relu,
+    F.relu6: _relu6,
     F.gelu: _gelu,
     F.silu: _silu,
     F.scaled_dot_product_attention: _attention,

@@ -47,6 +47,10 @@ CASES = {
     "gelu": (F.gelu, (3, 4), lambda x: (x,)),
     "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), (3, 4), lambda x: (x,)),
     "silu": (F.silu, (3, 4), lambda x: (x,)),
+    "relu": (F.relu, (3, 4), lambda x: (x,)),
+    "relu_inplace": (lambda x: F.relu(x * 2, inplace=True), (3, 4), lambda x: (x,)),
+    "relu6": (lambda x: F.relu6(x * 5), (9, 4), lambda x: (x,)),
+    "relu6_inplace": (lambda x: F.relu6(x * 5, inplace=True), (9, 4), lambda x: (x,)),
     "silu_inplace": (lambda x: F.silu(x * 2, True), (3, 4), lambda x: (x,)),
     "attention": (
         F.scaled_dot_product_attention,
@@ -135,3 +139,15 @@ def test_a_row_that_sees_nothing_gives_zeros_as_pytorch_does():
     x = _random(1, 1, 3, 2).requires_grad_()
     with CheapSecondDerivatives():
         assert_close(F.scaled_dot_product_attention(x, x, x, mask), torch.zeros(1, 1, 3, 2))
+
+
+@pytest.mark.parametrize("function", [F.relu, F.gelu, F.silu], ids=["relu", "gelu", "silu"])
+def test_a_saved_tensor_that_is_written_over_is_noticed(function):
+    x = _random(3).requires_grad_()
+    with CheapSecondDerivatives():
+        y = x * 2
+        z = function(y)
+    with torch.no_grad():
+        (z if function is F.relu else y).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
