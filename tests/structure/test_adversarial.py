@@ -1,0 +1,622 @@
+"""Models that try to fool the engine. Each is cut right, or left whole, or refused; never wrong.
+
+``cut``: groups are found, the cut equals the dense model with gates. ``whole``: what would go wrong
+is pinned. ``refused``: a cut is tried, and verification stops it.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sosp_hub.errors import VerificationError
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import apply
+from tests.compare import assert_close
+from tests.structure.oracles import fill, gated, half, ragged, run
+
+
+class Between(nn.Module):
+    """Linear 5 -> width, something adversarial, Linear after -> 3, on (2, 4, 5)."""
+
+    width = 12
+    after = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, self.width)
+        self.last = nn.Linear(self.after, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.trick(self.first(x)))
+
+
+# --- literals ---
+
+
+class LiteralView(Between):
+    def trick(self, x):
+        return x.view(2, 4, 3, 4).transpose(2, 3).flatten(2)
+
+
+class LiteralSlice(Between):
+    after = 8
+
+    def trick(self, x):
+        return x[..., :8]
+
+
+class LiteralFromEnd(Between):
+    after = 8
+
+    def trick(self, x):
+        return x[..., -8:]
+
+
+class LiteralSplit(Between):
+    after = 6
+
+    def trick(self, x):
+        one, two = x.split(6, -1)
+        return one * two
+
+
+class LiteralNegativePad(Between):
+    after = 10
+
+    def trick(self, x):
+        return F.pad(x, (0, -2))
+
+
+class LengthOfList(Between):
+    """``len`` gives a number that remembers nothing."""
+
+    def trick(self, x):
+        return x.reshape(-1, len(x[0, 0])).view(2, 4, -1)
+
+
+class PlainConfig(Between):
+    """Numbers in an object the engine does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"heads": 3, "dim": 4}
+
+    def trick(self, x):
+        return x.view(2, 4, self.config["heads"], self.config["dim"]).transpose(2, 3).flatten(2)
+
+
+# --- sizes as values ---
+
+
+class RootOfSize(Between):
+    def trick(self, x):
+        return x / math.sqrt(x.shape[-1])
+
+
+class FloatOverSize(Between):
+    """Python never asks the int on the right of a float."""
+
+    def trick(self, x):
+        return x * (1.0 / x.shape[-1])
+
+
+class TimesSize(Between):
+    def trick(self, x):
+        return x * x.shape[-1]
+
+
+class TimesAttribute(Between):
+    def __init__(self):
+        super().__init__()
+        self.number = 12
+
+    def trick(self, x):
+        return x * self.number
+
+
+class TensorOfSize(Between):
+    def trick(self, x):
+        return x / torch.tensor(x.shape[-1])
+
+
+class MeanByHand(Between):
+    def trick(self, x):
+        return x - x.sum(-1, keepdim=True) / x.shape[-1]
+
+
+class NumberOfElements(Between):
+    def trick(self, x):
+        return x * (x.numel() / 1000)
+
+
+class Positions(Between):
+    def trick(self, x):
+        return x + torch.arange(x.shape[-1])
+
+
+class ScaleFromConstructor(Between):
+    """A float that was computed once stays what it was, as in the masked model."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = self.width**-0.5
+
+    def trick(self, x):
+        return x * self.scale
+
+
+# --- branches ---
+
+
+class BranchOnValues(Between):
+    def trick(self, x):
+        return x * 2 if x.sum() > -1e9 else x[..., :6]
+
+
+class BranchOnSize(Between):
+    def trick(self, x):
+        return x * 2 if x.shape[-1] > 8 else x
+
+
+class ChecksItsSize(Between):
+    def __init__(self):
+        super().__init__()
+        self.expected = 12
+
+    def trick(self, x):
+        if x.shape[-1] != self.expected:
+            raise ValueError("another width")
+        return x
+
+
+class LoopOverHeads(Between):
+    def __init__(self):
+        super().__init__()
+        self.heads = 3
+
+    def trick(self, x):
+        pieces = x.view(2, 4, self.heads, -1)
+        return torch.cat([pieces[:, :, i] * (i + 1) for i in range(self.heads)], -1)
+
+
+class LoopOverChunks(Between):
+    def __init__(self):
+        super().__init__()
+        self.heads = 3
+
+    def trick(self, x):
+        return torch.cat([piece.softmax(1) for piece in x.chunk(self.heads, -1)], -1)
+
+
+# --- state ---
+
+
+class CachesATensor(Between):
+    """Built in the first pass, kept for later ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = None
+
+    def trick(self, x):
+        if self.cache is None:
+            self.cache = torch.ones(x.shape[-1])
+        return x * self.cache
+
+
+class CachesByKey(Between):
+    def __init__(self):
+        super().__init__()
+        self.cache = {}
+
+    def trick(self, x):
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.first.bias * 2
+        return x + self.cache["bias"]
+
+
+class FullCache(CachesATensor):
+    """The cache is already there when the model is traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = torch.rand(12)
+
+
+class Counts(Between):
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+
+    def trick(self, x):
+        self.passes += 1
+        return x
+
+
+class PlainTensor(Between):
+    """A tensor that is neither parameter nor buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.rand(12)
+
+    def trick(self, x):
+        return x * self.scale
+
+
+class Buffer(Between):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.rand(12))
+
+    def trick(self, x):
+        return x * self.scale
+
+
+class IntBuffer(Between):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("order", torch.randperm(12))
+
+    def trick(self, x):
+        return x[..., self.order]
+
+
+# --- sharing ---
+
+
+class SharedModule(Between):
+    """One square layer twice: what it reads and what it makes are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.square = nn.Linear(12, 12)
+
+    def trick(self, x):
+        return self.square(self.square(x).relu())
+
+
+class SharedInTwoPlaces(Between):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(5, 12)
+        self.norm = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)) * self.norm(self.other(x)))
+
+
+class TwoNames(Between):
+    """The same layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.alias = self.first
+
+    def forward(self, x):
+        return self.last(self.first(x) + self.alias(x.flip(1)))
+
+
+class TiedTransposed(nn.Module):
+    """An autoencoder whose decoder is the encoder's weight, transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 12)
+
+    def forward(self, x):
+        return F.linear(self.first(x).relu(), self.first.weight.t())
+
+
+class TiedEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 12)
+        self.head = nn.Linear(12, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids).tanh())
+
+
+class Normed(Between):
+    """A parametrised weight (weight norm): its length runs over what the layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle = nn.utils.parametrizations.weight_norm(nn.Linear(12, 12))
+
+    def trick(self, x):
+        return self.middle(x).relu()
+
+
+# --- rearrangements ---
+
+
+class ChannelShuffle(Between):
+    def __init__(self):
+        super().__init__()
+        self.groups = 3
+
+    def trick(self, x):
+        batch, tokens, width = x.shape
+        x = x.view(batch, tokens, self.groups, width // self.groups)
+        return x.transpose(2, 3).reshape(batch, tokens, width)
+
+
+class PixelShuffle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 12, 1), nn.Conv2d(3, 3, 1)
+        self.shuffle = nn.PixelShuffle(2)
+
+    def forward(self, x):
+        return self.last(self.shuffle(self.first(x)))
+
+
+class FlattenedPicture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 6, 1), nn.Linear(6 * 9, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu().view(x.size(0), -1))
+
+
+class WritesInPlace(Between):
+    def trick(self, x):
+        x = x.clone()
+        x[..., ::2] *= 2
+        x += 1
+        return x.relu_()
+
+
+class WritesHalf(Between):
+    """Partial channels, as PConv does it: the border is a literal of the constructor."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = 4
+        self.mix = nn.Linear(4, 4)
+
+    def trick(self, x):
+        x = x.clone()
+        x[..., : self.part] = self.mix(x[..., : self.part])
+        return x
+
+
+class WritesIntoAnother(Between):
+    def trick(self, x):
+        out = torch.empty_like(x)
+        out[:, :2] = x[:, 2:]
+        out[:, 2:].copy_(x[:, :2])
+        return out
+
+
+class InterleavedRotation(Between):
+    def trick(self, x):
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        return x * 0.8 + turned * 0.6
+
+
+class HalvedRotation(Between):
+    def trick(self, x):
+        half_width = x.shape[-1] // 2
+        return x * 0.8 + torch.cat((-x[..., half_width:], x[..., :half_width]), -1) * 0.6
+
+
+class TwoViewsThatDisagree(Between):
+    def __init__(self):
+        super().__init__()
+        self.three, self.four = 3, 4
+
+    def trick(self, x):
+        one = x.view(2, 4, self.three, self.four).transpose(2, 3).flatten(2)
+        two = x.view(2, 4, self.four, self.three).transpose(2, 3).flatten(2)
+        return one + two
+
+
+# --- torch's own blocks ---
+
+
+class Attends(Between):
+    """``nn.MultiheadAttention`` with a projection inside it."""
+
+    need_weights = False
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def trick(self, x):
+        return self.attention(x, x, x, need_weights=self.need_weights)[0]
+
+
+class AttendsWithWeights(Attends):
+    need_weights = True
+
+
+class AttendsAcross(Between):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, kdim=5, vdim=5, batch_first=True)
+
+    def forward(self, x):
+        return self.last(self.attention(self.first(x), x, x)[0])
+
+
+class EncoderLayer(Between):
+    """Has a fast path of its own in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
+
+    def trick(self, x):
+        return self.layer(x)
+
+
+class Remembers(Between):
+    after = 8
+
+    def __init__(self):
+        super().__init__()
+        self.memory = nn.LSTM(12, 8, batch_first=True)
+
+    def trick(self, x):
+        return self.memory(x)[0]
+
+
+class RemembersBothWays(Between):
+    after = 16
+
+    def __init__(self):
+        super().__init__()
+        self.memory = nn.GRU(12, 8, 2, batch_first=True, bidirectional=True)
+
+    def trick(self, x):
+        return self.memory(x)[0]
+
+
+class Spectrum(Between):
+    def trick(self, x):
+        return torch.fft.irfft(torch.fft.rfft(x, dim=1), n=4, dim=1)
+
+
+class Checkpointed(Between):
+    def trick(self, x):
+        return torch.utils.checkpoint.checkpoint(torch.relu, x, use_reentrant=False)
+
+
+class Mapped(Between):
+    def trick(self, x):
+        return torch.vmap(torch.relu)(x)
+
+
+class ReturnsFeatures(Between):
+    """The hidden layer is an output as well."""
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return {"logits": self.last(hidden), "features": [hidden]}
+
+
+# --- the table ---
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 4, 5)
+
+
+@dataclass(frozen=True)
+class Trick:
+    model: type[nn.Module]
+    outcome: str
+    sizes: tuple[int, ...] = ()
+    inputs: Any = field(default=tokens, repr=False)
+    pending: str = ""
+
+    def __str__(self):
+        return self.model.__name__
+
+
+_NO_RULE = "nn.MultiheadAttention has no rule of its own"
+
+TRICKS = (
+    Trick(LiteralView, "whole"),
+    Trick(LiteralSlice, "whole"),
+    Trick(LiteralFromEnd, "whole"),
+    Trick(LiteralSplit, "whole"),
+    Trick(LiteralNegativePad, "refused", (2, 10)),
+    Trick(LengthOfList, "whole"),
+    Trick(PlainConfig, "whole"),
+    Trick(RootOfSize, "whole"),
+    Trick(FloatOverSize, "refused", (12,)),
+    Trick(TimesSize, "refused", (12,)),
+    Trick(TimesAttribute, "cut", (12,)),
+    Trick(TensorOfSize, "refused", (12,)),
+    Trick(MeanByHand, "whole", (12,)),
+    Trick(NumberOfElements, "refused", (12,)),
+    Trick(Positions, "whole"),
+    Trick(ScaleFromConstructor, "cut", (12,)),
+    Trick(BranchOnValues, "whole", (12,)),
+    Trick(BranchOnSize, "refused", (12,)),
+    Trick(ChecksItsSize, "refused", (12,)),
+    Trick(LoopOverHeads, "cut", (4,)),
+    Trick(LoopOverChunks, "cut", (4, 4, 4)),
+    Trick(CachesATensor, "cut", (12,)),
+    Trick(CachesByKey, "cut", (12,)),
+    Trick(FullCache, "whole"),
+    Trick(Counts, "cut", (12,)),
+    Trick(PlainTensor, "whole"),
+    Trick(Buffer, "cut", (12,)),
+    Trick(IntBuffer, "whole"),
+    Trick(SharedModule, "cut", (12,)),
+    Trick(SharedInTwoPlaces, "cut", (12, 12)),
+    Trick(TwoNames, "cut", (12,)),
+    Trick(TiedTransposed, "cut", (12,)),
+    Trick(TiedEmbedding, "cut", (12,), lambda: torch.tensor([[1, 2, 3], [4, 5, 6]])),
+    Trick(Normed, "cut", (12, 12), pending="weight norm has no rule"),
+    Trick(ChannelShuffle, "cut", (3, 4)),
+    Trick(PixelShuffle, "cut", (3,), lambda: torch.randn(2, 2, 4, 4)),
+    Trick(FlattenedPicture, "cut", (6,), lambda: torch.randn(2, 2, 3, 3)),
+    Trick(WritesInPlace, "cut", (6,)),
+    Trick(WritesHalf, "cut", (4, 8)),
+    Trick(WritesIntoAnother, "cut", (12,)),
+    Trick(InterleavedRotation, "cut", (6,)),
+    Trick(HalvedRotation, "cut", (6,)),
+    Trick(TwoViewsThatDisagree, "whole"),
+    Trick(Attends, "cut", (12, 3, 4, 4, 12), pending=_NO_RULE),
+    Trick(AttendsWithWeights, "cut", (12, 3, 4, 4, 12), pending=_NO_RULE),
+    Trick(AttendsAcross, "cut", (12, 3, 4, 4, 12), pending=_NO_RULE),
+    Trick(EncoderLayer, "cut", (12, 3, 20, 4, 4), pending=_NO_RULE),
+    Trick(Remembers, "whole"),
+    Trick(RemembersBothWays, "refused", (8, 12)),
+    Trick(Spectrum, "whole"),
+    Trick(Checkpointed, "cut", (12,)),
+    Trick(Mapped, "cut", (12,)),
+    Trick(ReturnsFeatures, "whole"),
+)
+
+
+def build(trick: Trick):
+    torch.manual_seed(0)
+    model = fill(trick.model().eval())
+    return model, (trick.inputs(),)
+
+
+def outcome(model, graph, plan) -> str:
+    """What comes of a plan; raises where a wrong cut is handed out."""
+    if not plan.kept:
+        return "whole"
+    try:
+        pruned = apply(model, graph, plan)
+    except VerificationError:
+        return "refused"
+    assert_close(run(pruned, graph), gated(model, graph, plan), what="a cut that was verified")
+    return "cut"
+
+
+def marks(trick):
+    return [pytest.mark.xfail(reason=trick.pending, strict=True)] if trick.pending else []
+
+
+@pytest.mark.parametrize("trick", [pytest.param(t, id=str(t), marks=marks(t)) for t in TRICKS])
+def test_no_cut_is_silently_wrong(trick):
+    model, inputs = build(trick)
+    graph = trace(model, inputs)
+    untouched = copy.deepcopy(model.state_dict())
+    found = {outcome(model, graph, half(graph, lambda group: group.exact))}
+    found |= {
+        outcome(model, graph, ragged(graph, lambda group: group.exact, seed)) for seed in (1, 2)
+    }
+    assert found == {trick.outcome}, str(graph)
+    sizes = sorted(group.size for group in graph.groups.values())
+    assert sizes == sorted(trick.sizes), str(graph)
+    assert_close(model.state_dict(), untouched, relative=0, what="the caller's model")
