@@ -267,12 +267,13 @@ class _Meter:
         self.cost_model = CostModel(graph)
         self.candidates = candidates
         self.measure = measure
+        self.deep = any(graph.groups[name].layers for name in candidates.scores)
 
     def cost(self, counts: Mapping[str, int]) -> Cost:
-        return self.cost_model(counts)
+        return self.cost_model(counts, self.candidates.plan(counts).kept if self.deep else None)
 
     def of(self, counts: Mapping[str, int]) -> dict[str, float]:
-        found = self.cost_model(counts)
+        found = self.cost(counts)
         latency = self.measure(self.candidates.plan(counts)) if self.measure is not None else 0.0
         return {
             "macs": found.macs,

@@ -1,6 +1,6 @@
 """What a plan costs, without cutting: MACs, parameters, bytes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -37,21 +37,40 @@ class CostModel:
     def __init__(self, graph: Graph) -> None:
         self._names = {atom.id: name for name, atom in graph.atoms.items()}
         self._graph = graph
-        self._macs = _collect((self._monomial(axes), 1) for axes in graph.macs)
-        self._params = _collect((self._monomial(graph.tensors[n]), 1) for n in graph.parameters)
+        self._layers = {
+            f"{layer}.": (f"{name}[{i}]",)
+            for name, group in graph.groups.items()
+            for i, layer in enumerate(group.layers)
+        }
+        self._macs = _collect((self._product(f"{m}.", axes), 1) for m, axes in graph.macs)
+        tensors = {name: self._product(name, axes) for name, axes in graph.tensors.items()}
+        self._params = _collect((tensors[name], 1) for name in graph.parameters)
         stored = graph.parameters | graph.buffers
-        self._bytes = _collect(
-            (self._monomial(graph.tensors[n]), graph.item_bytes[n]) for n in stored
-        )
+        self._bytes = _collect((tensors[name], graph.item_bytes[name]) for name in stored)
 
-    def __call__(self, counts: Mapping[str, int] | None = None) -> Cost:
-        """Cost with ``counts`` structures of the named groups kept; all others whole."""
+    def __call__(
+        self,
+        counts: Mapping[str, int] | None = None,
+        layers: Mapping[str, Sequence[int]] | None = None,
+    ) -> Cost:
+        """Cost with ``counts`` structures of the named groups and these ``layers`` kept."""
         kept = {name: group.size for name, group in self._graph.groups.items()} | dict(counts or {})
+        for name, group in self._graph.groups.items():
+            stays = (layers or {}).get(name, range(group.size))
+            kept |= {f"{name}[{i}]": int(i in stays) for i in range(len(group.layers))}
         return Cost(
             macs=_value(self._macs, kept) // self._graph.num_samples,
             params=_value(self._params, kept),
             bytes=_value(self._bytes, kept),
         )
+
+    def _product(self, place: str, axes: tuple[Axis, ...]) -> Monomial:
+        """Sizes multiplied, and for what is inside layers that may go, whether they stay."""
+        constant, symbols = self._monomial(axes)
+        present = [
+            s for layer, mark in self._layers.items() if place.startswith(layer) for s in mark
+        ]
+        return constant, tuple(sorted([*symbols, *present], key=str))
 
     def _monomial(self, axes: tuple[Axis, ...]) -> Monomial:
         """A constant and what it is multiplied with: group names, or sums of such products."""
@@ -106,4 +125,6 @@ def cost(
 
     Equal to what is measured on the cut model.
     """
-    return CostModel(graph)(plan.num_kept() if plan is not None else counts)
+    if plan is None:
+        return CostModel(graph)(counts)
+    return CostModel(graph)(plan.num_kept(), plan.kept)

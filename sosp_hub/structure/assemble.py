@@ -7,6 +7,7 @@ from torch import nn
 from sosp_hub.structure.axes import Atom, Axis, Prod, Sum, atoms, index_of, resolve, size_of
 from sosp_hub.structure.graph import Graph, Pinned
 from sosp_hub.structure.groups import Group, Member, Site
+from sosp_hub.structure.layers import layer_groups
 from sosp_hub.structure.terms import Axes, Terms
 from sosp_hub.structure.ties import settle
 from sosp_hub.types import Kind
@@ -20,12 +21,13 @@ does it.
 def assemble(
     model: nn.Module,
     terms: Terms,
-    entries: dict[str, Axes],
+    borders: tuple[dict[str, Axes], dict[str, Axes]],
     inputs: Any,
     outputs: tuple[str, ...] | None,
     num_samples: int,
 ) -> Graph:
     """Settles the ties and makes a group of every loose atom that sizes a parameter."""
+    entries, exits = borders
     tensors, aliases = _tensors(model, terms)
     for axes in tensors.values():
         for axis in axes:
@@ -59,6 +61,7 @@ def assemble(
     ties: dict[int, list[str]] = {}
     for number, group in numbers.items():
         ties.setdefault(tied.get(number, number), []).append(group.name)
+    groups |= layer_groups(model, entries, exits)
     sizes = dict(model.named_parameters())
     return Graph(
         groups=groups,

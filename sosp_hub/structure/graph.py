@@ -36,7 +36,7 @@ class Graph:
         tensors: Axes of every parameter and buffer that the forward pass used.
         aliases: Other names of a shared tensor, by the name it is listed under.
         atoms: Root atom of each group.
-        macs: Axes whose sizes multiply to the cost of each product of the forward pass.
+        macs: Module and axes of each product of the forward pass; the sizes multiply to its cost.
         num_samples: Samples in the traced inputs.
         constraints: Size arguments of the code and the axes they describe; they give the cut
             model's attributes.
@@ -54,7 +54,7 @@ class Graph:
     tensors: dict[str, Axes]
     aliases: dict[str, tuple[str, ...]]
     atoms: dict[str, Atom]
-    macs: tuple[Axes, ...]
+    macs: tuple[tuple[str, Axes], ...]
     num_samples: int
     constraints: tuple[Constraint, ...]
     steps: tuple[Step, ...]
@@ -91,6 +91,8 @@ class Graph:
         """Keep mask of each cut atom, by atom id."""
         masks = {}
         for name, kept in plan.kept.items():
+            if name not in self.atoms:
+                continue
             mask = np.zeros(self.groups[name].size, bool)
             mask[list(kept)] = True
             masks[self.atoms[name].id] = mask
@@ -98,7 +100,7 @@ class Graph:
 
     def count(self, counts: Mapping[str, int]) -> Count:
         """Size of each atom when ``counts`` structures of the named groups are kept."""
-        left = {self.atoms[name].id: number for name, number in counts.items()}
+        left = {self.atoms[n].id: number for n, number in counts.items() if n in self.atoms}
         return lambda atom: left.get(atom.id, atom.size)
 
     def kept_positions(

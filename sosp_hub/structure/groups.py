@@ -61,6 +61,7 @@ class Group:
         members: Every parameter and buffer dimension that is cut.
         sites: Where the activation is read; the gates sit here. Empty where no gate can stand for
             the cut.
+        layers: For kind ``layer``: the module that each structure is.
         reasons: Why a cut is not equal to a masked model (a normalisation over the axis, ...);
             empty = exact.
     """
@@ -71,6 +72,7 @@ class Group:
     members: tuple[Member, ...]
     sites: tuple[Site, ...]
     reasons: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:

@@ -19,6 +19,7 @@ def show(graph: "Graph") -> str:
     for group in graph.groups.values():
         tail = "" if group.exact else f"  inexact: {'; '.join(group.reasons[:2])}"
         lines.append(f"{group.name}  size {group.size}{tail}")
+        lines += [f"    layer {layer}" for layer in group.layers]
         for member in group.members:
             verb = "reads" if member.reads else "makes"
             lines.append(f"    {verb} {member.tensor}[{member.dim}]")

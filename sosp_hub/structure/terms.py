@@ -50,7 +50,7 @@ class Terms:
     axes: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     source: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     reads: list[Read] = field(default_factory=list)
-    macs: list[Axes] = field(default_factory=list)
+    macs: list[tuple[str, Axes]] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
     leaks: list[tuple[Expr, str]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -100,6 +100,10 @@ class Terms:
     def fix(self, axis: Axis, what: str) -> None:
         """Pins an axis and says where."""
         pin(axis, f"{what} in {self.where}")
+
+    def multiply(self, *axes: Axis) -> None:
+        """Notes the cost of a product: the sizes of these axes, multiplied."""
+        self.macs.append((self.modules[-1], axes))
 
     def spatial(self, axis: Axis, size: int, what: str) -> Axis:
         """The axis that sliding or resampling along ``axis`` makes."""

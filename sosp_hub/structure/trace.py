@@ -17,7 +17,7 @@ from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
 from sosp_hub.structure.shadow import fake_inputs, shadow
 from sosp_hub.structure.terms import Axes, Step, Terms
 
-Run = tuple[nn.Module, Terms, dict[str, Axes]]
+Run = tuple[nn.Module, Terms, dict[str, Axes], dict[str, Axes]]
 
 
 def trace(
@@ -49,9 +49,9 @@ def trace(
     wanted = (
         (outputs,) if isinstance(outputs, str) else (None if outputs is None else tuple(outputs))
     )
-    twin, terms, entries = _run(model, example_inputs, wanted, fake)
+    twin, terms, entries, exits = _run(model, example_inputs, wanted, fake)
     samples = next(iter(rules.tensors(example_inputs))).shape[0]
-    return assemble(twin, terms, entries, example_inputs, wanted, int(samples))
+    return assemble(twin, terms, (entries, exits), example_inputs, wanted, int(samples))
 
 
 def retrace(model: nn.Module, example_inputs: Any) -> tuple[Step, ...]:
@@ -156,7 +156,8 @@ def _watch(
             fixed(int(size), "an input of the model has this size") for size in tensor.shape
         )
     entries: dict[str, Axes] = {}
-    handles = list(_watch_modules(twin, terms, entries))
+    exits: dict[str, Axes] = {}
+    handles = list(_watch_modules(twin, terms, entries, exits))
     dispatch = DispatchWatch(terms)
     ints.leak = lambda expr: terms.leaks.append((expr, terms.where))
     try:
@@ -174,7 +175,7 @@ def _watch(
     for tensor in output_tensors(wanted_outputs(result, wanted)):
         for axis in terms.of(tensor):
             pin(axis, "an output of the model has this size")
-    return twin, terms, entries
+    return twin, terms, entries, exits
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -183,9 +184,9 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _watch_modules(
-    model: nn.Module, terms: Terms, entries: dict[str, Axes]
+    model: nn.Module, terms: Terms, entries: dict[str, Axes], exits: dict[str, Axes]
 ) -> Iterator[RemovableHandle]:
-    """Keeps the stack of running modules, and the axes of what each leaf module was given first."""
+    """Keeps the stack of running modules, and the axes of what each is given and gives first."""
     for name, module in model.named_modules():
 
         def enter(_: nn.Module, args: Any, name: str = name) -> None:
@@ -193,8 +194,11 @@ def _watch_modules(
             if args and isinstance(args[0], Tensor):
                 entries[name] = terms.of(args[0])
 
-        def leave(*_: Any) -> None:
+        def leave(_: nn.Module, _args: Any, result: Any, name: str = name) -> None:
             terms.modules.pop()
+            first = next(iter(output_tensors(result)), None)
+            if first is not None:
+                exits[name] = terms.of(first)
 
         yield module.register_forward_pre_hook(enter)
         yield module.register_forward_hook(leave)

@@ -10,6 +10,7 @@ from sosp_hub.errors import PlanError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
+from sosp_hub.surgery.layers import drop_layers
 from sosp_hub.surgery.verify import verify_cut
 
 
@@ -99,6 +100,7 @@ def cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
                 for alias in (name, *graph.aliases.get(name, ())):
                     _put(model, alias, new)
     rewrite(model, graph, plan)
+    drop_layers(model, graph, plan)
     return model
 
 

@@ -21,6 +21,7 @@ from sosp_hub.structure.axes import keep_mask, size_of
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.terms import Axes, Step
 from sosp_hub.structure.trace import call, output_tensors, retrace, trace, wanted_outputs
+from sosp_hub.surgery.layers import bypassed
 
 TOLERANCE = 1e-4
 """Largest error relative to the largest output, in float32. Rounding gives up to 1e-5 in deep
@@ -112,6 +113,7 @@ def masked_outputs(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[Te
     with torch.no_grad():
         for name, axes in real.tensors.items():
             tensors[name].copy_(replay.masked(tensors[name], axes))
+        bypassed(twin, graph, plan)
         with replay, _AttentionSteps(replay):
             result = call(twin, real.example_inputs)
     return output_tensors(wanted_outputs(result, graph.outputs))

@@ -23,7 +23,7 @@ def _mm(terms: Terms, op: Operation) -> None:
     result = [rows, columns]
     if op.name == "addmm":
         broadcast(terms, [tuple(result), terms.of(op.tensor)], op.name)
-    terms.macs.append((rows, inner, columns))
+    terms.multiply(rows, inner, columns)
     terms.set(op.out, result)
 
 
@@ -37,7 +37,7 @@ def _bmm(terms: Terms, op: Operation) -> None:
     result = [batch, rows, columns]
     if op.name == "baddbmm":
         broadcast(terms, [tuple(result), terms.of(op.tensor)], op.name)
-    terms.macs.append((batch, rows, inner, columns))
+    terms.multiply(batch, rows, inner, columns)
     terms.set(op.out, result)
 
 
@@ -45,7 +45,7 @@ def _bmm(terms: Terms, op: Operation) -> None:
 def _mv(terms: Terms, op: Operation) -> None:
     left, right = op.args[-2:]
     _contract(terms, left, terms.of(left)[-1], right, terms.of(right)[0], "a matrix product")
-    terms.macs.append(terms.of(left))
+    terms.multiply(*terms.of(left))
     terms.set(op.out, terms.of(left)[:-1])
 
 
@@ -57,7 +57,7 @@ def _linear(terms: Terms, op: Operation) -> None:
     _contract(terms, left, inner, right, other, "a linear layer")
     for bias in tensors(op.args[2:]):
         unify(columns, terms.of(bias)[0], f"a bias in {terms.where}")
-    terms.macs.append((*lead, inner, columns))
+    terms.multiply(*lead, inner, columns)
     terms.set(op.out, [*lead, columns])
 
 
@@ -89,7 +89,7 @@ def _convolution(terms: Terms, op: Operation) -> None:
         for a, s in zip(window_in, op.out.shape[2:], strict=True)
     ]
     places = window_in if transposed else spatial
-    terms.macs.append((batch, groups_out, per_group, second, *places, *window))
+    terms.multiply(batch, groups_out, per_group, second, *places, *window)
     terms.set(op.out, [batch, result, *spatial])
 
 
@@ -125,7 +125,8 @@ def attention(
     pin(places, what)
     if mask is not None:
         broadcast(terms, [(*lead_q, length, places), terms.of(mask)], what)
-    terms.macs += [(*lead_q, length, width, places), (*lead_q, length, places, width_v)]
+    terms.multiply(*lead_q, length, width, places)
+    terms.multiply(*lead_q, length, places, width_v)
     terms.set(out, [*lead_q, length, width_v])
 
 
@@ -138,5 +139,5 @@ def _grouped_mm(terms: Terms, op: Operation) -> None:
     experts, other, columns = terms.of(right)
     _contract(terms, left, inner, right, other, "a product by experts")
     terms.fix(experts, "experts are picked by number")
-    terms.macs.append((rows, inner, columns))
+    terms.multiply(rows, inner, columns)
     terms.set(op.out, [rows, columns])
