@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sosp_hub.checkpoint.hooks import disable, enable  # on import: pruned checkpoints just load
 
 if TYPE_CHECKING:
-    from sosp_hub.allocate import allocate
+    from sosp_hub.allocation import allocate
     from sosp_hub.checkpoint.io import from_pretrained, save_pretrained
     from sosp_hub.criteria.registry import score
     from sosp_hub.hub.push import push_to_hub
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "PruningPlan": "sosp_hub.plan",
-    "allocate": "sosp_hub.allocate",
+    "allocate": "sosp_hub.allocation",
     "apply": "sosp_hub.surgery.apply",
     "apply_": "sosp_hub.surgery.apply",
     "from_pretrained": "sosp_hub.checkpoint.io",

@@ -3,18 +3,19 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from sosp_hub.allocate import allocate
+from sosp_hub.allocation import allocate
 from sosp_hub.criteria.registry import score
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
-from sosp_hub.data.source import open_data
+from sosp_hub.data.source import SplitName, open_data
 from sosp_hub.distributed import (
     OnDevice,
     from_main,
@@ -114,7 +115,7 @@ class _Stages:
         self.model = self.loaded.model
         self.train = self._split("train")
         self.test = self._split("test")
-        self._batches: list[Any] | None = None
+        self._batches: Sequence[Any] | None = None
         if recipe.criterion.num_samples > len(self.train):
             logger.warning(
                 "criterion.num_samples is %d; the train split has %d samples, all are used",
@@ -130,7 +131,7 @@ class _Stages:
         return {"data": self.data.name, "num_samples": num_samples, "seed": seed}
 
     def trace(self) -> Graph:
-        """Finds the groups before anything long begins, so that a model without any is refused."""
+        """Finds the groups; refuses what cannot be cut so far before anything long begins."""
         inputs = example_inputs(self.loaded)
         graph = trace(self.model, inputs, outputs=self.recipe.structure.outputs)
         kinds = self.recipe.structure.kinds
@@ -144,6 +145,11 @@ class _Stages:
                     else "no structure of it can be cut at all; choose another model"
                 )
             )
+        targets = self.recipe.budget.targets()
+        targets.pop("latency_s", None)  # is measured, and takes its time
+        if targets:
+            equal = {name: torch.ones(group.size) for name, group in graph.groups.items()}
+            self._allocate(graph, equal, targets)
         self.model.to(self.accelerator.device)
         return graph
 
@@ -201,16 +207,8 @@ class _Stages:
         budget, criterion = self.recipe.budget, self.recipe.criterion
 
         def make() -> dict[str, Any]:
-            plan = allocate(
-                graph,
-                saliency,
-                measure=self._seconds_of(graph) if budget.latency_s else None,
-                **budget.targets(),
-                keep_at_least=budget.keep_at_least,
-                round_to=budget.round_to,
-                uniform=budget.uniform,
-                kinds=self.recipe.structure.kinds,
-            )
+            measure = self._seconds_of(graph) if budget.latency_s else None
+            plan = self._allocate(graph, saliency, budget.targets(), measure)
             provenance = {
                 **plan.provenance,
                 "criterion": {"name": criterion.name, "options": criterion.options()},
@@ -224,10 +222,29 @@ class _Stages:
 
         return PruningPlan.from_json(from_main(self._stage("plan", make)["plan"]))
 
+    def _allocate(
+        self,
+        graph: Graph,
+        saliency: "Saliency",
+        targets: dict[str, float],
+        measure: Callable[[PruningPlan], float] | None = None,
+    ) -> PruningPlan:
+        budget = self.recipe.budget
+        return allocate(
+            graph,
+            saliency,
+            measure=measure,
+            **targets,
+            keep_at_least=budget.keep_at_least,
+            round_to=budget.round_to,
+            uniform=budget.uniform,
+            kinds=self.recipe.structure.kinds,
+        )
+
     def cut(self, graph: Graph, plan: PruningPlan) -> nn.Module:
         """The smaller model; a cut that is not proved equal to a mask raises."""
         set_seed(self.recipe.seed)
-        return apply(self.model, graph, plan, verify=self.recipe.structure.verify)
+        return self._cut(graph, plan, self.recipe.structure.verify)
 
     def recalibrate(self, pruned: nn.Module) -> bool:
         """Re-estimates BatchNorm statistics; whether there was anything to do."""
@@ -276,9 +293,18 @@ class _Stages:
         inputs = to_device(example_inputs(self.loaded, self.recipe.evaluate.latency_batch_size))
 
         def seconds(plan: PruningPlan) -> float:
-            return measure_latency([apply(self.model, graph, plan, verify="fast")], inputs, 0.3)[0]
+            return measure_latency([self._cut(graph, plan, "fast")], inputs, budget_s=0.3)[0]
 
         return seconds
+
+    def _cut(
+        self, graph: Graph, plan: PruningPlan, verify: Literal["thorough", "fast"]
+    ) -> nn.Module:
+        """Cuts and proves on the CPU, where the traced inputs are and float32 means float32."""
+        device = self.accelerator.device
+        pruned = apply(self.model.cpu(), graph, plan, verify=verify)
+        self.model.to(device)
+        return pruned.to(device)
 
     def _stage(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The record of a stage, made now unless it is there."""
@@ -296,7 +322,7 @@ class _Stages:
             write()
         wait_for_everyone()
 
-    def _calibration_batches(self) -> list[Any]:
+    def _calibration_batches(self) -> Sequence[Any]:
         if self._batches is None:
             criterion = self.recipe.criterion
             self._batches = calibration_batches(
@@ -309,7 +335,7 @@ class _Stages:
             )
         return self._batches
 
-    def _split(self, name: str, augment: bool = False) -> Split:
+    def _split(self, name: SplitName, augment: bool = False) -> Split:
         return load_split(self.data, name, self.loaded.processor, augment=augment)
 
     @property

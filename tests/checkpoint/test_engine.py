@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import sosp_hub
-from sosp_hub.allocate import allocate
+from sosp_hub.allocation import allocate
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
@@ -31,14 +31,19 @@ def cut(name, *, residual=False, **budget):
         inputs["use_cache"] = False
     graph = trace(model, inputs)
     saliency = {
-        key: torch.rand(group.size) for key, group in graph.groups.items() if (group.kind == "residual") == residual
+        key: torch.rand(group.size)
+        for key, group in graph.groups.items()
+        if (group.kind == "residual") == residual
     }
     if residual:
         budget["kinds"] = ("residual",)
     return apply(model, graph, allocate(graph, saliency, params=0.7, **budget)), inputs
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit", "mamba", "test_resnet", "test_vit", "cifar_resnet20"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gpt2", "bert", "t5", "vit", "mamba", "test_resnet", "test_vit", "cifar_resnet20"],
+)
 def test_cut_model_loads_again(name, tmp_path):
     model, inputs = cut(name)
     folder = sosp_hub.save_pretrained(model, tmp_path / "small")
@@ -80,7 +85,9 @@ def test_pruned_twice_with_a_save_between(tmp_path):
     model, inputs = cut("llama")
     loaded = sosp_hub.from_pretrained(sosp_hub.save_pretrained(model, tmp_path / "once"))
     graph = trace(loaded, inputs)
-    saliency = {key: torch.rand(group.size) for key, group in graph.groups.items() if group.kind == "neuron"}
+    saliency = {
+        key: torch.rand(group.size) for key, group in graph.groups.items() if group.kind == "neuron"
+    }
     smaller = apply(loaded, graph, allocate(graph, saliency, params=0.8))
     again = sosp_hub.from_pretrained(sosp_hub.save_pretrained(smaller, tmp_path / "twice"))
     assert_close(output(again, inputs), output(smaller, inputs), relative=1e-6)

@@ -20,7 +20,7 @@ WRONG_IMPORTS = (
     ("sosp_hub.recipe.schema", "sosp_hub.data"),
     ("sosp_hub.data.source", "sosp_hub.distributed"),
     ("sosp_hub.structure.groups", "sosp_hub.cost"),
-    ("sosp_hub.allocate", "sosp_hub.criteria"),
+    ("sosp_hub.allocation", "sosp_hub.criteria"),
     ("sosp_hub.evaluate", "sosp_hub.finetune"),
     ("sosp_hub.push", "sosp_hub.prune"),
     # What cuts, trains and publishes never asks what decides
