@@ -15,6 +15,7 @@ from sosp_hub.checkpoint.folder import replaced_folder
 from sosp_hub.checkpoint.record import KEY
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError
 
+PLAN = "sosp_plan.json"
 REPORT = "sosp_report.json"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _LOG = logging.getLogger(__name__)
@@ -105,6 +106,10 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
             "load the pruned model without it, and replace its head afterwards"
         )
     folder = fetch(path_or_id, kwargs)
+    if (folder / PLAN).is_file() and not (folder / headers.CONFIG).is_file():
+        from sosp_hub.checkpoint.weightless import apply_plan_file
+
+        return apply_plan_file(folder, **kwargs)
     config = headers.read_json(folder / headers.CONFIG)
     tensors = headers.read_tensors(folder)
     try:
@@ -193,7 +198,7 @@ def _load_transformers(
 ) -> nn.Module:
     import transformers
 
-    cls = kwargs.pop("model_class", None) or _model_class(config)
+    cls = kwargs.pop("model_class", None) or model_class(config)
     if cls is None:
         if not kwargs.get("trust_remote_code"):
             raise CheckpointError(
@@ -212,7 +217,8 @@ def _load_transformers(
     return model
 
 
-def _model_class(config: Mapping[str, Any]) -> Any | None:
+def model_class(config: Mapping[str, Any]) -> Any | None:
+    """The transformers class that a config names; None where it names none."""
     import transformers
 
     names = config.get("architectures")
@@ -232,7 +238,7 @@ def _first_misfit(
 
     from sosp_hub.checkpoint.transformers import build_meta
 
-    if (cls := _model_class(config)) is None:
+    if (cls := model_class(config)) is None:
         return None
     try:
         built = build_meta(cls, transformers.AutoConfig.from_pretrained(folder)).state_dict()

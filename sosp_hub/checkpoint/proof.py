@@ -47,16 +47,8 @@ def changed_buffers(rebuilt: nn.Module, model: nn.Module) -> list[str]:
     ]
 
 
-def same_output(
-    rebuilt: nn.Module, model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]
-) -> bool | None:
-    """Whether both compute the same from the same weights; None where ``model`` cannot run the inputs.
-
-    Args:
-        rebuilt: Takes over the weights and buffers of ``model``.
-        model: The pruned model; left as it was.
-        inputs: Keyword or positional arguments of a forward pass.
-    """
+def adopt(rebuilt: nn.Module, model: nn.Module) -> None:
+    """Gives a rebuilt model the weights and buffers of ``model``; nothing is copied."""
     rebuilt.load_state_dict(model.state_dict(), strict=False, assign=True)
     theirs = dict(model.named_buffers())
     for name, module in rebuilt.named_modules():
@@ -65,13 +57,31 @@ def same_output(
                 module._buffers[key] = theirs[full]
     if hasattr(rebuilt, "tie_weights"):
         rebuilt.tie_weights()
+
+
+def same_output(
+    rebuilt: nn.Module,
+    model: nn.Module,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    relative: float = _TOLERANCE,
+) -> bool | None:
+    """Whether both models compute the same; None where ``model`` cannot run the inputs.
+
+    Args:
+        rebuilt: Another model with the weights of ``model``.
+        model: The pruned model; left as it was.
+        inputs: Keyword or positional arguments of a forward pass.
+        relative: Largest difference that passes, in units of the largest output.
+    """
     with _eval(model), _eval(rebuilt), torch.no_grad():
         try:
             expected = _tensors(_run(model, inputs))
         except Exception:  # noqa: BLE001 - inputs that we made up; the caller does without
             return None
         given = _tensors(_run(rebuilt, inputs))
-    return len(given) == len(expected) and all(map(_close, given, expected))
+    return len(given) == len(expected) and all(
+        _close(a, b, relative) for a, b in zip(given, expected, strict=True)
+    )
 
 
 @contextlib.contextmanager
@@ -111,8 +121,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor, relative: float) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.double().nan_to_num(), b.double().nan_to_num()
-    return not a.numel() or bool((a - b).abs().max() <= _TOLERANCE * b.abs().max().clamp(min=1e-6))
+    return not a.numel() or bool((a - b).abs().max() <= relative * b.abs().max().clamp(min=1e-6))

@@ -10,11 +10,12 @@ import contextvars
 import copy
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import _builder, _registry
+from timm.models import _builder, _hub, _registry
 from torch import nn
 
 import sosp_hub
@@ -156,6 +157,21 @@ def build(architecture: str, args: Mapping[str, Any], like: nn.Module) -> nn.Mod
             return timm.create_model(architecture, pretrained=False, **kwargs)
     except (RuntimeError, NotImplementedError):  # code that reads values while it builds
         return timm.create_model(architecture, pretrained=False, **kwargs)
+
+
+def build_from_folder(folder: Path, *, dense: bool = False) -> nn.Module:
+    """What `timm.create_model` builds from a folder before it loads weights.
+
+    Args:
+        folder: Holds ``config.json``.
+        dense: Leave the delta out.
+    """
+    cfg, name, args = _hub.load_model_config_from_path(folder)
+    if dense and name == ARCHITECTURE:
+        name = args["base_architecture"]
+        args = {key: args[key] for key in args if key not in ("base_architecture", "delta")}
+    with enabled():
+        return timm.create_model(name, pretrained_cfg=cfg, **args)
 
 
 def _adapt(model: nn.Module, variant: str) -> nn.Module:

@@ -105,7 +105,13 @@ def delta_of(
 
 def build_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     """Builds a model without data. The delta in its config, if any, is applied."""
-    with torch.device("meta"), enabled():
+    with torch.device("meta"):
+        return build(model_class, config)
+
+
+def build(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """Builds a model on the device of the moment. The delta in its config, if any, is applied."""
+    with enabled():
         return model_class(copy.deepcopy(config))
 
 

@@ -47,26 +47,20 @@ def describe(model: PreTrainedModel) -> tuple[Any, Delta]:
     """
     config, delta = native.best_skeleton(model)
     inputs = made_up_inputs(model)
-    if not delta.empty and inputs is not None:
-        uniform = native.uniform_config(model, config, delta)
-        if uniform is not None:
-            empty = Delta(
-                delta.library,
-                delta.library_version,
-                delta.sosp_hub_version,
-                Section(delta.base.cls),
-            )
-            rebuilt = _rebuild(model, uniform, empty)
-            if not proof.changed_buffers(rebuilt, model) and proof.same_output(
-                rebuilt, model, inputs
-            ):
-                return uniform, empty
+    if inputs is not None and (uniform := native.uniform_config(model, config, delta)) is not None:
+        plain = dataclasses.replace(delta, base=Section(delta.base.cls), head=None)
+        rebuilt = _rebuild(model, uniform, plain)
+        if not proof.changed_buffers(rebuilt, model):
+            proof.adopt(rebuilt, model)
+            if proof.same_output(rebuilt, model, inputs):
+                return uniform, plain
     delta = parse_delta(json.loads(json.dumps(delta.to_json())))  # what a reader will see
     rebuilt = _rebuild(model, config, delta)
     if buffers := proof.changed_buffers(rebuilt, model):
         delta = _with_buffers(model, delta, buffers)
         rebuilt = _rebuild(model, config, delta)
     proof.check_tensors(rebuilt, _state(model, delta))
+    proof.adopt(rebuilt, model)
     if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
         raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
     return config, delta

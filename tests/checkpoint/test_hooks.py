@@ -86,7 +86,9 @@ def test_unpruned_models_load_as_before(tmp_path):
     again = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=5, ignore_mismatched_sizes=True
     )
-    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in ignoring.state_dict().items()}
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in ignoring.state_dict().items()
+    }
 
 
 def test_delta_of_another_library_is_refused():

@@ -25,7 +25,9 @@ EXAMPLES = int(os.environ.get("SOSP_HUB_FUZZ", "300"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return sosp_hub.save_pretrained(cuts.pruned("llama"), tmp_path_factory.mktemp("hostile") / "llama")
+    return sosp_hub.save_pretrained(
+        cuts.pruned("llama"), tmp_path_factory.mktemp("hostile") / "llama"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,10 @@ def write(tmp_path, folder, name, content):
         (b"\xff\xfe", "config.json"),
         ('{"architectures": ["os.system"], "model_type": "llama"}', "no model class"),
         ('{"architectures": ["LlamaTokenizer"], "model_type": "llama"}', "no model class"),
-        ('{"architecture": "sosp_hub_pruned", "model_args": {"base_architecture": "resnet18", "delta": 3}, "pretrained_cfg": {}}', "delta"),
+        (
+            '{"architecture": "sosp_hub_pruned", "model_args": {"base_architecture": "resnet18", "delta": 3}, "pretrained_cfg": {}}',
+            "delta",
+        ),
         ('{"architecture": "sosp_hub_pruned", "pretrained_cfg": {}}', "base_architecture"),
     ],
 )
@@ -218,7 +223,9 @@ def test_weights_of_another_size(folder, tmp_path):
 def test_a_failed_delta_changes_nothing(config):
     """Everything is checked before the first change: the last entry of this delta is wrong."""
     record = put(config["sosp_hub"], ("base", "tensors", "norm.weight"), [33])
-    model = adapter.build_meta(transformers.LlamaModel, transformers.LlamaConfig(**{**config, "sosp_hub": None}))
+    model = adapter.build_meta(
+        transformers.LlamaModel, transformers.LlamaConfig(**{**config, "sosp_hub": None})
+    )
     before = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError):
         apply_section(model, parse_delta(record).base, "sosp_hub.base")
@@ -233,14 +240,24 @@ SCALARS = st.one_of(
     st.sampled_from(["layers.0.mlp", "__class__", "", "norm.weight", "as", "identity", 10**12, -1]),
 )  # fmt: skip
 JUNK = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
 )
 
 
 def places(record, path=()):
     """Every place of a record."""
     yield path
-    items = record.items() if isinstance(record, dict) else enumerate(record) if isinstance(record, list) else ()
+    items = (
+        record.items()
+        if isinstance(record, dict)
+        else enumerate(record)
+        if isinstance(record, list)
+        else ()
+    )
     for key, value in items:
         yield from places(value, (*path, key))
 
@@ -262,14 +279,21 @@ def mutated(draw, record):
         elif isinstance(place, dict):
             value = place.pop(path[-1])
             if action == "rename":
-                place[draw(st.text(max_size=8) | st.sampled_from(["layers.1", "norm", "__init__", "modules"]))] = value
+                place[
+                    draw(
+                        st.text(max_size=8)
+                        | st.sampled_from(["layers.1", "norm", "__init__", "modules"])
+                    )
+                ] = value
     return record
 
 
 def fuzz_config():
     record = json.loads(json.dumps(adapter.delta_of(cuts.pruned("llama")).to_json()))
     record["base"]["tensors"] = {"norm.weight": [None]}
-    record["base"]["replaced"] = {"layers.1.post_attention_layernorm": {"as": "identity", "tombstone": "weight"}}
+    record["base"]["replaced"] = {
+        "layers.1.post_attention_layernorm": {"as": "identity", "tombstone": "weight"}
+    }
     record["base"]["buffers"] = ["rotary_emb.inv_freq"]
     return record
 
@@ -279,7 +303,9 @@ SKELETON = adapter.build_meta(transformers.LlamaModel, cuts.FAMILIES["llama"][1]
 
 
 @given(mutated(RECORD))
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
 def test_fuzzed_deltas_raise_nothing_else(record):
     try:
         delta = parse_delta(record)
@@ -295,7 +321,9 @@ def test_fuzzed_deltas_raise_nothing_else(record):
 
 
 @given(st.data())
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
 def test_fuzzed_headers_raise_nothing_else(tmp_path_factory, data):
     entries = {"a": GOOD, "b": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [8, 16]}}
     content = bytearray(header(data.draw(mutated(entries)), b"\x00" * 16))

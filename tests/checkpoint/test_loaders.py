@@ -266,6 +266,7 @@ def test_attached_delta_survives_the_librarys_own_save(tmp_path):
     assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # peft asks deprecated properties
 def test_lora_on_a_pruned_base(llama, tmp_path):
     peft = pytest.importorskip("peft")
     _, folder = llama

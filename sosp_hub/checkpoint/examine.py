@@ -1,0 +1,334 @@
+"""What a checkpoint holds, from its config and the headers of its weight files alone."""
+
+import contextlib
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sosp_hub.checkpoint import headers
+from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.io import PLAN, model_class
+from sosp_hub.checkpoint.record import KEY, parse_delta
+from sosp_hub.errors import CheckpointError, HubError
+
+_PACKED = 256  # values of a row that GGUF's K-quants pack together
+_LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "deci"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module with weights.
+
+    Attributes:
+        name: Its name in the model.
+        kind: Its class.
+        shape: Shape of its largest tensor.
+        dense_shape: Shape before pruning; None where the skeleton is not known.
+        params: Number of its parameters.
+        macs: Multiply-accumulates for one sample; None where the model could not be followed.
+        bytes: Its share of the weight files; 0 for what is tied to another module.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dense_shape: tuple[int, ...] | None
+    params: int
+    macs: int | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Something that could load the checkpoint without this package.
+
+    Attributes:
+        name: What.
+        loads: Whether it does; None = it cannot be said from here.
+        why: The constraint that breaks, or what to mind.
+    """
+
+    name: str
+    loads: bool | None
+    why: str
+
+
+@dataclass
+class Findings:
+    """All that `examine` found.
+
+    Attributes:
+        source: Folder or hub id.
+        tier: Whether a plain config says all.
+        library: Who builds the model.
+        architecture: Model class, or timm architecture.
+        sample: Shapes of the one sample that ``macs`` are for.
+        totals: ``params``, ``macs``, ``bytes``; ``dense_params`` and ``dense_macs`` where known.
+        faults: Where config, delta and weights disagree.
+        readers: Who else loads it.
+        layers: Modules with weights.
+    """
+
+    source: str
+    tier: Literal["native", "delta", "weightless"]
+    library: str = ""
+    architecture: str = ""
+    sample: str = ""
+    totals: dict[str, int | None] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+
+
+def examine(path_or_id: str | Path, *, revision: str | None = None) -> Findings:
+    """Reads the config and the headers of the weights; of a hub model nothing else is fetched.
+
+    Raises:
+        CheckpointError: No checkpoint, or a config that builds nothing.
+        HubError: The hub cannot be reached, or has no such model.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        if (folder / PLAN).is_file() and not (folder / headers.CONFIG).is_file():
+            return Findings(str(path_or_id), "weightless")
+        return _examine(str(path_or_id), folder, headers.read_tensors(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        tensors = _fetch(str(path_or_id), revision, Path(temporary))
+        return _examine(str(path_or_id), Path(temporary), tensors)
+
+
+def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHeader]) -> Findings:
+    config = headers.read_json(folder / headers.CONFIG)
+    is_timm = "architecture" in config and "model_type" not in config
+    args = config.get("model_args")
+    record = config.get(KEY) if not is_timm else isinstance(args, Mapping) and args.get("delta")
+    delta = parse_delta(record) if record else None
+    with _as_checkpoint_error():
+        model = _build(folder, config, is_timm, dense=False).eval()
+        dense = _build(folder, config, is_timm, dense=True).eval() if delta else None
+    sample, macs = _count_macs(model)
+    dense_macs = _count_macs(dense)[1] if dense is not None else {}
+    found = Findings(
+        source,
+        "delta" if delta else "native",
+        "timm" if is_timm else "transformers",
+        type(model).__name__,
+        sample,
+    )
+    found.faults = list(_faults(model, tensors))
+    found.layers = list(_layers(model, dense, tensors, macs))
+    found.totals = {
+        "params": _num_params(model),
+        "macs": macs.get(""),
+        "bytes": sum(each.num_bytes for each in tensors.values()),
+    }
+    if dense is not None:
+        found.totals |= {"dense_params": _num_params(dense), "dense_macs": dense_macs.get("")}
+    found.readers = list(_readers(found, config))
+    return found
+
+
+def _build(folder: Path, config: Mapping[str, Any], is_timm: bool, *, dense: bool) -> nn.Module:
+    """The model, or its skeleton, without data."""
+    if is_timm:
+        from sosp_hub.checkpoint.timm import build_from_folder
+
+        try:
+            with torch.device("meta"):
+                return build_from_folder(folder, dense=dense)
+        except (RuntimeError, NotImplementedError):  # code that reads values while it builds
+            return build_from_folder(folder, dense=dense)
+    import transformers
+
+    from sosp_hub.checkpoint.transformers import build_meta, plain_config
+
+    if (cls := model_class(config)) is None:
+        raise CheckpointError("config.json: architectures: no model class of transformers")
+    parsed = transformers.AutoConfig.from_pretrained(folder)
+    return build_meta(cls, plain_config(parsed) if dense else parsed)
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json: builds no model ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _count_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
+    """Shapes of one sample, and multiply-accumulates for it by module; the model's own under ``""``."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _count_fake_macs(_to_fake(model))
+
+
+def _to_fake(model: nn.Module) -> nn.Module:
+    """Tensors that know their device but hold nothing, in place of those on the meta device."""
+    done: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in done:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_buffer = table is module._buffers
+                    done[id(tensor)] = fake if is_buffer else nn.Parameter(fake, False)
+                table[name] = done[id(tensor)]
+    return model
+
+
+def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
+    inputs = made_up_inputs(model)
+    if inputs is None:
+        return "", {}
+    named = inputs.items() if isinstance(inputs, dict) else [("input", each) for each in inputs]
+    sizes = [f"{name} {list(value.shape[1:])}" for name, value in named]
+    batch = next(value.shape[0] for _, value in named if isinstance(value, Tensor))
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    except Exception:  # noqa: BLE001 - code that reads values cannot be followed without data
+        return ", ".join(sizes), {}
+    root = type(model).__name__
+    found = {
+        name.removeprefix(root).removeprefix("."): sum(flops.values()) // (2 * batch)
+        for name, flops in counter.get_flop_counts().items()
+        if name != "Global"
+    }
+    return ", ".join(sizes), {"": sum(counter.get_flop_counts()["Global"].values()) // (2 * batch), **found}
+
+
+def _layers(
+    model: nn.Module,
+    dense: nn.Module | None,
+    tensors: Mapping[str, headers.TensorHeader],
+    macs: Mapping[str, int],
+) -> Iterator[Layer]:
+    before = {} if dense is None else {name: tuple(p.shape) for name, p in dense.named_parameters()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    item = sum(each.num_bytes for each in tensors.values()) / max(
+        sum(math.prod(each.shape) for each in tensors.values()), 1
+    )  # where the file has another name for the tensor
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module._parameters.items() if p is not None and p.numel()}
+        if not own:
+            continue
+        full = {f"{name}.{key}".lstrip("."): p for key, p in own.items()}
+        largest = max(full, key=lambda key: full[key].numel())
+        yield Layer(
+            name,
+            type(module).__name__,
+            tuple(full[largest].shape),
+            before.get(largest),
+            sum(p.numel() for p in full.values()),
+            macs.get(name, 0) if macs else None,
+            sum(
+                tensors[key].num_bytes if key in tensors else round(p.numel() * item)
+                for key, p in full.items()
+                if key not in tied
+            ),
+        )
+
+
+def _faults(model: nn.Module, tensors: Mapping[str, headers.TensorHeader]) -> Iterator[str]:
+    built = {name: tuple(tensor.shape) for name, tensor in _as_stored(model).items()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in sorted(built.keys() | tensors.keys()):
+        if name not in tensors:
+            if name not in tied:
+                yield f"tensor {name!r}: the config builds {list(built[name])}, no file holds it"
+        elif name not in built:
+            yield f"tensor {name!r}: {tensors[name].file} holds it, the config builds none"
+        elif tensors[name].shape != built[name]:
+            yield (
+                f"tensor {name!r}: {tensors[name].file} holds {list(tensors[name].shape)}, "
+                f"the config builds {list(built[name])}"
+            )
+
+
+def _as_stored(model: nn.Module) -> dict[str, Tensor]:
+    """The state under the names of the files: transformers renames some tensors as it loads."""
+    state = dict(model.state_dict())
+    if not hasattr(model, "all_tied_weights_keys"):
+        return state
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+def _readers(found: Findings, config: Mapping[str, Any]) -> Iterator[Reader]:
+    if found.tier == "native":
+        yield Reader(found.library, True, "a plain config says all")
+    else:
+        yield Reader(found.library, False, "stops at the delta; `import sosp_hub` first")
+    yield Reader("ONNX, torch.export", None, "export from the loaded model: sosp_hub.checkpoint.export")
+    if found.library != "transformers":
+        return
+    widths = [layer for layer in found.layers if layer.kind in ("Linear", "Conv1D")]
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    odd = [layer.name for layer in widths if any(size % 2 for size in layer.shape)]
+    if found.tier == "delta":
+        yield Reader("vLLM", False, "needs one width for all layers; prune with budget.uniform: true")
+    elif odd or (isinstance(heads, int) and heads % 2):
+        what = f"{odd[0]} is odd" if odd else f"{heads} heads or KV groups are odd"
+        yield Reader("vLLM", None, f"as transformers does, but not with tensor parallel 2: {what}")
+    else:
+        yield Reader("vLLM", None, "as transformers does; tensor parallel 2 divides")
+    if config.get("model_type") in _LLAMA_LIKE:
+        uneven = [layer.name for layer in widths if layer.shape[-1] % _PACKED]
+        form = "plain" if found.tier == "native" else "arch deci, one width a layer"
+        mind = f"; rows of {uneven[0]} are no multiple of {_PACKED}: no K-quants" if uneven else ""
+        yield Reader("GGUF (llama.cpp)", None, f"after conversion, {form}{mind}")
+
+
+def _num_params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _fetch(repo_id: str, revision: str | None, folder: Path) -> dict[str, headers.TensorHeader]:
+    """Puts the config of a hub model into a folder; headers of its weights by range requests."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
+
+    try:
+        path = hf_hub_download(repo_id, headers.CONFIG, revision=revision)
+        (folder / headers.CONFIG).write_bytes(Path(path).read_bytes())
+        metadata = get_safetensors_metadata(repo_id, revision=revision)
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo_id}: no such folder, and no hub id either") from error
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{repo_id}: holds no safetensors weights") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(f"{repo_id}: no such folder here, and the hub does not give it ({error})") from error
+    found = {}
+    for file, contents in metadata.files_metadata.items():
+        for name, info in contents.tensors.items():
+            start, end = info.data_offsets
+            shape = tuple(info.shape)
+            if end - start < 0 or math.prod(shape) < 0:
+                raise CheckpointError(f"{file}: tensor {name!r}: negative size")
+            found[name] = headers.TensorHeader(info.dtype, shape, end - start, file)
+    return found
+
+
+def group_layers(layers: list[Layer]) -> list[tuple[str, list[Layer]]]:
+    """Layers by the block they are in: what comes up to the last number of their names."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        block = re.match(r"(.*?\.\d+)\.", layer.name)
+        groups.setdefault(block.group(1) if block else layer.name, []).append(layer)
+    return list(groups.items())

@@ -1,0 +1,117 @@
+"""``python -m sosp_hub.inspect PATH_OR_ID``: what a checkpoint holds, without its weights."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sosp_hub.errors import SospHubError
+
+if TYPE_CHECKING:
+    from sosp_hub.checkpoint.examine import Findings, Layer
+
+_WIDTH = 160
+_SIZES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what was found; the exit code: 0 fine, 1 the files disagree, 2 no checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sosp_hub.inspect",
+        description="Reads the config and the headers of the weights of a model, and nothing else: "
+        "kept width, parameters, MACs and bytes per layer, where it loads without this "
+        "package, and whether config, delta and weights agree.",
+    )
+    parser.add_argument("model", metavar="PATH_OR_ID", help="a folder or a hub id")
+    parser.add_argument("--revision", help="commit, branch or tag on the hub")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--all", action="store_true", help="list layers that were not cut too")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="download the weights and check what the card says: hashes, sizes, metrics again",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if options.verify:
+            return _verify(options.model, options.revision)
+        from sosp_hub.checkpoint.examine import examine
+
+        found = examine(options.model, revision=options.revision)
+    except SospHubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        _show(found, whole=options.all)
+    return 1 if found.faults else 0
+
+
+def _verify(model: str, revision: str | None) -> int:
+    from sosp_hub.hub.verify import verify
+
+    result = verify(model, revision=revision)
+    print(result)
+    return 0 if result.holds else 1
+
+
+def _show(found: "Findings", *, whole: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console.print(f"{found.source}: {found.architecture} ({found.library}), {found.tier}", highlight=False)
+    cut = [layer for layer in found.layers if whole or layer.dense_shape not in (None, layer.shape)]
+    rows = cut or found.layers
+    table = Table(box=None, pad_edge=False)
+    for column in ("layer", "shape", "params", "MACs", "bytes"):
+        table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
+    for layer in rows:
+        sizes = (_short(layer.params), _short(layer.macs), _short(layer.bytes))
+        table.add_row(layer.name, _shapes(layer), *sizes)
+    totals = found.totals
+    table.add_section()
+    table.add_row("all", "", *(_change(totals, key) for key in ("params", "macs", "bytes")))
+    if rows:
+        console.print(table, highlight=False)
+    if len(rows) < len(found.layers):
+        console.print(f"{len(found.layers) - len(rows)} more layers are whole (--all)")
+    if found.sample:
+        console.print(f"MACs for one sample: {found.sample}", highlight=False)
+    for reader in found.readers:
+        says = {True: "yes", False: "no", None: "perhaps"}[reader.loads]
+        console.print(f"{reader.name}: {says}; {reader.why}", highlight=False)
+    for fault in found.faults:
+        console.print(f"DISAGREES: {fault}", highlight=False, style="bold")
+    if not found.faults and found.layers:
+        console.print("config, delta and weights agree" if found.tier == "delta" else "config and weights agree")
+
+
+def _shapes(layer: "Layer") -> str:
+    now = "x".join(map(str, layer.shape))
+    if layer.dense_shape in (None, layer.shape):
+        return now
+    return f"{now} of {'x'.join(map(str, layer.dense_shape))}"
+
+
+def _change(totals: "dict[str, int | None]", key: str) -> str:
+    now, dense = totals.get(key), totals.get(f"dense_{key}")
+    if now is None or not dense:
+        return _short(now)
+    return f"{_short(now)} of {_short(dense)} ({now / dense:.0%})"
+
+
+def _short(number: int | None) -> str:
+    if number is None:
+        return "?"
+    for size, letter in _SIZES:
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Forms besides the folder with weights: plans alone, the table of a checkpoint, exports."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sosp_hub
+from sosp_hub import inspect
+from sosp_hub.checkpoint import export, weightless
+from sosp_hub.checkpoint.examine import examine
+from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.record import parse_delta
+from sosp_hub.errors import CheckpointError
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import apply
+from tests.checkpoint import cuts
+from tests.checkpoint.test_families import output
+from tests.checkpoint.test_hostile import HOSTILE, RECORD, put
+from tests.compare import assert_close
+
+SCHEMA = json.loads((Path(sosp_hub.__file__).parent / "checkpoint" / "delta.schema.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------ schema
+
+
+@pytest.mark.parametrize("family", cuts.FAMILIES)
+def test_deltas_meet_the_published_schema(family, tmp_path):
+    folder = sosp_hub.save_pretrained(cuts.pruned(family), tmp_path / "small")
+    record = json.loads((folder / "config.json").read_text())["sosp_hub"]
+    jsonschema.validate(record, SCHEMA)
+    assert parse_delta(record).to_json() == record
+    assert len(json.dumps(record)) < 16 * 1024
+
+
+def test_schema_refuses_what_the_reader_refuses_by_itself():
+    """Whatever can be refused without a model, the published schema refuses too, and nothing else."""
+    for case, (path, value, _) in HOSTILE.items():
+        record = put(RECORD, path, value)
+        try:
+            parse_delta(record)
+            refused = False
+        except CheckpointError:
+            refused = True
+        if isinstance(value, float) and not math.isfinite(value):
+            continue  # no JSON
+        errors = list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(record))
+        assert bool(errors) == refused, case
+
+
+# -------------------------------------------------------------------------------------- weightless
+
+
+def test_plan_alone_cuts_its_base_again(tmp_path):
+    cls, config, _ = cuts.FAMILIES["llama"]
+    dense = cls(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    inputs = {**made_up_inputs(dense), "use_cache": False}
+    graph = trace(dense, inputs)
+    neurons = [name for name, group in graph.groups.items() if group.kind == "neuron"]
+    plan = PruningPlan({name: tuple(range(i, 40)) for i, name in enumerate(neurons)}, dict.fromkeys(neurons, 48))
+    expected = output(apply(dense, graph, plan), inputs)
+    with pytest.raises(CheckpointError, match="names no base model"):
+        weightless.save_plan(plan, tmp_path / "plan")
+    plan = dataclasses.replace(plan, base_model=str(tmp_path / "dense"))
+    folder = weightless.save_plan(plan, tmp_path / "plan")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4096
+    assert examine(folder).tier == "weightless"
+    assert_close(output(sosp_hub.from_pretrained(folder), inputs), expected, relative=1e-6)
+    assert_close(output(weightless.apply_plan_file(folder, dense), inputs), expected, relative=1e-6)
+    (folder / "sosp_plan.json").write_text('{"schema_version": 1, "kept": {"a": [3, 1]}, "sizes": {"a": 4}}')
+    with pytest.raises(CheckpointError, match="sorted"):
+        sosp_hub.from_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_tells_what_the_model_holds(tmp_path, capsys):
+    model = cuts.pruned("llama")
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    assert inspect.main([str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tier"] == "delta"
+    assert found["totals"]["params"] == sum(p.numel() for p in model.parameters())
+    assert found["totals"]["bytes"] == 4 * found["totals"]["params"]
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert layers["model.layers.2.mlp.up_proj"]["shape"] == [19, 32]
+    assert layers["model.layers.2.mlp.up_proj"]["dense_shape"] == [48, 32]
+    assert layers["model.layers.2.mlp.up_proj"]["macs"] == 5 * 19 * 32
+    assert inspect.main([str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "19x32 of 48x32" in shown
+    assert "config, delta and weights agree" in shown
+    assert "vLLM: no" in shown
+
+
+@pytest.mark.parametrize("family", ["vit", "mixtral", "t5", "qwen2", "clip"])
+def test_inspect_finds_no_fault_in_a_sound_checkpoint(family, tmp_path):
+    model = cuts.pruned(family)
+    found = examine(sosp_hub.save_pretrained(model, tmp_path / "small"))
+    assert found.faults == []
+    assert found.totals["params"] == sum(p.numel() for p in model.parameters())
+
+
+def test_inspect_finds_what_disagrees(tmp_path, capsys):
+    folder = sosp_hub.save_pretrained(cuts.pruned_timm("test_resnet"), tmp_path / "small")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layer2.0.conv1.weight"] = tensors["layer2.0.conv1.weight"][1:].clone()
+    tensors["extra"] = tensors.pop("fc.bias")
+    save_file(tensors, folder / "model.safetensors")
+    assert inspect.main([str(folder)]) == 1
+    shown = capsys.readouterr().out
+    for name in ("layer2.0.conv1.weight", "extra", "fc.bias"):
+        assert f"DISAGREES: tensor '{name}'" in shown
+
+
+def test_inspect_of_nothing_exits_with_2(tmp_path, capsys):
+    assert inspect.main([str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------- exports
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "vit", "t5"])
+def test_padded_model_loads_without_the_package(family, tmp_path):
+    model = cuts.pruned(family)
+    inputs = made_up_inputs(model)
+    wide = export.padded(model)
+    wide.save_pretrained(tmp_path)
+    sosp_hub.disable()
+    try:
+        loaded = type(model).from_pretrained(tmp_path)
+    finally:
+        sosp_hub.enable()
+    assert_close(output(loaded, inputs), output(model, inputs), relative=1e-5)
+    if family == "vit":
+        widths = [layer for layer in loaded.state_dict().values() if 38 in layer.shape]
+        assert widths, "padded to the widest layer that is left, not to the dense width"
+
+
+def test_padding_that_changes_the_function_is_refused():
+    model = cuts.pruned("phi3")  # gate and up are one tensor: zeros belong in its middle
+    with pytest.raises(CheckpointError, match="zeros"):
+        export.padded(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_archive_runs_in_torch_alone(tmp_path):
+    model = cuts.pruned_timm("test_resnet")
+    path = export.to_archive(model, tmp_path / "model.pt2")
+    x = torch.randn(3, 3, 160, 160)
+    torch_save = tmp_path / "x.safetensors"
+    save_file({"x": x}, torch_save)
+    code = (
+        "import sys, torch; from safetensors.torch import load_file, save_file;"
+        f"x = load_file({str(torch_save)!r})['x'];"
+        f"y = torch.export.load({str(path)!r}).module()(x);"
+        f"save_file({{'y': y.detach().contiguous()}}, {str(tmp_path / 'y.safetensors')!r});"
+        "assert not any(name in sys.modules for name in ('timm', 'sosp_hub'))"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    assert_close(load_file(tmp_path / "y.safetensors")["y"], output(model, (x,)), relative=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["test_resnet", "bert"])
+def test_onnx_runs_in_onnxruntime(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = cuts.pruned(name) if name in cuts.FAMILIES else cuts.pruned_timm(name)
+    inputs = made_up_inputs(model)
+    session = runtime.InferenceSession(export.to_onnx(model, tmp_path / "model.onnx"))
+    values = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
+    feed = {entry.name: value.numpy() for entry, value in zip(session.get_inputs(), values, strict=True)}
+    (answer, *_) = session.run(None, feed)
+    assert_close(torch.from_numpy(answer), output(model, inputs), relative=1e-5)
+
+
+def test_onnx_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(CheckpointError, match="onnx"):
+        export.to_onnx(cuts.pruned_timm("test_resnet"), tmp_path / "model.onnx")
+
+
+def test_exports_of_another_library_are_refused():
+    with pytest.raises(sosp_hub.errors.ModelError, match="transformers"):
+        export.padded(cuts.pruned_timm("test_resnet"))
+
