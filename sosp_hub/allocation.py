@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, lcm
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -228,8 +228,8 @@ class _Candidates:
                 size if self._frozen(names) else ceil(sum(raw[name] for name in names) / len(names))
             )
             count = max(count, self._floor(size))
-            if self.round_to > 1:
-                count = min(ceil(count / self.round_to) * self.round_to, size)
+            step = lcm(self.round_to, *(self.graph.groups[name].multiple for name in names))
+            count = min(ceil(count / step) * step, size)
             result.update(dict.fromkeys(names, count))
         return result
 

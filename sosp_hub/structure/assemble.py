@@ -54,7 +54,10 @@ def assemble(
             for tensor, dim in members
         )
         sites = tuple(_sites(model, atom, members, tensors, reads, entries))
-        numbers[atom.id] = Group(name, kind, atom.size, found, sites, tuple(atom.inexact))
+        multiple = atom.multiple if atom.size % atom.multiple == 0 else 1
+        numbers[atom.id] = Group(
+            name, kind, atom.size, found, sites, tuple(atom.inexact), (), multiple
+        )
     by_id = {atom.id: atom for atom in places}
     groups = {group.name: group for group in numbers.values()}
     group_atoms = {numbers[number].name: by_id[number] for number in numbers}

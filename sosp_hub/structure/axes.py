@@ -30,6 +30,7 @@ class Atom:
     pinned: dict[str, None] = field(default_factory=dict)
     inexact: dict[str, None] = field(default_factory=dict)
     roles: set[str] = field(default_factory=set)
+    multiple: int = 1
     parent: "Axis | None" = None
     id: int = field(default_factory=_ids.__next__)
 
@@ -174,6 +175,7 @@ def _bind(atom: Atom, axis: Axis, why: str) -> None:
         inner.pinned.update(atom.pinned)
         inner.inexact.update(atom.inexact)
         inner.roles |= atom.roles
+        inner.multiple = max(inner.multiple, atom.multiple)
 
 
 def _give_up(one: Axis, two: Axis, why: str) -> None:
@@ -268,6 +270,7 @@ def cut_at(axis: Axis, position: int) -> tuple[Axis, Axis] | None:
                 atom.pinned.update(reasons)
                 atom.inexact.update(flags)
                 atom.roles |= roles
+                atom.multiple = axis.multiple
         axis.parent = Sum(pieces)
         return pieces
     if isinstance(axis, Prod):

@@ -54,7 +54,7 @@ def _view(terms: Terms, op: Operation) -> None:
 @_demand("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
 def _factory(terms: Terms, op: Operation) -> None:
     given = op.args[1:] if op.args and isinstance(op.tensor, Tensor) else op.args
-    sizes = _flat(given) or list(op.kwargs.get("size", ()))
+    sizes = _flat(given[:1] if "full" in op.name else given) or list(op.kwargs.get("size", ()))
     for size, axis in zip(sizes[: op.out.dim()], terms.of(op.out), strict=False):
         if isinstance(size, TracedInt):
             terms.constrain(size, axis, "a new tensor")

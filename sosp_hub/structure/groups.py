@@ -61,6 +61,7 @@ class Group:
         members: Every parameter and buffer dimension that is cut.
         sites: Where the activation is read; the gates sit here. Empty where no gate can stand for
             the cut.
+        multiple: A kernel needs kept counts that are multiples of this.
         layers: For kind ``layer``: the module that each structure is.
         reasons: Why a cut is not equal to a masked model (a normalisation over the axis, ...);
             empty = exact.
@@ -73,6 +74,7 @@ class Group:
     sites: tuple[Site, ...]
     reasons: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
+    multiple: int = 1
 
     @property
     def exact(self) -> bool:

@@ -9,7 +9,8 @@ a size used as a value.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,8 +48,17 @@ _OPS: dict[str, Callable[[int, int], int]] = {
     "%": operator.mod,
 }
 
-leak: Callable[[Expr], None] | None = None
-"""Told of every size that the traced code uses as a value; set by the trace that runs."""
+_listeners: list[tuple[Callable[[Expr], None], Callable[[Expr, Expr], None]]] = []
+
+
+@contextmanager
+def listening(leak: Callable[[Expr], None], equal: Callable[[Expr, Expr], None]) -> Iterator[None]:
+    """Within it, ``leak`` hears of sizes used as values, ``equal`` of sizes found to be equal."""
+    _listeners.append((leak, equal))
+    try:
+        yield
+    finally:
+        _listeners.pop()
 
 
 class TracedInt(int):
@@ -77,6 +87,17 @@ class TracedInt(int):
     def __rpow__(self, other: Any) -> Any:
         return _leaked(other) ** self._leaked()
 
+    def __eq__(self, other: object) -> bool:
+        same = int(self) == other
+        if same and isinstance(other, TracedInt) and _listeners:
+            _listeners[-1][1](self.expr, other.expr)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
+
     def __neg__(self) -> int:
         return TracedInt(-int(self), Op("*", -1, self.expr))
 
@@ -87,8 +108,8 @@ class TracedInt(int):
         return int, (int(self),)
 
     def _leaked(self) -> int:
-        if leak is not None:
-            leak(self.expr)
+        if _listeners:
+            _listeners[-1][0](self.expr)
         return int(self)
 
 

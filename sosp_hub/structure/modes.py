@@ -70,8 +70,15 @@ class FunctionWatch(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             return self._attention(func, args, kwargs)
         out = func(*args, **kwargs)
+        if name == "multi_head_attention_forward":
+            self._pin_packed_attention(args, kwargs)
         note_demands(self.terms, rules.Operation(name, args, kwargs, out))
         return out
+
+    def _pin_packed_attention(self, args: Any, kwargs: Any) -> None:
+        for tensor in rules.tensors((args, kwargs)):
+            for axis in self.terms.of(tensor):
+                self.terms.fix(axis, "nn.MultiheadAttention binds its heads to its width")
 
     def _sizes(self, tensor: Tensor) -> torch.Size:
         return torch.Size(

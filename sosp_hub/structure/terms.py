@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sosp_hub.structure.axes import UNIT, Axis, fixed, flag, pin, size_of
+from sosp_hub.structure.axes import UNIT, Atom, Axis, Prod, Sum, fixed, flag, pin, size_of
 from sosp_hub.structure.ints import Expr, TracedInt
 
 Axes = tuple[Axis, ...]
@@ -109,6 +109,16 @@ class Terms:
         """The axis that sliding or resampling along ``axis`` makes."""
         self.fix(axis, what)
         return fixed(size, f"{what} in {self.where}")
+
+    def leak(self, expr: Expr) -> None:
+        """The code turned a size into another number."""
+        self.leaks.append((expr, self.where))
+
+    def compare(self, one: Expr, two: Expr) -> None:
+        """The code relies on two sizes being equal."""
+        for expr, axis in ((one, two), (two, one)):
+            if isinstance(axis, Atom | Prod | Sum) and not isinstance(expr, Atom | Prod | Sum):
+                self.constraints.append(Constraint(expr, axis, f"a comparison in {self.where}"))
 
     def constrain(self, value: Any, axis: Axis, what: str) -> None:
         """A size argument and the axis it describes."""

@@ -1,6 +1,7 @@
 """``trace``: one forward pass, and what it shows of which slices must be cut together."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -159,17 +160,13 @@ def _watch(
     exits: dict[str, Axes] = {}
     handles = list(_watch_modules(twin, terms, entries, exits))
     dispatch = DispatchWatch(terms)
-    ints.leak = lambda expr: terms.leaks.append((expr, terms.where))
     try:
-        with torch.no_grad():
-            if fake is None:
-                with dispatch, FunctionWatch(terms, dispatch):
-                    result = call(twin, twin_inputs)
-            else:
-                with fake, dispatch, FunctionWatch(terms, dispatch):
-                    result = call(twin, twin_inputs)
+        with torch.no_grad(), ints.listening(terms.leak, terms.compare), ExitStack() as modes:
+            for mode in (fake, dispatch, FunctionWatch(terms, dispatch)):
+                if mode is not None:
+                    modes.enter_context(mode)
+            result = call(twin, twin_inputs)
     finally:
-        ints.leak = None
         for handle in handles:
             handle.remove()
     for tensor in output_tensors(wanted_outputs(result, wanted)):

@@ -2,7 +2,19 @@
 
 from torch import Tensor
 
-from sosp_hub.structure.axes import UNIT, Axis, Prod, Sum, free, mark, pin, size_of, split, unify
+from sosp_hub.structure.axes import (
+    UNIT,
+    Axis,
+    Prod,
+    Sum,
+    atoms,
+    free,
+    mark,
+    pin,
+    size_of,
+    split,
+    unify,
+)
 from sosp_hub.structure.rules.registry import Operation, broadcast, rule, tensors
 from sosp_hub.structure.terms import Terms
 
@@ -46,7 +58,10 @@ def _mv(terms: Terms, op: Operation) -> None:
     left, right = op.args[-2:]
     _contract(terms, left, terms.of(left)[-1], right, terms.of(right)[0], "a matrix product")
     terms.multiply(*terms.of(left))
-    terms.set(op.out, terms.of(left)[:-1])
+    result = terms.of(left)[:-1]
+    if op.name == "addmv":
+        broadcast(terms, [result, terms.of(op.tensor)], op.name)
+    terms.set(op.out, result)
 
 
 @rule("linear")
@@ -139,5 +154,9 @@ def _grouped_mm(terms: Terms, op: Operation) -> None:
     experts, other, columns = terms.of(right)
     _contract(terms, left, inner, right, other, "a product by experts")
     terms.fix(experts, "experts are picked by number")
+    items = 16 // left.element_size()  # its kernel wants rows of whole 16 bytes
+    for axis in (inner, columns):
+        for atom in atoms(axis):
+            atom.multiple = max(atom.multiple, items)
     terms.multiply(rows, inner, columns)
     terms.set(op.out, [rows, columns])

@@ -5,6 +5,7 @@ from torch import Tensor
 from sosp_hub.structure.axes import UNIT, cut_at, fixed, free, mark, split, unify
 from sosp_hub.structure.rules.registry import (
     Operation,
+    carry_source,
     dims_of,
     elementwise,
     position_of,
@@ -152,15 +153,26 @@ def _group_norm(terms: Terms, op: Operation) -> None:
         unify(axes[1], terms.of(scale)[0], f"group norm in {terms.where}")
     halves = split(axes[1], groups, f"group norm in {terms.where}")
     if halves is None:
-        terms.fix(axes[1], f"group norm with {groups} groups")
-    else:
-        terms.mix(halves[1], "a group normalisation runs over it")
+        raise ValueError("groups do not divide the channels")
+    terms.mix(halves[1], "a group normalisation runs over it")
     results = list(tensors(op.out))
     terms.set(results[0], axes)
     for extra in results[1:]:
         terms.set(
             extra,
-            [axes[0], fixed(groups, "group norm")]
-            if extra.dim() == 2
-            else [free(int(s)) for s in extra.shape],
+            [axes[0], halves[0]] if extra.dim() == 2 else [free(int(s)) for s in extra.shape],
         )
+
+
+@rule("_weight_norm_interface")
+def _weight_norm(terms: Terms, op: Operation) -> None:
+    direction, length = terms.of(op.tensor), terms.of(op.args[1])
+    dim = position_of(op.argument(2, "dim", 0), op.tensor)
+    unify(direction[dim], length[dim], f"weight norm in {terms.where}")
+    for other, axis in enumerate(direction):
+        if other != dim:
+            terms.mix(axis, "a weight normalisation runs over it")
+    weight, norms = op.out
+    terms.set(weight, direction)
+    terms.set(norms, length)
+    carry_source(terms, op.tensor, weight)
