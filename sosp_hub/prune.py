@@ -61,6 +61,10 @@ def _log_to_terminal() -> None:
     log = logging.getLogger("sosp_hub")
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    from transformers.utils import logging as transformers_logging  # its bars would cross ours
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -1,48 +1,20 @@
-"""The stages of a run, in order: what each does, and what it leaves for the next."""
+"""A run from its recipe to its output folder: the stages in order."""
 
-import dataclasses
 import os
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-import torch
-from accelerate.utils import set_seed
-from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import nn
-
-from sosp_hub.allocation import allocate
-from sosp_hub.criteria.registry import score
-from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
-from sosp_hub.data.source import SplitName, open_data
 from sosp_hub.distributed import (
-    OnDevice,
-    from_main,
     is_main,
     logger,
-    make_accelerator,
-    process_sum,
-    progress,
-    to_device,
     wait_for_everyone,
 )
-from sosp_hub.errors import OutputExistsError, TraceError
-from sosp_hub.evaluate import evaluate, measure_latency
-from sosp_hub.finetune import finetune, recalibrate_norm
+from sosp_hub.errors import OutputExistsError
 from sosp_hub.pipeline.result import publish, write_result
+from sosp_hub.pipeline.stages import Stages
 from sosp_hub.pipeline.table import show_result
 from sosp_hub.pipeline.work import WorkFolder
-from sosp_hub.plan import PruningPlan
-from sosp_hub.recipe.schema import Recipe, TrainSection
-from sosp_hub.structure.graph import Graph
-from sosp_hub.structure.trace import trace
-from sosp_hub.surgery.apply import apply
-from sosp_hub.zoo.load import example_inputs
-from sosp_hub.zoo.load import load_model as load_from_zoo
-
-if TYPE_CHECKING:
-    from sosp_hub.types import Saliency
+from sosp_hub.recipe.schema import Recipe
 
 
 def run(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
@@ -66,7 +38,7 @@ def run(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[s
     _check_output(output, overwrite)
     work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
     _say_what_is_kept(work)
-    stages = _Stages(recipe, work)
+    stages = Stages(recipe, work)
     graph = stages.trace()
     stages.train_dense()
     dense = stages.measure("dense_metrics", stages.model)
@@ -101,246 +73,6 @@ def run(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[s
             publish(output, recipe.push)
     wait_for_everyone()
     return report
-
-
-class _Stages:
-    """The stages, and what several of them need."""
-
-    def __init__(self, recipe: Recipe, work: WorkFolder) -> None:
-        self.recipe, self.work = recipe, work
-        self.accelerator = make_accelerator(recipe.finetune.mixed_precision, recipe.seed)
-        set_seed(recipe.seed)
-        self.data = open_data(recipe.data, recipe.model.task, seed=recipe.seed)
-        self.loaded = load_from_zoo(recipe.model, data=self.data.info)
-        self.model = self.loaded.model
-        self.train = self._split("train")
-        self.test = self._split("test")
-        self._batches: Sequence[Any] | None = None
-        if recipe.criterion.num_samples > len(self.train):
-            logger.warning(
-                "criterion.num_samples is %d; the train split has %d samples, all are used",
-                recipe.criterion.num_samples,
-                len(self.train),
-            )
-
-    @property
-    def calibration(self) -> dict[str, Any]:
-        """What calibrates, for the report."""
-        num_samples = min(self.recipe.criterion.num_samples, len(self.train))
-        seed = self.recipe.seed
-        return {"data": self.data.name, "num_samples": num_samples, "seed": seed}
-
-    def trace(self) -> Graph:
-        """Finds the groups; refuses what cannot be cut so far before anything long begins."""
-        inputs = example_inputs(self.loaded)
-        graph = trace(self.model, inputs, outputs=self.recipe.structure.outputs)
-        kinds = self.recipe.structure.kinds
-        if not any(group.kind in kinds for group in graph.groups.values()):
-            there = sorted({group.kind for group in graph.groups.values()})
-            raise TraceError(
-                f"{self.recipe.model.id}: nothing in it can be cut as {', '.join(kinds)}; "
-                + (
-                    f"it has {', '.join(there)}: write structure.kinds: [{', '.join(there)}]"
-                    if there
-                    else "no structure of it can be cut at all; choose another model"
-                )
-            )
-        targets = self.recipe.budget.targets()
-        targets.pop("latency_s", None)  # is measured, and takes its time
-        if targets:
-            equal = {name: torch.ones(group.size) for name, group in graph.groups.items()}
-            self._allocate(graph, equal, targets)
-        self.model.to(self.accelerator.device)
-        return graph
-
-    def train_dense(self) -> None:
-        """Trains the dense model, where the recipe says so."""
-        config = self.recipe.model.train
-        if config is None or config.epochs == 0:
-            if self.loaded.new_head or not self.recipe.model.pretrained:
-                logger.warning(
-                    "%s starts from random weights and is not trained before it is scored; "
-                    "write model.train: {epochs: ...}",
-                    "the head" if self.recipe.model.pretrained else "the model",
-                )
-            return
-        self._trained("dense", self.model, config, "train dense")
-
-    def measure(self, stage: str, model: nn.Module) -> dict[str, Any]:
-        """Metrics on the test split."""
-        section = self.recipe.evaluate
-
-        def make() -> dict[str, Any]:
-            loader = make_loader(self.test, section.batch_size, num_workers=self._num_workers)
-            loader = self.accelerator.prepare_data_loader(loader)
-            names = section.names(self.recipe.model.task)
-            shown = progress(loader, f"measure {stage.removesuffix('_metrics')}")
-            found = evaluate(model, shown, names, class_names=self.test.class_names)
-            return {name: dataclasses.asdict(metric) for name, metric in found.items()}
-
-        return self._stage(stage, make)
-
-    def score(self, graph: Graph) -> "Saliency":
-        """Saliency of every structure that may go."""
-        tensors = self.work.tensors("saliency")
-
-        def make() -> dict[str, Any]:
-            saliency = score(
-                self.model,
-                graph,
-                OnDevice(self._calibration_batches(), "score"),
-                criterion=self.recipe.criterion.name,
-                kinds=self.recipe.structure.kinds,
-                seed=self.recipe.seed,
-                process_sum=process_sum,
-                **self.recipe.criterion.options(),
-            )
-            whole = {name: scores.contiguous() for name, scores in saliency.items()}
-            self._save(lambda: save_file(whole, tensors))
-            return {}
-
-        self._stage("saliency", make)
-        return load_file(tensors)
-
-    def plan(self, graph: Graph, saliency: "Saliency") -> PruningPlan:
-        """Which structures are kept; decided by the main process, since latency is measured."""
-        budget, criterion = self.recipe.budget, self.recipe.criterion
-
-        def make() -> dict[str, Any]:
-            measure = self._seconds_of(graph) if budget.latency_s else None
-            plan = self._allocate(graph, saliency, budget.targets(), measure)
-            provenance = {
-                **plan.provenance,
-                "criterion": {"name": criterion.name, "options": criterion.options()},
-                "calibration": self.calibration,
-            }
-            base = {
-                "base_model": self.loaded.base_model,
-                "base_revision": self.loaded.base_revision,
-            }
-            return {"plan": dataclasses.replace(plan, provenance=provenance, **base).to_json()}
-
-        return PruningPlan.from_json(from_main(self._stage("plan", make)["plan"]))
-
-    def _allocate(
-        self,
-        graph: Graph,
-        saliency: "Saliency",
-        targets: dict[str, float],
-        measure: Callable[[PruningPlan], float] | None = None,
-    ) -> PruningPlan:
-        budget = self.recipe.budget
-        return allocate(
-            graph,
-            saliency,
-            measure=measure,
-            **targets,
-            keep_at_least=budget.keep_at_least,
-            round_to=budget.round_to,
-            uniform=budget.uniform,
-            kinds=self.recipe.structure.kinds,
-        )
-
-    def cut(self, graph: Graph, plan: PruningPlan) -> nn.Module:
-        """The smaller model; a cut that is not proved equal to a mask raises."""
-        set_seed(self.recipe.seed)
-        return self._cut(graph, plan, self.recipe.structure.verify)
-
-    def recalibrate(self, pruned: nn.Module) -> bool:
-        """Re-estimates BatchNorm statistics; whether there was anything to do."""
-        if not self.recipe.finetune.recalibrate_norm:
-            return False
-        return recalibrate_norm(pruned, self._calibration_batches()) > 0
-
-    def recover(self, pruned: nn.Module) -> list[dict[str, float]]:
-        """Fine-tunes; the loss curve, empty where the recipe asks for none."""
-        config = self.recipe.finetune
-        if config.epochs == 0:
-            return []
-        teacher = self.model if config.distill else None
-        return self._trained("final", pruned, config, "fine-tune", teacher)
-
-    def _trained(
-        self,
-        stage: str,
-        model: nn.Module,
-        config: TrainSection,
-        description: str,
-        teacher: nn.Module | None = None,
-    ) -> list[dict[str, float]]:
-        tensors = self.work.tensors(stage)
-
-        def make() -> dict[str, Any]:
-            history = finetune(
-                model,
-                self._split("train", augment=True) if config.augment else self.train,
-                config,
-                teacher=teacher,
-                checkpoint_dir=self.work.training_state(stage),
-                accelerator=self.accelerator,
-                seed=self.recipe.seed,
-                num_workers=self._num_workers,
-                description=description,
-            )
-            self._save(lambda: save_model(model, str(tensors)))
-            return {"history": history}
-
-        record = self._stage(stage, make)
-        load_model(model, tensors)  # read on the CPU, copied to where the model is
-        return record["history"]
-
-    def _seconds_of(self, graph: Graph) -> Callable[[PruningPlan], float]:
-        inputs = to_device(example_inputs(self.loaded, self.recipe.evaluate.latency_batch_size))
-
-        def seconds(plan: PruningPlan) -> float:
-            return measure_latency([self._cut(graph, plan, "fast")], inputs, budget_s=0.3)[0]
-
-        return seconds
-
-    def _cut(
-        self, graph: Graph, plan: PruningPlan, verify: Literal["thorough", "fast"]
-    ) -> nn.Module:
-        """Cuts and proves on the CPU, where the traced inputs are and float32 means float32."""
-        device = self.accelerator.device
-        pruned = apply(self.model.cpu(), graph, plan, verify=verify)
-        self.model.to(device)
-        return pruned.to(device)
-
-    def _stage(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The record of a stage, made now unless it is there."""
-        record = self.work.read(stage)
-        if record is None:
-            set_seed(self.recipe.seed)
-            start = time.perf_counter()
-            made = make()
-            record = self.work.write(stage, made, time.perf_counter() - start)
-        return record["made"]
-
-    def _save(self, write: Callable[[], None]) -> None:
-        if is_main():
-            self.work.folder.mkdir(parents=True, exist_ok=True)
-            write()
-        wait_for_everyone()
-
-    def _calibration_batches(self) -> Sequence[Any]:
-        if self._batches is None:
-            criterion = self.recipe.criterion
-            self._batches = calibration_batches(
-                self.train,
-                self.calibration["num_samples"],
-                criterion.batch_size,
-                seed=self.recipe.seed,
-                rank=self.accelerator.process_index,
-                num_processes=self.accelerator.num_processes,
-            )
-        return self._batches
-
-    def _split(self, name: SplitName, augment: bool = False) -> Split:
-        return load_split(self.data, name, self.loaded.processor, augment=augment)
-
-    @property
-    def _num_workers(self) -> int:
-        return self.recipe.data.num_workers
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

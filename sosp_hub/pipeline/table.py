@@ -70,6 +70,7 @@ _FILES = {
     "figures": "kept widths, saliency, recovery",
     "model.safetensors": "weights",
     "saliency.safetensors": "scores of all structures",
+    "tokenizer.json": "tokenizer",
     "sosp_report.json": "plan, metrics, costs, timings, versions",
 }
 

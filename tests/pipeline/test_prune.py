@@ -15,7 +15,7 @@ import sosp_hub
 from sosp_hub.data.loading import load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.evaluate import evaluate
-from sosp_hub.pipeline import run as stages
+from sosp_hub.pipeline import stages
 from sosp_hub.prune import main
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.zoo.load import load_model
@@ -135,6 +135,7 @@ def test_a_folder_of_somebody_elses_is_never_touched(tmp_path, capsys, overwrite
         (["data.path=FOLDER/empty.csv", "model.task=text-classification"], ["empty.csv"]),
         (["model.num_labels=3"], ["3", "10"]),
         (["model.id=no_such_net"], ["no_such_net"]),
+        (["budget.macs=0.001"], ["macs=0.001", "least that can be reached"]),
         (["structure.kinds=[expert]"], ["expert", "channel", "write structure.kinds"]),
         (["model.id=nobody/nothing", "model.library=transformers"], ["nobody/nothing", "ffline"]),
         (["data.id=nobody/nothing"], ["nobody/nothing", "ffline"]),
