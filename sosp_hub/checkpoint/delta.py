@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.checkpoint import standins
 from sosp_hub.checkpoint.record import Delta, Plain, Replacement, Section, Shape
+from sosp_hub.checkpoint.standins import build_standin, describe_standin
 from sosp_hub.errors import CheckpointError
 
 _TORCH_STATE = frozenset(nn.Module().__dict__)
@@ -201,7 +201,7 @@ class _Found:
             theirs = model._modules.get(child)
             if theirs is None:
                 self.dropped.append(full)
-            elif (one := standins.describe(theirs, original)) is not None:
+            elif (one := describe_standin(theirs, original)) is not None:
                 self.replaced[full] = one
             else:
                 self.walk(original, theirs, full, skip)
@@ -388,7 +388,7 @@ class _Applied:
     def apply(self) -> None:
         section, done = self.section, {}
         for name, one in section.replaced.items():
-            self.put(name, standins.build(one))
+            self.put(name, build_standin(one))
         for name in sorted(section.dropped, key=_trailing, reverse=True):
             self.put(name, None)
         for name, values in section.modules.items():

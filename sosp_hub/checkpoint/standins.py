@@ -71,14 +71,14 @@ class RemovedAttention(StandIn):
         return torch.zeros_like(hidden_states), None
 
 
-def build(one: Replacement) -> StandIn:
+def build_standin(one: Replacement) -> StandIn:
     """The stand-in that a delta asks for."""
     if one.kind == "attention":
         return RemovedAttention(one.tombstone, one.layer_idx)
     return {"identity": RemovedBlock, "mlp": RemovedMlp}[one.kind](one.tombstone)
 
 
-def describe(module: nn.Module, original: nn.Module) -> Replacement | None:
+def describe_standin(module: nn.Module, original: nn.Module) -> Replacement | None:
     """What a delta says of ``module`` where the skeleton has ``original``; None if it is no stand-in."""
     tombstone = next((name for name, _ in original.named_parameters()), None)
     if isinstance(module, RemovedAttention):

@@ -6,7 +6,6 @@ sees the small shapes: ``from_pretrained`` with any device map, ``from_config``,
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,11 +16,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 import sosp_hub
 from sosp_hub.checkpoint import hooks
-from sosp_hub.checkpoint.delta import apply_section, diff, versions_said
-from sosp_hub.checkpoint.record import KEY, Delta, Section, parse_delta
+from sosp_hub.checkpoint.delta import diff
+from sosp_hub.checkpoint.record import KEY, Delta, Section
+from sosp_hub.checkpoint.shrink import APPLIED, shrink
 from sosp_hub.errors import CheckpointError
 
-_APPLIED = "_sosp_hub_applied"
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
 
 
@@ -47,21 +46,6 @@ def unhook() -> None:
                 _ORIGINALS["_load_pretrained_model"]
             )
         _ORIGINALS.clear()
-
-
-def shrink(model: PreTrainedModel) -> None:
-    """Applies the delta in the model's config, as far as it is about this class; inert without one."""
-    record = vars(model.config).get(KEY)
-    if record is None:
-        return
-    delta = parse_delta(record, f"config.json: {KEY}")
-    if delta.library != "transformers":
-        raise CheckpointError(
-            f"config.json: {KEY}.library: {delta.library!r}, but a transformers model is being built"
-        )
-    with versions_said(delta, transformers.__version__):
-        if _shrink_part(model, delta, f"config.json: {KEY}"):
-            setattr(model, _APPLIED, True)
 
 
 def delta_of(
@@ -138,65 +122,6 @@ def base_name(model: PreTrainedModel) -> str:
     return prefix if isinstance(inner, PreTrainedModel) else ""
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Writes the delta of a pruned model into its own config.
-
-    Then everything that saves the model by itself, as ``Trainer`` does, writes a checkpoint that loads.
-    """
-    delta = delta_of(model)
-    vars(model.config).pop(KEY, None)
-    if not delta.empty:
-        setattr(model.config, KEY, delta.to_json())
-
-
-def _shrink_part(model: PreTrainedModel, delta: Delta, where: str) -> bool:
-    if type(model).__name__ == delta.base.cls:
-        apply_section(model, delta.base, f"{where}.base")
-    elif any(type(module).__name__ == delta.base.cls for module in model.modules()):
-        _shrink_head(model, delta, f"{where}.head")
-    elif delta.head is None and (part := _of_sibling(model, delta.base)) is not None:
-        apply_section(model, part, f"{where}.base")
-    else:
-        return False
-    return True
-
-
-def _shrink_head(model: PreTrainedModel, delta: Delta, where: str) -> None:
-    head = delta.head
-    if head is None or head.empty:
-        return
-    if head.cls != type(model).__name__:
-        raise CheckpointError(
-            f"{where}.class: the checkpoint holds a {head.cls} whose head was cut too; "
-            f"a {type(model).__name__} has another head. Load it as {head.cls} or as {delta.base.cls}"
-        )
-    apply_section(model, head, where)
-
-
-def _of_sibling(model: PreTrainedModel, section: Section) -> Section | None:
-    """The part of a section that concerns a class with other children; None where it shares none.
-
-    An encoder on its own, cut out of an encoder-decoder that is its own base model, is such a class.
-    """
-
-    def here(name: str) -> bool:
-        return name.partition(".")[0] in model._modules
-
-    roots = {name.partition(".")[0] for name in (*section.modules, *section.tensors) if name}
-    if not any(isinstance(model._modules.get(root), PreTrainedModel) for root in roots):
-        return None
-    return dataclasses.replace(
-        section,
-        modules={name: values for name, values in section.modules.items() if name and here(name)},
-        configs={name: values for name, values in section.configs.items() if name and here(name)},
-        tensors={name: shape for name, shape in section.tensors.items() if here(name)},
-        replaced={name: one for name, one in section.replaced.items() if here(name)},
-        buffers=tuple(filter(here, section.buffers)),
-        biases=tuple(filter(here, section.biases)),
-        dropped=tuple(filter(here, section.dropped)),
-    )
-
-
 def _rewritten(old: Any, new: Any) -> frozenset[tuple[str, Any]]:
     """Keys, with their old values, that two configs of one tree say differently."""
     return frozenset(
@@ -259,7 +184,7 @@ def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) ->
                 "ignore_mismatched_sizes=True fills every tensor of another size with random numbers; "
                 "load the pruned model without it, and replace its head afterwards"
             )
-        if not any(getattr(module, _APPLIED, False) for module in model.modules()):
+        if not any(getattr(module, APPLIED, False) for module in model.modules()):
             base = record.get("base", {}).get("class") if isinstance(record, dict) else None
             raise CheckpointError(
                 f"the checkpoint holds a pruned {base}, which a {type(model).__name__} does not contain"

@@ -14,6 +14,7 @@ from sosp_hub.checkpoint import native, proof
 from sosp_hub.checkpoint import transformers as adapter
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.record import KEY, Delta, Section, parse_delta
+from sosp_hub.checkpoint.ship import ship
 from sosp_hub.errors import CheckpointError
 
 
@@ -34,26 +35,43 @@ def write(
         setattr(config, KEY, delta.to_json())
     config.save_pretrained(folder)
     if ship_code and not delta.empty:
-        from sosp_hub.checkpoint.ship import ship
-
         ship(model, folder)
 
 
-def describe(model: PreTrainedModel) -> tuple[Any, Delta]:
-    """The config and the delta that build this model again; an empty delta where the config suffices.
+def attach(model: PreTrainedModel) -> None:
+    """Writes the delta of a pruned model into its own config.
+
+    Then whatever saves the model by itself, as ``Trainer`` does, writes a checkpoint that loads.
+
+    Raises:
+        CheckpointError: What the delta builds differs from the model.
+    """
+    _, delta = describe(model, uniform=False)
+    vars(model.config).pop(KEY, None)
+    if not delta.empty:
+        setattr(model.config, KEY, delta.to_json())
+
+
+def describe(model: PreTrainedModel, *, uniform: bool = True) -> tuple[Any, Delta]:
+    """The config and the delta that build this model again.
+
+    Args:
+        model: The pruned model.
+        uniform: Look for a config that needs no delta.
 
     Raises:
         CheckpointError: What they build differs from the model.
     """
     config, delta = native.best_skeleton(model)
     inputs = made_up_inputs(model)
-    if inputs is not None and (uniform := native.uniform_config(model, config, delta)) is not None:
+    if uniform and inputs is not None:
         plain = dataclasses.replace(delta, base=Section(delta.base.cls), head=None)
-        rebuilt = _rebuild(model, uniform, plain)
-        if not proof.changed_buffers(rebuilt, model):
+        found = native.uniform_config(model, config, delta)
+        rebuilt = None if found is None else _rebuild(model, found, plain)
+        if rebuilt is not None and not proof.changed_buffers(rebuilt, model):
             proof.adopt(rebuilt, model)
             if proof.same_output(rebuilt, model, inputs):
-                return uniform, plain
+                return found, plain
     delta = parse_delta(json.loads(json.dumps(delta.to_json())))  # what a reader will see
     rebuilt = _rebuild(model, config, delta)
     if buffers := proof.changed_buffers(rebuilt, model):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +50,8 @@ def test_schema_refuses_what_the_reader_refuses_by_itself():
             refused = False
         except CheckpointError:
             refused = True
-        if isinstance(value, float) and not math.isfinite(value):
-            continue  # no JSON
+        if case in ("NaN", "infinity", "10^5000"):
+            continue  # no JSON, or none that other readers take
         errors = list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(record))
         assert bool(errors) == refused, case
 
@@ -188,8 +187,11 @@ def test_onnx_runs_in_onnxruntime(name, tmp_path):
 
 
 def test_onnx_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(CheckpointError, match="onnx"):
+    def missing(*_, **__):
+        raise ModuleNotFoundError("No module named 'onnxscript'")
+
+    monkeypatch.setattr(torch.onnx, "export", missing)
+    with pytest.raises(CheckpointError, match="pip install onnx onnxscript"):
         export.to_onnx(cuts.pruned_timm("test_resnet"), tmp_path / "model.onnx")
 
 

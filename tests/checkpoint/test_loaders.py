@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import sosp_hub
-from sosp_hub.checkpoint import transformers as adapter
+from sosp_hub.checkpoint.write_transformers import attach
 from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
@@ -260,7 +261,7 @@ def test_trainer_saves_and_resumes(llama, tmp_path):
 
 def test_attached_delta_survives_the_librarys_own_save(tmp_path):
     model = cuts.pruned("llama")
-    adapter.attach(model)
+    attach(model)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=1e-6)
@@ -293,6 +294,29 @@ def test_cifar_resnet_loads_by_name(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert float(answer.stdout) == pytest.approx(expected, abs=1e-5)
+
+
+def test_shipped_code_loads_without_the_package(tmp_path):
+    model = cuts.pruned("llama")
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small", ship_code=True)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_sosp_hub.LlamaForCausalLM"
+    code = f"""
+import sys, torch, transformers
+from safetensors.torch import save_file
+for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+    model = auto.from_pretrained({str(folder)!r}, trust_remote_code=True)
+    tokens = torch.arange(3, 13).reshape(2, 5)
+    last = model(tokens)[0].detach().contiguous()
+    save_file({{"last": last}}, {str(tmp_path)!r} + f"/{{auto.__name__}}.safetensors")
+assert "sosp_hub" not in sys.modules
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
+    logits = load_file(tmp_path / "AutoModelForCausalLM.safetensors")["last"]
+    assert_close(logits, output(model, TOKENS), relative=1e-6)
+    hidden = load_file(tmp_path / "AutoModel.safetensors")["last"]
+    assert_close(hidden, model.model(**TOKENS).last_hidden_state, relative=1e-6)
 
 
 def test_wrong_class_is_refused(llama):
