@@ -4,22 +4,20 @@
     python tests/bench/saliency.py resnet50 vit_tiny_patch16_224 --batch-size 4 --rounds 5
 
 Every method is timed in turn, round after round, and the least CPU time counts: what other
-processes do in the meantime moves the ratios little. Peak memory is that of a forked process above
-its start. Random weights: neither cost depends on them.
+processes do in the meantime moves the ratios little. Memory is the peak of the bytes in tensors.
+Random weights: neither cost depends on them.
 """
 
 import argparse
-import multiprocessing
-import resource
-import sys
+import itertools
 import time
 from collections.abc import Callable
-from functools import partial
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 
 import sosp_hub
 import sosp_hub.zoo.timm
@@ -78,30 +76,20 @@ def seconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return best
 
 
-def in_own_process(run: Callable[[], object]) -> object:
-    """What ``run`` returns in a fork of this process, which must not have run a backward pass."""
-    fork = multiprocessing.get_context("fork")
-    queue = fork.SimpleQueue()
-    process = fork.Process(target=lambda: queue.put(run()))
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(process.exitcode)
-    return queue.get()
-
-
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Peak memory of one run above what the process held before it."""
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024
+    """Most bytes of tensors that one run holds at a time."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 def report(name: str, batch_size: int | None, rounds: int) -> None:
     usual, size, target = MODELS.get(name, (8, 224, 2.2))
     batch_size = batch_size or usual
     runs = methods(name, batch_size, size)
-    peaks = {method: in_own_process(partial(peak_bytes, run)) for method, run in runs.items()}
+    peaks = {method: peak_bytes(run) for method, run in runs.items()}
     times = seconds(runs, rounds)
     unit = next(iter(runs))
     threads = torch.get_num_threads()
@@ -124,7 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.models:
-        in_own_process(partial(report, name, arguments.batch_size, arguments.rounds))
+        report(name, arguments.batch_size, arguments.rounds)
 
 
 if __name__ == "__main__":
