@@ -123,9 +123,17 @@ def _gates(model: nn.Module, graph: Graph, plan: PruningPlan) -> Iterator[None]:
         gate = _gate(graph, plan, name)
         return lambda module, args: (_scale(args[0], site.dim, site.index, gate), *args[1:])
 
+    def hand_on(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        return args[0] if isinstance(result, Tensor) else type(result)((args[0], *result[1:]))
+
     with torch.no_grad():
         for name in plan.kept:
-            sites = graph.groups[name].sites
+            group = graph.groups[name]
+            if group.kind == "layer":
+                gone = [layer for i, layer in enumerate(group.layers) if i not in plan.kept[name]]
+                handles += [modules[layer].register_forward_hook(hand_on) for layer in gone]
+                continue
+            sites = group.sites
             for site in sites:
                 if site.module is not None:
                     handles.append(modules[site.module].register_forward_pre_hook(hook(site, name)))

@@ -1,0 +1,209 @@
+"""Verification has to fail: each test breaks a cut in one way and expects to be told where."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sosp_hub.errors import VerificationError
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery import apply as surgery
+from sosp_hub.surgery.apply import apply, cut
+from sosp_hub.surgery.verify import masked_outputs
+from tests.cases import CASES
+from tests.compare import assert_close
+from tests.structure.oracles import fill, gated, half, plan_of, run
+
+LLAMA = next(case for case in CASES if case.name == "llama")
+RESNET = next(case for case in CASES if case.name == "test_resnet")
+
+
+class Block(nn.Module):
+    """Two groups: ``one`` (between the first two layers) and ``two`` (between the last two)."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(5, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.heads = 2
+
+    def forward(self, x):
+        x = self.two(self.one(x).relu())
+        x = x.view(*x.shape[:-1], self.heads, -1).softmax(1).flatten(-2)
+        return self.three(x)
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    model = fill(Block().eval())
+    return model, trace(model, (torch.randn(2, 4, 5),))
+
+
+def sabotage_positions(monkeypatch, graph, tensor, dim):
+    """Another choice of positions for one dimension of one tensor."""
+    right = type(graph).kept_positions
+
+    def wrong(self, name, plan):
+        positions = right(self, name, plan)
+        if name != tensor or positions[dim] is None:
+            return positions
+        size = sum(1 for _ in positions[dim])
+        moved = np.arange(size)  # the first ones, whatever was asked for
+        return tuple(moved if i == dim else p for i, p in enumerate(positions))
+
+    monkeypatch.setattr(type(graph), "kept_positions", wrong)
+
+
+def group_of(graph, tensor, dim):
+    """The group that cuts one dimension of a tensor."""
+    (name,) = [
+        name
+        for name, group in graph.groups.items()
+        if any((m.tensor, m.dim) == (tensor, dim) for m in group.members)
+    ][:1]
+    return name
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dim"),
+    [("one.weight", 0), ("one.bias", 0), ("two.weight", 1), ("two.weight", 0), ("three.weight", 1)],
+)
+def test_other_indices_in_one_tensor_are_noticed(monkeypatch, block, tensor, dim):
+    model, graph = block
+    plan = plan_of(graph, {name: (group.size - 1,) for name, group in graph.groups.items()})
+    apply(model, graph, plan)
+    sabotage_positions(monkeypatch, graph, tensor, dim)
+    with pytest.raises(VerificationError, match=group_of(graph, tensor, dim)):
+        apply(model, graph, plan)
+
+
+@pytest.mark.parametrize("case", [LLAMA, RESNET], ids=str)
+def test_every_tensor_of_a_real_model_is_watched(monkeypatch, case):
+    """Nothing can be cut at other indices without being noticed."""
+    model = fill(case.model())
+    outputs = None if case.library == "timm" else "logits"
+    graph = trace(model, case.inputs(), outputs=outputs)
+    for name, group in list(graph.groups.items())[::3]:
+        if group.kind == "layer" or group.size < 2:
+            continue
+        plan = plan_of(graph, {name: tuple(range(group.size // 2, group.size))})
+        for member in group.members[::4]:
+            with monkeypatch.context() as patch:
+                sabotage_positions(patch, graph, member.tensor, member.dim)
+                with pytest.raises(VerificationError, match="Group"):
+                    apply(model, graph, plan)
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_an_attribute_that_is_not_rewritten_is_noticed(monkeypatch, block, verify):
+    model, graph = block
+    (heads,) = [name for name, group in graph.groups.items() if group.size == 2]
+    plan = plan_of(graph, {heads: (1,)})
+    apply(model, graph, plan, verify=verify)
+    monkeypatch.setattr(surgery, "rewrite", lambda *args: None)
+    with pytest.raises(VerificationError, match=heads):
+        apply(model, graph, plan, verify=verify)
+
+
+def test_an_attribute_that_is_set_wrongly_is_noticed(monkeypatch, block):
+    """Twice the heads of half the width: every shape at the ends is right, the softmax is not."""
+    model, graph = block
+    (inner,) = [name for name, group in graph.groups.items() if group.size == 4]
+    plan = plan_of(graph, {inner: (0, 3)})
+    rewrite = surgery.rewrite
+
+    def wrong(pruned, *args):
+        rewrite(pruned, *args)
+        pruned.heads = 4
+
+    monkeypatch.setattr(surgery, "rewrite", wrong)
+    for verify in ("thorough", "fast"):
+        with pytest.raises(VerificationError):
+            apply(model, graph, plan, verify=verify)
+
+
+def test_what_constant_zeros_would_hide_is_noticed(monkeypatch):
+    """A residual branch that starts at zero (zero-initialised last norm) hides its insides."""
+    torch.manual_seed(0)
+    model = fill(RESNET.model())
+    graph = trace(model, RESNET.inputs())
+    name = next(n for n in graph.groups if n.startswith("layer1.0.conv1"))
+    size = graph.groups[name].size
+    plan = plan_of(graph, {name: tuple(range(size // 2, size))})
+    sabotage_positions(monkeypatch, graph, graph.groups[name].members[0].tensor, 0)
+    nn.init.zeros_(model.layer1[0].bn2.weight)
+    nn.init.zeros_(model.layer1[0].bn2.bias)
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan)
+
+
+def test_outputs_that_are_not_numbers_are_noticed(block):
+    model, graph = block
+    model.one.weight.data[0] = float("nan")
+    name = group_of(graph, "one.weight", 0)
+    apply(model, graph, plan_of(graph, {name: (1, 2)}))  # it goes with the cut
+    plan = plan_of(graph, {name: (0, 2)})
+    with pytest.raises(VerificationError):
+        apply(model, graph, plan)
+
+
+def test_only_the_broken_group_is_named(monkeypatch, block):
+    model, graph = block
+    plan = half(graph)
+    wrong = group_of(graph, "two.weight", 1)
+    other = group_of(graph, "two.weight", 0)
+    sabotage_positions(monkeypatch, graph, "two.weight", 1)
+    plan = plan_of(graph, {**plan.kept, wrong: (3, 4, 5)})
+    with pytest.raises(VerificationError) as caught:
+        apply(model, graph, plan)
+    assert repr(wrong) in str(caught.value)
+    assert repr(other) not in str(caught.value)
+
+
+# --- the masked model itself ---
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 6), norm, nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6, eps=1e-6), nn.Softmax(-1)])
+def test_the_masked_model_normalises_the_kept_part_only(norm):
+    """By hand: the layers sliced, the normalisation of what is left."""
+    torch.manual_seed(0)
+    model = fill(Normed(norm).eval())
+    x = torch.randn(2, 4, 5)
+    graph = trace(model, (x,))
+    (name,) = graph.groups
+    assert not graph.groups[name].exact
+    kept = [1, 2, 5]
+    plan = plan_of(graph, {name: kept})
+    hidden = x @ model.first.weight[kept].T + model.first.bias[kept]
+    if isinstance(norm, nn.LayerNorm):
+        centred = hidden - hidden.mean(-1, keepdim=True)
+        spread = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        hidden = centred / spread * norm.weight[kept] + norm.bias[kept]
+    elif isinstance(norm, nn.RMSNorm):
+        length = (hidden.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        hidden = hidden / length * norm.weight[kept]
+    else:
+        hidden = hidden.exp() / hidden.exp().sum(-1, keepdim=True)
+    expected = hidden @ model.last.weight[:, kept].T + model.last.bias
+    assert_close(run(cut(copy.deepcopy(model), graph, plan), graph), [expected])
+    assert_close(masked_outputs(model, graph, plan), [expected])
+
+
+@pytest.mark.parametrize("case", [LLAMA, RESNET], ids=str)
+def test_the_masked_model_is_the_gated_model_for_exact_groups(case):
+    model = fill(case.model())
+    outputs = None if case.library == "timm" else "logits"
+    graph = trace(model, case.inputs(), outputs=outputs)
+    plan = half(graph, lambda group: group.exact and group.kind != "layer")
+    assert_close(masked_outputs(model, graph, plan), gated(model, graph, plan))
