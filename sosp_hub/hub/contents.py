@@ -1,10 +1,10 @@
 """What may be published: a whole model, a card that the hub takes, and no secrets."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_session
+from huggingface_hub.utils import hf_raise_for_status
 
 from sosp_hub.errors import HubError
 from sosp_hub.hub.facts import has_token, hub_id
@@ -77,20 +77,23 @@ def check_card(folder: Path) -> None:
         raise HubError(f"{path}: the hub would refuse the metadata\n{lines}")
 
 
-def check_with_hub(card: str) -> None:
+def check_with_hub(card: str, endpoint: str) -> None:
     """Has the hub judge a card's metadata; a folder without a card has none.
+
+    Asked directly, because ``ModelCard.validate`` of older clients always asks huggingface.co.
 
     Raises:
         HubError: The hub refuses it.
     """
     if not card:
         return
-    try:
-        ModelCard(card, ignore_metadata_errors=True).validate()
-    except json.JSONDecodeError:
-        raise
-    except ValueError as error:
-        raise HubError(f"README.md: the hub refuses the metadata at its top: {error}") from error
+    question = {"repoType": "model", "content": card}
+    response = get_session().post(f"{endpoint}/api/validate-yaml", json=question)
+    if response.status_code == 400:
+        faults = response.json().get("errors", [])
+        lines = "\n".join(f"  - {fault.get('message')}" for fault in faults)
+        raise HubError(f"README.md: the hub refuses the metadata at its top\n{lines}")
+    hf_raise_for_status(response)
 
 
 def _ids(data: dict[str, Any], key: str) -> list[str]:

@@ -192,7 +192,7 @@ class _Push:
         try:
             head = self._api.model_info(self._repo_id, revision=self._revision).sha or ""
             remote = self._remote_files(head)
-            check_with_hub(self._card)
+            check_with_hub(self._card, self._api.endpoint)
         except HubError:
             raise
         except Exception as error:
@@ -205,7 +205,7 @@ class _Push:
     def run(self, private: bool | None, message: str) -> PushResult:
         """Makes the commit."""
         try:
-            self._try(lambda: check_with_hub(self._card), "check card")
+            self._try(lambda: check_with_hub(self._card, self._api.endpoint), "check card")
             self._make_place(private)
             head = self._head()
             remote = self._try(lambda: self._remote_files(head), "list files")

@@ -3,9 +3,10 @@
 import os
 import uuid
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from sosp_hub.hub.attempts import Patience
 from tests.hub import reports
@@ -29,8 +30,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub where `me` may write, with the client's own settings pointing to it."""
-    with Hub(tmp_path / "hub") as hub:
+    """A hub where `me` may write, with the client's own settings pointing to it.
+
+    Older clients copy the address when they are imported: HF_ENDPOINT=http://127.0.0.1:8765 pytest.
+    """
+    given = urlsplit(os.environ.get("HF_ENDPOINT", ""))
+    with Hub(tmp_path / "hub", port=given.port or 0) as hub:
         hub.users = {
             TOKEN: User("me", orgs=("lab",)),
             READER: User("me", role="read"),
@@ -44,6 +49,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
+    close_session()  # its open connections lead to this hub
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard
 from sosp_hub.errors import HubError
 from sosp_hub.hub.card import render_card
 from sosp_hub.hub.facts import collect
+from sosp_hub.hub.figures import draw_correlation
 from sosp_hub.hub.markers import BEGIN, END
 from tests.hub import reports
 from tests.hub.conftest import make_folder
@@ -273,6 +275,20 @@ def test_figures_are_drawn_only_from_what_was_measured(image):
     card = render(changed(image, less), figures=True)
     assert list((image / "figures").iterdir()) == []
     assert "](figures/" not in card
+
+
+def test_the_correlation_map_has_a_unit_diagonal_and_keeps_signs():
+    effects = np.array([[1.0, 0.0, 2.0], [0.0, 3.0, -2.0]])
+    groups = [{"name": "a:channel", "size": 2}, {"name": "b:channel", "size": 1}]
+    figure = draw_correlation(effects.T @ effects, groups)
+    shown = figure.axes[0].images[0].get_array()
+    expected = [[1, 0, 0.5**0.5], [0, 1, -(0.5**0.5)], [0.5**0.5, -(0.5**0.5), 1]]
+    np.testing.assert_allclose(shown, expected, atol=1e-12)
+
+
+def test_a_structure_without_effect_correlates_with_nothing():
+    figure = draw_correlation(np.diag([1.0, 0.0]), [{"name": "a:channel", "size": 2}])
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), [[1, 0], [0, 0]])
 
 
 def test_facts_are_made_from_metrics_that_are_not_finite(image):

@@ -227,7 +227,7 @@ def test_a_base_model_that_is_a_local_path(hub, folder):
 
 def test_metadata_that_the_hub_refuses(hub, folder):
     (folder / "README.md").write_text("---\nlicense: no-such-licence\n---\n# x\n")
-    with pytest.raises(HubError, match=r"the hub refuses the metadata.*license"):
+    with pytest.raises(HubError, match=r"(?s)the hub refuses the metadata.*license"):
         push(folder)
     assert REPO not in hub.repos
 
