@@ -113,7 +113,7 @@ def card_text(
         pictures=drawn,
         criterion=criterion,
         options=", ".join(f"{k}: {v}" for k, v in (criterion.get("options") or {}).items()),
-        method=method(str(criterion.get("name"))),
+        method=method(str(criterion.get("name")), criterion.get("options") or {}),
         recovery=_recovery(report),
         calibration=_calibration(report.get("calibration") or {}),
         has_report=(checkpoint.folder / "sosp_report.json").is_file(),

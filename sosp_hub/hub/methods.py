@@ -1,6 +1,8 @@
-"""What the card says about a criterion: its formula, and where it comes from."""
+"""What the card says about a criterion: its formula, and what the symbols mean."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,23 +18,32 @@ class Method:
     words: str
 
 
-_GATE = "g is the gradient of the mean loss with respect to a gate on the structure's activation"
-
-METHODS = {
-    "sosp_h": Method(
-        "|g_s| + 1/2 |r_s|,   r = H 1",
-        f"{_GATE} (1 in the dense model), H the exact Hessian in the same gates, so that r_s also "
-        "counts how s interacts with every other structure in every layer. Second-order structured "
-        "pruning, [arXiv:2110.11395](https://arxiv.org/abs/2110.11395).",
-    ),
-    "taylor": Method(
-        "(mean over batches of g_s)^2  or  |g_s|", f"{_GATE} (1 in the dense model); first order."
-    ),
-    "magnitude": Method("||w_s||_2", "w are the weights of the structure; no data is used."),
-    "random": Method("uniform", "The control: no data and no weights are looked at."),
-}
+_PAPER = (
+    "Second-order structured pruning, [arXiv:2110.11395](https://arxiv.org/abs/2110.11395); gates "
+    "and their exact Hessian are this package's reading of it."
+)
 
 
-def method(name: str) -> Method | None:
-    """What is known about a criterion; None for one that has no entry here."""
-    return METHODS.get(name)
+def method(name: str, options: Mapping[str, Any]) -> Method | None:
+    """A criterion as it was run; None for one that has no entry here."""
+    gate = (
+        "g is the gradient of the mean loss over the calibration data with respect to a gate on "
+        f"the structure's {'weights' if options.get('gate') == 'weight' else 'activation'} "
+        "(1 in the dense model)"
+    )
+    match name:
+        case "sosp_h":
+            return Method(
+                "|g_s| + 1/2 |r_s|,   r = H 1",
+                f"{gate}, H the Hessian of that loss in the same gates, so that r_s also counts "
+                f"how s interacts with every other structure in every layer. {_PAPER}",
+            )
+        case "taylor" if options.get("form") == "squared":
+            return Method("mean over batches of (g_s)^2", f"{gate}, one batch at a time.")
+        case "taylor":
+            return Method("|g_s|", f"{gate}; first order.")
+        case "magnitude":
+            return Method("||w_s||_2", "w are the weights of the structure; no data is used.")
+        case "random":
+            return Method("uniform", "The control: neither data nor weights are looked at.")
+    return None

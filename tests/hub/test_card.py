@@ -13,6 +13,7 @@ from sosp_hub.hub.card import render_card
 from sosp_hub.hub.facts import collect
 from sosp_hub.hub.figures import draw_correlation
 from sosp_hub.hub.markers import BEGIN, END
+from sosp_hub.recipe.schema import CRITERION_NAMES
 from tests.hub import reports
 from tests.hub.conftest import make_folder
 
@@ -105,6 +106,20 @@ def test_what_is_not_in_the_report_is_not_on_the_card(image, key, absent):
     assert absent not in card
     assert "None" not in card.replace("None of the metrics", "")
     assert "nan" not in card.lower().replace("finance", "")
+
+
+@pytest.mark.parametrize("name", CRITERION_NAMES)
+def test_every_criterion_of_a_recipe_has_words(image, name):
+    changed(image, lambda report: report.update(criterion={"name": name, "options": {}}))
+    assert "saliency(s) = " in render(image)
+
+
+def test_the_formula_is_the_one_that_was_run(image):
+    options = {"form": "squared", "gate": "weight"}
+    changed(image, lambda report: report.update(criterion={"name": "taylor", "options": options}))
+    card = render(image)
+    assert "saliency(s) = mean over batches of (g_s)^2" in card
+    assert "a gate on the structure's weights" in card
 
 
 def test_an_empty_report_makes_a_card_without_a_number(image):
