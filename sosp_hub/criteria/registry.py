@@ -16,6 +16,7 @@ from sosp_hub.structure.groups import Group, Groups
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn, Saliency
 
+DEFAULT_KINDS = ("channel", "head", "kv_group", "neuron")
 Needs = Literal["nothing", "inputs", "labels"]
 
 
@@ -130,7 +131,7 @@ def score(
         batches: Calibration data, ``(inputs, labels)`` or dicts; ``[]`` where none is needed.
         criterion: Name of the criterion.
         loss_fn: Loss of (logits, labels); None = what the task says.
-        kinds: Kinds of structures to score; None = all.
+        kinds: Kinds of structures to score; None = channels, heads, KV groups and neurons.
         seed: Of everything random.
         process_sum: Sum of a tensor over all processes, where each has its own batches.
         **options: Options of the criterion.
@@ -157,11 +158,12 @@ class _Groups:
 
 
 def _of_kinds(groups: Groups, kinds: tuple[str, ...] | list[str] | None) -> Groups:
-    chosen = {name: g for name, g in groups.items() if kinds is None or g.kind in kinds}
+    kinds = DEFAULT_KINDS if kinds is None else kinds
+    chosen = {name: group for name, group in groups.items() if group.kind in kinds}
     if not chosen:
         there = sorted({group.kind for group in groups.values()})
         raise CriterionError(
-            f"nothing to score: the graph has no group of the kinds {', '.join(kinds or ())}; "
+            f"nothing to score: the graph has no group of the kinds {', '.join(kinds)}; "
             f"it has {', '.join(there) or 'no groups'}"
         )
     return chosen

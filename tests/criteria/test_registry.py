@@ -88,9 +88,9 @@ def test_a_wrong_choice_shows_what_there_is():
 def test_kinds():
     toy = perceptron()
     graph = stand_in(*toy.groups.values(), group("n", "layer", 2, []))
-    assert set(score(toy.model, graph, [toy.batch], kinds=["neuron"])) == {"a", "b"}
+    assert set(score(toy.model, graph, [toy.batch])) == {"a", "b"}
     with pytest.raises(CriterionError, match=r"'n' \(layer\) has no place for a gate"):
-        score(toy.model, graph, [toy.batch])
+        score(toy.model, graph, [toy.batch], kinds=["neuron", "layer"])
     with pytest.raises(CriterionError, match="kinds head; it has layer, neuron"):
         score(toy.model, graph, [toy.batch], kinds=["head"])
 
