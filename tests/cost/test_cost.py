@@ -1,0 +1,125 @@
+"""Predicted costs against what PyTorch counts on the cut model."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sosp_hub.cost import Cost, CostModel, cost
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.trace import call, trace
+from sosp_hub.surgery.apply import cut
+from tests.cases import CASES
+from tests.structure.oracles import half, plan_of, ragged
+
+MODELS = {}
+
+
+def prepared(case):
+    """Model, graph and example inputs; traced once."""
+    if case.name not in MODELS:
+        model = case.model().requires_grad_(False)
+        outputs = None if case.library == "timm" else "logits"
+        MODELS[case.name] = model, trace(model, case.inputs(), outputs=outputs)
+    return MODELS[case.name]
+
+
+def measured(model: nn.Module, inputs, num_samples: int) -> Cost:
+    """Operations as PyTorch counts them (two a multiply-accumulate); tensors as they are stored."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        call(model, inputs)
+    parameters = list(model.parameters())
+    shared = {id(parameter) for parameter in parameters}
+    stored = [t for t in model.state_dict(keep_vars=True).values() if id(t) not in shared]
+    return Cost(
+        macs=counter.get_total_flops() // 2 // num_samples,
+        params=sum(parameter.numel() for parameter in parameters),
+        bytes=sum(t.numel() * t.element_size() for t in parameters + stored),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_dense_model_costs_what_is_measured(case):
+    model, graph = prepared(case)
+    assert cost(graph) == measured(model, case.inputs(), 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_half_of_everything_costs_what_is_predicted(case):
+    _, graph = prepared(case)
+    plan = half(graph)
+    pruned = cut(case.model().requires_grad_(False), graph, plan)
+    assert cost(graph, plan) == measured(pruned, case.inputs(), 2)
+    traced = trace(pruned, case.inputs(), outputs=graph.outputs)
+    assert cost(graph, plan) == cost(traced), "as the graph of the cut model has it"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(CASES), st.integers(0, 10**6))
+def test_any_plan_costs_what_is_predicted(case, seed):
+    _, graph = prepared(case)
+    chosen = {name for i, name in enumerate(graph.groups) if (seed >> (i % 20)) & 1}
+    plan = ragged(graph, lambda group: group.name in chosen, seed)
+    pruned = cut(case.model().requires_grad_(False), graph, plan)
+    assert cost(graph, plan) == measured(pruned, case.inputs(), 2)
+
+
+@given(st.sampled_from(CASES), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_fewer_structures_never_cost_more(case, seed):
+    _, graph = prepared(case)
+    model = CostModel(graph)
+    counts = ragged(graph, seed=seed).num_kept()
+    fewer = {name: max(1, count - 1) for name, count in counts.items()}
+    more, less = model(counts), model(fewer)
+    assert (less.macs, less.params, less.bytes) <= (more.macs, more.params, more.bytes)
+    assert less.macs <= more.macs
+    assert less.params <= more.params
+    assert less.bytes <= more.bytes
+
+
+def test_counts_and_plans_say_the_same():
+    _, graph = prepared(CASES[0])
+    plan = half(graph)
+    assert (
+        cost(graph, plan)
+        == cost(graph, counts=plan.num_kept())
+        == CostModel(graph)(plan.num_kept())
+    )
+    assert cost(graph) == cost(graph, PruningPlan({}, {}))
+
+
+def test_by_hand():
+    """Two layers: 5 * 6 + 6 * 3 products a token, four tokens a sample."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    graph = trace(model, (torch.randn(2, 4, 5),))
+    (name,) = graph.groups
+    for kept, width in ((None, 6), ((0, 3, 4), 3)):
+        plan = None if kept is None else plan_of(graph, {name: kept})
+        params = 5 * width + width + width * 3 + 3
+        assert cost(graph, plan) == Cost(4 * (5 * width + width * 3), params, 4 * params)
+
+
+def test_bytes_follow_the_dtype():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)).to(torch.bfloat16)
+    model[1].float()
+    model.forward = lambda x: model[1](model[0](x).float())
+    graph = trace(model, (torch.randn(2, 5, dtype=torch.bfloat16),))
+    assert cost(graph).bytes == 2 * (5 * 6 + 6) + 4 * (6 * 3 + 3)
+
+
+def test_tied_weights_count_once():
+    (case,) = [case for case in CASES if case.name == "gpt2"]
+    model, graph = prepared(case)
+    assert cost(graph).params == sum(parameter.numel() for parameter in model.parameters())
+    assert cost(graph).params < sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def test_batches_do_not_matter():
+    (case,) = [case for case in CASES if case.name == "llama"]
+    model = case.model()
+    assert len({cost(trace(model, case.inputs(n), outputs="logits")) for n in (2, 3, 5)}) == 1
