@@ -1,4 +1,4 @@
-"""Optimizer state and weight averages follow the cut: the oracle slices by the kept indices itself."""
+"""State of an optimizer and averages of weights follow the cut; the oracle slices by itself."""
 
 import copy
 
