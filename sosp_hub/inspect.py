@@ -63,7 +63,9 @@ def _show(found: "Findings", *, whole: bool) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    console.print(f"{found.source}: {found.architecture} ({found.library}), {found.tier}", highlight=False)
+    console.print(
+        f"{found.source}: {found.architecture} ({found.library}), {found.tier}", highlight=False
+    )
     cut = [layer for layer in found.layers if whole or layer.dense_shape not in (None, layer.shape)]
     rows = cut or found.layers
     table = Table(box=None, pad_edge=False)
@@ -87,7 +89,11 @@ def _show(found: "Findings", *, whole: bool) -> None:
     for fault in found.faults:
         console.print(f"DISAGREES: {fault}", highlight=False, style="bold")
     if not found.faults and found.layers:
-        console.print("config, delta and weights agree" if found.tier == "delta" else "config and weights agree")
+        console.print(
+            "config, delta and weights agree"
+            if found.tier == "delta"
+            else "config and weights agree"
+        )
 
 
 def _shapes(layer: "Layer") -> str:

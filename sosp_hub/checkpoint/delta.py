@@ -1,4 +1,4 @@
-"""The delta of a model against its skeleton, and back: compare two module trees, apply the difference.
+"""The delta of a model against its skeleton, and back.
 
 A *skeleton* is what the library builds from a plain config; it may live on the meta device. Nothing
 here knows how the pruned model came about: ``diff`` finds every difference, ``apply_section`` makes
@@ -7,20 +7,27 @@ it again, and both refuse what the closed format cannot say.
 
 import contextlib
 import copy
-import math
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.checkpoint.modules import (
+    as_plain,
+    is_plain,
+    join,
+    natural_shapes,
+    own_config,
+    own_tensors,
+    plain_attributes,
+    set_like,
+)
 from sosp_hub.checkpoint.record import Delta, Plain, Replacement, Section, Shape
 from sosp_hub.checkpoint.standins import build_standin, describe_standin
 from sosp_hub.errors import CheckpointError
 
-_TORCH_STATE = frozenset(nn.Module().__dict__)
-_RUN_STATE = frozenset({"max_seq_len_cached"})  # grows while a model runs
 _CONFIG_STATE = frozenset(
     {"sosp_hub", "_attn_implementation_internal", "_experts_implementation_internal"}
 )
@@ -35,17 +42,17 @@ def diff(
     original: nn.Module | None = None,
     rewritten: frozenset[tuple[str, Any]] = frozenset(),
 ) -> Section:
-    """All that has to change in ``skeleton`` to make it ``model``. Values of tensors are not compared.
+    """All that has to change in ``skeleton`` to make it ``model``; no values of tensors.
 
     Args:
         skeleton: What the plain config builds.
         model: The pruned model.
         skip: Name of a child that has a section of its own.
-        shared_configs: ``id`` of the configs that belong to the whole model; a module whose config is
-            another object has its own copy, and only such copies are compared.
+        shared_configs: ``id`` of the configs that belong to the whole model; a module whose config
+            is another object has its own copy, and only such copies are compared.
         original: What the config built before the skeleton's was rewritten. Numbers that are still
             as they were there, because nothing reads them, do not count.
-        rewritten: Keys with their old values that the skeleton's config says differently on purpose.
+        rewritten: Keys, with their old values, that the skeleton's config says differently.
 
     Raises:
         CheckpointError: A difference that the format cannot say; names the module.
@@ -64,10 +71,10 @@ def diff(
 
 
 def apply_section(model: nn.Module, section: Section, path: str) -> None:
-    """Turns a skeleton into the pruned model, in place. Checks everything before it changes anything.
+    """Turns a skeleton into the pruned model, in place, after everything was checked.
 
-    Tensors that shrink keep their leading slices, or stay without data on the meta device. Names below
-    a child that this model does not have (a head without a pooler) are left out.
+    Tensors that shrink keep their leading slices, or stay without data on the meta device. Names
+    below a child that this model does not have (a head without a pooler) are left out.
 
     Args:
         model: The skeleton.
@@ -96,69 +103,6 @@ def versions_said(delta: Delta, installed: str) -> Iterator[None]:
         ) from None
 
 
-def own_config(module: nn.Module) -> Any | None:
-    """The config object that a module holds, if it holds one."""
-    config = module.__dict__.get("config")
-    return config if hasattr(config, "model_type") else None
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Plain]:
-    """The numbers that a module keeps as attributes, without what torch and a running model keep there."""
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if name not in _TORCH_STATE
-        and name not in _RUN_STATE
-        and not name.startswith("__")
-        and _is_plain(value)
-        and not (isinstance(value, float) and _is_dropout(module, name))
-    }
-
-
-def natural_shapes(module: nn.Module, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's tensors as torch's own classes derive them from attributes.
-
-    Args:
-        module: A module; of other classes nothing follows.
-        values: The attributes to derive from, the module's own or changed ones.
-    """
-    if isinstance(module, nn.Linear):
-        return {
-            "weight": (values["out_features"], values["in_features"]),
-            "bias": (values["out_features"],),
-        }
-    if isinstance(module, nn.modules.conv._ConvNd):
-        groups = max(values["groups"], 1)
-        channels = (values["out_channels"], values["in_channels"] // groups)
-        if module.transposed:
-            channels = (values["in_channels"], values["out_channels"] // groups)
-        return {"weight": (*channels, *values["kernel_size"]), "bias": (values["out_channels"],)}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        names = ("weight", "bias", "running_mean", "running_var")
-        return dict.fromkeys(names, (values["num_features"],))
-    if isinstance(module, nn.GroupNorm):
-        return dict.fromkeys(("weight", "bias"), (values["num_channels"],))
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return dict.fromkeys(("weight", "bias"), tuple(values["normalized_shape"]))
-    if isinstance(module, nn.Embedding):
-        return {"weight": (values["num_embeddings"], values["embedding_dim"])}
-    if type(module).__name__ == "Conv1D" and {"nf", "nx"} <= values.keys():  # GPT-2's linear layer
-        return {"weight": (values["nx"], values["nf"]), "bias": (values["nf"],)}
-    return {}
-
-
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own parameters and buffers, without those of its children."""
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None:
-            yield name, tensor
-
-
-def join(*names: str) -> str:
-    """Dotted name of the parts that are not empty."""
-    return ".".join(name for name in names if name)
-
-
 class _Found:
     """Differences seen so far."""
 
@@ -184,7 +128,7 @@ class _Found:
         if type(skeleton) is not type(model) and type(skeleton).__name__ != type(model).__name__:
             raise CheckpointError(
                 f"module {name!r} is a {type(model).__name__} where the config builds a "
-                f"{type(skeleton).__name__}: merge or unwrap it (adapters, quantised layers) before saving"
+                f"{type(skeleton).__name__}: merge or unwrap adapters and the like before saving"
             )
         self.attributes(skeleton, model, name)
         self.config(skeleton, model, name)
@@ -210,11 +154,11 @@ class _Found:
         before, after = plain_attributes(skeleton), plain_attributes(model)
         stale = plain_attributes(self.original.get_submodule(name)) if self.original else {}
         changed = {
-            key: _as_plain(after[key])
+            key: as_plain(after[key])
             for key, value in before.items()
             if key in after
-            and _as_plain(after[key]) != _as_plain(value)
-            and not (key in stale and _as_plain(stale[key]) == _as_plain(after[key]))
+            and as_plain(after[key]) != as_plain(value)
+            and not (key in stale and as_plain(stale[key]) == as_plain(after[key]))
         }
         if changed:
             self.modules[name] = changed
@@ -224,14 +168,14 @@ class _Found:
         if before is None or after is None or id(after) in self.shared:
             return
         changed = {
-            key: _as_plain(value)
+            key: as_plain(value)
             for key, value in vars(after).items()
             if key in vars(before)
             and key not in _CONFIG_STATE
-            and _is_plain(value)
-            and (vars(before)[key] is None or _is_plain(vars(before)[key]))
+            and is_plain(value)
+            and (vars(before)[key] is None or is_plain(vars(before)[key]))
             and vars(before)[key] != value
-            and (key, _as_plain(value)) not in self.rewritten
+            and (key, as_plain(value)) not in self.rewritten
         }
         if changed:
             self.configs[name] = changed
@@ -250,8 +194,8 @@ class _Found:
             was, now = tuple(before[key].shape), tuple(tensor.shape)
             if len(now) != len(was) or any(n > w for n, w in zip(now, was, strict=True)):
                 raise CheckpointError(
-                    f"tensor {join(name, key)!r} is {list(now)} where the config builds {list(was)}: "
-                    f"a pruned model never grows"
+                    f"tensor {join(name, key)!r} is {list(now)} where the config builds "
+                    f"{list(was)}: a pruned model never grows"
                 )
             if now == (new[key] if key in new and old[key] == was else was):
                 continue
@@ -347,7 +291,8 @@ class _Applied:
                 names = list(container._modules)
                 if set(names[len(names) - len(children) :]) != children:
                     raise CheckpointError(
-                        f"{self.path}.dropped: of {parent!r} only the last modules can go, not {sorted(children)}"
+                        f"{self.path}.dropped: of {parent!r} only the last modules can go, "
+                        f"not {sorted(children)}"
                     )
 
     def check_sizes(self) -> None:
@@ -394,18 +339,18 @@ class _Applied:
         for name, values in section.modules.items():
             if (module := self.module(name, "modules")) is not None:
                 for key, value in values.items():
-                    _set_like(module.__dict__, key, value)
+                    set_like(module.__dict__, key, value)
         for name, values in section.configs.items():
             if (module := self.module(name, "configs")) is not None:
                 config = copy.copy(own_config(module))
                 for key, value in values.items():
-                    _set_like(vars(config), key, value)
+                    set_like(vars(config), key, value)
                 module.__dict__["config"] = config
         for module, key, shape in self.resized:
             _resize(module, key, shape, done)
         for name in section.biases:
             if (module := self.module(name, "biases")) is not None:
-                weight = module._parameters["weight"]
+                weight: Any = module._parameters["weight"]
                 size = natural_shapes(module, vars(module))["bias"]
                 module._parameters["bias"] = nn.Parameter(weight.new_zeros(size))
         for name in section.buffers:
@@ -424,14 +369,14 @@ class _Applied:
 
 
 def _resize(module: nn.Module, key: str, shape: tuple[int, ...], done: dict[int, Tensor]) -> None:
-    old = module._parameters.get(key)
-    table = module._buffers if old is None else module._parameters
-    old = table[key]
+    is_parameter = module._parameters.get(key) is not None
+    table: dict[str, Any] = module._parameters if is_parameter else module._buffers
+    old: Tensor = table[key]
     if id(old) not in done:
         with torch.no_grad():
             new = old[tuple(slice(size) for size in shape)]
             new = torch.empty_like(new) if old.is_meta else new.clone()
-        done[id(old)] = new if table is module._buffers else nn.Parameter(new, old.requires_grad)
+        done[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
     table[key] = done[id(old)]
 
 
@@ -442,8 +387,8 @@ def _check_shrinks(now: tuple[int, ...], was: tuple[int, ...], where: str) -> No
         )
 
 
-def _check_like(known: object, value: Plain, key: str, where: str) -> None:
-    if not _is_plain(known):
+def _check_like(known: Any, value: Plain, key: str, where: str) -> None:
+    if not is_plain(known):
         raise CheckpointError(f"{where}.{key}: there is no such number to change")
     if isinstance(value, tuple) != isinstance(known, tuple | list) or (
         isinstance(value, tuple) and len(value) != len(known)
@@ -451,34 +396,6 @@ def _check_like(known: object, value: Plain, key: str, where: str) -> None:
         raise CheckpointError(f"{where}.{key}: {value!r}, expected a value like {known!r}")
     if isinstance(value, float) and not isinstance(known, float):
         raise CheckpointError(f"{where}.{key}: {value!r}, expected a whole number like {known!r}")
-
-
-def _set_like(table: dict[str, Any], key: str, value: Plain) -> None:
-    known = table.get(key)
-    if isinstance(known, list):
-        table[key] = list(value)
-    elif isinstance(known, float):
-        table[key] = float(value)
-    else:
-        table[key] = value
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return bool(value) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_plain(value: Any) -> Plain:
-    if isinstance(value, tuple | list):
-        return tuple(int(v) for v in value)
-    return float(value) if isinstance(value, float) else int(value)
-
-
-def _is_dropout(module: nn.Module, name: str) -> bool:
-    return "drop" in name.lower() or "drop" in type(module).__name__.lower()
 
 
 def _trailing(name: str) -> tuple[str, int]:

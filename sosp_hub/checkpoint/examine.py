@@ -170,16 +170,17 @@ def _as_checkpoint_error() -> Iterator[None]:
 
 
 def _count_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
-    """Shapes of one sample, and multiply-accumulates for it by module; the model's own under ``""``."""
+    """Shapes of one sample, and multiply-accumulates for it by module; ``""`` is the model."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return _count_fake_macs(_to_fake(model))
 
 
 def _to_fake(model: nn.Module) -> nn.Module:
     """Tensors that know their device but hold nothing, in place of those on the meta device."""
-    done: dict[int, Tensor] = {}
+    done: dict[int, Any] = {}
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is None:
                     continue
@@ -209,7 +210,10 @@ def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
         for name, flops in counter.get_flop_counts().items()
         if name != "Global"
     }
-    return ", ".join(sizes), {"": sum(counter.get_flop_counts()["Global"].values()) // (2 * batch), **found}
+    return ", ".join(sizes), {
+        "": sum(counter.get_flop_counts()["Global"].values()) // (2 * batch),
+        **found,
+    }
 
 
 def _layers(
@@ -220,9 +224,9 @@ def _layers(
 ) -> Iterator[Layer]:
     before = {} if dense is None else {name: tuple(p.shape) for name, p in dense.named_parameters()}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    item = sum(each.num_bytes for each in tensors.values()) / max(
-        sum(math.prod(each.shape) for each in tensors.values()), 1
-    )  # where the file has another name for the tensor
+    num_values = sum(math.prod(each.shape) for each in tensors.values())
+    # Bytes of a value, for tensors that the file has under another name.
+    item = sum(each.num_bytes for each in tensors.values()) / max(num_values, 1)
     for name, module in model.named_modules():
         own = {key: p for key, p in module._parameters.items() if p is not None and p.numel()}
         if not own:
@@ -260,7 +264,7 @@ def _faults(model: nn.Module, tensors: Mapping[str, headers.TensorHeader]) -> It
             )
 
 
-def _as_stored(model: nn.Module) -> dict[str, Tensor]:
+def _as_stored(model: Any) -> dict[str, Tensor]:
     """The state under the names of the files: transformers renames some tensors as it loads."""
     state = dict(model.state_dict())
     if not hasattr(model, "all_tied_weights_keys"):
@@ -275,14 +279,18 @@ def _readers(found: Findings, config: Mapping[str, Any]) -> Iterator[Reader]:
         yield Reader(found.library, True, "a plain config says all")
     else:
         yield Reader(found.library, False, "stops at the delta; `import sosp_hub` first")
-    yield Reader("ONNX, torch.export", None, "export from the loaded model: sosp_hub.checkpoint.export")
+    yield Reader(
+        "ONNX, torch.export", None, "export from the loaded model: sosp_hub.checkpoint.export"
+    )
     if found.library != "transformers":
         return
     widths = [layer for layer in found.layers if layer.kind in ("Linear", "Conv1D")]
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
     odd = [layer.name for layer in widths if any(size % 2 for size in layer.shape)]
     if found.tier == "delta":
-        yield Reader("vLLM", False, "needs one width for all layers; prune with budget.uniform: true")
+        yield Reader(
+            "vLLM", False, "needs one width for all layers; prune with budget.uniform: true"
+        )
     elif odd or (isinstance(heads, int) and heads % 2):
         what = f"{odd[0]} is odd" if odd else f"{heads} heads or KV groups are odd"
         yield Reader("vLLM", None, f"as transformers does, but not with tensor parallel 2: {what}")
@@ -313,7 +321,9 @@ def _fetch(repo_id: str, revision: str | None, folder: Path) -> dict[str, header
     except NotASafetensorsRepoError as error:
         raise CheckpointError(f"{repo_id}: holds no safetensors weights") from error
     except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"{repo_id}: no such folder here, and the hub does not give it ({error})") from error
+        raise HubError(
+            f"{repo_id}: no such folder here, and the hub does not give it ({error})"
+        ) from error
     found = {}
     for file, contents in metadata.files_metadata.items():
         for name, info in contents.tensors.items():

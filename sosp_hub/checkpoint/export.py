@@ -1,6 +1,6 @@
 """Other formats of a pruned model, each compared with it before the file counts.
 
-``to_onnx`` and ``to_archive`` write one file; ``padded`` gives a model that any loader of the library reads.
+``to_onnx`` and ``to_archive`` write one file; ``padded`` gives a model that any loader reads.
 """
 
 import copy
@@ -20,10 +20,10 @@ Inputs = Mapping[str, Any] | tuple[Any, ...]
 
 
 def padded(model: nn.Module) -> nn.Module:
-    """The same function in a model that a plain config builds: narrow layers are filled up with zeros.
+    """The same function in a model that a plain config builds: zeros fill up narrow layers.
 
-    Layers become as wide as the widest of their kind, where the config can say that, else as wide as
-    before pruning. Save it with the library's own ``save_pretrained``.
+    Layers become as wide as the widest of their kind, where the config can say that, else as wide
+    as before pruning. Save it with the library's own ``save_pretrained``.
 
     Args:
         model: A pruned transformers model, cut inside its layers.
@@ -80,7 +80,9 @@ def to_onnx(model: nn.Module, path: str | Path, inputs: Inputs | None = None) ->
     except ImportError as error:
         raise CheckpointError(f"ONNX: {error}; pip install onnx onnxscript") from error
     except Exception as error:
-        raise CheckpointError(f"ONNX: torch cannot export {type(model).__name__}: {error}") from error
+        raise CheckpointError(
+            f"ONNX: torch cannot export {type(model).__name__}: {error}"
+        ) from error
     return Path(path)
 
 
@@ -143,12 +145,12 @@ def _wide_configs(model: Any) -> list[Any]:
     return [narrow, config]
 
 
-def _filled(model: nn.Module, config: Any) -> nn.Module | None:
+def _filled(model: Any, config: Any) -> nn.Module | None:
     """The model that a plain config builds, with the weights of ``model`` in its leading slices."""
     from sosp_hub.checkpoint import transformers as adapter
 
     try:
-        wide = adapter.build(type(model), adapter.plain_config(config))  # type: ignore[arg-type]
+        wide: Any = adapter.build(type(model), adapter.plain_config(config))
     except Exception:  # noqa: BLE001 - a config that makes no sense; the next one is tried
         return None
     state, given = wide.state_dict(), model.state_dict()
@@ -157,9 +159,10 @@ def _filled(model: nn.Module, config: Any) -> nn.Module | None:
     with torch.no_grad():
         for name, tensor in state.items():
             small = given[name]
-            if small.dim() != tensor.dim() or any(s > t for s, t in zip(small.shape, tensor.shape)):
+            if small.dim() != tensor.dim() or any(
+                s > t for s, t in zip(small.shape, tensor.shape, strict=True)
+            ):
                 return None
             tensor.zero_()
             tensor[tuple(slice(size) for size in small.shape)] = small.to(tensor)
     return wide.to(next(model.parameters()).dtype)
-

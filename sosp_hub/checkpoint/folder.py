@@ -23,15 +23,15 @@ def is_weight_file(name: str) -> bool:
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder; on success it takes the place of ``folder``, else nothing has happened.
+    """Gives a temporary folder; on success it takes the place of ``folder``, else nothing changes.
 
-    Files of an older save stay if nothing new has their name, except weights: an old single file beside
-    new shards is what loaders would read.
+    Files of an older save stay if nothing new has their name, except weights: an old single file
+    beside new shards is what loaders would read.
 
     Raises:
         CheckpointError: ``folder`` is a file.
     """
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link and replace its target
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() follows a link to its target
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file, expected a folder to save into")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,8 @@ INDEX = "model.safetensors.index.json"
 _LARGEST_JSON = 64 * 2**20
 _LARGEST_HEADER = 100 * 2**20  # the limit of safetensors itself
 _BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
@@ -103,8 +104,8 @@ def _read_file(path: Path) -> dict[str, TensorHeader]:
     ends = [0, *(end for _, end in spans)]
     if [start for start, _ in spans] != ends[:-1] or ends[-1] != size - 8 - length:
         raise CheckpointError(
-            f"{path.name}: its tensors need {ends[-1]} bytes without gaps, it holds {size - 8 - length}; "
-            f"it was cut short or damaged, so fetch it again"
+            f"{path.name}: its tensors need {ends[-1]} bytes without gaps, it holds "
+            f"{size - 8 - length}; it was cut short or damaged, so fetch it again"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Lets transformers and timm load pruned checkpoints once ``sosp_hub`` is imported, at no cost until then.
+"""Lets transformers and timm load pruned checkpoints once ``sosp_hub`` is imported.
 
 Importing either library later, or having it imported already, makes no difference. The environment
 variable ``SOSP_HUB_HOOKS=0`` leaves both libraries alone.
@@ -22,7 +22,7 @@ _LOADERS = {
 
 
 def enable() -> None:
-    """Makes `AutoModel`, `pipeline` and `timm.create_model` read pruned checkpoints. Repeating it is harmless."""
+    """Makes `AutoModel`, `pipeline` and `timm.create_model` read pruned checkpoints."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     for name, ours in _LOADERS.items():
@@ -45,7 +45,7 @@ def disable() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing itself; lets the others find, and runs our hook after the module was executed."""
+    """Finds nothing itself; lets the others find, and runs our hook after the module."""
 
     def find_spec(
         self,

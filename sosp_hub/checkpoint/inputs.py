@@ -59,7 +59,8 @@ def _timm_size(model: nn.Module) -> tuple[int, int, int] | None:
     args = getattr(model, "_model_args", {})
     size = args.get("img_size") or cfg["input_size"][-2:]
     size = (size, size) if isinstance(size, int) else tuple(size)
-    return (getattr(model, "in_chans", args.get("in_chans", cfg["input_size"][0])), *size)
+    channels = getattr(model, "in_chans", args.get("in_chans", cfg["input_size"][0]))
+    return channels, size[0], size[1]
 
 
 def _noise(shape: tuple[int, ...], place: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Saves and loads pruned models: a plain config where one says it all, else a plain config with a delta."""
+"""Saves and loads pruned models: a plain config, with a delta where it does not say it all."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def save_pretrained(
-    model: nn.Module,
+    model: Any,
     folder: str | Path,
     *,
     base_model: str | None = None,
@@ -35,8 +35,8 @@ def save_pretrained(
 ) -> Path:
     """Writes a pruned model so that transformers or timm load it again.
 
-    The folder is written beside its place and renamed, so an interrupted save leaves what was there.
-    Before that the files' config is built on the meta device and compared with the model.
+    The folder is written beside its place and renamed, so an interrupted save leaves what was
+    there. Before that, what its config builds is compared with the model.
 
     Args:
         model: A transformers or timm model.
@@ -47,8 +47,8 @@ def save_pretrained(
         tokenizer: Saved beside the model.
         processor: Image processor, feature extractor or processor; saved beside the model.
         max_shard_size: Size of one weight file (transformers only; timm reads one file).
-        ship_code: Also write ``modeling_sosp_hub.py``, which ``trust_remote_code=True`` loads without
-            this package.
+        ship_code: Also write ``modeling_sosp_hub.py``, which ``trust_remote_code=True`` loads
+            without this package.
 
     Returns:
         The folder.
@@ -90,8 +90,9 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
 
     Args:
         path_or_id: A folder or a hub id.
-        **kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download`` and ``local_files_only`` for the hub;
-            ``model_class``, a transformers class to load into; all else goes to the library.
+        **kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download`` and
+            ``local_files_only`` for the hub; ``model_class``, a transformers class to load into;
+            all else goes to the library.
 
     Returns:
         The model in eval mode.
@@ -140,7 +141,11 @@ def library_of(model: nn.Module) -> str:
 
 
 def fetch(path_or_id: str | Path, kwargs: dict[str, Any]) -> Path:
-    """The local folder of a model, downloaded where it is a hub id. Takes the hub's own arguments out of ``kwargs``.
+    """The local folder of a model, downloaded where it is a hub id.
+
+    Args:
+        path_or_id: A folder or a hub id.
+        kwargs: The hub's own arguments are taken out of these.
 
     Raises:
         CheckpointError: Neither a folder nor a hub id.
@@ -202,8 +207,8 @@ def _load_transformers(
     if cls is None:
         if not kwargs.get("trust_remote_code"):
             raise CheckpointError(
-                f"config.json: architectures: {ascii(config.get('architectures'))[:80]} is no model "
-                f"class of transformers {transformers.__version__}; pass model_class="
+                f"config.json: architectures: {ascii(config.get('architectures'))[:80]} is no "
+                f"model class of transformers {transformers.__version__}; pass model_class="
             )
         cls = transformers.AutoModel
     model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
@@ -256,6 +261,5 @@ def _first_misfit(
 def _as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return str(value)
+    listed = getattr(value, "tolist", None)
+    return listed() if callable(listed) else str(value)

@@ -1,7 +1,8 @@
 """The plain config that says everything, where there is one.
 
-A candidate config is the model's own with one number changed to what the cut suggests; it is kept when
-it leaves fewer differences. The result counts only with no difference left, and with the same output.
+A candidate config is the model's own with one number changed to what the cut suggests; it is kept
+when it leaves fewer differences. The result counts only with no difference left, and with the same
+output.
 """
 
 import copy
@@ -15,7 +16,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from sosp_hub.checkpoint import transformers as adapter
-from sosp_hub.checkpoint.delta import own_config, plain_attributes
+from sosp_hub.checkpoint.modules import own_config, plain_attributes
 from sosp_hub.checkpoint.record import Delta, Section
 from sosp_hub.errors import CheckpointError
 
@@ -160,7 +161,7 @@ def _zip(name: str, key: str, old: Any, new: Any) -> Iterator[tuple[str, str, in
 
 
 def _suggestions(config: Any, pairs: Counter[_Pair]) -> Iterator[tuple[int, str, int]]:
-    """Which number of which config could say the sizes: the same, or in proportion. Best support first."""
+    """Which number of which config could say the sizes, themselves or in proportion."""
     support = Counter[tuple[int, str, int]]()
     for position, each in enumerate(adapter.config_tree(config)):
         for key, value in vars(each).items():

@@ -27,7 +27,8 @@ def check_tensors(rebuilt: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
             raise CheckpointError(
-                f"tensor {name!r}: the model holds {given.get(name)}, the files would build {expected.get(name)}"
+                f"tensor {name!r}: the model holds {given.get(name)}, "
+                f"the files would build {expected.get(name)}"
             )
 
 
@@ -55,8 +56,8 @@ def adopt(rebuilt: nn.Module, model: nn.Module) -> None:
         for key in module._buffers:
             if (full := f"{name}.{key}".lstrip(".")) in theirs:
                 module._buffers[key] = theirs[full]
-    if hasattr(rebuilt, "tie_weights"):
-        rebuilt.tie_weights()
+    if callable(tie := getattr(rebuilt, "tie_weights", None)):
+        tie()
 
 
 def same_output(

@@ -32,10 +32,10 @@ class Replacement:
     """A module that was taken out; a stand-in without weights sits in its place.
 
     Attributes:
-        kind: ``identity`` hands its first input on, ``mlp`` returns zeros, ``attention`` returns zeros and
-            keeps the key-value cache in step.
-        tombstone: Name of a weight of the module that was taken out. The stand-in holds an empty tensor
-            of that name, so that a loader that does not know the delta stops at its shape.
+        kind: ``identity`` hands its first input on, ``mlp`` returns zeros, ``attention`` returns
+            zeros and keeps the key-value cache in step.
+        tombstone: Name of a weight of the module that was taken out. The stand-in holds an empty
+            tensor of that name, so that a loader that does not know the delta stops at its shape.
         layer_idx: Layer of the cache that an ``attention`` keeps in step.
     """
 
@@ -178,12 +178,13 @@ def _migrate(record: dict[str, Any], path: str) -> dict[str, Any]:
     version = record.get("schema_version")
     if type(version) is not int or version < 1:
         raise CheckpointError(
-            f"{path}.schema_version: {_short(version)}, expected a whole number from 1 to {SCHEMA_VERSION}"
+            f"{path}.schema_version: {_short(version)}, expected a whole number "
+            f"from 1 to {SCHEMA_VERSION}"
         )
     if version > SCHEMA_VERSION:
         raise CheckpointError(
-            f"{path}.schema_version: {_short(version)}, this sosp_hub reads up to {SCHEMA_VERSION}; "
-            f"upgrade it: pip install -U sosp_hub"
+            f"{path}.schema_version: {_short(version)}, this sosp_hub reads up to "
+            f"{SCHEMA_VERSION}; upgrade it: pip install -U sosp_hub"
         )
     while version < SCHEMA_VERSION:
         record = _MIGRATIONS[version](record)

@@ -1,7 +1,7 @@
 """Code beside the weights, for people who have transformers but not this package.
 
-The few files that read a delta are copied as they are; ``auto_map`` in ``config.json`` names classes that
-use them. transformers runs them only where the reader says ``trust_remote_code=True``.
+The few files that read a delta are copied as they are; ``auto_map`` in ``config.json`` names
+classes that use them. transformers runs them only where the reader says ``trust_remote_code=True``.
 """
 
 import json
@@ -9,14 +9,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto import modeling_auto
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from sosp_hub.checkpoint import transformers as adapter
 
 _FILES = {
     "sosp_hub.errors": "sosp_hub_errors",
     "sosp_hub.checkpoint.record": "sosp_hub_record",
+    "sosp_hub.checkpoint.modules": "sosp_hub_modules",
     "sosp_hub.checkpoint.standins": "sosp_hub_standins",
     "sosp_hub.checkpoint.delta": "sosp_hub_delta",
     "sosp_hub.checkpoint.shrink": "sosp_hub_shrink",

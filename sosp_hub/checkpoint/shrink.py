@@ -52,7 +52,8 @@ def _shrink_head(model: PreTrainedModel, delta: Delta, where: str) -> None:
     if head.cls != type(model).__name__:
         raise CheckpointError(
             f"{where}.class: the checkpoint holds a {head.cls} whose head was cut too; "
-            f"a {type(model).__name__} has another head. Load it as {head.cls} or as {delta.base.cls}"
+            f"a {type(model).__name__} has another head. "
+            f"Load it as {head.cls} or as {delta.base.cls}"
         )
     apply_section(model, head, where)
 
@@ -60,7 +61,7 @@ def _shrink_head(model: PreTrainedModel, delta: Delta, where: str) -> None:
 def _of_sibling(model: PreTrainedModel, section: Section) -> Section | None:
     """The part of a section that concerns a class with other children; None where it shares none.
 
-    An encoder on its own, cut out of an encoder-decoder that is its own base model, is such a class.
+    An encoder on its own, out of an encoder-decoder that is its own base model, is such a class.
     """
 
     def here(name: str) -> bool:

@@ -12,8 +12,9 @@ class StandIn(nn.Module):
     """Takes the place of a removed module.
 
     Args:
-        tombstone: Name of a weight of the removed module. An empty tensor of that name makes a loader
-            that does not know the delta stop at its shape instead of filling in random numbers.
+        tombstone: Name of a weight of the removed module. An empty tensor of that name makes a
+            loader that does not know the delta stop at its shape instead of filling in random
+            numbers.
     """
 
     def __init__(self, tombstone: str | None = None) -> None:
@@ -43,7 +44,7 @@ class RemovedMlp(StandIn):
 
 
 class RemovedAttention(StandIn):
-    """Adds nothing to the residual stream and writes one empty entry a token to the key-value cache.
+    """Adds nothing to the residual stream; writes one empty entry a token to the cache.
 
     The cache of layer 0 tells a model how many tokens it has seen, so an attention that leaves the
     cache alone gives wrong positions.
@@ -79,7 +80,7 @@ def build_standin(one: Replacement) -> StandIn:
 
 
 def describe_standin(module: nn.Module, original: nn.Module) -> Replacement | None:
-    """What a delta says of ``module`` where the skeleton has ``original``; None if it is no stand-in."""
+    """What a delta says of a module where the skeleton has ``original``; None if no stand-in."""
     tombstone = next((name for name, _ in original.named_parameters()), None)
     if isinstance(module, RemovedAttention):
         return Replacement("attention", tombstone, module.layer_idx)

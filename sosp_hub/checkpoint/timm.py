@@ -1,8 +1,8 @@
 """Pruned timm models: one registered architecture that builds another one and shrinks it.
 
 ``config.json`` names the architecture ``sosp_hub_pruned`` with the real one and the delta among its
-``model_args``, so ``timm.create_model("local-dir:...")`` and transformers' ``TimmWrapper`` build the small
-model, and a timm without this package stops at the unknown name.
+``model_args``, so ``timm.create_model("local-dir:...")`` and transformers' ``TimmWrapper`` build
+the small model, and a timm without this package stops at the unknown name.
 """
 
 import contextlib
@@ -57,7 +57,8 @@ def sosp_hub_pruned(
         )
     if base_architecture == ARCHITECTURE or not timm.is_model(base_architecture):
         raise CheckpointError(
-            f"config.json: model_args.base_architecture: timm {timm.__version__} has no {base_architecture!r}"
+            f"config.json: model_args.base_architecture: timm {timm.__version__} has no "
+            f"{base_architecture!r}"
         )
     if pretrained_cfg is not None and not isinstance(pretrained_cfg, str):
         fields = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else vars(pretrained_cfg)
@@ -148,7 +149,7 @@ def delta_of(model: nn.Module, args: Mapping[str, Any] | None = None) -> Delta:
 
 
 def build(architecture: str, args: Mapping[str, Any], like: nn.Module) -> nn.Module:
-    """Builds an architecture with the number of classes of a model; without data where timm can do that."""
+    """Builds an architecture with as many classes as a model; without data where timm can."""
     kwargs = copy.deepcopy(dict(args))
     if isinstance(classes := getattr(like, "num_classes", None), int):
         kwargs["num_classes"] = classes
@@ -175,7 +176,7 @@ def build_from_folder(folder: Path, *, dense: bool = False) -> nn.Module:
 
 
 def _adapt(model: nn.Module, variant: str) -> nn.Module:
-    """Stands where timm shrinks its own pruned models: after the model is built, before its weights come."""
+    """Stands where timm shrinks its own pruned models: between building and loading weights."""
     if not (pending := _PENDING.get()):
         return _ORIGINALS["adapt"](model, variant)
     delta = pending.pop()

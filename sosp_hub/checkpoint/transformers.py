@@ -1,7 +1,8 @@
-"""Pruned transformers models: how a model class takes the delta from its config, and how to get the delta.
+"""Pruned transformers models: the hooks that read a delta, and how to get the delta of a model.
 
-The delta is applied inside ``PreTrainedModel.post_init``, so everything that builds a model from a config
-sees the small shapes: ``from_pretrained`` with any device map, ``from_config``, pipelines, adapters.
+The delta is applied inside ``PreTrainedModel.post_init``, so everything that builds a model from a
+config sees the small shapes: ``from_pretrained`` with any device map, ``from_config``, pipelines,
+adapters.
 """
 
 import contextlib
@@ -156,12 +157,12 @@ def _set_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -
 
 
 def follow(model: nn.Module) -> None:
-    """Gives the attention implementation of each model to the configs that its modules keep copies of."""
+    """Gives the attention implementation of each model to its modules' copies of the config."""
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
         for child in _own_part(module):
-            config = child.__dict__.get("config")
+            config: Any = child.__dict__.get("config")
             if type(config) is type(module.config) and config is not module.config:
                 config._attn_implementation_internal = module.config._attn_implementation_internal
 
@@ -181,13 +182,14 @@ def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) ->
         config = kwargs.get("load_config", args[2] if len(args) > 2 else None)
         if getattr(config, "ignore_mismatched_sizes", False):
             raise CheckpointError(
-                "ignore_mismatched_sizes=True fills every tensor of another size with random numbers; "
-                "load the pruned model without it, and replace its head afterwards"
+                "ignore_mismatched_sizes=True fills every tensor of another size with random "
+                "numbers; load the pruned model without it, and replace its head afterwards"
             )
         if not any(getattr(module, APPLIED, False) for module in model.modules()):
             base = record.get("base", {}).get("class") if isinstance(record, dict) else None
             raise CheckpointError(
-                f"the checkpoint holds a pruned {base}, which a {type(model).__name__} does not contain"
+                f"the checkpoint holds a pruned {base}, "
+                f"which a {type(model).__name__} does not contain"
             )
     return _ORIGINALS["_load_pretrained_model"](model, *args, **kwargs)
 

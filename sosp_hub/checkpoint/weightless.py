@@ -15,6 +15,7 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 
+
 def save_plan(plan: PruningPlan, folder: str | Path) -> Path:
     """Writes a plan as a checkpoint of its own: `from_pretrained` cuts the base model by it.
 

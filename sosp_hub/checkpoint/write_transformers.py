@@ -1,4 +1,4 @@
-"""Writes a transformers model: config, weights, generation config; proves that they build it again."""
+"""Writes a transformers model: config, weights, generation config; proves what they build."""
 
 import dataclasses
 import json
@@ -93,7 +93,7 @@ def _rebuild(model: PreTrainedModel, config: Any, delta: Delta) -> PreTrainedMod
 
 
 def _state(model: PreTrainedModel, delta: Delta) -> dict[str, Tensor]:
-    """The model's tensors, its changed buffers, and an empty tensor for every module that was taken out."""
+    """The model's tensors, changed buffers, and an empty tensor for modules that were taken out."""
     state = dict(model.state_dict())
     base = adapter.base_name(model)
     buffers = dict(model.named_buffers())
@@ -132,6 +132,6 @@ def _check_loud(
         for name, tensor in state.items()
     ):
         raise CheckpointError(
-            f"{type(model).__name__}: the delta changes numbers but no size, so a loader without sosp_hub "
-            f"would load the model wrongly without a word; it cannot be saved"
+            f"{type(model).__name__}: the delta changes numbers but no size, so a loader without "
+            f"sosp_hub would load the model wrongly without a word; it cannot be saved"
         )

@@ -71,7 +71,7 @@ def own_config(module, **values):
 
 
 def gated(model):
-    """Neurons of every gated MLP, another number in each layer; one KV group of the middle layer."""
+    """Neurons of every gated MLP, other numbers in each layer; a KV group of the middle layer."""
     layers = model.model.layers
     for i, layer in enumerate(layers):
         mlp(
@@ -101,7 +101,7 @@ def each(path, ins, out, attribute=None):
 
     def cut(model):
         for i, layer in enumerate(model.get_submodule(path)):
-            ahead, _, name = out.rpartition(".")
+            ahead = out.rpartition(".")[0]
             kept = some(_width(layer.get_submodule(out)), 1 - 0.2 * (i + 1))
             for each_in in ins:
                 keep(layer.get_submodule(each_in), out=kept)
@@ -194,7 +194,7 @@ FAMILIES = {
     ),
     "opt": (
         tf.OPTForCausalLM,
-        tf.OPTConfig(**{**TEXT, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
+        tf.OPTConfig(**TEXT, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
         each("model.decoder.layers", *FC),
     ),
     "bert": (tf.BertForSequenceClassification, tf.BertConfig(**TEXT, num_labels=3), bert_head),
@@ -210,15 +210,19 @@ FAMILIES = {
     ),
     "t5": (
         tf.T5ForConditionalGeneration,
-        tf.T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=3, num_heads=4, vocab_size=96, decoder_start_token_id=0),
+        tf.T5Config(
+            d_model=32, d_ff=48, d_kv=8, num_layers=3, num_heads=4, vocab_size=96,
+            decoder_start_token_id=0,
+        ),
         t5,
     ),
     "whisper": (
         tf.WhisperForConditionalGeneration,
         tf.WhisperConfig(
-            d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-            encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=96, num_mel_bins=8, max_source_positions=20,
-            max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+            d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=96,
+            num_mel_bins=8, max_source_positions=20, max_target_positions=32,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
         ),
         each("model.encoder.layers", *FC),
     ),
@@ -244,7 +248,7 @@ FAMILIES = {
     ),
     "mamba": (
         tf.MambaForCausalLM,
-        tf.MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=3, vocab_size=96, use_mambapy=False),
+        tf.MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=3, vocab_size=96),
         mamba,
     ),
 }  # fmt: skip
@@ -279,7 +283,7 @@ def pruned(family):
     return model
 
 
-# ------------------------------------------------------------------------------------------------- timm
+# -------------------------------------------------------------------------------------------- timm
 
 
 def timm_resnet(model):

@@ -1,4 +1,4 @@
-"""Models cut by the structure engine, not by hand: non-uniform, uniform, and through the residual stream."""
+"""Models cut by the structure engine: non-uniform, uniform, and through the residual stream."""
 
 import copy
 import json
@@ -73,7 +73,7 @@ def test_uniform_cut_needs_no_delta(name, tmp_path):
 
 
 def test_config_whose_numbers_are_values_keeps_its_delta(tmp_path):
-    """Gemma scales its embeddings by a root of the width it had: a plain config would change that."""
+    """Gemma scales its embeddings by a root of the width it had; a plain config changes that."""
     model, inputs = cut("gemma", residual=True, uniform=True)
     folder = sosp_hub.save_pretrained(model, tmp_path / "small")
     assert "sosp_hub" in json.loads((folder / "config.json").read_text())

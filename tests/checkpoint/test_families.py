@@ -1,4 +1,4 @@
-"""Every family: cut by hand, saved, loaded by each loader, same output; the file holds nothing else."""
+"""Every family: cut by hand, saved, loaded by each loader; same output, no other bytes."""
 
 import json
 

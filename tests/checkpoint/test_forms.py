@@ -26,7 +26,9 @@ from tests.checkpoint.test_families import output
 from tests.checkpoint.test_hostile import HOSTILE, RECORD, put
 from tests.compare import assert_close
 
-SCHEMA = json.loads((Path(sosp_hub.__file__).parent / "checkpoint" / "delta.schema.json").read_text())
+SCHEMA = json.loads(
+    (Path(sosp_hub.__file__).parent / "checkpoint" / "delta.schema.json").read_text()
+)
 
 
 # ------------------------------------------------------------------------------------------ schema
@@ -42,7 +44,7 @@ def test_deltas_meet_the_published_schema(family, tmp_path):
 
 
 def test_schema_refuses_what_the_reader_refuses_by_itself():
-    """Whatever can be refused without a model, the published schema refuses too, and nothing else."""
+    """What can be refused without a model, the published schema refuses too, and nothing else."""
     for case, (path, value, _) in HOSTILE.items():
         record = put(RECORD, path, value)
         try:
@@ -66,7 +68,9 @@ def test_plan_alone_cuts_its_base_again(tmp_path):
     inputs = {**made_up_inputs(dense), "use_cache": False}
     graph = trace(dense, inputs)
     neurons = [name for name, group in graph.groups.items() if group.kind == "neuron"]
-    plan = PruningPlan({name: tuple(range(i, 40)) for i, name in enumerate(neurons)}, dict.fromkeys(neurons, 48))
+    plan = PruningPlan(
+        {name: tuple(range(i, 40)) for i, name in enumerate(neurons)}, dict.fromkeys(neurons, 48)
+    )
     expected = output(apply(dense, graph, plan), inputs)
     with pytest.raises(CheckpointError, match="names no base model"):
         weightless.save_plan(plan, tmp_path / "plan")
@@ -76,7 +80,9 @@ def test_plan_alone_cuts_its_base_again(tmp_path):
     assert examine(folder).tier == "weightless"
     assert_close(output(sosp_hub.from_pretrained(folder), inputs), expected, relative=1e-6)
     assert_close(output(weightless.apply_plan_file(folder, dense), inputs), expected, relative=1e-6)
-    (folder / "sosp_plan.json").write_text('{"schema_version": 1, "kept": {"a": [3, 1]}, "sizes": {"a": 4}}')
+    (folder / "sosp_plan.json").write_text(
+        '{"schema_version": 1, "kept": {"a": [3, 1]}, "sizes": {"a": 4}}'
+    )
     with pytest.raises(CheckpointError, match="sorted"):
         sosp_hub.from_pretrained(folder)
 
@@ -181,7 +187,9 @@ def test_onnx_runs_in_onnxruntime(name, tmp_path):
     inputs = made_up_inputs(model)
     session = runtime.InferenceSession(export.to_onnx(model, tmp_path / "model.onnx"))
     values = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
-    feed = {entry.name: value.numpy() for entry, value in zip(session.get_inputs(), values, strict=True)}
+    feed = {
+        entry.name: value.numpy() for entry, value in zip(session.get_inputs(), values, strict=True)
+    }
     (answer, *_) = session.run(None, feed)
     assert_close(torch.from_numpy(answer), output(model, inputs), relative=1e-5)
 
@@ -198,4 +206,3 @@ def test_onnx_says_what_is_missing(tmp_path, monkeypatch):
 def test_exports_of_another_library_are_refused():
     with pytest.raises(sosp_hub.errors.ModelError, match="transformers"):
         export.padded(cuts.pruned_timm("test_resnet"))
-

@@ -1,6 +1,5 @@
 """The hooks: cheap, lazy, and without effect on models that are not pruned."""
 
-import os
 import subprocess
 import sys
 
@@ -19,36 +18,35 @@ from tests.compare import assert_close
 TOKENS = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
 
 
-def said(code, **environment):
+def said(code):
     answer = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True,
-        env={**os.environ, **environment},
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
     return answer.stdout.split()
 
 
 def test_import_loads_no_library():
     code = (
         "import sys; before = set(sys.modules); import sosp_hub; new = set(sys.modules) - before;"
-        "print(*sorted(name for name in new if name.partition('.')[0] not in sys.stdlib_module_names))"
+        "print(*sorted(n for n in new if n.partition('.')[0] not in sys.stdlib_module_names))"
     )
     assert said(code) == ["sosp_hub", "sosp_hub.checkpoint", "sosp_hub.checkpoint.hooks"]
 
 
 @pytest.mark.parametrize(
-    ("order", "switch", "expected"),
+    "order",
     [
-        ("from transformers import modeling_utils; import timm; import sosp_hub", "1", "True"),
-        ("import sosp_hub; from transformers import modeling_utils; import timm", "0", "False"),
-        ("import sosp_hub.checkpoint.transformers, sosp_hub.checkpoint.timm, timm", "1", "True"),
+        "from transformers import modeling_utils; import timm; import sosp_hub",
+        "import sosp_hub.checkpoint.transformers, sosp_hub.checkpoint.timm, timm",
     ],
 )
-def test_hooks_in_any_order(order, switch, expected):
+def test_hooks_in_any_order(order):
     code = (
         f"{order}; from transformers.modeling_utils import PreTrainedModel;"
-        "print(PreTrainedModel.post_init.__module__.startswith('sosp_hub'), timm.is_model('sosp_hub_pruned'))"
+        "print(PreTrainedModel.post_init.__module__.startswith('sosp_hub'));"
+        "print(timm.is_model('sosp_hub_pruned'), timm.is_model('cifar_resnet20'))"
     )
-    assert said(code, SOSP_HUB_HOOKS=switch) == [expected, expected]
+    assert said(code) == ["True", "True", "True"]
 
 
 def test_disable_leaves_both_libraries_as_they_come(tmp_path):
@@ -93,8 +91,8 @@ def test_unpruned_models_load_as_before(tmp_path):
 
 def test_delta_of_another_library_is_refused():
     record = {
-        "schema_version": 1, "sosp_hub_version": "0.1.0", "library": "timm", "library_version": "1.0.31",
-        "base": {"class": "LlamaModel"},
+        "schema_version": 1, "sosp_hub_version": "0.1.0", "library": "timm",
+        "library_version": "1.0.31", "base": {"class": "LlamaModel"},
     }  # fmt: skip
     config = transformers.LlamaConfig(**cuts.GQA, sosp_hub=record)
     with pytest.raises(CheckpointError, match="library: 'timm'"):

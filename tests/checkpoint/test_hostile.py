@@ -47,8 +47,9 @@ def put(record, path, value):
 
 
 MLP = ("base", "modules", "layers.0.mlp")
+UP = ("base", "modules", "layers.0.mlp.up_proj", "out_features")
 HOSTILE = {
-    "unknown module": (("base", "modules", "layers.0.nothing"), {"in_features": 1}, r"layers\.0\.nothing"),
+    "unknown module": (("base", "modules", "layers.0.none"), {"in_features": 1}, "0.none"),
     "no layer": (("base", "modules", "layers.9.mlp"), {"intermediate_size": 1}, r"layers\.9\.mlp"),
     "dunder attribute": ((*MLP, "__class__"), 3, "__class__"),
     "dunder name": (("base", "modules", "layers.__init__"), {"a": 3}, "__init__"),
@@ -56,13 +57,13 @@ HOSTILE = {
     "method": ((*MLP, "forward"), 3, "forward"),
     "training": ((*MLP, "training"), 1, "training"),
     "private torch state": ((*MLP, "_parameters"), 1, "_parameters"),
-    "growth": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 49, r"layers\.0\.mlp\.up_proj"),
-    "10^12": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 10**12, "1000000000000"),
-    "10^5000": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 10**5000, "bits"),
-    "negative": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), -1, "-1"),
-    "zero": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 0, "sizes from 1"),
-    "float": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), 3.5, "3.5"),
-    "bool": (("base", "modules", "layers.0.mlp.up_proj", "out_features"), True, "True"),
+    "growth": (UP, 49, r"layers\.0\.mlp\.up_proj"),
+    "10^12": (UP, 10**12, "1000000000000"),
+    "10^5000": (UP, 10**5000, "bits"),
+    "negative": (UP, -1, "-1"),
+    "zero": (UP, 0, "sizes from 1"),
+    "float": (UP, 3.5, "3.5"),
+    "bool": (UP, True, "True"),
     "NaN": ((*MLP, "intermediate_size"), float("nan"), "nan"),
     "infinity": ((*MLP, "intermediate_size"), float("inf"), "inf"),
     "string": ((*MLP, "intermediate_size"), "38", "'38'"),
@@ -125,7 +126,8 @@ def write(tmp_path, folder, name, content):
         ('{"architectures": ["os.system"], "model_type": "llama"}', "no model class"),
         ('{"architectures": ["LlamaTokenizer"], "model_type": "llama"}', "no model class"),
         (
-            '{"architecture": "sosp_hub_pruned", "model_args": {"base_architecture": "resnet18", "delta": 3}, "pretrained_cfg": {}}',
+            '{"architecture": "sosp_hub_pruned", "pretrained_cfg": {}, '
+            '"model_args": {"base_architecture": "resnet18", "delta": 3}}',
             "delta",
         ),
         ('{"architecture": "sosp_hub_pruned", "pretrained_cfg": {}}', "base_architecture"),
@@ -233,10 +235,11 @@ def test_a_failed_delta_changes_nothing(config):
     assert model.layers[0].mlp.intermediate_size == 48
 
 
-# ----------------------------------------------------------------------------------------------- fuzz
+# -------------------------------------------------------------------------------------------- fuzz
 
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-2, 100), st.floats(), st.text(max_size=12),
+    st.none(), st.booleans(), st.integers(), st.integers(-2, 100), st.floats(),
+    st.text(max_size=12),
     st.sampled_from(["layers.0.mlp", "__class__", "", "norm.weight", "as", "identity", 10**12, -1]),
 )  # fmt: skip
 JUNK = st.recursive(

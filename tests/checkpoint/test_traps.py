@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,16 +70,23 @@ for folder in Path({str(root)!r}).iterdir():
             print(folder.name, "LOADED")
         except Exception as error:
             print(folder.name, type(error).__name__, str(error).replace(chr(10), " "))
+import sosp_hub  # the switch is off
+print("HOOKED" if timm.is_model("sosp_hub_pruned") else "left alone")
 """
     answer = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "SOSP_HUB_HOOKS": "0"},
     )
     return root, answer.stdout.splitlines()
 
 
 def test_fails_loudly_without_the_package(without_the_package):
     _, said = without_the_package
-    assert len(said) == 12
+    assert len(said) == 13
+    assert said.pop() == "left alone"
     for line in said:
         assert (
             "sosp_hub_pruned" in line
