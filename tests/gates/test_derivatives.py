@@ -8,7 +8,7 @@ from torch.autograd.functional import hessian, hvp
 from sosp_hub.derivatives import Protocol, gate_gradient, hessian_product, sample_squares
 from sosp_hub.errors import CriterionError
 from tests.compare import assert_close
-from tests.gates.toys import TOYS, perceptron, residual
+from tests.gates.toys import TOYS, group, perceptron, residual
 
 
 def protocol(**options):
@@ -93,8 +93,8 @@ def test_weight_gates_equal_the_weights_own_hessian(make):
     gradient = torch.autograd.functional.jacobian(loss, values)
     product = hvp(loss, values, values)[1]
 
-    def of(group, parts):
-        own = [member.tensor for member in group.members if not member.reads]
+    def of(group_, parts):
+        own = [member.tensor for member in group_.members if not member.reads]
         return sum(
             (weights[name] * part).flatten(1).sum(1)
             for name, part in zip(weights, parts, strict=True)
@@ -226,3 +226,27 @@ def test_a_step_that_rounds_away_is_refused():
 def test_batch_of_one():
     toy = perceptron(num_samples=1)
     assert hessian_product(toy.model, toy.groups, [toy.batch], protocol()).num_samples == 1
+
+
+def test_samples_of_a_language_model_are_sequences_and_its_mean_is_over_tokens():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 5))
+    model.double()
+    groups = {"n": group("n", "neuron", 4, [("2", -1, None)])}
+    inputs = torch.randn(3, 6, 3, dtype=torch.float64)
+    labels = torch.randint(5, (3, 6))
+    labels[0, 3:] = -100
+
+    def mean(logits, labels):
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def total(gate, n):
+        logits = model[2](model[1](model[0](inputs[n])) * gate)
+        return F.cross_entropy(logits[:-1], labels[n, 1:], reduction="sum")
+
+    ones = torch.ones(4, dtype=torch.float64)
+    rows = [torch.autograd.functional.jacobian(lambda g, n=n: total(g, n), ones) for n in range(3)]
+    rows = torch.stack(rows)
+    found = sample_squares(model, groups, [(inputs, labels)], protocol(loss_fn=mean))
+    assert (found.weight, found.num_samples) == (12, 3)
+    assert_close(found.gradient["n"], rows.sum(0) / 12, relative=1e-10)
+    assert_close(found.second["n"], rows.square().mean(0), relative=1e-10)

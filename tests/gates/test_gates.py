@@ -138,3 +138,28 @@ def test_faults():
     ):
         with pytest.raises(CriterionError, match=words), gated(toy.model, {one.name: one}, gate):
             toy.model(toy.batch[0])
+
+
+def test_a_module_under_two_names_is_gated_once():
+    toy = perceptron()
+    toy.model.alias = toy.model.b
+    twice = {"a": group("a", "neuron", 5, [("b", -1, None), ("alias", -1, None)])}
+    row = torch.rand(5, dtype=torch.float64)
+    expected = toy.model(toy.batch[0], {"a": row})
+    with gated(toy.model, twice) as gates:
+        gates.set_({"a": row})
+        assert_close(toy.model(toy.batch[0]), expected, relative=1e-12)
+
+
+def test_the_rows_of_a_sample_follow_each_other():
+    """Windows and flattened tokens: the first dimension is a multiple of the samples."""
+    model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 2)).double()
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    row = torch.rand(2, 3, dtype=torch.float64)
+    expected = model(x * row[:, None])
+    with gated(model, {"c": group("c", "neuron", 3, [("1", -1, None)])}) as gates:
+        gates.set_({"c": row}, num_samples=2)
+        assert_close(model(x), expected, relative=1e-12)
+        gates.set_(1.0, num_samples=3)
+        with pytest.raises(CriterionError, match="1: 3 samples with own gates are not found"):
+            model(x)
