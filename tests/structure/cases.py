@@ -377,6 +377,13 @@ PRODUCTS = (
     tokens("einsum", lambda m, x: torch.einsum("btc,ch->bth", x, m.weight), 6, 7, (6, 7),
            weight=lambda: nn.Parameter(torch.randn(6, 7))),
     tokens("two activations", lambda m, x, y: (x @ y.mT) @ y, (6, 6), 6, (6,)),
+    RuleCase(
+        "weight norm",
+        lambda: nn.Sequential(
+            nn.Linear(5, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 7)), nn.Linear(7, 3)
+        ),
+        lambda: torch.randn(2, 4, 5), (7,), (6,), keeps_zero=False,
+    ),
     RuleCase("experts", Experts, lambda: torch.randn(6, 5), (8, 8), multiple=4),
     pictures("convolution", Built(nn.Conv2d, 6, 7, 3), 6, 7, (6, 7)),
     pictures("depthwise", Built(nn.Conv2d, 6, 6, 3, groups=6), 6, 6, (6,)),
@@ -514,8 +521,6 @@ ELEMENTWISE = tuple(
 )
 
 PENDING = {
-    ("groups", "full of its size"): "the sizes of torch.full are not read",
-    ("groups", "new_full"): "the sizes of torch.full are not read",
     ("groups", "kthvalue"): "its result has one dimension less",
     ("groups", "channel shuffle"): "the native operation has no rule",
     ("groups", "split_copy"): "a literal that is not seen",
@@ -523,13 +528,6 @@ PENDING = {
     ("verify", "unsafe_split"): "its size is not rewritten",
     ("groups", "empty_strided"): "a literal that is not seen",
     ("groups", "negative pad"): "a literal that is not seen",
-    ("groups", "addmv"): "its first argument has the rows' axis",
-    ("cut", "addmv"): "its first argument has the rows' axis",
-    ("verify", "addmv"): "its first argument has the rows' axis",
-    ("verify", "group norm"): "its statistics' shape is predicted wrongly",
-    ("verify", "a group each"): "its statistics' shape is predicted wrongly",
-    ("cut", "instance norm"): "without weights its num_features stays (a warning in each pass)",
-    ("verify", "instance norm"): "without weights its num_features stays (a warning in each pass)",
 }
 """Known defects of the engine, by the test that shows them; each test fails once one is mended."""
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sosp_hub.structure import ints
 from sosp_hub.structure.axes import Atom, Prod
 from sosp_hub.structure.ints import (
     Attribute,
@@ -18,6 +17,7 @@ from sosp_hub.structure.ints import (
     attributes,
     evaluate,
     expr_atoms,
+    listening,
     solve,
 )
 
@@ -29,10 +29,11 @@ _OPERATIONS = {
 
 
 @pytest.fixture
-def leaks(monkeypatch):
-    found = []
-    monkeypatch.setattr(ints, "leak", found.append)
-    return found
+def told():
+    """What a listener hears: sizes used as values, and pairs found equal."""
+    leaks, equals = [], []
+    with listening(leaks.append, lambda one, two: equals.append((one, two))):
+        yield leaks, equals
 
 
 @pytest.mark.parametrize("symbol", _OPERATIONS)
@@ -66,19 +67,32 @@ def test_a_negative_size_is_remembered_too():
         lambda n: n * 0.5, lambda n: pow(n, 2),
     ],
 )  # fmt: skip
-def test_a_size_that_becomes_a_value_is_told(use, leaks):
+def test_a_size_that_becomes_a_value_is_told(use, told):
     """All but a float on the left (``1.0 / n``), which Python answers without asking the int."""
     assert use(TracedInt(16, WIDTH)) == pytest.approx(use(16))
-    assert leaks == [WIDTH]
+    assert told == ([WIDTH], [])
 
 
-def test_arithmetic_between_sizes_tells_nothing(leaks):
+def test_arithmetic_and_comparison_with_plain_ints_tell_nothing(told):
     number = TracedInt(16, WIDTH)
     assert (number * 3 + 1) // 7 % 5 - 1 == (16 * 3 + 1) // 7 % 5 - 1
     assert number == 16
     assert hash(number) == hash(16)
     assert not number < 3
-    assert leaks == []
+    assert number != 15
+    assert number in {16}
+    assert told == ([], [])
+
+
+def test_sizes_that_are_found_equal_are_told(told):
+    """``if x.shape[1] != self.width: raise`` has to stay true in a cut model."""
+    width, heads = TracedInt(16, WIDTH), TracedInt(16, HEADS)
+    assert width == heads
+    assert told == ([], [(WIDTH, HEADS)])
+    assert (width != heads) is False
+    assert told == ([], [(WIDTH, HEADS)] * 2)
+    assert width != TracedInt(3, HEADS)
+    assert told == ([], [(WIDTH, HEADS)] * 2), "what differs may go on differing"
 
 
 def test_copies_stay_traced_and_what_is_stored_is_plain():

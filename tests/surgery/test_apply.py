@@ -59,13 +59,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
     assert after == {key: value for key, value in before.items() if key != "tensors"}
 
 
-def _case(case):
-    reason = "shape of the statistics of a group norm is predicted wrongly"
-    marks = [pytest.mark.xfail(reason=reason)] if case.name == "test_efficientnet_gn" else []
-    return pytest.param(case, id=case.name, marks=marks)
-
-
-@pytest.mark.parametrize("case", [_case(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_cut_model_is_smaller_and_the_given_one_is_untouched(case):
     model, graph = prepared(case)
     before = state(model)
