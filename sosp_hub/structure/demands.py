@@ -66,7 +66,23 @@ def _factory(terms: Terms, op: Operation) -> None:
 def _series(terms: Terms, op: Operation) -> None:
     for value in op.args:
         if isinstance(value, TracedInt):
-            terms.leaks.append((value.expr, terms.where))
+            terms.leak(value.expr)
+
+
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "pow")
+
+
+@_demand(
+    "tensor",
+    "as_tensor",
+    *_ARITHMETIC,
+    *(f"__{mark}{n}__" for n in (*_ARITHMETIC, "truediv") for mark in ("", "r", "i")),
+)
+def _arithmetic(terms: Terms, op: Operation) -> None:
+    """A size that enters a tensor's values."""
+    for value in (*op.args, *op.kwargs.values()):
+        if isinstance(value, TracedInt):
+            terms.leak(value.expr)
 
 
 @_demand("unflatten")

@@ -1,6 +1,7 @@
 """The two modes that watch a forward pass: tensors below Python's arguments, sizes above them."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ class FunctionWatch(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             sizes = self._sizes(args[0])
             return sizes if dim is None else sizes[dim]
+        if name == "numel":
+            return prod(self._sizes(args[0]), start=1)
         if name == "scaled_dot_product_attention":
             return self._attention(func, args, kwargs)
         out = func(*args, **kwargs)

@@ -1,5 +1,6 @@
 """``trace``: one forward pass, and what it shows of which slices must be cut together."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +20,8 @@ from sosp_hub.structure.shadow import fake_inputs, shadow
 from sosp_hub.structure.terms import Axes, Step, Terms
 
 Run = tuple[nn.Module, Terms, dict[str, Axes], dict[str, Axes]]
+
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 def trace(
@@ -160,6 +163,7 @@ def _watch(
     exits: dict[str, Axes] = {}
     handles = list(_watch_modules(twin, terms, entries, exits))
     dispatch = DispatchWatch(terms)
+    _FAKE_LOG.disabled = True  # it prints what is reported here as an error, or tried with data
     try:
         with torch.no_grad(), ints.listening(terms.leak, terms.compare), ExitStack() as modes:
             for mode in (fake, dispatch, FunctionWatch(terms, dispatch)):
@@ -167,6 +171,7 @@ def _watch(
                     modes.enter_context(mode)
             result = call(twin, twin_inputs)
     finally:
+        _FAKE_LOG.disabled = False
         for handle in handles:
             handle.remove()
     for tensor in output_tensors(wanted_outputs(result, wanted)):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.layers import drop_layers
@@ -40,6 +41,9 @@ def apply(
             the group.
     """
     graph.check(plan)
+    _check_model(model, graph)
+    if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError("the model has no weights (meta device): give verify='fast', or load them")
     dense = fold(copy.deepcopy(model), graph, plan) if plan.gates else model
     pruned = cut(copy.deepcopy(dense), graph, plan)
     verify_cut(dense, pruned, graph, plan, thorough=verify == "thorough", cut=cut)
@@ -73,14 +77,26 @@ def apply_(
     plan: PruningPlan,
     verify: Literal["thorough", "fast"] = "thorough",
 ) -> nn.Module:
-    """``apply`` in place; the model is changed only after the cut was verified."""
+    """``apply`` in place: the given model becomes the smaller one, after the cut was verified.
+
+    The model object stays; its submodules are new ones, so fetch them again where you hold any.
+    """
     pruned = apply(model, graph, plan, verify)
-    smaller = dict(pruned.named_modules())
-    for name, module in list(model.named_modules()):
-        children = module._modules
-        module.__dict__.clear()
-        module.__dict__.update(smaller[name].__dict__, _modules=children)
+    model.__dict__.clear()
+    model.__dict__.update(pruned.__dict__)
     return model
+
+
+def _check_model(model: nn.Module, graph: Graph) -> None:
+    found = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, axes in graph.tensors.items():
+        expected = [size_of(axis) for axis in axes]
+        if name not in found or list(found[name].shape) != expected:
+            given = list(found[name].shape) if name in found else "no such tensor"
+            raise PlanError(
+                f"this is not the model that was traced: {name!r} has {given}, "
+                f"expected {expected}; trace it again"
+            )
 
 
 def cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:

@@ -4,6 +4,7 @@ LoRA adapters need nothing of this: trace the model with its adapters, and they 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ def carry_optimizer(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     smaller = dict(pruned.named_parameters())
     groups: list[list[nn.Parameter]] = []
-    state: dict[nn.Parameter, object] = {}
+    state: dict[Tensor, Any] = {}
     for group in optimizer.param_groups:
         groups.append([])
         for parameter in group["params"]:
