@@ -1,4 +1,4 @@
-"""Structured pruning for the Hugging Face ecosystem: score with second-order saliency, cut for real, publish.
+"""Structured pruning for the Hugging Face ecosystem: score, cut for real, publish.
 
 The seven verbs are loaded when first used, so that importing the package costs next to nothing.
 """
@@ -46,10 +46,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public object
+def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'sosp_hub' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'sosp_hub' has no attribute {name!r}; it offers {', '.join(__all__)}"
+    )
 
 
 def __dir__() -> list[str]:

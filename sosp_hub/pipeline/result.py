@@ -17,6 +17,7 @@ from sosp_hub.cost import cost
 from sosp_hub.distributed import logger, to_device
 from sosp_hub.evaluate import measure_latency
 from sosp_hub.hub.card import render_card
+from sosp_hub.hub.page import write_page
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import PushSection, Recipe
@@ -63,6 +64,7 @@ def write_result(
                 "exact": group.exact,
             }
             for group in graph.groups.values()
+            if group.kind in recipe.structure.kinds
         ],
         "criterion": {"name": criterion.name, "options": criterion.options()},
         "calibration": dict(calibration),
@@ -94,6 +96,8 @@ def write_result(
     )
     save_file(saliency, draft / "saliency.safetensors")
     render_card(draft, figures=recipe.output.figures)
+    if recipe.output.figures:
+        write_page(draft)
     _move(draft, output)
     return report
 

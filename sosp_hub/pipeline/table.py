@@ -69,6 +69,7 @@ _FILES = {
     "config.json": "configuration",
     "figures": "kept widths, saliency, recovery",
     "model.safetensors": "weights",
+    "report.html": "the same as a page",
     "saliency.safetensors": "scores of all structures",
     "tokenizer.json": "tokenizer",
     "sosp_report.json": "plan, metrics, costs, timings, versions",

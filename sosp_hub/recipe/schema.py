@@ -67,7 +67,8 @@ class ModelSection(Section):
         default=True, description="load weights; false = random weights, to be trained"
     )
     num_labels: Count | None = Field(
-        default=None, description="classes of the head; null = as the data has"
+        default=None,
+        description="classes of the head; null = the checkpoint's own, or a new one for the data",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of the weights"
@@ -97,7 +98,7 @@ class DataSection(Section):
         default="test", description="name of the test split; null = held out from train"
     )
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.2, description="share of train held out where `test` is null"
+        default=0.2, description="share of train held out where `test` is null or not there"
     )
     image: str = Field(default="image", description="column of the images")
     label: str = Field(default="label", description="column of the classes")

@@ -82,8 +82,17 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
         image_processor=images,
         base_model=origin.base_model,
         base_revision=origin.base_revision,
-        card={**origin.card, "pipeline_tag": section.task} if new_head else origin.card,
+        card={**origin.card, "pipeline_tag": _PIPELINE_TAGS[section.task]}
+        if new_head
+        else origin.card,
     )
+
+
+_PIPELINE_TAGS = {
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "causal-lm": "text-generation",
+}
 
 
 def _source(section: ModelSection) -> Path | str:
