@@ -373,9 +373,10 @@ def _resize(module: nn.Module, key: str, shape: tuple[int, ...], done: dict[int,
     table: dict[str, Any] = module._parameters if is_parameter else module._buffers
     old: Tensor = table[key]
     if id(old) not in done:
-        with torch.no_grad():
-            new = old[tuple(slice(size) for size in shape)]
-            new = torch.empty_like(new) if old.is_meta else new.clone()
+        if old.is_meta:
+            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        else:
+            new = old.detach()[tuple(slice(size) for size in shape)].clone()
         done[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
     table[key] = done[id(old)]
 

@@ -1,19 +1,22 @@
 """How a transformers model takes the delta from its config while it is built."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import transformers
-from transformers.modeling_utils import PreTrainedModel
 
 from sosp_hub.checkpoint.delta import apply_section, versions_said
 from sosp_hub.checkpoint.record import KEY, Delta, Section, parse_delta
 from sosp_hub.errors import CheckpointError
 
+if TYPE_CHECKING:  # the hook that its import sets off needs this file
+    from transformers.modeling_utils import PreTrainedModel
+
 APPLIED = "_sosp_hub_applied"
 """Set on a model that took its part of the delta."""
 
 
-def shrink(model: PreTrainedModel) -> None:
+def shrink(model: "PreTrainedModel") -> None:
     """Applies what the delta in the model's config says about this class; inert without one.
 
     Raises:
@@ -33,7 +36,7 @@ def shrink(model: PreTrainedModel) -> None:
             setattr(model, APPLIED, True)
 
 
-def _shrink_part(model: PreTrainedModel, delta: Delta, where: str) -> bool:
+def _shrink_part(model: "PreTrainedModel", delta: Delta, where: str) -> bool:
     if type(model).__name__ == delta.base.cls:
         apply_section(model, delta.base, f"{where}.base")
     elif any(type(module).__name__ == delta.base.cls for module in model.modules()):
@@ -45,7 +48,7 @@ def _shrink_part(model: PreTrainedModel, delta: Delta, where: str) -> bool:
     return True
 
 
-def _shrink_head(model: PreTrainedModel, delta: Delta, where: str) -> None:
+def _shrink_head(model: "PreTrainedModel", delta: Delta, where: str) -> None:
     head = delta.head
     if head is None or head.empty:
         return
@@ -58,7 +61,7 @@ def _shrink_head(model: PreTrainedModel, delta: Delta, where: str) -> None:
     apply_section(model, head, where)
 
 
-def _of_sibling(model: PreTrainedModel, section: Section) -> Section | None:
+def _of_sibling(model: "PreTrainedModel", section: Section) -> Section | None:
     """The part of a section that concerns a class with other children; None where it shares none.
 
     An encoder on its own, out of an encoder-decoder that is its own base model, is such a class.
@@ -68,7 +71,7 @@ def _of_sibling(model: PreTrainedModel, section: Section) -> Section | None:
         return name.partition(".")[0] in model._modules
 
     roots = {name.partition(".")[0] for name in (*section.modules, *section.tensors) if name}
-    if not any(isinstance(model._modules.get(root), PreTrainedModel) for root in roots):
+    if not any(hasattr(model._modules.get(root), "base_model_prefix") for root in roots):
         return None
     return dataclasses.replace(
         section,
