@@ -1,0 +1,166 @@
+"""``trace``: what it leaves alone, what it refuses, what it says."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from sosp_hub.errors import TraceError
+from sosp_hub.structure.trace import trace
+from tests.cases import CASES
+from tests.compare import assert_close
+
+LLAMA = next(case for case in CASES if case.name == "llama")
+RESNET = next(case for case in CASES if case.name == "test_resnet")
+
+
+@pytest.mark.parametrize("fake", [True, False])
+@pytest.mark.parametrize("case", [LLAMA, RESNET], ids=str)
+def test_the_model_and_its_inputs_are_not_touched(case, fake):
+    model = case.model().train()
+    before = copy.deepcopy(model.state_dict())
+    plain = {name: dict(vars(module)) for name, module in model.named_modules()}
+    inputs = case.inputs()
+    same = copy.deepcopy(inputs)
+    random = torch.random.get_rng_state()
+    trace(model, inputs, fake=fake)
+    assert_close(model.state_dict(), before, relative=0)
+    assert_close(inputs, same, relative=0)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), random)
+    for name, module in model.named_modules():
+        assert vars(module).keys() == plain[name].keys()
+        for key, value in vars(module).items():
+            assert value is plain[name][key], f"{name}.{key}"
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_train_mode_eval_mode_and_frozen_weights_give_one_graph():
+    models = RESNET.model(), RESNET.model().train(), RESNET.model().requires_grad_(False)
+    assert len({str(trace(model, RESNET.inputs())) for model in models}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_dtype_does_not_matter(dtype):
+    (x,) = RESNET.inputs()
+    assert str(trace(RESNET.model().to(dtype), (x.to(dtype),))) == str(trace(RESNET.model(), (x,)))
+
+
+def test_weights_are_not_needed():
+    meta = LLAMA.model().to("meta")
+    assert str(trace(meta, LLAMA.inputs())) == str(trace(LLAMA.model(), LLAMA.inputs()))
+
+
+def test_positional_and_keyword_inputs_are_one():
+    model, (x,) = RESNET.model(), RESNET.inputs()
+    texts = [str(trace(model, inputs)) for inputs in (x, (x,), [x], {"x": x})]
+    assert len(set(texts)) == 1
+
+
+def test_an_output_that_does_not_matter_may_change_its_size():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            hidden = self.body(x)
+            return {"hidden": hidden, "logits": self.head(hidden)}
+
+    model, x = Two(), (torch.randn(2, 5),)
+    assert not trace(model, x).groups
+    assert [group.size for group in trace(model, x, outputs="logits").groups.values()] == [6]
+    assert not trace(model, x, outputs=["logits", "hidden"]).groups
+    with pytest.raises(TraceError, match=r"hidden, logits; expected loss"):
+        trace(model, x, outputs="loss")
+    with pytest.raises(TraceError, match="without names"):
+        trace(nn.Linear(5, 3), x, outputs="logits")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ((torch.randn(2, 3, 32, 31, 7),), r"float32\[2, 3, 32, 31, 7\]"),
+        ((torch.randn(2, 4, 32, 32),), r"float32\[2, 4, 32, 32\]"),
+        ((), "at least one tensor"),
+        (({},), "at least one tensor"),
+        ({"pixels": torch.randn(2, 3, 32, 32)}, "pixels"),
+        (("a picture",), "a picture"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_described(inputs, words):
+    with pytest.raises(TraceError, match=words):
+        trace(RESNET.model(), inputs)
+
+
+def test_an_error_in_the_model_is_told():
+    class Breaks(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("no coffee")
+
+    with pytest.raises(TraceError, match="no coffee"):
+        trace(Breaks(5, 3), (torch.randn(2, 5),))
+
+
+def test_a_model_that_needs_its_data_cannot_be_traced_without_it():
+    class Looks(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if self.weight.sum().item() > -1e9 else x
+
+    with pytest.raises(TraceError, match="load the weights"):
+        trace(Looks(5, 3).to("meta"), (torch.randn(2, 5),))
+
+
+# --- the text ---
+
+
+def test_the_text_lists_groups_members_ties_and_what_is_pinned():
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    text = str(trace(model, (torch.randn(2, 5),)))
+    assert text.splitlines()[1:5] == [
+        "0:neuron  size 6",
+        "    makes 0.weight[0]",
+        "    makes 0.bias[0]",
+        "    reads 2.weight[1]",
+    ]
+    assert "pinned: 0.weight[1]: an input of the model has this size" in text
+    assert "pinned: 2.weight[0], 2.bias[0]: an output of the model has this size" in text
+    assert re.match(r"1 groups?; 94\.7 % of 57 parameters can be cut \(94\.7 % exactly\)", text)
+
+
+# --- the gates' places ---
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_members_and_sites_fit_their_tensors(case):
+    model = case.model()
+    graph = trace(model, case.inputs())
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for group in graph.groups.values():
+        for member in group.members:
+            assert member.index.shape == (tensors[member.tensor].shape[member.dim],)
+            assert set(member.index.tolist()) >= set(range(group.size))
+            assert set(member.index.tolist()) <= set(range(-1, group.size))
+        for site in group.sites:
+            assert (site.module is None) != (site.weight is None)
+            assert set(site.index.tolist()) <= set(range(-1, group.size))
+            if site.weight is not None:
+                assert site.index.shape == (tensors[site.weight].shape[site.dim],)
+        if group.exact and group.kind not in {"head_dim", "layer"}:
+            assert group.sites, f"nothing reads {group.name}"
+        assert group.members or group.layers
+
+
+def test_names_say_where_a_group_is_made():
+    graph = trace(LLAMA.model(), LLAMA.inputs(), outputs="logits")
+    assert {name for name in graph.groups if name.startswith("model.layers.0.")} == {
+        "model.layers.0.self_attn.q_proj:kv_group",
+        "model.layers.0.self_attn.q_proj:head",
+        "model.layers.0.mlp.gate_proj:neuron",
+    }
+    for name, group in graph.groups.items():
+        assert name == group.name
+        assert name.rpartition(":")[2].partition("#")[0] == group.kind
