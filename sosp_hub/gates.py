@@ -188,8 +188,8 @@ class _GateVector:
             if dim == 0 or rest:
                 raise CriterionError(
                     f"{self.where}: {len(vector)} samples with own gates are not found along "
-                    f"dimension 0 of shape {tuple(tensor.shape)}; this group has no per-sample "
-                    "derivatives"
+                    f"dimension 0 of shape {tuple(tensor.shape)}; choose a criterion without "
+                    "per-sample derivatives"
                 )
             shape[0] = len(tensor)
             vector = vector.repeat_interleave(repeats, 0)
@@ -242,6 +242,11 @@ def _scaled_weights(
 
     def scale(*_: Any) -> None:
         for name, vectors in weights.items():
+            if any(gates.values[group].ndim > 1 for vector in vectors for group in vector.names):
+                raise CriterionError(
+                    f"{name}: the gates of {', '.join(vectors[0].names)} scale a weight, which all "
+                    "samples share; choose a criterion without per-sample derivatives"
+                )
             weight: Tensor = plain[name]
             for vector in vectors:
                 weight = (weight * vector.read(gates, weight)).to(weight.dtype)

@@ -5,10 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.functional import hessian, hvp
 
-from sosp_hub.derivatives import Protocol, gate_gradient, hessian_product, sample_squares
+from sosp_hub.derivatives import (
+    Protocol,
+    gate_gradient,
+    gauss_newton,
+    hessian_product,
+    sample_squares,
+)
 from sosp_hub.errors import CriterionError
 from tests.compare import assert_close
-from tests.gates.toys import TOYS, group, perceptron, residual
+from tests.gates.toys import TOYS, Toy, attention, group, perceptron, residual, stand_in
 
 
 def protocol(**options):
@@ -250,3 +256,72 @@ def test_samples_of_a_language_model_are_sequences_and_its_mean_is_over_tokens()
     assert (found.weight, found.num_samples) == (12, 3)
     assert_close(found.gradient["n"], rows.sum(0) / 12, relative=1e-10)
     assert_close(found.second["n"], rows.square().mean(0), relative=1e-10)
+
+
+def _explicit_gauss_newton(toy, curvature):
+    total = 0
+    for n in range(len(toy.batch[1])):
+        one = Toy(toy.model, toy.graph, tuple(part[n : n + 1] for part in toy.batch))
+        jacobian = torch.autograd.functional.jacobian(
+            lambda m, one=one: one.logits(m)[0], toy.ones()
+        )
+        total = total + jacobian.T @ curvature(one.logits(toy.ones())[0].softmax(-1)) @ jacobian
+    return total / len(toy.batch[1])
+
+
+def _softmax_curvature(share):
+    return torch.diag(share) - share[:, None] * share
+
+
+@pytest.mark.parametrize("make", TOYS.values(), ids=TOYS)
+def test_gauss_newton_equals_explicit_jacobians(make):
+    toy = make()
+    if make is attention:  # the gates of its neurons sit on a weight, which samples share
+        toy = Toy(toy.model, stand_in(toy.groups["heads"]), toy.batch)
+    inputs, labels = toy.batch
+    parts = [(inputs[:1], labels[:1]), (inputs[1:], labels[1:])]
+    found = gauss_newton(toy.model, toy.groups, parts, protocol())
+    assert_close(found.matrix, _explicit_gauss_newton(toy, _softmax_curvature), relative=1e-10)
+    assert_close(found.gradient, toy.split(toy.gradient()), relative=1e-10)
+    assert found.exact
+    squared = gauss_newton(toy.model, toy.groups, parts, protocol(), loss="squared")
+    expected = _explicit_gauss_newton(toy, lambda share: torch.eye(3, dtype=torch.float64))
+    assert_close(squared.matrix, expected, relative=1e-10)
+
+
+def test_drawn_labels_give_the_gauss_newton_matrix_in_the_mean():
+    toy = perceptron()
+    options = {"max_classes": 2, "seed": 1}
+    near = gauss_newton(toy.model, toy.groups, [toy.batch], protocol(), num_draws=3000, **options)
+    assert not near.exact
+    expected = _explicit_gauss_newton(toy, _softmax_curvature)
+    assert_close(near.matrix, expected, relative=0.05)
+    again = gauss_newton(toy.model, toy.groups, [toy.batch], protocol(), num_draws=3, **options)
+    same = gauss_newton(toy.model, toy.groups, [toy.batch], protocol(), num_draws=3, **options)
+    assert_close(again.matrix, same.matrix, relative=0)
+
+
+def test_drawn_tokens_give_the_gauss_newton_matrix_in_the_mean():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 5))
+    model.double()
+    groups = {"n": group("n", "neuron", 4, [("2", -1, None)])}
+    inputs, labels = torch.randn(2, 4, 3, dtype=torch.float64), torch.randint(5, (2, 4))
+    labels[0, 2:] = -100
+    expected = 0
+    for n, t in ((0, 0), (1, 0), (1, 1), (1, 2)):  # the tokens before one that has a label
+
+        def logits(gate, n=n, t=t):
+            return model[2](model[1](model[0](inputs[n, t])) * gate)
+
+        ones = torch.ones(4, dtype=torch.float64)
+        jacobian = torch.autograd.functional.jacobian(logits, ones)
+        share = logits(ones).detach().softmax(-1)
+        expected = expected + jacobian.T @ _softmax_curvature(share) @ jacobian / 4
+    found = gauss_newton(model, groups, [(inputs, labels)], Protocol(), num_draws=4000)
+    assert_close(found.matrix, expected, relative=0.05)
+
+
+def test_gates_on_a_weight_have_no_samples():
+    toy = attention(num_samples=3)
+    with pytest.raises(CriterionError, match=r"down\.weight: .* neurons .* all samples share"):
+        sample_squares(toy.model, toy.groups, [toy.batch])

@@ -1,0 +1,168 @@
+"""Means over all batches and all processes, the same for every derivative."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sosp_hub.errors import CriterionError
+from sosp_hub.gates import GateKind, Gates, gated
+from sosp_hub.structure.groups import Groups
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Batches, LossFn
+
+logger = logging.getLogger("sosp_hub")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the loss is measured, the same for every derivative.
+
+    Attributes:
+        loss_fn: Loss of (logits, labels); None = what the task says.
+        gate: What a gate multiplies.
+        micro_batch_size: Most samples of one pass; None = whole batches.
+        process_sum: Sum of a tensor over all processes; None = this is the only one.
+    """
+
+    loss_fn: "LossFn | None" = None
+    gate: GateKind = "activation"
+    micro_batch_size: int | None = None
+    process_sum: Callable[[Tensor], Tensor] | None = None
+
+
+DEFAULT = Protocol()
+
+
+class Seen(NamedTuple):
+    """The mean loss of a batch, what it averages over, and which groups it depends on."""
+
+    loss: float
+    weight: int
+    used: list[bool]
+
+
+class Average(NamedTuple):
+    """What was added up, divided by the samples (or label tokens) that were seen."""
+
+    loss: float
+    weight: int
+    num_samples: int
+    totals: list[Tensor]
+
+
+def average(
+    model: nn.Module,
+    groups: Groups,
+    batches: "Batches",
+    protocol: Protocol,
+    num_dims: list[int],
+    step: Callable[[Gates, Any, list[Tensor]], Seen],
+) -> Average:
+    """The mean of what ``step`` adds up, over all processes, in one exchange of numbers.
+
+    Faults of the data (no batch, a loss that is not finite, gates without effect) are exchanged
+    too, so that all processes raise and none waits for the others.
+    """
+    num_structures = sum(group.size for group in groups.values())
+    totals = [torch.zeros((num_structures,) * n, dtype=torch.float64) for n in num_dims]
+    counts = torch.zeros(4 + len(groups), dtype=torch.float64)
+    with torch.enable_grad(), gated(model, groups, protocol.gate) as gates:
+        for batch, seen in _run(batches, protocol, lambda part: step(gates, part, totals)):
+            if not seen.weight:  # no label that counts
+                continue
+            finite = math.isfinite(seen.loss)
+            share = [seen.weight, num_samples(batch), seen.loss * seen.weight, not finite]
+            counts += torch.tensor(share + seen.used, dtype=torch.float64)
+            if not finite:
+                break
+    sums = [counts, *totals]
+    if protocol.process_sum is not None:
+        flat = protocol.process_sum(torch.cat([part.flatten() for part in sums]))
+        parts = flat.split([part.numel() for part in sums])
+        counts, *totals = [part.view_as(old) for part, old in zip(parts, sums, strict=True)]
+    weight, samples, loss, num_bad, *used = counts.tolist()
+    _check(weight, num_bad, [name for name, count in zip(groups, used, strict=True) if not count])
+    return Average(loss / weight, int(weight), int(samples), [total / weight for total in totals])
+
+
+def _check(weight: float, num_bad: float, unused: list[str]) -> None:
+    if num_bad:
+        raise CriterionError(
+            "the loss of a calibration batch is not finite (nan or inf): look at the data and the "
+            "weights, or score in float32"
+        )
+    if not weight:
+        raise CriterionError(
+            "no calibration data: the criterion needs at least one batch with labels; `magnitude` "
+            "and `random` need none"
+        )
+    if unused:
+        more = f" and {len(unused) - 8} others" if len(unused) > 8 else ""
+        raise CriterionError(
+            f"the loss does not depend on the gates of {', '.join(map(repr, unused[:8]))}{more}: "
+            "does this part of the model run, and does its output reach the loss? Otherwise score "
+            "other kinds (`kinds=`)"
+        )
+
+
+def _run(
+    batches: "Batches", protocol: Protocol, step: Callable[[Any], Seen]
+) -> Iterator[tuple[Any, Seen]]:
+    """Each micro-batch with what ``step`` saw; where memory does not suffice they get smaller."""
+    most = protocol.micro_batch_size
+    for batch in batches:
+        pending = split_batch(batch, most)
+        while pending:
+            seen = None
+            try:
+                seen = step(pending[0])
+            except RuntimeError as error:
+                if num_samples(pending[0]) == 1 or not _out_of_memory(error):
+                    raise
+            if seen is None:  # outside of `except`, which keeps the failed graph alive
+                most = -(-num_samples(pending[0]) // 2)
+                logger.info("memory does not suffice: micro-batches of %d samples", most)
+                pending = [part for whole in pending for part in split_batch(whole, most)]
+            else:
+                yield pending.pop(0), seen
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def num_samples(batch: Any) -> int:
+    """Samples of a batch: the length of its first tensor."""
+    return len(next(_tensors(batch)))
+
+
+def split_batch(batch: Any, most: int | None) -> list[Any]:
+    """Parts of a batch with at most ``most`` samples; None = the batch as it is."""
+    size = num_samples(batch)
+    if most is None or size <= most:
+        return [batch]
+    return [_slice(batch, size, slice(start, start + most)) for start in range(0, size, most)]
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
+
+
+def _slice(batch: Any, size: int, part: slice) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[part] if batch.ndim and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {key: _slice(value, size, part) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_slice(value, size, part) for value in batch)
+    return batch

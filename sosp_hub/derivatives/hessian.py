@@ -1,0 +1,217 @@
+"""Gradient, Hessian products and squared gradients by the gates."""
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average, num_samples
+from sosp_hub.derivatives.rows import by_group, first_order, gradient_by, row, used
+from sosp_hub.errors import CriterionError
+from sosp_hub.gates import Gates
+from sosp_hub.structure.groups import Groups
+from sosp_hub.twice import CheapSecondDerivatives
+from sosp_hub.zoo.loss import batch_loss
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Batches, Saliency
+
+logger = logging.getLogger("sosp_hub")
+
+Mode = Literal["exact", "differences", "auto"]
+"""``exact``: double backward. ``differences``: central differences of the gradient, which need no
+second derivative of any kernel. ``auto``: exact, and differences where a kernel has none."""
+
+
+class GateDerivatives(NamedTuple):
+    """Means over all samples of all processes.
+
+    Attributes:
+        loss: The loss.
+        weight: What was averaged: samples, or label tokens of a causal language model.
+        num_samples: Samples that were seen.
+        gradient: ``g`` of each group.
+        second: What else was asked for, of each group; empty where it was the gradient alone.
+    """
+
+    loss: float
+    weight: int
+    num_samples: int
+    gradient: "Saliency"
+    second: "Saliency"
+
+
+def gate_gradient(
+    model: nn.Module, groups: Groups, batches: "Batches", protocol: Protocol = DEFAULT
+) -> GateDerivatives:
+    """The gradient of the mean loss by the gates."""
+
+    def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
+        gates.set_(1.0)
+        seen, gradient = first_order(model, gates, batch, protocol)
+        totals[0] += gradient
+        return seen
+
+    mean = average(model, groups, batches, protocol, [1], step)
+    return GateDerivatives(*mean[:3], by_group(groups, mean.totals[0]), {})
+
+
+def hessian_product(
+    model: nn.Module,
+    groups: Groups,
+    batches: "Batches",
+    protocol: Protocol = DEFAULT,
+    *,
+    vector: Mapping[str, Tensor] | None = None,
+    mode: Mode = "exact",
+    eps: float | None = None,
+) -> GateDerivatives:
+    """The gradient and, as ``second``, the Hessian of the mean loss times a vector of gates.
+
+    Args:
+        model: The model.
+        groups: The groups that have gates.
+        batches: Calibration data, gone through once.
+        protocol: How the loss is measured.
+        vector: One tensor per group; None = the ones.
+        mode: How the second derivative is taken.
+        eps: Step of the differences; None = 2^-7, or 2^-4 where weights have 16 bits or fewer.
+
+    Raises:
+        CriterionError: Among others, an ``eps`` that drowns in the rounding of the model.
+    """
+    exact, eps = mode != "differences", _step_size(model, eps)
+
+    def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
+        nonlocal exact
+        if exact:
+            try:
+                return _add_exact(model, gates, batch, protocol, vector, totals)
+            except (RuntimeError, NotImplementedError) as error:
+                if mode == "exact" or not _lacks_second_derivative(error):
+                    raise
+                logger.info("differences instead of exact second derivatives: %s", error)
+                exact = False
+        return _add_differences(model, gates, batch, protocol, vector, eps, totals)
+
+    mean = average(model, groups, batches, protocol, [1, 1], step)
+    gradient, product = (by_group(groups, total) for total in mean.totals)
+    return GateDerivatives(*mean[:3], gradient, product)
+
+
+def batch_squares(
+    model: nn.Module, groups: Groups, batches: "Batches", protocol: Protocol = DEFAULT
+) -> GateDerivatives:
+    """The gradient and, as ``second``, the mean over batches of each batch's squared gradient.
+
+    Unlike all else here it depends on how the data is cut into batches.
+    """
+
+    def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
+        gates.set_(1.0)
+        seen, gradient = first_order(model, gates, batch, protocol)
+        totals[0] += gradient
+        totals[1] += gradient.square() / max(seen.weight, 1)
+        return seen
+
+    mean = average(model, groups, batches, protocol, [1, 1], step)
+    gradient, square = (by_group(groups, total) for total in mean.totals)
+    return GateDerivatives(*mean[:3], gradient, square)
+
+
+def sample_squares(
+    model: nn.Module, groups: Groups, batches: "Batches", protocol: Protocol = DEFAULT
+) -> GateDerivatives:
+    """The gradient and, as ``second``, the mean over samples of each sample's squared gradient.
+
+    A sample's gradient is that of its own loss, which for a causal language model is the sum over
+    its label tokens.
+    """
+
+    def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
+        gates.set_(1.0, num_samples=num_samples(batch))
+        seen, rows = first_order(model, gates, batch, protocol)
+        totals[0] += rows.sum(0)
+        totals[1] += rows.square().sum(0)
+        return seen
+
+    mean = average(model, groups, batches, protocol, [1, 1], step)
+    gradient, square = mean.totals[0], mean.totals[1] * (mean.weight / mean.num_samples)
+    return GateDerivatives(*mean[:3], by_group(groups, gradient), by_group(groups, square))
+
+
+def _add_exact(
+    model: nn.Module,
+    gates: Gates,
+    batch: Any,
+    protocol: Protocol,
+    vector: Mapping[str, Tensor] | None,
+    totals: list[Tensor],
+) -> Seen:
+    gates.set_(1.0)
+    with sdpa_kernel(SDPBackend.MATH), CheapSecondDerivatives():
+        loss = batch_loss(model, batch, protocol.loss_fn)
+    gradient = gradient_by(loss.value, gates, create_graph=True)
+    curved = {
+        name: part
+        for name, part in zip(gates.values, gradient, strict=True)
+        if part is not None and part.requires_grad
+    }
+    if curved:
+        # Not `grad`, which passes by the nodes that say "cannot be differentiated twice".
+        directions = [_direction(gates.values[name], vector, name) for name in curved]
+        torch.autograd.backward(list(curved.values()), directions)
+    product = [gate.grad for gate in gates.values.values()]
+    for total, part in zip(totals, (gradient, product), strict=True):
+        total += row(part, gates, loss.weight)
+    return Seen(loss.value.item(), loss.weight, used(gradient))
+
+
+def _add_differences(
+    model: nn.Module,
+    gates: Gates,
+    batch: Any,
+    protocol: Protocol,
+    vector: Mapping[str, Tensor] | None,
+    eps: float,
+    totals: list[Tensor],
+) -> Seen:
+    """Two passes; their mean is the gradient, but for the square of the step."""
+    ends = []
+    for step in (eps, -eps):
+        gates.set_(
+            {name: 1 + step * _direction(g, vector, name) for name, g in gates.values.items()}
+        )
+        ends.append(first_order(model, gates, batch, protocol))
+    (seen, high), (seen_low, low) = ends
+    totals[0] += (high + low) / 2
+    totals[1] += (high - low) / (2 * eps)
+    return Seen((seen.loss + seen_low.loss) / 2, seen.weight, seen.used)
+
+
+def _direction(gate: Tensor, vector: Mapping[str, Tensor] | None, name: str) -> Tensor:
+    ones = torch.ones_like(gate, requires_grad=False)
+    return ones if vector is None else ones * vector[name].to(gate)
+
+
+def _lacks_second_derivative(error: Exception) -> bool:
+    text = str(error)
+    return "is not implemented" in text or "once_differentiable" in text
+
+
+def _step_size(model: nn.Module, eps: float | None) -> float:
+    """Refuses a step that activations, as coarse as the weights, would round away."""
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    rounding = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+    if eps is None:
+        return 2.0**-4 if rounding > torch.finfo(torch.float32).eps else 2.0**-7
+    if not 4 * rounding <= eps < 1:
+        raise CriterionError(
+            f"eps={eps:g} must be under 1 and at least {4 * rounding:g}, where it stands out from "
+            f"the rounding of the model's weights (machine epsilon {rounding:g}); "
+            "leave it out for the default"
+        )
+    return eps
