@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sosp_hub.checkpoint import headers
+from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.io import PLAN, model_class
 from sosp_hub.checkpoint.record import KEY, parse_delta
@@ -172,24 +173,7 @@ def _as_checkpoint_error() -> Iterator[None]:
 def _count_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
     """Shapes of one sample, and multiply-accumulates for it by module; ``""`` is the model."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return _count_fake_macs(_to_fake(model))
-
-
-def _to_fake(model: nn.Module) -> nn.Module:
-    """Tensors that know their device but hold nothing, in place of those on the meta device."""
-    done: dict[int, Any] = {}
-    for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in done:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_buffer = table is module._buffers
-                    done[id(tensor)] = fake if is_buffer else nn.Parameter(fake, False)
-                table[name] = done[id(tensor)]
-    return model
+        return _count_fake_macs(to_fake(model))
 
 
 def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
@@ -200,7 +184,8 @@ def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
     sizes = [f"{name} {list(value.shape[1:])}" for name, value in named]
     batch = next(value.shape[0] for _, value in named if isinstance(value, Tensor))
     try:
-        with FlopCounterMode(display=False) as counter:
+        experts = {torch.ops.aten._grouped_mm: _grouped_flops}
+        with FlopCounterMode(display=False, custom_mapping=experts) as counter:
             model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     except Exception:  # noqa: BLE001 - code that reads values cannot be followed without data
         return ", ".join(sizes), {}
@@ -214,6 +199,11 @@ def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
         "": sum(counter.get_flop_counts()["Global"].values()) // (2 * batch),
         **found,
     }
+
+
+def _grouped_flops(rows: tuple[int, ...], weights: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Products of a mixture's experts: every row meets one expert."""
+    return 2 * rows[-2] * rows[-1] * weights[-1]
 
 
 def _layers(

@@ -23,6 +23,8 @@ Shape = tuple[int | None, ...]
 LARGEST_SIZE = 2**31 - 1
 MOST_ENTRIES = 200_000
 LONGEST_NAME = 512
+_KEYS = {"schema_version", "sosp_hub_version", "library", "library_version", "base", "head"}
+_KEYS |= {"feature_channels"}
 _NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*")
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
@@ -111,6 +113,8 @@ class Delta:
     sosp_hub_version: str
     base: Section
     head: Section | None = None
+    feature_channels: tuple[int, ...] = ()
+    """timm only: channels of each entry of ``feature_info``."""
 
     @property
     def empty(self) -> bool:
@@ -128,6 +132,8 @@ class Delta:
         }
         if self.head is not None:
             record["head"] = self.head.to_json()
+        if self.feature_channels:
+            record["feature_channels"] = list(self.feature_channels)
         return record
 
 
@@ -142,8 +148,7 @@ def parse_delta(record: object, path: str = KEY) -> Delta:
         CheckpointError: Names the JSON path of the first fault.
     """
     record = _migrate(_object(record, path), path)
-    allowed = {"schema_version", "sosp_hub_version", "library", "library_version", "base", "head"}
-    _only(record, allowed, path)
+    _only(record, _KEYS, path)
     library = record.get("library")
     if library not in ("transformers", "timm"):
         raise CheckpointError(
@@ -159,10 +164,16 @@ def parse_delta(record: object, path: str = KEY) -> Delta:
         versions[key] = value
     base = _parse_section(record.get("base"), f"{path}.base")
     head = record.get("head")
+    channels = record.get("feature_channels", ())
+    if channels != ():
+        channels = _parse_plain(channels, f"{path}.feature_channels")
+        if not isinstance(channels, tuple):
+            raise CheckpointError(f"{path}.feature_channels: expected a list of numbers")
     delta = Delta(
         library=library,
         base=base,
         head=None if head is None else _parse_section(head, f"{path}.head"),
+        feature_channels=channels,
         **versions,
     )
     if (num := base.num_entries + (delta.head.num_entries if delta.head else 0)) > MOST_ENTRIES:

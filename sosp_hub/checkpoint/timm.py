@@ -8,6 +8,7 @@ the small model, and a timm without this package stops at the unknown name.
 import contextlib
 import contextvars
 import copy
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ import sosp_hub
 from sosp_hub.checkpoint import hooks
 from sosp_hub.checkpoint.delta import apply_section, diff, versions_said
 from sosp_hub.checkpoint.record import Delta, parse_delta
+from sosp_hub.checkpoint.timm_features import announce, announced_channels, feature_entries
 from sosp_hub.errors import CheckpointError
 
 ARCHITECTURE = "sosp_hub_pruned"
@@ -145,7 +147,17 @@ def delta_of(model: nn.Module, args: Mapping[str, Any] | None = None) -> Delta:
     """
     skeleton = build(base_architecture(model), model_args(model) if args is None else args, model)
     section = diff(skeleton, model)
-    return Delta("timm", timm.__version__, sosp_hub.__version__, section)
+    if section.empty:
+        return Delta("timm", timm.__version__, sosp_hub.__version__, section)
+    dense = [entry["num_chs"] for entry in feature_entries(skeleton)]
+    numbers = {name: getattr(skeleton, name, None) for name in ("num_features", "head_hidden_size")}
+    channels, found = announced_channels(model, skeleton)
+    changed = {name: value for name, value in found.items() if value != numbers[name]}
+    if changed:
+        root = {**section.modules.get("", {}), **changed}
+        section = dataclasses.replace(section, modules={**section.modules, "": root})
+    channels = () if channels == dense else tuple(channels)
+    return Delta("timm", timm.__version__, sosp_hub.__version__, section, feature_channels=channels)
 
 
 def build(architecture: str, args: Mapping[str, Any], like: nn.Module) -> nn.Module:
@@ -182,6 +194,7 @@ def _adapt(model: nn.Module, variant: str) -> nn.Module:
     delta = pending.pop()
     with versions_said(delta, timm.__version__):
         apply_section(model, delta.base, f"{_WHERE}.base")
+    announce(model, delta.feature_channels)
     return model
 
 

@@ -117,6 +117,12 @@ def test_inspect_finds_no_fault_in_a_sound_checkpoint(family, tmp_path):
     assert found.totals["params"] == sum(p.numel() for p in model.parameters())
 
 
+def test_macs_of_experts_count(tmp_path):
+    found = examine(sosp_hub.save_pretrained(cuts.pruned("mixtral"), tmp_path / "small"))
+    experts = {each.name: each for each in found.layers}["model.layers.0.mlp.experts"]
+    assert experts.macs == 5 * 2 * 3 * 32 * 40  # tokens, experts a token, matrices, sizes
+
+
 def test_inspect_finds_what_disagrees(tmp_path, capsys):
     folder = sosp_hub.save_pretrained(cuts.pruned_timm("test_resnet"), tmp_path / "small")
     tensors = load_file(folder / "model.safetensors")

@@ -88,6 +88,7 @@ HOSTILE = {
     "dropped twice": (("base", "dropped"), ["layers.2", "layers.2"], "twice"),
     "bias where none can be": (("base", "biases"), ["norm"], "cannot take a bias"),
     "buffer that is not there": (("base", "buffers"), ["norm.nothing"], "no buffer"),
+    "feature channels": (("feature_channels",), ["a"], "feature_channels"),
     "no schema version": (("schema_version",), None, "schema_version"),
     "later schema version": (("schema_version",), 99, "pip install -U sosp_hub"),
     "schema version as text": (("schema_version",), "1", "schema_version"),

@@ -159,6 +159,24 @@ def test_timm_arguments(tmp_path):
     assert larger(torch.zeros(1, 3, 192, 192)).shape == (1, 7)
 
 
+def test_timm_announces_the_channels_that_are_left(tmp_path):
+    model = timm.create_model("resnet10t").eval()
+    kept = torch.arange(100)
+    for block in model.layer4:  # the last stage's residual stream
+        cuts.keep(block.conv2, out=kept)
+        cuts.keep_norm(block.bn2, kept)
+        cuts.keep(block.downsample[1], out=kept)
+        cuts.keep_norm(block.downsample[2], kept)
+    cuts.keep(model.fc, inp=kept)
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    loaded = sosp_hub.from_pretrained(folder)
+    assert loaded.num_features == 100
+    features = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+    maps = features(torch.zeros(1, 3, 64, 64))
+    assert features.feature_info.channels() == [each.shape[1] for each in maps]
+    assert features.feature_info.channels()[-1] == 100
+
+
 def test_other_head_takes_the_same_body(llama):
     model, folder = llama
     other = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5)
