@@ -210,14 +210,16 @@ def _local(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
 
 
 def _split_folders(path: Path, section: DataSection) -> tuple[Rows, Rows | None]:
-    if not (path / section.train).is_dir():
-        return image_folder(path), None
-    if section.test is None:
+    train = (path / section.train).is_dir()
+    test = section.test is not None and (path / section.test).is_dir()
+    if train and section.test is None:
         return image_folder(path / section.train), None
-    if not (path / section.test).is_dir():
+    if train != test:  # one of them is misspelt, or the folders are classes: not to be guessed
         listed = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
-        raise _no_split(section, "test", str(path), listed)
-    return image_folder(path / section.train), image_folder(path / section.test)
+        raise _no_split(section, "test" if train else "train", str(path), listed)
+    if not train:
+        return image_folder(path), None
+    return image_folder(path / section.train), image_folder(path / str(section.test))
 
 
 def _has_images(path: Path) -> bool:
@@ -305,7 +307,7 @@ def _need(task: Task, expected: Task, where: str) -> None:
 
 
 def _no_split(section: DataSection, key: str, where: str, listed: str) -> DataError:
-    advice = ", or data.test: null to hold out a share of train" if key == "test" else ""
+    advice = ", or data.test: null to hold out a share of " + ("train" if key == "test" else "all")
     return DataError(
         f"data.{key}: {where} has no split {getattr(section, key)!r}; it has {listed}. "
         f"Write one of these{advice}"

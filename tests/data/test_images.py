@@ -86,6 +86,15 @@ def test_image_folder_with_splits(tmp_path, image_folder):
         open_data(DataSection(path=str(tmp_path / "set")), IMAGES)
 
 
+def test_split_folders_are_never_taken_for_classes(tmp_path, image_folder):
+    image_folder(tmp_path / "set/train", num=3)
+    image_folder(tmp_path / "set/test", num=2)
+    with pytest.raises(DataError, match=r"data\.train: .*no split 'trian'; it has test, train"):
+        open_data(DataSection(path=str(tmp_path / "set"), train="trian"), IMAGES)
+    classes = open_data(DataSection(path=str(tmp_path / "set"), train="all", test=None), IMAGES)
+    assert classes.info.class_names == ("test", "train")  # asked for: nothing is held out by name
+
+
 def test_class_that_train_lacks(tmp_path, image_folder):
     image_folder(tmp_path / "set/train")
     image_folder(tmp_path / "set/test", classes=("cat", "wolf"))
