@@ -24,6 +24,10 @@ _PAPER = (
 )
 
 
+def _scaled(options: Mapping[str, Any]) -> str:
+    return "; standardised within each group" if options.get("standardize", True) else ""
+
+
 def method(name: str, options: Mapping[str, Any]) -> Method | None:
     """A criterion as it was run; None for one that has no entry here."""
     gate = (
@@ -42,6 +46,21 @@ def method(name: str, options: Mapping[str, Any]) -> Method | None:
             return Method("mean over batches of (g_s)^2", f"{gate}, one batch at a time.")
         case "taylor":
             return Method("|g_s|", f"{gate}; first order.")
+        case "fisher":
+            return Method("mean over samples of (g_n,s)^2", f"{gate}, g_n of one sample's loss.")
+        case "lamp":
+            return Method(
+                "||w_s||^2 / (sum over j of the group with ||w_j|| >= ||w_s|| of ||w_j||^2)",
+                "w are the weights of the structure; no data is used.",
+            )
+        case "fpgm":
+            words = "w are the weights of the structure; no data is used"
+            return Method("sum over j of ||w_s - w_j||_2", f"{words}{_scaled(options)}.")
+        case "activation":
+            return Method(
+                "sqrt(mean over samples of (mean over places of ||a_s||_2)^2)",
+                f"a is what the structure hands on at a pixel or token{_scaled(options)}.",
+            )
         case "magnitude":
             return Method("||w_s||_2", "w are the weights of the structure; no data is used.")
         case "random":

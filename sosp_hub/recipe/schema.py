@@ -195,10 +195,70 @@ class RandomSection(CriterionSection):
     name: Literal["random"] = Field(default="random", description="uniform, from the recipe's seed")
 
 
-CRITERIA = (SospHSection, TaylorSection, MagnitudeSection, RandomSection)
+class FisherSection(CriterionSection):
+    """Squared per-sample gate gradients."""
+
+    name: Literal["fisher"] = Field(
+        default="fisher", description="mean over samples of the squared gate gradient of each"
+    )
+    micro_batch_size: Count | None = Field(
+        default=None, description="most samples of one pass; null = whole batches"
+    )
+
+
+class StandardizedSection(CriterionSection):
+    """What criteria take whose scores have the scale of their layer."""
+
+    standardize: bool = Field(
+        default=True, description="mean 0 and standard deviation 1 within each group"
+    )
+
+
+class LampSection(CriterionSection):
+    """Magnitude that compares between layers; needs no data."""
+
+    name: Literal["lamp"] = Field(
+        default="lamp", description="squared norm over that of all in the group that are as large"
+    )
+
+
+class FpgmSection(StandardizedSection):
+    """Distance of filters; needs no data."""
+
+    name: Literal["fpgm"] = Field(
+        default="fpgm", description="sum of the distances to the other filters of the group"
+    )
+
+
+class ActivationSection(StandardizedSection):
+    """Size of activations; needs no labels."""
+
+    name: Literal["activation"] = Field(
+        default="activation", description="mean over places, root mean square over samples"
+    )
+
+
+CRITERIA = (
+    SospHSection,
+    TaylorSection,
+    MagnitudeSection,
+    RandomSection,
+    FisherSection,
+    LampSection,
+    FpgmSection,
+    ActivationSection,
+)
 CRITERION_NAMES = tuple(section.model_fields["name"].default for section in CRITERIA)
 AnyCriterion = Annotated[
-    SospHSection | TaylorSection | MagnitudeSection | RandomSection, Field(discriminator="name")
+    SospHSection
+    | TaylorSection
+    | MagnitudeSection
+    | RandomSection
+    | FisherSection
+    | LampSection
+    | FpgmSection
+    | ActivationSection,
+    Field(discriminator="name"),
 ]
 
 

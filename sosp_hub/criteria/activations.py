@@ -1,0 +1,206 @@
+"""What flows where structures are read, for criteria that look at activations."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sosp_hub.derivatives import num_samples
+from sosp_hub.errors import CriterionError
+from sosp_hub.gates import gated
+from sosp_hub.structure.groups import Group, Groups, Site
+from sosp_hub.zoo.loss import batch_loss
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Batches
+
+ProcessSum = Callable[[Tensor], Tensor]
+
+
+class Seen(NamedTuple):
+    """The tensor at a site in one forward pass, in float32 or wider.
+
+    Attributes:
+        group: The group.
+        site: Where it is read.
+        rows: ``(samples, places, positions)``: a place is a pixel or a token, a position one along
+            the site's dimension. Padding is zero.
+        places: ``(samples,)``: places that are not padding.
+        shape: Of the places: ``(height, width)``, ``(tokens,)`` or ``()``.
+    """
+
+    group: Group
+    site: Site
+    rows: Tensor
+    places: Tensor
+    shape: tuple[int, ...]
+
+    def by_structure(self) -> Tensor:
+        """``(structures, samples, places, positions of one structure)``.
+
+        Raises:
+            CriterionError: Structures that have different numbers of positions.
+        """
+        index = torch.from_numpy(self.site.index)
+        order = index.argsort(stable=True)[int((index < 0).sum()) :]
+        each, rest = divmod(len(order), self.group.size)
+        alike = torch.arange(self.group.size).repeat_interleave(each)
+        if rest or not torch.equal(index[order], alike):
+            raise CriterionError(
+                f"group {self.group.name!r} ({self.group.kind}): its structures have different "
+                "numbers of positions; score it with a criterion on gates, such as `taylor`"
+            )
+        parts = self.rows[..., order.to(self.rows.device)]
+        return parts.unflatten(-1, (self.group.size, each)).permute(2, 0, 1, 3)
+
+
+Measure = Callable[[Seen], tuple[Tensor, Tensor | int]]
+"""From what is seen at a site to sums over it, and the number of what was added up."""
+
+
+def site_means(
+    model: nn.Module,
+    groups: Groups,
+    batches: "Batches",
+    measure: Measure,
+    process_sum: ProcessSum | None,
+    *,
+    by_position: bool = False,
+) -> dict[str, dict[int, Tensor]]:
+    """Means over all batches and processes of what ``measure`` adds up at each site.
+
+    Args:
+        model: The model; it runs in eval mode and comes back as it was.
+        groups: The groups whose sites are watched.
+        batches: Calibration data, gone through once.
+        measure: Gives one sum per structure.
+        process_sum: Sum over processes.
+        by_position: ``measure`` gives one sum per position along the site's dimension instead.
+
+    Returns:
+        For each group the means at its sites that ran, by the number of the site.
+
+    Raises:
+        CriterionError: No data, or a group without a module that reads it.
+    """
+    places = [
+        (group, number, site)
+        for group in groups.values()
+        for number, site in enumerate(group.sites)
+        if site.module is not None
+    ]
+    _check_watched(groups, {group.name for group, _, _ in places})
+    sizes = [len(site.index) if by_position else group.size for group, _, site in places]
+    totals = [torch.zeros(size, dtype=torch.float64) for size in sizes]
+    counts = torch.zeros(len(places), dtype=torch.float64)
+
+    def add(at: int, x: Tensor, mask: Tensor | None) -> None:
+        group, _, site = places[at]
+        total, count = measure(_seen(group, site, x, mask))
+        totals[at] += total.to("cpu", torch.float64)
+        counts[at] += float(count)
+
+    watched = [(site.module or "", i) for i, (_, _, site) in enumerate(places)]
+    seen = run(model, batches, watched, lambda i, args, _, mask: add(i, args, mask))
+    samples, counts, flat = sum_over_processes(
+        [torch.tensor([float(seen)]), counts, torch.cat(totals)], process_sum
+    )
+    check_data(samples)
+    means: dict[str, dict[int, Tensor]] = {name: {} for name in groups}
+    for (group, number, _), total, count in zip(places, flat.split(sizes), counts, strict=True):
+        if count > 0:
+            means[group.name][number] = total / count
+    _check_watched(groups, {name for name, found in means.items() if found})
+    return means
+
+
+def mean_of_sites(means: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
+    """One value per structure where a group is read in several places."""
+    return {name: torch.stack(list(found.values())).mean(0) for name, found in means.items()}
+
+
+def run(
+    model: nn.Module,
+    batches: "Batches",
+    watched: list[tuple[str, int]],
+    see: Callable[[int, Tensor, Any, Tensor | None], None],
+) -> int:
+    """Runs the model on all batches; ``see`` gets what goes into and out of the modules.
+
+    Args:
+        model: The model; it runs in eval mode and comes back as it was.
+        batches: Calibration data, gone through once.
+        watched: Names of modules, with a number for each.
+        see: Gets that number, the module's first input, its output, and which tokens of the batch
+            are not padding (None = all).
+
+    Returns:
+        Number of samples.
+    """
+    mask: Tensor | None = None
+    seen = 0
+    with torch.no_grad(), gated(model, {}), ExitStack() as stack:  # no gates: eval mode alone
+        for name, number in watched:
+
+            def hook(
+                _: nn.Module, args: Any, kwargs: Any, result: Any, number: int = number
+            ) -> None:
+                see(number, args[0] if args else next(iter(kwargs.values())), result, mask)
+
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        for batch in batches:
+            is_dict = isinstance(batch, Mapping)
+            mask = batch.get("attention_mask") if is_dict else None
+            full: Any = {"labels": torch.zeros(0), **batch} if is_dict else batch
+            batch_loss(model, full, lambda *_: torch.zeros(()))
+            seen += num_samples(batch)
+    return seen
+
+
+def sum_over_processes(parts: list[Tensor], process_sum: ProcessSum | None) -> list[Tensor]:
+    """The sums of 1-D tensors, in one exchange of float64 numbers."""
+    flat = torch.cat([part.to(torch.float64) for part in parts])
+    flat = flat if process_sum is None else process_sum(flat)
+    return list(flat.split([len(part) for part in parts]))
+
+
+def check_data(samples: Tensor) -> None:
+    """Raises where no process has seen a sample."""
+    if not samples.any():
+        raise CriterionError(
+            "no calibration data: the criterion needs at least one batch; `magnitude` and `random` "
+            "need none"
+        )
+
+
+def unpadded(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """The mask of tokens where it is about a tensor that begins with (samples, tokens)."""
+    return mask if mask is not None and mask.shape == shape else None
+
+
+def _seen(group: Group, site: Site, x: Tensor, mask: Tensor | None) -> Seen:
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).movedim(site.dim, -1)
+    shape = tuple(x.shape[1:-1])
+    if x.shape[-1] != len(site.index):
+        raise CriterionError(
+            f"{site.module}: dimension {site.dim} of its input has {x.shape[-1]} positions, in the "
+            f"graph {len(site.index)}; trace the model that is scored"
+        )
+    rows = x.reshape(len(x), -1, x.shape[-1])
+    mask = unpadded(mask, tuple(rows.shape[:2]))
+    if mask is None:
+        return Seen(group, site, rows, rows.new_full((len(rows),), rows.shape[1]), shape)
+    mask = mask.to(rows)
+    return Seen(group, site, rows * mask.unsqueeze(-1), mask.sum(1), shape)
+
+
+def _check_watched(groups: Groups, found: set[str]) -> None:
+    if missing := [group for name, group in groups.items() if name not in found]:
+        shown = ", ".join(f"{group.name!r} ({group.kind})" for group in missing[:8])
+        raise CriterionError(
+            f"no module that ran reads the groups {shown}, so their activations cannot be watched: "
+            "score other kinds (`kinds=`), or use a criterion on weights, such as `magnitude`"
+        )

@@ -1,0 +1,120 @@
+"""Criteria that watch activations, against the tensors that the toys compute."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sosp_hub.criteria.registry import score
+from sosp_hub.errors import CriterionError
+from tests.compare import assert_close
+from tests.criteria.processes import in_processes
+from tests.gates.toys import attention, group, perceptron, residual, stand_in
+
+WATCHING = ["activation"]
+
+
+def inner(toy):
+    """What the residual toy's inner channels hand on: (samples, channels, height, width)."""
+    model = toy.model
+    x = F.silu(model.stem_bn(model.stem(toy.batch[0])))
+    return F.softplus(model.depthwise(F.silu(model.one_bn(model.one(x)))))
+
+
+def heads(toy):
+    """What the attention toy's heads hand on: (samples, tokens, heads, 3)."""
+    model = toy.model
+    qkv = model.qkv(model.norm(toy.batch[0])).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(*qkv.unbind(), is_causal=True).transpose(1, 2)
+
+
+def neurons(toy):
+    """What the perceptron's last neurons hand on: (samples, neurons)."""
+    return torch.tanh(toy.model.b(F.gelu(toy.model.a(toy.batch[0]))))
+
+
+def scores(toy, name, kinds=None, **options):
+    return score(toy.model, toy.graph, [toy.batch], name, kinds=kinds, **options)
+
+
+def test_activation():
+    toy = residual()
+    places = inner(toy).abs().mean((2, 3))
+    found = scores(toy, "activation", standardize=False)["inner"]
+    assert_close(found, places.square().mean(0).sqrt(), relative=1e-9)
+    toy = attention()
+    found = scores(toy, "activation", ["head"], standardize=False)["heads"]
+    sizes = heads(toy).norm(dim=-1).mean(1)
+    assert_close(found, sizes.square().mean(0).sqrt(), relative=1e-9)
+    toy = perceptron()
+    found = scores(toy, "activation", standardize=False)["b"]
+    assert_close(found, neurons(toy).square().mean(0).sqrt(), relative=1e-9)
+
+
+def test_a_group_that_is_read_twice_gets_the_mean():
+    toy = residual()
+    whole = toy.groups["stream"]
+    parts = [
+        group("stream", "channel", 4, [place]) for place in (("one", 1, None), ("head", -1, None))
+    ]
+    ones = [
+        score(toy.model, stand_in(part), [toy.batch], "activation", standardize=False)["stream"]
+        for part in parts
+    ]
+    found = score(toy.model, stand_in(whole), [toy.batch], "activation", standardize=False)
+    assert_close(found["stream"], (ones[0] + ones[1]) / 2, relative=1e-12)
+
+
+@pytest.mark.parametrize("name", WATCHING)
+@pytest.mark.parametrize("make", [perceptron, residual], ids=["perceptron", "residual"])
+def test_batches_and_processes_make_no_difference(make, name):
+    toy = make(num_samples=6)
+    assert_close(in_processes(toy, name), scores(toy, name), relative=1e-9)
+
+
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(9, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.down(torch.relu(self.up(self.embed(input_ids))))
+        return {"logits": (x * attention_mask.unsqueeze(-1)).sum(1)}
+
+
+@pytest.mark.parametrize("name", WATCHING)
+def test_padding_does_not_count(name):
+    model = Padded().double()
+    graph = stand_in(
+        group("n", "neuron", 5, [("down", -1, None)], [("down.weight", 1, None, True)])
+    )
+    ids = torch.randint(9, (3, 4))
+    short = {"input_ids": ids, "attention_mask": torch.ones(3, 4)}
+    long = {
+        "input_ids": torch.cat([torch.full((3, 2), 8), ids], 1),
+        "attention_mask": torch.cat([torch.zeros(3, 2), torch.ones(3, 4)], 1),
+        "labels": torch.zeros(3, dtype=torch.long),
+    }
+    wanted = score(model, graph, [short], name)
+    assert_close(score(model, graph, [long], name), wanted, relative=1e-9)
+    long["attention_mask"][:] = 1
+    with pytest.raises(AssertionError):
+        assert_close(score(model, graph, [long], name), wanted, relative=1e-9)
+
+
+@pytest.mark.parametrize("name", WATCHING)
+def test_a_group_that_no_module_reads_is_named(name):
+    toy = attention()
+    with pytest.raises(CriterionError, match=r"no module that ran reads the groups 'neurons' "):
+        scores(toy, name)
+
+
+@pytest.mark.parametrize("name", WATCHING)
+def test_no_variance_no_ranking(name):
+    toy = perceptron()
+    toy.model.b.weight.data[:] = toy.model.b.weight.data[0]
+    toy.model.b.bias.data[:] = 0
+    toy.model.c.weight.data[:] = 1
+    with pytest.raises(CriterionError, match=r"group 'b': .* has zero variance over its 3"):
+        scores(toy, name)
+    assert scores(toy, name, standardize=False)

@@ -1,0 +1,82 @@
+"""Criteria on gates and on weights, in closed form or by brute force."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sosp_hub.criteria.registry import score
+from sosp_hub.errors import CriterionError
+from tests.compare import assert_close
+from tests.criteria.processes import in_processes
+from tests.gates.toys import attention, group, perceptron, residual, stand_in
+
+
+def of_one_sample(toy, i):
+    """The gate gradient of one sample's loss, from the forward pass that is written out."""
+
+    def loss(row):
+        inputs, labels = toy.batch
+        logits = toy.model(inputs[i : i + 1], toy.split(row))
+        return F.cross_entropy(logits, labels[i : i + 1])
+
+    return torch.autograd.functional.jacobian(loss, toy.ones())
+
+
+def test_fisher_takes_one_sample_at_a_time():
+    for make in (perceptron, residual):
+        toy = make(num_samples=6)
+        rows = torch.stack([of_one_sample(toy, i) for i in range(6)])
+        found = score(toy.model, toy.graph, [toy.batch], "fisher", loss_fn=F.cross_entropy)
+        assert_close(found, toy.split(rows.square().mean(0)), relative=1e-9)
+        assert_close(in_processes(toy, "fisher"), found, relative=1e-9)
+
+
+def test_lamp():
+    toy = residual()
+    found = score(toy.model, toy.graph, [], "lamp")["inner"]
+    squares = toy.model.one.weight.square().sum((1, 2, 3)).tolist()
+    expected = [square / sum(other for other in squares if other >= square) for square in squares]
+    assert_close(found, torch.tensor(expected, dtype=torch.float64), relative=1e-12)
+    assert found.max() == 1
+    toy.model.one.weight.data[1:3] = toy.model.one.weight.data[3]  # of equal norm
+    toy.model.one.weight.data[4] = 0
+    found = score(toy.model, toy.graph, [], "lamp")["inner"]
+    assert found[1] == found[2] == found[3]
+    assert found[4] == 0
+
+
+def test_fpgm():
+    toy = residual()
+    found = score(toy.model, toy.graph, [], "fpgm", standardize=False)
+    parts = [toy.model.stem.weight.flatten(1), toy.model.two.weight.flatten(1)]
+    for name, whole in (("stream", torch.cat(parts, 1)), ("inner", toy.model.one.weight)):
+        expected = [sum((a - b).norm() for b in whole.flatten(1)) for a in whole.flatten(1)]
+        assert_close(found[name], torch.stack(expected), relative=1e-9)
+
+
+def test_fpgm_of_a_head_takes_all_its_rows():
+    toy = attention()
+    found = score(toy.model, toy.graph, [], "fpgm", kinds=["head"], standardize=False)
+    rows = toy.model.qkv.weight.unflatten(0, (3, 2, 3))
+    assert_close(found["heads"], (rows[:, 0] - rows[:, 1]).norm().repeat(2), relative=1e-9)
+    with pytest.raises(CriterionError, match="'heads': the distance of filters has zero variance"):
+        score(toy.model, toy.graph, [], "fpgm", kinds=["head"])
+
+
+def test_fpgm_has_memory_for_a_part_of_the_distances(monkeypatch):
+    toy = residual()
+    whole = score(toy.model, toy.graph, [], "fpgm")
+    monkeypatch.setattr("sosp_hub.criteria.fpgm._ROWS", 4)
+    assert_close(score(toy.model, toy.graph, [], "fpgm"), whole, relative=1e-12)
+    for scores in whole.values():
+        assert_close(scores.mean() + 1, 1.0, relative=1e-12)
+        assert_close(scores.square().mean(), 1.0, relative=1e-12)
+
+
+def test_fpgm_refuses_filters_of_different_shapes():
+    uneven = np.array([0, 0, 1, 2, 2, 2])
+    toy = residual()
+    graph = stand_in(group("g", "channel", 3, [], [("one.weight", 0, uneven, False)]))
+    with pytest.raises(CriterionError, match=r"'g' \(channel\): its structures have filters"):
+        score(toy.model, graph, [], "fpgm")
