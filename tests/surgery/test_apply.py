@@ -174,16 +174,31 @@ def test_the_cut_llama_generates_what_the_gated_llama_generates(use_cache):
         assert_close(logits, expected[:, -1], what=f"logits after {length} tokens")
 
 
-def test_other_attention_and_other_lengths_work_as_well():
-    """Only one attention path was traced; the attributes of the other must follow too."""
+@pytest.mark.parametrize("traced", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.library == "transformers"], ids=str
+)
+def test_the_attention_that_was_not_traced_follows_too(case, traced):
+    model = fill(case.model())
+    model.set_attn_implementation(traced)
+    graph = trace(model, case.inputs(), outputs="logits")
+    pruned = apply(model, graph, half(graph, exact))
+    found = run(pruned, graph)
+    pruned.set_attn_implementation({"sdpa": "eager", "eager": "sdpa"}[traced])
+    assert_close(run(pruned, graph), found, what="the other attention")
+
+
+def test_masks_and_other_lengths_work_as_well():
     model, graph = prepared(LLAMA)
-    plan = half(graph, exact)
-    pruned = apply(model, graph, plan)
-    fused = run(pruned, graph)
-    pruned.set_attn_implementation("eager")
-    assert_close(run(pruned, graph), fused, what="eager attention")
+    pruned = apply(model, graph, half(graph, exact))
+    ids = torch.randint(3, 90, (3, 17))
+    padded = torch.ones_like(ids)
+    padded[0, :5] = 0
     with torch.no_grad():
-        assert pruned(input_ids=torch.randint(3, 90, (3, 17))).logits.shape == (3, 17, 100)
+        assert pruned(input_ids=ids).logits.shape == (3, 17, 100)
+        whole = pruned(input_ids=ids[:1, 5:]).logits
+        left = pruned(input_ids=ids, attention_mask=padded).logits[:1, 5:]
+    assert_close(left, whole, what="padding at the left")
 
 
 # --- in place ---
