@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sosp_hub.errors import HubError
+from sosp_hub.checkpoint.headers import read_tensors
+from sosp_hub.errors import CheckpointError, HubError
 from sosp_hub.types import Library
 
 Tier = Literal["native", "delta"]
@@ -30,6 +31,7 @@ class Checkpoint:
     library: Library
     tier: Tier
     has_tokenizer: bool
+    half: bool = False
 
     @property
     def library_name(self) -> str:
@@ -64,7 +66,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         library=library,
         tier="delta" if delta else "native",
         has_tokenizer=any((folder / name).is_file() for name in _TOKENIZER_FILES),
+        half=_is_half(folder),
     )
+
+
+def _is_half(folder: Path) -> bool:
+    """Whether weights are in a 16-bit type, so that an input in float32 would not fit."""
+    try:
+        return any(tensor.dtype in {"F16", "BF16"} for tensor in read_tensors(folder).values())
+    except CheckpointError:  # no weights yet, or damaged ones, which running the lines will show
+        return False
 
 
 def load_snippet(checkpoint: Checkpoint, address: str, task: str | None) -> str:
@@ -84,7 +95,9 @@ def load_snippet(checkpoint: Checkpoint, address: str, task: str | None) -> str:
     elif size is not None:
         imports["torch"] = ()
         logits = ".logits" if checkpoint.library == "transformers" else ""
-        use += [f"image = torch.zeros(1, {', '.join(map(str, size))})  # your image goes here"]
+        shape = ", ".join(map(str, (1, *size)))
+        shape += ", dtype=next(model.parameters()).dtype" if checkpoint.half else ""
+        use += [f"image = torch.zeros({shape})  # your image goes here"]
         use += [f"print(model(image){logits}.argmax(-1))"]
     first = [f"import {package}" for package, names in sorted(imports.items()) if not names]
     first += [f"from {p} import {', '.join(names)}" for p, names in imports.items() if names]

@@ -268,6 +268,17 @@ def test_the_load_snippet_of_a_real_checkpoint_runs(tmp_path):
     assert "image = torch.zeros(1, 3, 160, 160)" in card
 
 
+def test_the_load_snippet_gives_half_precision_weights_an_image_of_their_type(tmp_path):
+    from sosp_hub import save_pretrained
+
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("cifar_resnet20", num_classes=10, in_chans=1).bfloat16()
+    save_pretrained(model, tmp_path / "net")
+    reports.write(tmp_path / "net", *reports.image_report())
+    card = render_card(tmp_path / "net", figures=False).read_text()
+    assert "dtype=next(model.parameters()).dtype" in card
+
+
 # ------------------------------------------------------------------------------------- figures
 @pytest.mark.parametrize("make", [reports.image_report, reports.text_report])
 def test_figures_are_drawn_and_shown(tmp_path, make):
