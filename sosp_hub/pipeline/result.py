@@ -17,6 +17,7 @@ from sosp_hub.cost import cost
 from sosp_hub.distributed import logger, to_device
 from sosp_hub.evaluate import measure_latency
 from sosp_hub.hub.card import render_card
+from sosp_hub.hub.facts import scrub
 from sosp_hub.hub.page import write_page
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import dump_recipe
@@ -78,8 +79,8 @@ def write_result(
             "architecture": Path(recipe.model.id).name,
             **loaded.card,
         },
-        "recipe": dump_recipe(recipe, whole=False),
-        "command": command,
+        "recipe": scrub(dump_recipe(recipe, whole=False)),
+        "command": scrub(command),
         "history": history,
     }
     shutil.rmtree(draft, ignore_errors=True)
