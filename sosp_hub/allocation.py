@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, lcm
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +34,7 @@ def allocate(
     keep_at_least: float = 0.1,
     round_to: int = 1,
     uniform: bool = False,
-    kinds: Iterable[Kind] | None = None,
+    kinds: Kind | Iterable[Kind] | None = None,
     measure: Callable[[PruningPlan], float] | None = None,
 ) -> PruningPlan:
     """Removes the least salient structures of all groups until every budget holds, and no more.
@@ -78,7 +79,8 @@ def allocate(
         if value is not None
     }  # fmt: skip
     _check(budgets, keep_at_least, round_to, measure)
-    chosen = _eligible(graph, saliency, tuple(kinds or DEFAULT_KINDS))
+    allowed = (kinds,) if isinstance(kinds, str) else tuple(kinds or DEFAULT_KINDS)
+    chosen = _eligible(graph, saliency, allowed)
     scores = {name: _scores(graph.groups[name], saliency[name]) for name in chosen}
     candidates = _Candidates(graph, scores, keep_at_least, round_to, uniform)
     meter = _Meter(graph, candidates, measure)
@@ -96,9 +98,11 @@ def allocate(
             f"{reach[name] / max(dense[name], 1e-30):.3f} is the least that can be reached"
             for name, share in budgets.items()
         )
+        limits = [f"keep_at_least={keep_at_least}"]
+        limits += [f"round_to={round_to}"] * (round_to > 1) + ["uniform: true"] * uniform
         raise BudgetError(
-            f"budget: {told}, with keep_at_least={keep_at_least} over {len(chosen)} groups. "
-            "Ask for more, lower keep_at_least, or allow more kinds of structure"
+            f"budget: {told}, with {', '.join(limits)} over {len(chosen)} groups. "
+            "Ask for more, loosen one of these, or allow more kinds of structure"
         )
     low, high = 0, total  # the least number of removals that holds; cost falls with every removal
     while low < high:
@@ -132,10 +136,11 @@ def _check(
             "budget: give at least one of macs, params, structures, memory_bytes, latency_s"
         )
     for name, value in {**budgets, "keep_at_least": keep_at_least}.items():
-        least = value >= 0 if name == "keep_at_least" else value > 0
+        number = isinstance(value, Real)
+        least = number and (value >= 0 if name == "keep_at_least" else value > 0)
         if not (least and value <= 1):
-            raise BudgetError(f"budget: {name} is the share that is kept, in (0, 1]; got {value}")
-    if round_to < 1:
+            raise BudgetError(f"budget: {name} is the share that is kept, in (0, 1]; got {value!r}")
+    if not isinstance(round_to, Integral) or round_to < 1:
         raise BudgetError(f"budget: round_to must be a whole number of at least 1, got {round_to}")
     if "latency_s" in budgets and measure is None:
         raise BudgetError(

@@ -1,7 +1,7 @@
 """``apply``: a plan becomes a smaller model of the same class."""
 
 import copy
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,14 @@ from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.layers import drop_layers
 from sosp_hub.surgery.verify import verify_cut
 
+Verify = Literal["thorough", "fast"]
+
 
 def apply(
     model: nn.Module,
     graph: Graph,
     plan: PruningPlan,
-    verify: Literal["thorough", "fast"] = "thorough",
+    verify: Verify = "thorough",
 ) -> nn.Module:
     """A new, smaller model of the same class; the given model stays as it is.
 
@@ -35,11 +37,12 @@ def apply(
             ``fast`` compares shapes only and needs no data.
 
     Raises:
-        PlanError: The plan was made for another model, breaks a tie, or has gates that no weight
-            of their own reads.
+        PlanError: The plan was made for another model, breaks a tie, has gates that no weight
+            of their own reads, or is no plan.
         VerificationError: The cut model does not compute what the masked model computes; names
             the group.
     """
+    _check_arguments(graph, plan, verify)
     graph.check(plan)
     _check_model(model, graph)
     if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
@@ -75,7 +78,7 @@ def apply_(
     model: nn.Module,
     graph: Graph,
     plan: PruningPlan,
-    verify: Literal["thorough", "fast"] = "thorough",
+    verify: Verify = "thorough",
 ) -> nn.Module:
     """``apply`` in place: the given model becomes the smaller one, after the cut was verified.
 
@@ -85,6 +88,18 @@ def apply_(
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)
     return model
+
+
+def _check_arguments(graph: object, plan: object, verify: object) -> None:
+    if not isinstance(graph, Graph):
+        raise PlanError(f"graph: got a {type(graph).__name__}, expected what trace(...) returns")
+    if not isinstance(plan, PruningPlan):
+        raise PlanError(
+            f"plan: got a {type(plan).__name__}, expected what allocate(...) returns; "
+            "PruningPlan.from_json(text) reads a stored one"
+        )
+    if verify not in get_args(Verify):
+        raise PlanError(f"verify: got {verify!r}, expected {' or '.join(get_args(Verify))}")
 
 
 def _check_model(model: nn.Module, graph: Graph) -> None:

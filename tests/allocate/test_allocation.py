@@ -250,7 +250,11 @@ def test_numpy_and_lists_are_saliency_too():
         ({"macs": 0.5, "keep_at_least": 1.2}, "keep_at_least.*1.2"),
         ({"macs": 0.5, "round_to": 0}, "round_to.*0"),
         ({"latency_s": 0.5}, "measure"),
+        ({"macs": "0.5"}, "macs.*'0.5'"),
+        ({"macs": 0.5, "round_to": 1.5}, "round_to.*1.5"),
         ({"macs": 0.001}, "least that can be reached"),
+        ({"macs": 0.5, "round_to": 512}, "least that can be reached.*round_to=512"),
+        ({"macs": 0.5, "uniform": True, "keep_at_least": 0.9}, "least.*uniform"),
         ({"macs": 0.5, "kinds": ("expert",)}, "expert.*neuron"),
     ],
 )
@@ -273,6 +277,13 @@ def test_what_cannot_be_met_is_said(arguments, words):
 def test_saliency_that_does_not_fit_names_its_group(saliency, words):
     with pytest.raises(BudgetError, match=f"(?s){words}"):
         allocate(graph_of(), saliency, macs=0.5)
+
+
+def test_one_kind_may_be_given_without_a_list():
+    graph = graph_of()
+    saliency = random_saliency(graph)
+    alone = allocate(graph, saliency, structures=0.8, kinds="neuron")
+    assert alone == allocate(graph, saliency, structures=0.8, kinds=["neuron"])
 
 
 def test_the_least_that_can_be_reached_can_be_reached():
