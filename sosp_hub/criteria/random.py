@@ -1,12 +1,13 @@
 """The control: random scores."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final, get_args
 
 import torch
 from torch import nn
 
 from sosp_hub.criteria.registry import HasGroups, Needs, register
+from sosp_hub.types import Kind
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, Saliency
@@ -26,6 +27,7 @@ class Random:
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "control"
     needs: ClassVar[Needs] = "nothing"
+    kinds: ClassVar[tuple[Kind, ...]] = get_args(Kind)
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
         """Looks at nothing."""

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 import sosp_hub.criteria
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Group, Groups
+from sosp_hub.types import Kind
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn, Saliency
 
-DEFAULT_KINDS = ("channel", "head", "kv_group", "neuron")
+DEFAULT_KINDS: tuple[Kind, ...] = ("channel", "head", "kv_group", "neuron")
+WIDTH_KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "layer")
 Needs = Literal["nothing", "inputs", "labels"]
 
 
@@ -33,7 +35,8 @@ class Criterion(Protocol):
     """A way to score structures. A dataclass whose fields are its options; its file has its name.
 
     The fields ``loss_fn``, ``seed`` and ``process_sum``, where a criterion has them, are filled by
-    ``score``.
+    ``score``. A class attribute ``kinds`` lists the kinds of structures that it can score; without
+    it they are all but whole layers.
 
     Attributes:
         name: Name in recipes and in ``score``.
@@ -111,6 +114,11 @@ def _check_option(name: str, option: str, value: Any, kind: Any) -> None:
     raise CriterionError(f"criterion {name!r}: {option}={value!r}, expected {expected}")
 
 
+def scorable_kinds(criterion: str) -> tuple[Kind, ...]:
+    """The kinds of structures that a criterion can score."""
+    return getattr(criteria()[criterion], "kinds", WIDTH_KINDS)
+
+
 def score(
     model: nn.Module,
     graph: HasGroups,
@@ -131,7 +139,8 @@ def score(
         batches: Calibration data, ``(inputs, labels)`` or dicts; ``[]`` where none is needed.
         criterion: Name of the criterion.
         loss_fn: Loss of (logits, labels); None = what the task says.
-        kinds: Kinds of structures to score; None = channels, heads, KV groups and neurons.
+        kinds: Kinds of structures to score; None = channels, heads, KV groups and neurons, or
+            layers where the criterion scores those alone.
         seed: Of everything random.
         process_sum: Sum of a tensor over all processes, where each has its own batches.
         **options: Options of the criterion.
@@ -148,7 +157,7 @@ def score(
     has = {field.name for field in fields(known)} if known else set()  # pyright: ignore[reportArgumentType]
     wanted = {name: value for name, value in common.items() if name in has}
     method = make_criterion(criterion, **wanted, **options)
-    groups = _of_kinds(graph.groups, kinds)
+    groups = _of_kinds(graph.groups, kinds, scorable_kinds(criterion), criterion)
     return _checked(method.saliency(model, _Groups(groups), batches), groups, criterion)
 
 
@@ -157,14 +166,26 @@ class _Groups:
     groups: Groups
 
 
-def _of_kinds(groups: Groups, kinds: tuple[str, ...] | list[str] | None) -> Groups:
-    kinds = DEFAULT_KINDS if kinds is None else kinds
+def _of_kinds(
+    groups: Groups,
+    kinds: tuple[str, ...] | list[str] | None,
+    scorable: tuple[Kind, ...],
+    criterion: str,
+) -> Groups:
+    if kinds is None:
+        kinds = DEFAULT_KINDS if set(DEFAULT_KINDS) <= set(scorable) else scorable
     chosen = {name: group for name, group in groups.items() if group.kind in kinds}
     if not chosen:
         there = sorted({group.kind for group in groups.values()})
         raise CriterionError(
             f"nothing to score: the graph has no group of the kinds {', '.join(kinds)}; "
             f"it has {', '.join(there) or 'no groups'}"
+        )
+    if wrong := sorted({group.kind for group in chosen.values()} - set(scorable)):
+        able = [name for name in criteria() if set(wrong) <= set(scorable_kinds(name))]
+        raise CriterionError(
+            f"criterion {criterion!r} cannot score the kinds {', '.join(wrong)}; it scores "
+            f"{', '.join(scorable)}. Name other kinds, or use {' or '.join(able)}"
         )
     return chosen
 

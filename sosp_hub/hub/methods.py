@@ -61,6 +61,33 @@ def method(name: str, options: Mapping[str, Any]) -> Method | None:
                 "sqrt(mean over samples of (mean over places of ||a_s||_2)^2)",
                 f"a is what the structure hands on at a pixel or token{_scaled(options)}.",
             )
+        case "eap":
+            reading = (
+                "A_n,s is the map of one sample"
+                if options.get("reading") == "map"
+                else "the rows of A_s are the maps of several samples"
+            )
+            return Method(
+                "||A_s||_*, the sum of singular values, per sample", f"{reading}{_scaled(options)}."
+            )
+        case "wanda_sp":
+            return Method(
+                "sum over inputs j of s of (mean over rows i of |W_ij|) * sqrt(mean of x_j^2)",
+                f"W are the weights that read the structure, x what they read{_scaled(options)}.",
+            )
+        case "grasp":
+            return Method("(H g)_s", f"{gate}, H the Hessian of that loss in the same gates.")
+        case "hap":
+            return Method(
+                "1/2 H_ss",
+                "H is the Hessian of the mean loss by the gates of structures; its diagonal is "
+                "estimated with random signs (Hutchinson).",
+            )
+        case "block_influence":
+            return Method(
+                "1 - mean of cos(x_s, y_s)",
+                "x goes into the layer and y comes out of it; the mean is over tokens.",
+            )
         case "magnitude":
             return Method("||w_s||_2", "w are the weights of the structure; no data is used.")
         case "random":

@@ -160,16 +160,21 @@ class GateSection(CriterionSection):
     )
 
 
-class SospHSection(GateSection):
-    """Second-order saliency with exact Hessian products in gate space."""
+class SecondOrderSection(GateSection):
+    """What every criterion on second derivatives takes."""
 
-    name: Literal["sosp_h"] = Field(default="sosp_h", description="abs(g) + 1/2 abs(r)")
     mode: Literal["exact", "differences", "auto"] = Field(
         default="auto", description="auto = exact where kernels allow"
     )
     eps: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="step of the differences; null = by the weights' dtype"
     )
+
+
+class SospHSection(SecondOrderSection):
+    """Second-order saliency with exact Hessian products in gate space."""
+
+    name: Literal["sosp_h"] = Field(default="sosp_h", description="abs(g) + 1/2 abs(r)")
 
 
 class TaylorSection(GateSection):
@@ -238,6 +243,47 @@ class ActivationSection(StandardizedSection):
     )
 
 
+class EapSection(StandardizedSection):
+    """Energy of feature maps; needs no labels."""
+
+    name: Literal["eap"] = Field(default="eap", description="nuclear norm of feature maps")
+    reading: Literal["set", "map"] = Field(
+        default="set", description="one matrix of several samples' maps, or one of each map"
+    )
+    set_size: Count = Field(default=32, description="most samples of one matrix with `set`")
+
+
+class WandaSpSection(StandardizedSection):
+    """Weights times activations; needs no labels."""
+
+    name: Literal["wanda_sp"] = Field(
+        default="wanda_sp", description="mean of abs(weight) times the size of its input"
+    )
+
+
+class GraspSection(SecondOrderSection):
+    """Gradient flow."""
+
+    name: Literal["grasp"] = Field(
+        default="grasp", description="what the squared gradient loses with a structure"
+    )
+
+
+class HapSection(SecondOrderSection):
+    """Diagonal of the Hessian in gate space."""
+
+    name: Literal["hap"] = Field(default="hap", description="1/2 of the Hessian's diagonal")
+    num_probes: Count = Field(default=8, description="random vectors, each one pass over the data")
+
+
+class BlockInfluenceSection(CriterionSection):
+    """Depth: scores whole layers alone (``structure.kinds: [layer]``); needs no labels."""
+
+    name: Literal["block_influence"] = Field(
+        default="block_influence", description="1 - cosine of a layer's input and output"
+    )
+
+
 CRITERIA = (
     SospHSection,
     TaylorSection,
@@ -247,6 +293,11 @@ CRITERIA = (
     LampSection,
     FpgmSection,
     ActivationSection,
+    EapSection,
+    WandaSpSection,
+    GraspSection,
+    HapSection,
+    BlockInfluenceSection,
 )
 CRITERION_NAMES = tuple(section.model_fields["name"].default for section in CRITERIA)
 AnyCriterion = Annotated[
@@ -257,7 +308,12 @@ AnyCriterion = Annotated[
     | FisherSection
     | LampSection
     | FpgmSection
-    | ActivationSection,
+    | ActivationSection
+    | EapSection
+    | WandaSpSection
+    | GraspSection
+    | HapSection
+    | BlockInfluenceSection,
     Field(discriminator="name"),
 ]
 
@@ -377,6 +433,22 @@ class Recipe(Section):
         if isinstance(criterion, dict) and "name" not in criterion:
             return {**data, "criterion": {"name": "sosp_h", **criterion}}
         return data
+
+    @model_validator(mode="after")
+    def _criterion_fits_the_kinds(self) -> Self:
+        name, kinds = self.criterion.name, self.structure.kinds
+        if name == "block_influence" and set(kinds) != {"layer"}:
+            raise ValueError(
+                f"criterion.name: block_influence scores whole layers and cannot score "
+                f"{', '.join(kind for kind in kinds if kind != 'layer')}; "
+                "write structure.kinds: [layer]"
+            )
+        if name not in ("block_influence", "random") and "layer" in kinds:
+            raise ValueError(
+                f"criterion.name: {name} cannot score the kind layer; "
+                "write block_influence or random, or leave layer out of structure.kinds"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:

@@ -11,7 +11,7 @@ from tests.compare import assert_close
 from tests.criteria.processes import in_processes
 from tests.gates.toys import attention, group, perceptron, residual, stand_in
 
-WATCHING = ["activation"]
+WATCHING = ["activation", "eap", "wanda_sp"]
 
 
 def inner(toy):
@@ -65,11 +65,78 @@ def test_a_group_that_is_read_twice_gets_the_mean():
     assert_close(found["stream"], (ones[0] + ones[1]) / 2, relative=1e-12)
 
 
+def test_eap_of_sets():
+    toy = residual()
+    maps = inner(toy).flatten(2)
+    expected = [torch.linalg.matrix_norm(maps[:, j], "nuc") / 5 for j in range(6)]
+    found = scores(toy, "eap", standardize=False)["inner"]
+    assert_close(found, torch.stack(expected), relative=1e-7)
+    expected = [
+        sum(torch.linalg.matrix_norm(part[:, j], "nuc") for part in maps.split(2)) / 5
+        for j in range(6)
+    ]
+    found = scores(toy, "eap", standardize=False, set_size=2)["inner"]
+    assert_close(found, torch.stack(expected), relative=1e-7)
+    toy = attention()
+    rows = heads(toy).movedim(2, 1).flatten(2)  # tokens and channels of a head in one row
+    expected = [torch.linalg.matrix_norm(rows[:, j], "nuc") / 4 for j in range(2)]
+    found = scores(toy, "eap", ["head"], standardize=False)["heads"]
+    assert_close(found, torch.stack(expected), relative=1e-7)
+
+
+def test_eap_of_maps():
+    toy = residual()
+    expected = torch.linalg.matrix_norm(inner(toy), "nuc").mean(0)
+    found = scores(toy, "eap", standardize=False, reading="map")["inner"]
+    assert_close(found, expected, relative=1e-7)
+    toy = attention()
+    expected = torch.linalg.matrix_norm(heads(toy).movedim(2, 1), "nuc").mean(0)
+    found = scores(toy, "eap", ["head"], standardize=False, reading="map")["heads"]
+    assert_close(found, expected, relative=1e-7)
+
+
+def test_eap_is_standardized_and_chunked(monkeypatch):
+    toy = residual()
+    raw = scores(toy, "eap", standardize=False)["inner"]
+    expected = (raw - raw.mean()) / raw.std(correction=0)
+    assert_close(scores(toy, "eap")["inner"], expected, relative=1e-9)
+    monkeypatch.setattr("sosp_hub.criteria.eap._STRUCTURES", 4)
+    assert_close(scores(toy, "eap")["inner"], expected, relative=1e-9)
+
+
+def test_eap_of_what_is_not_finite():
+    toy = residual()
+    toy.model.depthwise.weight.data[2] = torch.nan
+    with pytest.raises(CriterionError, match="the scores of group 'stream' are not finite"):
+        scores(toy, "eap", standardize=False)
+
+
+def test_wanda_sp():
+    toy = residual()
+    size = inner(toy).square().mean((0, 2, 3)).sqrt()
+    expected = toy.model.two.weight.abs().mean((0, 2, 3)) * size
+    assert_close(scores(toy, "wanda_sp", standardize=False)["inner"], expected, relative=1e-9)
+    toy = attention()
+    size = heads(toy).flatten(2).square().mean((0, 1)).sqrt()
+    expected = (toy.model.out.weight.abs().mean(0) * size).view(2, 3).sum(1)
+    found = scores(toy, "wanda_sp", ["head"], standardize=False)["heads"]
+    assert_close(found, expected, relative=1e-9)
+
+
+def test_wanda_sp_needs_weights_that_read():
+    toy = residual()
+    bare = group("inner", "channel", 6, [("two", 1, None)])
+    with pytest.raises(CriterionError, match=r"'wanda_sp': no linear layer .* 'inner' \(channel\)"):
+        score(toy.model, stand_in(bare), [toy.batch], "wanda_sp")
+
+
 @pytest.mark.parametrize("name", WATCHING)
 @pytest.mark.parametrize("make", [perceptron, residual], ids=["perceptron", "residual"])
 def test_batches_and_processes_make_no_difference(make, name):
     toy = make(num_samples=6)
-    assert_close(in_processes(toy, name), scores(toy, name), relative=1e-9)
+    options = {"reading": "map"} if name == "eap" else {}
+    expected = scores(toy, name, **options)
+    assert_close(in_processes(toy, name, **options), expected, relative=1e-9)
 
 
 class Padded(nn.Module):
@@ -105,8 +172,16 @@ def test_padding_does_not_count(name):
 @pytest.mark.parametrize("name", WATCHING)
 def test_a_group_that_no_module_reads_is_named(name):
     toy = attention()
-    with pytest.raises(CriterionError, match=r"no module that ran reads the groups 'neurons' "):
+    with pytest.raises(CriterionError, match=r"'neurons' \(neuron\).* or use"):
         scores(toy, name)
+
+
+def test_a_module_that_does_not_run_is_named():
+    toy = perceptron()
+    toy.model.spare = nn.Linear(2, 2).double()
+    graph = stand_in(*toy.groups.values(), group("s", "neuron", 2, [("spare", -1, None)]))
+    with pytest.raises(CriterionError, match=r"no module that ran reads the groups 's' \(neuron\)"):
+        score(toy.model, graph, [toy.batch], "activation")
 
 
 @pytest.mark.parametrize("name", WATCHING)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sosp_hub.criteria.registry import score
 from sosp_hub.errors import CriterionError
@@ -80,3 +81,63 @@ def test_fpgm_refuses_filters_of_different_shapes():
     graph = stand_in(group("g", "channel", 3, [], [("one.weight", 0, uneven, False)]))
     with pytest.raises(CriterionError, match=r"'g' \(channel\): its structures have filters"):
         score(toy.model, graph, [], "fpgm")
+
+
+def test_grasp():
+    for make in (perceptron, residual, attention):
+        toy = make()
+        expected = toy.hessian() @ toy.gradient()
+        found = score(toy.model, toy.graph, [toy.batch], "grasp", loss_fn=F.cross_entropy)
+        assert_close(found, toy.split(expected), relative=1e-9)
+        near = score(
+            toy.model, toy.graph, [toy.batch], "grasp",
+            loss_fn=F.cross_entropy, mode="differences", eps=1e-3,
+        )  # fmt: skip
+        assert_close(near, toy.split(expected), relative=1e-4)
+        assert_close(in_processes(toy, "grasp"), found, relative=1e-9)
+
+
+def test_grasp_is_the_change_of_the_squared_gradient():
+    toy = perceptron()
+    found = score(toy.model, toy.graph, [toy.batch], "grasp", loss_fn=F.cross_entropy)
+
+    def squared_gradient(row):
+        (g,) = torch.autograd.grad(toy.loss(row), row, create_graph=True)
+        return g.square().sum()
+
+    change = torch.autograd.functional.jacobian(squared_gradient, toy.ones()) / 2
+    assert_close(found, toy.split(change), relative=1e-9)
+
+
+def test_hap_of_structures_that_do_not_interact():
+    # L = 1/2 mean_n sum_s (m_s a_s x_ns - y_ns)^2, so H_ss = mean_n (a_s x_ns)^2, H_st = 0
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).double()
+    for layer in model:
+        layer.weight.data = torch.diag(torch.randn(3).double())
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    graph = stand_in(group("g", "neuron", 3, [("1", -1, None)]))
+    found = score(
+        model, graph, [(x, y)], "hap", num_probes=1,
+        loss_fn=lambda f, y: (f - y).square().sum() / len(y) / 2,
+    )  # fmt: skip
+    assert_close(found["g"], model(x).square().mean(0) / 2, relative=1e-9)
+
+
+def test_hap_is_the_diagonal_and_noise_that_shrinks():
+    toy = perceptron()
+    hessian = toy.hessian()
+    options = {"loss_fn": F.cross_entropy, "num_probes": 400}
+    found = torch.cat(list(score(toy.model, toy.graph, [toy.batch], "hap", **options).values()))
+    noise = (hessian.square().sum(1) - hessian.diag().square()) / 400
+    assert ((2 * found - hessian.diag()).abs() < 5 * noise.sqrt()).all()
+    assert (hessian.diag().abs() > 5 * noise.sqrt()).any()  # else zeros would pass
+    few = {seed: score(toy.model, toy.graph, [toy.batch], "hap", seed=seed) for seed in (0, 1)}
+    assert not torch.equal(few[0]["a"], few[1]["a"])
+    assert_close(in_processes(toy, "hap"), few[0], relative=1e-4)  # here the loss is in float32
+
+
+@pytest.mark.parametrize("name", ["grasp", "hap"])
+def test_data_that_is_gone_after_one_pass_is_refused(name):
+    toy = perceptron()
+    with pytest.raises(CriterionError, match=rf"'{name}' goes through .* given a list_iterator"):
+        score(toy.model, toy.graph, iter([toy.batch]), name)
