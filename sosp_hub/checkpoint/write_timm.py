@@ -50,7 +50,7 @@ def write(model: nn.Module, folder: Path) -> None:
 def _write_config(model: nn.Module, folder: Path, args: dict[str, Any], delta: Delta) -> None:
     path = folder / "config.json"
     try:
-        _hub.save_config_for_hf(model, str(path))
+        _hub.save_config_for_hf(model, path)  # type: ignore[arg-type]
     except ValueError as error:  # an argument that is no JSON data
         raise CheckpointError(f"{type(model).__name__}: {error}") from error
     config = json.loads(path.read_text())
