@@ -90,6 +90,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
                 " add --overwrite to replace it"
             )
     there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OutputExistsError(f"output.dir: {there} is a file; write the name of a new folder")
     if not os.access(there, os.W_OK):
         raise OutputExistsError(
             f"output.dir: {there} cannot be written to; write output.dir=FOLDER of your own"

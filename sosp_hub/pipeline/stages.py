@@ -28,7 +28,7 @@ from sosp_hub.distributed import (
 from sosp_hub.errors import TraceError
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
-from sosp_hub.pipeline.work import WorkFolder
+from sosp_hub.pipeline.work import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schema import Recipe, TrainSection
 from sosp_hub.structure.graph import Graph
@@ -256,7 +256,7 @@ class Stages:
 
     def _save(self, write: Callable[[], None]) -> None:
         if is_main():
-            self.work.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.work.folder)
             write()
         wait_for_everyone()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sosp_hub.distributed import is_main, wait_for_everyone
+from sosp_hub.errors import OutputExistsError
 from sosp_hub.recipe.schema import Recipe
 
 _MODEL = ("model", "data", "seed")
@@ -65,7 +66,7 @@ class WorkFolder:
         record = {"made_with": self._made_with(stage), "seconds": seconds, "made": dict(made)}
         self._records[stage] = record
         if is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             draft = self.folder / f"{stage}.json.draft"
             draft.write_text(json.dumps(record))
             draft.replace(self.folder / f"{stage}.json")
@@ -83,7 +84,7 @@ class WorkFolder:
         if is_main():
             if stage in self.stale:
                 shutil.rmtree(state, ignore_errors=True)
-            state.mkdir(parents=True, exist_ok=True)
+            make_folder(state)
             marker = {"made_with": self._made_with(stage)}
             (state / "made_with.json").write_text(json.dumps(marker))
         wait_for_everyone()
@@ -107,6 +108,21 @@ class WorkFolder:
         then, now = _flat(made_with), _flat(self._made_with(stage))
         keys = sorted(then.keys() | now.keys())
         return {k: (then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)}
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it.
+
+    Raises:
+        OutputExistsError: A file is in the way, or the place cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputExistsError(
+            f"output.dir: the folder {folder} cannot be made ({error.strerror}); "
+            "write another output.dir=FOLDER"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any] | None:

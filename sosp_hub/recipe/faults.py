@@ -30,9 +30,12 @@ def explain(error: ValidationError) -> Iterator[str]:
             given = given["name"]
         where = ".".join(keys)
         if kind == "extra_forbidden":
-            yield f"{where}: unknown key; {_nearest(keys[-1], list(section.model_fields))}"
+            yield f"{where}: {_unknown(keys, section)}"
         elif kind == "missing":
             yield f"{where}: missing; {_meaning(section, keys[-1])}"
+        elif kind == "string_pattern_mismatch":
+            meaning = section.model_fields[keys[-1]].description
+            yield f"{where}: got {given!r}; expected {meaning}"
         elif kind == "value_error":
             yield f"{where}: {context['error']}" if where else str(context["error"])
         elif kind == "union_tag_invalid":
@@ -70,6 +73,14 @@ def _models(annotation: Any) -> Iterator[type[Section]]:
     elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
         for part in typing.get_args(annotation):
             yield from _models(part)
+
+
+def _unknown(keys: Sequence[str], section: type[Section]) -> str:
+    owners = [s.model_fields["name"].default for s in CRITERIA if keys[-1] in s.model_fields]
+    if keys[0] == "criterion" and owners:
+        name = section.model_fields["name"].default
+        return f"an option of {', '.join(owners)}, which {name} does not have; leave it out"
+    return f"unknown key; {_nearest(keys[-1], list(section.model_fields))}"
 
 
 def _nearest(given: str, known: Sequence[str], noun: str = "key") -> str:

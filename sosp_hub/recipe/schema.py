@@ -9,6 +9,8 @@ from sosp_hub.types import Kind, Library, Task
 Scalar = bool | int | float | str | None
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+_SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
+_REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
 BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s")
 
 
@@ -108,7 +110,7 @@ class DataSection(Section):
     image_size: Count | None = Field(
         default=None, description="pixels; null = the model's own, or the data's"
     )
-    max_length: Count = Field(default=512, description="tokens of one sample")
+    max_length: Annotated[int, Field(ge=2)] = Field(default=512, description="tokens of one sample")
     num_workers: Annotated[int, Field(ge=0)] = Field(
         default=0, description="processes that load data; 0 = this one"
     )
@@ -394,14 +396,16 @@ class OutputSection(Section):
     dir: str | None = Field(
         default=None, description="output folder; null = runs/NAME_OF_THE_RECIPE"
     )
-    max_shard_size: str = Field(default="5GB", description="largest safetensors file")
+    max_shard_size: Annotated[str, Field(pattern=_SIZE)] = Field(
+        default="5GB", description="largest safetensors file, such as 500MB or 5GB"
+    )
     figures: bool = Field(default=True, description="draw kept widths, saliency and metrics")
 
 
 class PushSection(Section):
     """Where on the hub the result goes."""
 
-    repo_id: Annotated[str, Field(min_length=1)] = Field(description="NAMESPACE/NAME")
+    repo_id: Annotated[str, Field(pattern=_REPO_ID)] = Field(description="NAMESPACE/NAME")
     private: bool = Field(default=True, description="of a repository that is created")
     revision: str | None = Field(default=None, description="branch; null = main")
     create_pr: bool = Field(default=False, description="open a pull request instead of a commit")

@@ -140,6 +140,12 @@ def test_a_folder_of_somebody_elses_is_never_touched(tmp_path, capsys, overwrite
         (["model.id=nobody/nothing", "model.library=transformers"], ["nobody/nothing", "ffline"]),
         (["data.id=nobody/nothing"], ["nobody/nothing", "ffline"]),
         (["output.dir=FOLDER/empty.csv"], ["empty.csv", "is a file"]),
+        (["output.dir=FOLDER/empty.csv/a/b"], ["empty.csv", "is a file"]),
+        (["output.max_shard_size=abc"], ["output.max_shard_size", "abc", "5GB"]),
+        (["output.max_shard_size=0GB"], ["output.max_shard_size", "0GB"]),
+        (["push.repo_id=a/b/c"], ["push.repo_id", "a/b/c", "NAMESPACE/NAME"]),
+        (["push.repo_id=a b"], ["push.repo_id", "a b", "NAMESPACE/NAME"]),
+        (["data.max_length=1"], ["data.max_length", "at least 2"]),
         (["model.train=null", "finetune.learning_rate=1e30"], ["loss", "learning rate"]),
     ],
     ids=lambda value: value[0].split("=")[0] if "=" in value[0] else "",
@@ -156,6 +162,15 @@ def test_bad_input_is_explained_and_nothing_is_written(tmp_path, capsys, overrid
     assert left == {"recipe.yaml", "empty.csv"}
     if "learning_rate" not in overrides[-1]:  # which is found out only when training has begun
         assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_work_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "out.partial").write_text("somebody else's")
+    assert prune(tmp_path, "model.train=null") == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "out.partial") in error
+    assert "output.dir" in error
+    assert (tmp_path / "out.partial").read_text() == "somebody else's"
 
 
 def test_a_run_killed_while_it_trains_ends_like_one_that_was_not(finished, tmp_path):

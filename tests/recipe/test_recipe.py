@@ -102,7 +102,11 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
         ({"buget": {}}, ["buget", "unknown key", "`budget`"]),
         ({"budget": {"mac": 0.5}}, ["budget.mac", "unknown key", "`macs`"]),
         ({"criterion": {"mod": "exact"}}, ["criterion.mod", "`mode`"]),
-        ({"criterion": {"name": "random", "mode": "exact"}}, ["criterion.mode", "unknown key"]),
+        (
+            {"criterion": {"name": "random", "mode": "exact"}},
+            ["criterion.mode", "which random does not have"],
+        ),
+        ({"criterion": {"name": "random", "mod": "exact"}}, ["criterion.mod", "unknown key"]),
         ({"criterion": {"name": "sosp"}}, ["criterion.name", "'sosp'", "`sosp_h`"]),
         ({"criterion": 3}, ["criterion", "3", "section"]),
         ({"budget": {"macs": 1.5}}, ["budget.macs", "1.5", "at most 1", "write 0.5"]),
