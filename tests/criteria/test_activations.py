@@ -155,18 +155,19 @@ def test_padding_does_not_count(name):
     graph = stand_in(
         group("n", "neuron", 5, [("down", -1, None)], [("down.weight", 1, None, True)])
     )
-    ids = torch.randint(9, (3, 4))
-    short = {"input_ids": ids, "attention_mask": torch.ones(3, 4)}
-    long = {
-        "input_ids": torch.cat([torch.full((3, 2), 8), ids], 1),
-        "attention_mask": torch.cat([torch.zeros(3, 2), torch.ones(3, 4)], 1),
+    options = {"standardize": False, **({"set_size": 1} if name == "eap" else {})}
+    texts = [torch.randint(8, (1, length)) for length in (2, 3, 5)]
+    each = [{"input_ids": text, "attention_mask": torch.ones_like(text)} for text in texts]
+    padded = {
+        "input_ids": torch.cat([F.pad(text, (5 - text.shape[1], 0), value=8) for text in texts]),
+        "attention_mask": torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
         "labels": torch.zeros(3, dtype=torch.long),
     }
-    wanted = score(model, graph, [short], name)
-    assert_close(score(model, graph, [long], name), wanted, relative=1e-9)
-    long["attention_mask"][:] = 1
+    wanted = score(model, graph, each, name, **options)
+    assert_close(score(model, graph, [padded], name, **options), wanted, relative=1e-9)
+    padded["attention_mask"] = torch.ones(3, 5)
     with pytest.raises(AssertionError):
-        assert_close(score(model, graph, [long], name), wanted, relative=1e-9)
+        assert_close(score(model, graph, [padded], name, **options), wanted, relative=1e-3)
 
 
 @pytest.mark.parametrize("name", WATCHING)
