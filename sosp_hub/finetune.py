@@ -144,8 +144,8 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
 
     Args:
         model: A model in eval mode; all but the statistics is left as it is.
-        batches: Calibration batches of this process. A batch of one sample has no variance and is
-            left out where there are others.
+        batches: Calibration batches of this process, none where the data did not reach it. A
+            batch of one sample has no variance and is left out where any process has another.
 
     Returns:
         The number of layers that were re-estimated.
@@ -154,7 +154,8 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]
-    one_is_normal = _num_samples(batches[0]) == 1
+    larger = any(_num_samples(batch) > 1 for batch in batches)
+    one_is_normal = not process_sum(torch.tensor(float(larger)))
     done = 0
     try:
         for norm in norms:

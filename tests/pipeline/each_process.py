@@ -32,6 +32,10 @@ class Points(Dataset):
         return self.points[indices], self.labels[indices]
 
 
+def norm_statistics(model):
+    return {name: getattr(model[1], name).tolist() for name in ("running_mean", "running_var")}
+
+
 def results():
     accelerator = make_accelerator(seed=3)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -43,8 +47,9 @@ def results():
     one = evaluate(model, [(points.points[:5], points.labels[:5])] if rank == 0 else [], ("loss",))
     batches = [(points.points[i : i + 4], points.labels[i : i + 4]) for i in range(0, 20, 4)]
     recalibrate_norm(model, batches[rank::world])
-    norm = {key: value.tolist() for key, value in model[1].state_dict().items()}
-    del norm["num_batches_tracked"]
+    norm = norm_statistics(model)
+    last = [(points.points[20:21], points.labels[20:21])] if rank == world - 1 else []
+    recalibrate_norm(model, (batches[:1] if rank == 0 else []) + last)
     linear = nn.Linear(4, 3)
     settings = TrainSection(epochs=2, batch_size=6 // world, optimizer="sgd", learning_rate=0.1)
     finetune(linear, Points(24), settings, accelerator=accelerator, seed=3)
@@ -52,6 +57,7 @@ def results():
         "metrics": {name: [m.value, m.n, m.stderr] for name, m in found.items()},
         "only rank 0 has data": [one["loss"].value, one["loss"].n, one["loss"].stderr],
         "norm": norm,
+        "norm of one batch, and of one sample that is left out": norm_statistics(model),
         "sum": process_sum(torch.tensor([1.0 / world, 2.0 / world])).tolist(),
         "from main": from_main({"rank": rank}),
         "trained": linear.weight.tolist(),
