@@ -12,49 +12,71 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import transformers
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 
 import sosp_hub
 import sosp_hub.zoo.timm
 from sosp_hub.criteria.registry import score
+from sosp_hub.zoo.loss import batch_loss
 
-MODELS = {  # batch size, image size, target of exact SOSP-H
+MODELS = {  # samples of a batch, image size or tokens, target of exact SOSP-H
     "cifar_resnet20": (64, 32, 2.2),
     "vit_tiny_patch16_224": (8, 224, 2.0),
     "resnet50": (4, 224, 2.0),
     "mobilenetv2_100": (8, 224, 3.0),
+    "smollm2_135m": (1, 128, None),
 }
-KINDS = ("channel", "head", "kv_group", "neuron")
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 
 
-def weight_gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def weight_gradient(model: nn.Module, batch: Any) -> None:
     """The unit: forward and backward to all weights, in eval mode."""
-    loss = F.cross_entropy(model(batch[0]), batch[1])
-    torch.autograd.grad(loss, list(model.parameters()))
+    torch.autograd.grad(batch_loss(model, batch).value, list(model.parameters()))
 
 
-def weight_space_product(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def weight_space_product(model: nn.Module, batch: Any) -> None:
     """Double backward by the weights, as SOSP-H is usually computed."""
     weights = list(model.parameters())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        loss = F.cross_entropy(model(batch[0]), batch[1])
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = batch_loss(model, batch).value
         first = torch.autograd.grad(loss, weights, create_graph=True)
         torch.autograd.grad(first, weights, [weight.detach() for weight in weights])
 
 
-def methods(name: str, batch_size: int, size: int) -> dict[str, Callable[[], object]]:
+def subject(name: str, num_samples: int, size: int) -> tuple[nn.Module, Any, Any]:
+    """A model with random weights, its example inputs and a batch."""
     torch.manual_seed(0)
+    if name == "smollm2_135m":
+        config = transformers.LlamaConfig(**SMOLLM2_135M, use_cache=False)
+        tokens = torch.randint(config.vocab_size, (num_samples, size))
+        batch = {"input_ids": tokens, "labels": tokens}
+        return transformers.LlamaForCausalLM(config).eval(), {"input_ids": tokens[:, :16]}, batch
     model = timm.create_model(name, num_classes=10).eval()
-    batch = torch.randn(batch_size, 3, size, size), torch.arange(batch_size) % 10
-    graph = sosp_hub.trace(model, (batch[0][:2],))
+    images = torch.randn(num_samples, 3, size, size)
+    return model, (images[:2],), (images, torch.arange(num_samples) % 10)
+
+
+def methods(name: str, num_samples: int, size: int) -> dict[str, Callable[[], object]]:
+    model, example_inputs, batch = subject(name, num_samples, size)
+    graph = sosp_hub.trace(model, example_inputs)
 
     def criterion(criterion: str, **options: object) -> Callable[[], object]:
-        return lambda: score(model, graph, [batch], criterion, kinds=KINDS, **options)
+        return lambda: score(model, graph, [batch], criterion, **options)
 
     return {
         "weight gradient": lambda: weight_gradient(model, batch),
@@ -86,17 +108,17 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def report(name: str, batch_size: int | None, rounds: int) -> None:
-    usual, size, target = MODELS.get(name, (8, 224, 2.2))
+    usual, size, target = MODELS.get(name, (8, 224, None))
     batch_size = batch_size or usual
     runs = methods(name, batch_size, size)
     peaks = {method: peak_bytes(run) for method, run in runs.items()}
     times = seconds(runs, rounds)
     unit = next(iter(runs))
     threads = torch.get_num_threads()
-    print(f"\n{name}, batch {batch_size} of {size}x{size}, {threads} thread(s)")
+    print(f"\n{name}, {batch_size} samples of size {size}, {threads} thread(s)")
     print(f"{'':24}{'CPU s':>8}{'ratio':>8}{'MB':>8}{'ratio':>8}")
     for method in runs:
-        goal = f"   target {target}" if method == "sosp_h exact" else ""
+        goal = f"   target {target}" if target and method == "sosp_h exact" else ""
         print(
             f"{method:24}{times[method]:8.3f}{times[method] / times[unit]:8.2f}"
             f"{peaks[method] / 1e6:8.0f}{peaks[method] / peaks[unit]:8.2f}{goal}"
