@@ -116,7 +116,7 @@ programs = st.lists(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(programs, st.integers(0, 3))
 def test_a_cut_equals_the_dense_model_with_gates(program, seed):
     torch.manual_seed(0)
