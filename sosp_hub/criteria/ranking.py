@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from sosp_hub.errors import CriterionError
 
 if TYPE_CHECKING:
@@ -9,24 +11,27 @@ if TYPE_CHECKING:
 
 
 def standardized(saliency: "Saliency", what: str) -> "Saliency":
-    """Mean 0 and standard deviation 1 within each group; a group of one structure gets 0.
+    """Mean 0 and standard deviation 1 within each group.
+
+    One structure, or two that are alike, get 0: there is nothing to tell apart.
 
     Args:
         saliency: One tensor per group.
         what: What was measured, for the message.
 
     Raises:
-        CriterionError: A group whose structures are all alike, so that there is nothing to rank.
+        CriterionError: More than two structures that are all alike: nothing to rank.
     """
     result = {}
     for name, scores in saliency.items():
         centred = scores - scores.mean()
         spread = centred.square().mean().sqrt()
-        if len(scores) > 1 and spread <= 1e-12 * scores.abs().max():
+        alike = bool(spread <= 1e-12 * scores.abs().max())
+        if alike and len(scores) > 2:
             raise CriterionError(
                 f"group {name!r}: {what} has zero variance over its {len(scores)} structures, so "
                 "it cannot rank them; look at the weights and the data, write standardize=False, "
                 "or score other kinds (`kinds=`)"
             )
-        result[name] = centred / spread if len(scores) > 1 else centred
+        result[name] = torch.zeros_like(scores) if alike else centred / spread
     return result
