@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sosp_hub.errors import DataError
+
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
 
@@ -37,15 +39,18 @@ def batch_loss(
     Without ``loss_fn`` it is the model's own loss where it returns one, else cross-entropy. A
     ``loss_fn`` gets the logits and the labels as they are in the batch. Images take the dtype of
     the model's weights; a generating model is told ``use_cache=False``.
+
+    Raises:
+        DataError: A batch of another form, or labels that do not fit the logits.
     """
+    labels = _labels(batch)
     if isinstance(batch, Mapping):
-        labels = batch["labels"]
         inputs = dict(batch) if loss_fn is None else _without(batch, "labels")
         if _generates(model):
             inputs.setdefault("use_cache", False)
         output = model(**{name: _as_weights(value, model) for name, value in inputs.items()})
     else:
-        inputs, labels = batch
+        inputs = batch[0]
         inputs = inputs if isinstance(inputs, tuple | list) else (inputs,)
         output = model(*(_as_weights(value, model) for value in inputs))
     logits, own = _logits(output), getattr(output, "loss", None)
@@ -58,9 +63,45 @@ def batch_loss(
     return BatchLoss(value, weight, logits)
 
 
+def _labels(batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        given, labels = f"a dict of {', '.join(map(str, batch))}", batch.get("labels")
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        given, labels = f"labels as {type(batch[1]).__name__}", batch[1]
+    else:
+        length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        given, labels = f"a {type(batch).__name__}{length}", None
+    if not isinstance(labels, Tensor):
+        raise DataError(
+            f"a batch is {given}; expected (inputs, labels) with labels as a tensor, or a dict of "
+            "tensors with `labels` among them"
+        )
+    return labels
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if len(labels) != len(logits):
+        raise DataError(f"a batch has {len(labels)} labels for {len(logits)} outputs of the model")
+    if labels.is_floating_point():
+        if labels.shape != logits.shape:
+            raise DataError(
+                f"labels are {labels.dtype} of shape {list(labels.shape)}; expected class numbers "
+                f"as int64, or one probability for each of the {logits.shape[1]} classes"
+            )
+    elif labels.device.type == "cpu":  # elsewhere looking would wait for the device
+        counted = labels[labels != IGNORED]
+        odd = counted[(counted < 0) | (counted >= logits.shape[1])]
+        if len(odd):
+            raise DataError(
+                f"the label {odd[0].item()} does not fit a head with {logits.shape[1]} outputs; "
+                f"labels go from 0 to {logits.shape[1] - 1}"
+            )
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     if _is_shifted(logits, labels):
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    _check_labels(logits, labels)
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
 
 

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
+from sosp_hub.errors import DataError
 from sosp_hub.zoo.loss import batch_loss
 from tests.compare import assert_close
 
@@ -82,3 +83,21 @@ def test_images_take_the_dtype_of_the_weights():
     loss = batch_loss(model, (torch.randn(5, 6), torch.zeros(5, dtype=torch.int64)))
     assert loss.logits.dtype == torch.bfloat16
     assert loss.value.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (torch.randn(5, 6), r"Tensor.*\(inputs, labels\)"),
+        ((torch.randn(5, 6),), r"tuple of 1.*\(inputs, labels\)"),
+        ({"input": torch.randn(5, 6)}, "input.*labels"),
+        ((torch.randn(5, 6), 3), "labels.*int.*tensor"),
+        ((torch.randn(5, 6), torch.tensor([0, 3, 1, 1])), "4 labels.*5"),
+        ((torch.randn(5, 6), torch.tensor([0, 3, 1, 1, 4])), "label 4.*4 outputs"),
+        ((torch.randn(5, 6), torch.tensor([0, 3, 1, 1, -1])), "label -1.*4 outputs"),
+        ((torch.randn(5, 6), torch.randn(5)), r"float32.*int64"),
+    ],
+)
+def test_a_batch_that_gives_no_loss_is_described(batch, words):
+    with pytest.raises(DataError, match=words):
+        batch_loss(nn.Linear(6, 4), batch)
