@@ -20,13 +20,17 @@ _SURROUNDINGS = {
 _SEED = 0
 collect_ignore = ["bench"]  # programs that print tables
 
-# Set before anything imports torch or a hub client. Workers of pytest-xdist inherit them all.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# Set before anything imports torch or a hub client. Workers of pytest-xdist inherit it all; each
+# has a cache of its own.
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker is None:
     os.environ.update(_SURROUNDINGS)
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CUDA_VISIBLE_DEVICES=0 pytest: on a GPU
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="sosp_hub-tests-hf-")
     for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         os.environ.pop(secret, None)
+else:
+    os.environ["HF_HOME"] += f"/{worker}"
 
 # The same examples each time, however slow the machine: a test that fails, fails again.
 hypothesis.settings.register_profile("sosp_hub", deadline=None, derandomize=True)
