@@ -11,6 +11,7 @@ from sosp_hub.checkpoint.hooks import disable, enable  # on import: pruned check
 if TYPE_CHECKING:
     from sosp_hub.allocation import allocate
     from sosp_hub.checkpoint.io import from_pretrained, save_pretrained
+    from sosp_hub.checkpoint.weightless import apply_plan_file, save_plan
     from sosp_hub.criteria.registry import score
     from sosp_hub.hub.push import push_to_hub
     from sosp_hub.plan import PruningPlan
@@ -24,8 +25,10 @@ _HOME = {
     "allocate": "sosp_hub.allocation",
     "apply": "sosp_hub.surgery.apply",
     "apply_": "sosp_hub.surgery.apply",
+    "apply_plan_file": "sosp_hub.checkpoint.weightless",
     "from_pretrained": "sosp_hub.checkpoint.io",
     "push_to_hub": "sosp_hub.hub.push",
+    "save_plan": "sosp_hub.checkpoint.weightless",
     "save_pretrained": "sosp_hub.checkpoint.io",
     "score": "sosp_hub.criteria.registry",
     "trace": "sosp_hub.structure.trace",
@@ -36,10 +39,12 @@ __all__ = [
     "allocate",
     "apply",
     "apply_",
+    "apply_plan_file",
     "disable",
     "enable",
     "from_pretrained",
     "push_to_hub",
+    "save_plan",
     "save_pretrained",
     "score",
     "trace",
