@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sosp_hub.prune",
         usage=_USAGE,
+        allow_abbrev=False,
         description="Prunes a model as a recipe says: score, cut, fine-tune, measure, save. "
         "The same command goes on where a stopped run was.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -34,7 +34,7 @@ def run(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[s
     Raises:
         SospHubError: Anything that the user has to change.
     """
-    output = Path(str(recipe.output.dir))
+    output = Path(str(recipe.output.dir)).expanduser()
     _check_output(output, overwrite)
     work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
     _say_what_is_kept(work)

@@ -117,6 +117,19 @@ def test_a_finished_run_is_refused_and_left_as_it_is(finished, capsys):
     assert sorted(path.name for path in finished.iterdir()) == ["out", "recipe.yaml"]
 
 
+def test_a_shortened_option_is_no_option(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        prune(tmp_path, "--over")
+    assert stopped.value.code == 2
+    assert "--over" in capsys.readouterr().err
+
+
+def test_the_output_may_be_in_the_home_folder(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(finished))
+    assert prune(tmp_path, "output.dir=~/out") == 2
+    assert f"{finished / 'out'} holds a finished run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
 def test_a_folder_of_somebody_elses_is_never_touched(tmp_path, capsys, overwrite):
     (tmp_path / "out").mkdir()
