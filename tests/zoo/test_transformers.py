@@ -131,6 +131,13 @@ def test_weights_that_lack_a_part_are_named(save, load, caplog):
     assert "lack 1 tensors, which stay random: bert.pooler.dense.weight" in caplog.text
 
 
+@pytest.mark.parametrize(("kind", "silent"), [("LlamaModel", False), ("LlamaForCausalLM", True)])
+def test_a_language_model_without_its_head_is_told(save, load, caplog, kind, silent):
+    folder, _ = save(kind)
+    load(folder, CAUSAL)
+    assert ("which stay random: lm_head.weight" in caplog.text) is not silent
+
+
 def test_bad_models(tmp_path, save, load):
     with pytest.raises(ModelError, match=r"has no config\.json"):
         load(tmp_path, CAUSAL)
