@@ -108,6 +108,8 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
         ),
         ({"criterion": {"name": "random", "mod": "exact"}}, ["criterion.mod", "unknown key"]),
         ({"criterion": {"name": "sosp"}}, ["criterion.name", "'sosp'", "`sosp_h`"]),
+        ({"criterion": {"name": "block_influence"}}, ["channel", "structure.kinds: [layer]"]),
+        ({"structure": {"kinds": ["layer"]}}, ["sosp_h", "layer", "block_influence or random"]),
         ({"criterion": 3}, ["criterion", "3", "section"]),
         ({"budget": {"macs": 1.5}}, ["budget.macs", "1.5", "at most 1", "write 0.5"]),
         ({"budget": {"macs": 30}}, ["budget.macs", "30", "at most 1", "write 0.3"]),
