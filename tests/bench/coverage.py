@@ -3,6 +3,7 @@
     python -m tests.bench.coverage                   # all; what the records hold is skipped
     python -m tests.bench.coverage --only bert swin  # some, by name or module
     python -m tests.bench.coverage --table           # the records as a Markdown table
+    python -m tests.bench.coverage --peer            # Torch-Pruning beside it
 
 The smallest architecture of every timm model module and tiny models of more than a hundred layouts
 of transformers families, with random weights, each in its own process with a time limit.
@@ -224,15 +225,29 @@ def reasons(graph: Graph, model: nn.Module) -> dict[str, float]:
 # --- many models ---
 
 
-def in_own_process(name: str, limit_s: float) -> Record:
-    """Runs ``measure`` in a fork, so that a crash, a hang or a patched library stays there."""
+def measure_other(name: str) -> Record:
+    """What the peer makes of one model."""
+    from tests.bench.peer import measure_peer
+
+    torch.manual_seed(0)
+    model, inputs, outputs = models()[name][1]()
+    fill(model)
+    try:
+        found = measure_peer(model, inputs, outputs)
+    except Exception as error:  # noqa: BLE001 - the benchmark is about failures
+        found = {"peer": "fails", "message": short(error)}
+    return {"model": name, "status": found["peer"], **found}
+
+
+def in_own_process(name: str, limit_s: float, work_on: Callable[[str], Record]) -> Record:
+    """Runs ``work_on`` in a fork, so that a crash, a hang or a patched library stays there."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def work() -> None:
         torch.set_num_threads(1)
         try:
-            sender.send(measure(name))
+            sender.send(work_on(name))
         except Exception as error:  # noqa: BLE001 - the benchmark is about failures
             sender.send(
                 {"model": name, "status": "build", "message": short(error, with_place=True)}
@@ -252,30 +267,42 @@ def in_own_process(name: str, limit_s: float) -> Record:
     return record or {"model": name, "status": status, "message": f"after {limit_s:.0f} s"}
 
 
-def table(records: list[Record]) -> str:
+def read(path: Path) -> dict[str, Record]:
+    """The latest record of each model."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["model"]: record for record in map(json.loads, lines)}
+
+
+def table(records: dict[str, Record], peers: dict[str, Record]) -> str:
     """The records as Markdown, with a summary line for each library."""
     lines = []
     for library in ("timm", "transformers"):
-        mine = [record for record in records if record["model"].startswith(library)]
+        mine = [records[name] for name in sorted(records) if name.startswith(library)]
         good = sum(record["status"] == "ok" for record in mine)
         wrong = sum(record["status"] == "wrong" for record in mine)
         lines.append(
-            f"**{library}**: {good} of {len(mine)} equal both references; {wrong} silently wrong.\n"
+            f"**{library}**: {good} of {len(mine)} equal both references; {wrong} silently wrong."
         )
-        lines.append(
-            "| model | groups | exactly | cuttable | result | error | trace (s) | left, and why |"
-        )
-        lines.append("|---|---|---|---|---|---|---|---|")
-        lines += [row(record) for record in sorted(mine, key=lambda record: record["model"])]
+        theirs = Counter(peer["status"] for name, peer in peers.items() if name.startswith(library))
+        if theirs:
+            told = ", ".join(f"{number} {status}" for status, number in theirs.most_common())
+            lines.append(f"Torch-Pruning: {told}.")
+        lines += [
+            "",
+            "| model | groups | exact | cuttable | result | error | trace (s) | rest, why | peer |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [row(record, peers.get(record["model"], {})) for record in mine]
         lines.append("")
     return "\n".join(lines)
 
 
-def row(record: Record) -> str:
+def row(record: Record, peer: Record) -> str:
     """One line of the table."""
-    name = record["model"].partition("/")[2]
+    name, theirs = record["model"].partition("/")[2], peer.get("status", "")
     if "groups" not in record:
-        return f"| {name} | | | | {record['status']} | | | {record.get('message', '')[:120]} |"
+        told = record.get("message", "")[:120]
+        return f"| {name} | | | | {record['status']} | | | {told} | {theirs} |"
     errors = [record.get(key) for key in ("exact_error", "exact_gate_error", "all_error")]
     worst = max((error for error in errors if error is not None), default=float("nan"))
     left = "; ".join(
@@ -286,45 +313,37 @@ def row(record: Record) -> str:
     shares = f"{100 * record['exact_share']:.1f} % | {100 * record['all_share']:.1f} %"
     return (
         f"| {name} | {record['groups']} | {shares} | {record['status']} | {worst:.0e} "
-        f"| {record['trace_s']} | {left[:160]} |"
+        f"| {record['trace_s']} | {left[:160]} | {theirs} |"
     )
 
 
 def main() -> None:
     """Parses, runs what is missing, prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--records", type=Path, default=Path("coverage.jsonl"), help="JSON lines, one a model"
-    )
+    parser.add_argument("--records", type=Path, default=Path("coverage.jsonl"), help="JSON lines")
+    parser.add_argument("--peer-records", type=Path, default=Path("coverage_peer.jsonl"))
     parser.add_argument("--only", nargs="+", help="names or parts of names")
     parser.add_argument("--again", action="store_true", help="also models whose record is not ok")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
-    parser.add_argument(
-        "--table", action="store_true", help="print the records and do nothing else"
-    )
+    parser.add_argument("--table", action="store_true", help="print the records, run nothing")
+    parser.add_argument("--peer", action="store_true", help="run Torch-Pruning, not the engine")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    known: dict[str, Record] = {}
-    if args.records.exists():
-        lines = args.records.read_text().splitlines()
-        known = {record["model"]: record for record in map(json.loads, lines)}
-    if not args.table:
-        for name in models():
-            if args.only and not any(part in name.split("/") for part in args.only):
-                continue
-            if (
-                name in known
-                and not args.only
-                and not (args.again and known[name]["status"] != "ok")
-            ):
-                continue
-            known[name] = in_own_process(name, args.limit)
-            with args.records.open("a") as file:
+    work_on, path = (measure_other, args.peer_records) if args.peer else (measure, args.records)
+    known = read(path)
+    for name in () if args.table else models():
+        if args.only:
+            wanted = any(part in name.split("/") for part in args.only)
+        else:
+            wanted = name not in known or (args.again and known[name]["status"] != "ok")
+        if wanted:
+            known[name] = in_own_process(name, args.limit, work_on)
+            with path.open("a") as file:
                 file.write(json.dumps(known[name]) + "\n")
             print(name, known[name]["status"], known[name].get("message", "")[:160], flush=True)
     if args.table or not args.only:
-        print(table(list(known.values())))
+        print(table(read(args.records), read(args.peer_records)))
 
 
 if __name__ == "__main__":
