@@ -20,6 +20,8 @@ from sosp_hub.structure.groups import Group, Groups, Site
 
 logger = logging.getLogger(__name__)
 
+PIECE = 2**18  # numbers
+
 GateKind = Literal["activation", "weight"]
 """``activation``: at the group's sites. ``weight``: on the filters that make its slices, as in the
 literature."""
@@ -337,7 +339,13 @@ class _UnitGateBackward(Function):
 
 
 def _sum_product(a: Tensor, b: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return (a.to(dtype) * b.to(dtype)).sum_to_size(shape)
+    """``sum_to_size`` of the product; on a CPU in pieces, since a large new tensor costs more."""
+    pieces = [(a, b)]
+    if a.device.type == "cpu" and shape[0] == 1 and a.numel() > PIECE:
+        rows = max(1, PIECE * len(a) // a.numel())
+        pieces = zip(a.split(rows), b.split(rows), strict=True)
+    sums = [(x.to(dtype) * y.to(dtype)).sum_to_size(shape) for x, y in pieces]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 def _scale(x: Tensor, factor: Tensor) -> Tensor:
