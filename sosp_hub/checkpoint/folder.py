@@ -39,6 +39,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     try:
         fresh.chmod(0o777 & ~_umask())
         yield fresh
+        for path in fresh.rglob("*"):  # safetensors writes files that only their owner can read
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         old = fresh.with_suffix(".old")
         if folder.is_dir():
             _carry_over(folder, fresh)

@@ -95,7 +95,9 @@ def write_result(
         processor=loaded.image_processor,
         max_shard_size=recipe.output.max_shard_size,
     )
-    save_file(saliency, draft / "saliency.safetensors")
+    scores = draft / "saliency.safetensors"
+    save_file(saliency, scores)
+    scores.chmod((draft / "config.json").stat().st_mode)  # safetensors lets only the owner read
     render_card(draft, figures=recipe.output.figures)
     if recipe.output.figures:
         write_page(draft)

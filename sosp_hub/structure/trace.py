@@ -34,25 +34,26 @@ def trace(
     """Finds the groups of slices of a model that must be cut together.
 
     The model itself is not run and not changed: a copy without data is (FakeTensors), or a real
-    copy where its code
-    looks at values. The pass is the evaluation pass, whatever mode the model is in.
+    copy where its code looks at values. The pass is the evaluation pass, whatever mode the model
+    is in.
 
     Args:
         model: Any module; weights may be on the meta device.
         example_inputs: Positional tensors as a tuple, or keyword tensors as a dict; the first
-            dimension of the first
-            tensor counts samples.
+            dimension of the first tensor counts samples.
         outputs: Names of the outputs that matter (``"logits"``), for models that return a mapping;
-            other outputs may
-            then change their size. None keeps the size of all of them.
+            other outputs may then change their size. None keeps the size of all of them.
         fake: Try without data first; False runs a real copy at once.
 
     Raises:
-        TraceError: The inputs do not fit the model, or its forward pass cannot be followed.
+        TraceError: Not a module, inputs that do not fit the model, or a forward pass that cannot
+            be followed.
     """
-    wanted = (
-        (outputs,) if isinstance(outputs, str) else (None if outputs is None else tuple(outputs))
-    )
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace: the model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(outputs, str):
+        outputs = (outputs,)
+    wanted = None if outputs is None else tuple(outputs)
     twin, terms, entries, exits = _run(model, example_inputs, wanted, fake)
     samples = next(iter(rules.tensors(example_inputs))).shape[0]
     return assemble(twin, terms, (entries, exits), example_inputs, wanted, int(samples))

@@ -112,6 +112,11 @@ def _check_model(model: nn.Module, graph: Graph) -> None:
                 f"this is not the model that was traced: {name!r} has {given}, "
                 f"expected {expected}; trace it again"
             )
+    strange = [name for name, _ in model.named_parameters() if name not in graph.tensors]
+    if strange:
+        raise PlanError(
+            f"this is not the model that was traced: it also has {strange[0]!r}; trace it again"
+        )
 
 
 def cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:

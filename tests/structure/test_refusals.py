@@ -1,0 +1,38 @@
+"""What ``trace`` and ``apply`` refuse, each with what was given and what was expected."""
+
+import pytest
+import torch
+from torch import nn
+
+from sosp_hub.errors import PlanError, TraceError
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import apply
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "outputs", "said"),
+    [
+        ("resnet18", (torch.ones(2, 4),), None, "must be an nn.Module, got str"),
+        (small(), (), None, "at least one tensor"),
+        (small(), (torch.ones(2, 5),), None, r"does not run on .*float32\[2, 5\]"),
+        (small(), (torch.ones(2, 4),), "logits", "expected logits"),
+    ],
+)
+def test_trace_says_what_is_wrong(model, inputs, outputs, said):
+    with pytest.raises(TraceError, match=said):
+        trace(model, inputs, outputs)
+
+
+def test_a_larger_model_is_not_the_traced_one():
+    model = small()
+    graph = trace(model, (torch.ones(2, 4),))
+    (name,) = graph.groups
+    plan = PruningPlan({name: (0, 1)}, {name: 6})
+    larger = nn.Sequential(*small(), nn.Linear(3, 3))
+    with pytest.raises(PlanError, match=r"it also has '3.weight'"):
+        apply(larger, graph, plan)
