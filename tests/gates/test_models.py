@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sosp_hub
+from sosp_hub.criteria.registry import score
 from sosp_hub.derivatives import Protocol, hessian_product
 from sosp_hub.gates import gated
 from sosp_hub.zoo.loss import batch_loss
-from tests.cases import CASES
+from tests.cases import CASES, with_trait
 from tests.compare import assert_close
 
 KINDS = ("channel", "head", "kv_group", "neuron")
@@ -47,3 +48,14 @@ def test_sums_are_derivatives_along_the_ones(case):
     assert_close(found.loss, loss, relative=1e-6)
     assert_close(sum(part.sum() for part in found.gradient.values()), slope, relative=1e-8)
     assert_close(sum(part.sum() for part in found.second.values()), curvature, relative=1e-7)
+
+
+@pytest.mark.parametrize("case", with_trait("gqa"), ids=str)
+@pytest.mark.parametrize("mode", ["exact", "differences"])
+def test_bfloat16_weights_rank_structures_alike(case, mode):
+    model, batch = case.model(), case.batch(4)
+    graph = sosp_hub.trace(model, case.inputs())
+    fine = score(model, graph, [batch], mode="exact")
+    coarse = score(model.bfloat16(), graph, [batch], mode=mode)
+    ranks = [torch.cat(list(s.values())).argsort().argsort().double() for s in (fine, coarse)]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.98
