@@ -42,6 +42,18 @@ def method(name: str, options: Mapping[str, Any]) -> Method | None:
                 f"{gate}, H the Hessian of that loss in the same gates, so that r_s also counts "
                 f"how s interacts with every other structure in every layer. {_PAPER}",
             )
+        case "sosp_i" if options.get("selection", "row_sum") == "row_sum":
+            return Method(
+                "|g_s| + 1/2 sum over s' of |Q_ss'|,   Q = mean over samples of J' R J",
+                f"{gate}, J the Jacobian of the outputs by all gates, R the curvature of the loss "
+                f"by the outputs. {_PAPER}",
+            )
+        case "sosp_i":
+            return Method(
+                "position in the order of removal",
+                f"Q is the Gauss-Newton matrix of the loss in all gates; `{options['selection']}` "
+                f"removes one structure after the other, least first. {_PAPER}",
+            )
         case "taylor" if options.get("form") == "squared":
             return Method("mean over batches of (g_s)^2", f"{gate}, one batch at a time.")
         case "taylor":

@@ -179,6 +179,28 @@ class SospHSection(SecondOrderSection):
     name: Literal["sosp_h"] = Field(default="sosp_h", description="abs(g) + 1/2 abs(r)")
 
 
+class SospISection(GateSection):
+    """Correlations between the structures of all layers, from the Gauss-Newton matrix."""
+
+    name: Literal["sosp_i"] = Field(default="sosp_i", description="correlations of structures")
+    selection: Literal["row_sum", "greedy", "signed", "surgeon"] = Field(
+        default="row_sum", description="scores, or an order of removal (see the criterion)"
+    )
+    damping: Annotated[float, Field(gt=0)] = Field(
+        default=0.01, description="of `surgeon`: added to the diagonal, as a share of its mean"
+    )
+    keep_at_least: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="share of each group that no order removes"
+    )
+    loss: Literal["cross_entropy", "squared"] = Field(
+        default="cross_entropy", description="which curvature of the loss by the logits"
+    )
+    max_classes: Count = Field(
+        default=32, description="above so many classes, labels are drawn from the model"
+    )
+    num_draws: Count = Field(default=1, description="labels drawn per sample")
+
+
 class TaylorSection(GateSection):
     """First-order saliency."""
 
@@ -288,6 +310,7 @@ class BlockInfluenceSection(CriterionSection):
 
 CRITERIA = (
     SospHSection,
+    SospISection,
     TaylorSection,
     MagnitudeSection,
     RandomSection,
@@ -304,6 +327,7 @@ CRITERIA = (
 CRITERION_NAMES = tuple(section.model_fields["name"].default for section in CRITERIA)
 AnyCriterion = Annotated[
     SospHSection
+    | SospISection
     | TaylorSection
     | MagnitudeSection
     | RandomSection

@@ -107,7 +107,7 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
             ["criterion.mode", "which random does not have"],
         ),
         ({"criterion": {"name": "random", "mod": "exact"}}, ["criterion.mod", "unknown key"]),
-        ({"criterion": {"name": "sosp"}}, ["criterion.name", "'sosp'", "`sosp_h`"]),
+        ({"criterion": {"name": "sosp_hh"}}, ["criterion.name", "'sosp_hh'", "`sosp_h`"]),
         ({"criterion": {"name": "block_influence"}}, ["channel", "structure.kinds: [layer]"]),
         ({"structure": {"kinds": ["layer"]}}, ["sosp_h", "layer", "block_influence or random"]),
         ({"criterion": 3}, ["criterion", "3", "section"]),
