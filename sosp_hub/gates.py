@@ -17,10 +17,9 @@ from torch.autograd import Function
 
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Group, Groups, Site
+from sosp_hub.twice import pieces
 
 logger = logging.getLogger(__name__)
-
-PIECE = 2**18  # numbers
 
 GateKind = Literal["activation", "weight"]
 """``activation``: at the group's sites. ``weight``: on the filters that make its slices, as in the
@@ -339,12 +338,8 @@ class _UnitGateBackward(Function):
 
 
 def _sum_product(a: Tensor, b: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """``sum_to_size`` of the product; on a CPU in pieces, since a large new tensor costs more."""
-    pieces = [(a, b)]
-    if a.device.type == "cpu" and shape[0] == 1 and a.numel() > PIECE:
-        rows = max(1, PIECE * len(a) // a.numel())
-        pieces = zip(a.split(rows), b.split(rows), strict=True)
-    sums = [(x.to(dtype) * y.to(dtype)).sum_to_size(shape) for x, y in pieces]
+    parts = pieces(a, b) if shape[0] == 1 else [(a, b)]
+    sums = [(x.to(dtype) * y.to(dtype)).sum_to_size(shape) for x, y in parts]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 

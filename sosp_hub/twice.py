@@ -7,7 +7,7 @@ forms. Everything else takes PyTorch's own path. Measured by ``tests/bench/salie
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 _aten = torch.ops.aten
+PIECE = 2**17  # numbers; on a CPU large new tensors cost more than what is done with them
 
 
 class CheapSecondDerivatives(TorchFunctionMode):
@@ -44,6 +45,14 @@ def _constant(*tensors: Tensor | None) -> bool:
         tensor is None or (type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad)
         for tensor in tensors
     )
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of the first dimension, so small on a CPU that what is made of them stays in cache."""
+    first, rows = tensors[0], len(tensors[0])
+    if first.device.type == "cpu":
+        rows = max(1, PIECE * rows // max(1, first.numel()))
+    return zip(*(tensor.split(max(rows, 1)) for tensor in tensors), strict=True)
 
 
 # Linear maps --------------------------------------------------------------------------------------
@@ -217,7 +226,10 @@ class _PointwiseBackward(Function):
     def backward(ctx: Any, dot: Tensor) -> tuple[Tensor | None, ...]:
         x, grad = ctx.saved_tensors
         backward, second = ctx.functions
-        return second(x).mul_(grad).mul_(dot), backward(dot, x), None, None
+        grad_x = torch.empty_like(x)
+        for out, *parts in pieces(grad_x, x, grad, dot):
+            torch.mul(second(parts[0]).mul_(parts[1]), parts[2], out=out)
+        return grad_x, backward(dot, x), None, None
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
