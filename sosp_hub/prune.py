@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from sosp_hub.errors import SospHubError
 from sosp_hub.recipe.load import load_recipe
 
-_USAGE = "python -m sosp_hub.prune RECIPE.yaml [key.path=value ...] [--overwrite]"
+_USAGE = """python -m sosp_hub.prune RECIPE.yaml [key.path=value ...] [--overwrite]
+       python -m sosp_hub.prune --from-scores FOLDER budget.macs=0.3 [--with-data] [--overwrite]"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,12 +24,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "The same command goes on where a stopped run was.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="what to do; see below")
     parser.add_argument(
-        "overrides",
-        metavar="key.path=value",
+        "given",
+        metavar="RECIPE.yaml key.path=value",
         nargs="*",
-        help="goes before the recipe, such as budget.macs=0.3",
+        help="what to do (see below), and what goes before it, such as budget.macs=0.3",
+    )
+    parser.add_argument(
+        "--from-scores",
+        metavar="FOLDER",
+        help="cut again from the scores in the output of a finished run, to another budget; "
+        "needs neither its data nor a GPU",
+    )
+    parser.add_argument(
+        "--with-data",
+        action="store_true",
+        help="with --from-scores: also measure, re-estimate norms and fine-tune",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output that holds a finished run"
@@ -39,13 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         parser.epilog = f"A recipe is YAML with these sections and keys:\n\n{describe_recipe()}"
     options = parser.parse_intermixed_args(given)
+    if options.with_data and not options.from_scores:
+        parser.error("--with-data belongs to --from-scores; a recipe always has its data")
+    if not options.given and not options.from_scores:
+        parser.error("the path of a recipe is missing, such as recipes/quickstart.yaml")
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
+        scores = None
+        if options.from_scores:
+            from sosp_hub.pipeline.scores import read_scores
+
+            scores = read_scores(options.from_scores, options.given)
+        recipe = scores.recipe if scores else load_recipe(options.given[0], options.given[1:])
         _log_to_terminal()
         from sosp_hub.pipeline.run import run  # torch, which a faulty recipe need not wait for
 
         command = shlex.join(["python", "-m", "sosp_hub.prune", *given])
-        run(recipe, overwrite=options.overwrite, command=command)
+        run(
+            recipe,
+            overwrite=options.overwrite,
+            command=command,
+            scores=scores,
+            with_data=scores is None or options.with_data,
+        )
     except SospHubError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

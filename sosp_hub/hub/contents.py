@@ -12,15 +12,21 @@ from sosp_hub.hub.snippets import read_checkpoint
 
 _TEXT_SUFFIXES = (".md", ".json", ".yaml", ".yml", ".txt", ".html", ".jinja", ".py", ".log")
 _MOST_TEXT_BYTES = 20_000_000
+DENSE = "dense"
+"""Folder of the dense weights that a run made itself; they stay where they are."""
 
 
 def local_files(folder: Path) -> list[str]:
-    """Names of the files to publish, relative to the folder; hidden and unfinished ones are not."""
+    """Names of the files to publish, relative to the folder.
+
+    Hidden and unfinished ones are not published, nor is the dense model.
+    """
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     return [
         name.as_posix()
         for name in names
         if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        and name.parts[0] != DENSE
         and name.suffix != ".part"
     ]
 

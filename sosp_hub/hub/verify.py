@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from sosp_hub.evaluate import evaluate
 from sosp_hub.hub.attempts import explain
 from sosp_hub.hub.facts import format_metric, is_share, overall_metrics, read_report
 from sosp_hub.plan import PruningPlan
-from sosp_hub.recipe.load import load_recipe
+from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.zoo.load import load_model
 
@@ -191,10 +190,7 @@ def _measure(
     if not names or not report.get("recipe"):
         return [Check("metrics", None, "the report publishes none, or no recipe to repeat them")]
     try:
-        with tempfile.TemporaryDirectory(prefix="sosp_hub-verify-") as temporary:
-            path = Path(temporary) / "published.yaml"
-            path.write_text(str(report["recipe"]), encoding="utf-8")
-            recipe = load_recipe(path, overrides)
+        recipe = parse_recipe(str(report["recipe"]), "the published recipe", overrides)
         found = _evaluate(folder, model, recipe, names, num_samples)
     except SospHubError as error:
         return [Check("metrics", None, f"could not be measured: {error}")]

@@ -17,8 +17,10 @@ from sosp_hub.cost import cost
 from sosp_hub.distributed import logger, to_device
 from sosp_hub.evaluate import measure_latency
 from sosp_hub.hub.card import render_card
+from sosp_hub.hub.contents import DENSE
 from sosp_hub.hub.facts import scrub
 from sosp_hub.hub.page import write_page
+from sosp_hub.pipeline.scores import SALIENCY
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import PushSection, Recipe
@@ -42,6 +44,8 @@ def write_result(
     metrics: Mapping[str, Any],
     history: list[dict[str, float]],
     calibration: Mapping[str, Any],
+    base: Mapping[str, Any],
+    keep_dense: bool,
     seconds: Mapping[str, float],
     draft: Path,
     output: Path,
@@ -73,12 +77,7 @@ def write_result(
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "timings_s": dict(seconds),
-        "base": {
-            "model": loaded.base_model,
-            "revision": loaded.base_revision,
-            "architecture": Path(recipe.model.id).name,
-            **loaded.card,
-        },
+        "base": dict(base),
         "recipe": scrub(dump_recipe(recipe, whole=False)),
         "command": scrub(command),
         "history": history,
@@ -95,7 +94,9 @@ def write_result(
         processor=loaded.image_processor,
         max_shard_size=recipe.output.max_shard_size,
     )
-    scores = draft / "saliency.safetensors"
+    if keep_dense:
+        save_pretrained(loaded.model, draft / DENSE)
+    scores = draft / SALIENCY
     save_file(saliency, scores)
     scores.chmod((draft / "config.json").stat().st_mode)  # safetensors lets only the owner read
     render_card(draft, figures=recipe.output.figures)

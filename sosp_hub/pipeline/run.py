@@ -11,13 +11,21 @@ from sosp_hub.distributed import (
 )
 from sosp_hub.errors import OutputExistsError
 from sosp_hub.pipeline.result import publish, write_result
+from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stages import Stages
 from sosp_hub.pipeline.table import show_result
 from sosp_hub.pipeline.work import WorkFolder
 from sosp_hub.recipe.schema import Recipe
 
 
-def run(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    scores: Scores | None = None,
+    with_data: bool = True,
+) -> dict[str, Any]:
     """Does everything a recipe says and leaves the result in its output folder.
 
     What a stage makes is kept in ``OUTPUT.partial`` until the output is in place; a run that was
@@ -27,6 +35,8 @@ def run(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[s
         recipe: What to do.
         overwrite: Replace an output folder that holds a finished run.
         command: What the user typed, for the report.
+        scores: Of an earlier run of the same recipe, used instead of scoring.
+        with_data: Measure and train too; else the data is not opened and the model only cut.
 
     Returns:
         The report.
@@ -38,14 +48,14 @@ def run(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[s
     _check_output(output, overwrite)
     work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
     _say_what_is_kept(work)
-    stages = Stages(recipe, work)
+    stages = Stages(recipe, work, scores, with_data=with_data)
     graph = stages.trace()
     stages.train_dense()
     dense = stages.measure("dense_metrics", stages.model)
     saliency = stages.score(graph)
     plan = stages.plan(graph, saliency)
     pruned = stages.cut(graph, plan)
-    metrics = {"dense": dense, "cut": stages.measure("cut_metrics", pruned)}
+    metrics: dict[str, Any] = {"dense": dense, "cut": stages.measure("cut_metrics", pruned)}
     if stages.recalibrate(pruned):
         metrics["recalibrated"] = stages.measure("recalibrated_metrics", pruned)
     history = stages.recover(pruned)
@@ -59,9 +69,11 @@ def run(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[s
             graph=graph,
             plan=plan,
             saliency=saliency,
-            metrics=metrics,
+            metrics=metrics if with_data else {},
             history=history,
             calibration=stages.calibration,
+            base=stages.base,
+            keep_dense=stages.made_dense and recipe.output.keep_dense,
             seconds=work.seconds(),
             draft=work.folder / "result" / output.name,
             output=output,

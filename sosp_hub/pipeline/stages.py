@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from sosp_hub.allocation import allocate
 from sosp_hub.criteria.registry import score
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
-from sosp_hub.data.source import SplitName, open_data
+from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
 from sosp_hub.distributed import (
     OnDevice,
     from_main,
@@ -28,6 +29,7 @@ from sosp_hub.distributed import (
 from sosp_hub.errors import TraceError
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
+from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.work import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schema import Recipe, TrainSection
@@ -42,19 +44,41 @@ if TYPE_CHECKING:
 
 
 class Stages:
-    """The stages, and what several of them need."""
+    """The stages, and what several of them need.
 
-    def __init__(self, recipe: Recipe, work: WorkFolder) -> None:
-        self.recipe, self.work = recipe, work
+    Args:
+        recipe: What to do.
+        work: Where the stages leave what they made.
+        scores: Of an earlier run, to be used instead of scoring.
+        with_data: Open the data; without it nothing is measured and nothing trained.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        work: WorkFolder,
+        scores: Scores | None = None,
+        *,
+        with_data: bool = True,
+    ) -> None:
+        if scores is not None:
+            recipe = recipe.model_copy(update={"model": scores.model()})
+        self.recipe, self.work, self.scores = recipe, work, scores
         self.accelerator = make_accelerator(recipe.finetune.mixed_precision, recipe.seed)
         set_seed(recipe.seed)
-        self.data = open_data(recipe.data, recipe.model.task, seed=recipe.seed)
-        self.loaded = load_from_zoo(recipe.model, data=self.data.info)
+        self._data = (
+            open_data(recipe.data, recipe.model.task, seed=recipe.seed) if with_data else None
+        )
+        info = self._data.info if self._data else DataInfo(image_size=recipe.data.image_size)
+        self.loaded = load_from_zoo(recipe.model, data=info)
         self.model = self.loaded.model
-        self.train = self._split("train")
-        self.test = self._split("test")
         self._batches: Sequence[Any] | None = None
-        if recipe.criterion.num_samples > len(self.train):
+        if self._data is None:
+            logger.info("the data is not opened: nothing is measured, and nothing trained")
+            return
+        self.train = self._split(self._data, "train")
+        self.test = self._split(self._data, "test")
+        if scores is None and recipe.criterion.num_samples > len(self.train):
             logger.warning(
                 "criterion.num_samples is %d; the train split has %d samples, all are used",
                 recipe.criterion.num_samples,
@@ -62,11 +86,12 @@ class Stages:
             )
 
     @property
-    def calibration(self) -> dict[str, Any]:
+    def calibration(self) -> Mapping[str, Any]:
         """What calibrates, for the report."""
-        num_samples = min(self.recipe.criterion.num_samples, len(self.train))
-        seed = self.recipe.seed
-        return {"data": self.data.name, "num_samples": num_samples, "seed": seed}
+        if self.scores is not None:
+            return self.scores.calibration
+        name = self._data.name if self._data else None
+        return {"data": name, "num_samples": self._num_samples, "seed": self.recipe.seed}
 
     def trace(self) -> Graph:
         """Finds the groups; refuses what cannot be cut so far before anything long begins."""
@@ -91,6 +116,25 @@ class Stages:
         self.model.to(self.accelerator.device)
         return graph
 
+    @property
+    def made_dense(self) -> bool:
+        """Whether the dense weights are of this run's own making, so that nobody else has them."""
+        if self.scores is not None:
+            return self.scores.has_dense
+        model = self.recipe.model
+        return self.loaded.new_head or not model.pretrained or bool(model.train)
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """Where the dense model comes from, for the report."""
+        found = {
+            "model": self.loaded.base_model,
+            "revision": self.loaded.base_revision,
+            "architecture": Path(self.recipe.model.id).name,
+            **self.loaded.card,
+        }
+        return {**found, **self.scores.base} if self.scores is not None else found
+
     def train_dense(self) -> None:
         """Trains the dense model, where the recipe says so."""
         config = self.recipe.model.train
@@ -105,8 +149,10 @@ class Stages:
         self._trained("dense", self.model, config, "train dense")
 
     def measure(self, stage: str, model: nn.Module) -> dict[str, Any]:
-        """Metrics on the test split."""
+        """Metrics on the test split; none without data."""
         section = self.recipe.evaluate
+        if self._data is None:
+            return {}
 
         def make() -> dict[str, Any]:
             loader = make_loader(self.test, section.batch_size, num_workers=self._num_workers)
@@ -120,6 +166,8 @@ class Stages:
 
     def score(self, graph: Graph) -> "Saliency":
         """Saliency of every structure that may go."""
+        if self.scores is not None:
+            return self.scores.saliency
         tensors = self.work.tensors("saliency")
 
         def make() -> dict[str, Any]:
@@ -186,14 +234,14 @@ class Stages:
 
     def recalibrate(self, pruned: nn.Module) -> bool:
         """Re-estimates BatchNorm statistics; whether there was anything to do."""
-        if not self.recipe.finetune.recalibrate_norm:
+        if not self.recipe.finetune.recalibrate_norm or self._data is None:
             return False
         return recalibrate_norm(pruned, self._calibration_batches()) > 0
 
     def recover(self, pruned: nn.Module) -> list[dict[str, float]]:
         """Fine-tunes; the loss curve, empty where the recipe asks for none."""
         config = self.recipe.finetune
-        if config.epochs == 0:
+        if config.epochs == 0 or self._data is None:
             return []
         teacher = self.model if config.distill else None
         return self._trained("final", pruned, config, "fine-tune", teacher)
@@ -211,7 +259,7 @@ class Stages:
         def make() -> dict[str, Any]:
             history = finetune(
                 model,
-                self._split("train", augment=True) if config.augment else self.train,
+                self._augmented() if config.augment else self.train,
                 config,
                 teacher=teacher,
                 checkpoint_dir=self.work.training_state(stage),
@@ -265,7 +313,7 @@ class Stages:
             criterion = self.recipe.criterion
             self._batches = calibration_batches(
                 self.train,
-                self.calibration["num_samples"],
+                self._num_samples,
                 criterion.batch_size,
                 seed=self.recipe.seed,
                 rank=self.accelerator.process_index,
@@ -273,8 +321,16 @@ class Stages:
             )
         return self._batches
 
-    def _split(self, name: SplitName, augment: bool = False) -> Split:
-        return load_split(self.data, name, self.loaded.processor, augment=augment)
+    def _split(self, data: OpenData, name: SplitName, augment: bool = False) -> Split:
+        return load_split(data, name, self.loaded.processor, augment=augment)
+
+    def _augmented(self) -> Split:
+        assert self._data is not None  # nothing is trained without it
+        return self._split(self._data, "train", augment=True)
+
+    @property
+    def _num_samples(self) -> int:
+        return min(self.recipe.criterion.num_samples, len(self.train))
 
     @property
     def _num_workers(self) -> int:

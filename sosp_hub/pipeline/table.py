@@ -67,6 +67,7 @@ def _metrics(metrics: Mapping[str, Any]) -> Table:
 _FILES = {
     "README.md": "model card",
     "config.json": "configuration",
+    "dense": "the dense model, for --from-scores",
     "figures": "kept widths, saliency, recovery",
     "model.safetensors": "weights",
     "report.html": "the same as a page",

@@ -24,8 +24,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: Anything that keeps the recipe from being valid; all faults at once.
     """
     path = Path(path)
+    return parse_recipe(_read(path), str(path), overrides, output_dir=f"runs/{path.stem}")
+
+
+def parse_recipe(
+    text: str, source: str, overrides: Sequence[str] = (), *, output_dir: str | None = None
+) -> Recipe:
+    """A recipe from its text, such as ``dump_recipe`` makes.
+
+    Args:
+        text: YAML.
+        source: Where the text comes from, for errors.
+        overrides: As for `load_recipe`.
+        output_dir: The output folder where neither says one.
+
+    Raises:
+        RecipeError: As `load_recipe`.
+    """
+    data = _parse(text, source)
+    if not isinstance(data, dict):
+        given = "nothing" if data is None else f"a {type(data).__name__}"
+        fault = f"holds {given}; expected the sections `model:` and `data:` at least"
+        raise RecipeError(source, [fault])
     faults: list[str] = []
-    data = _read(path)
     for override in overrides:
         try:
             _override(data, override)
@@ -33,13 +54,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             faults.append(str(error))
     output = data.setdefault("output", {})
     if isinstance(output, dict) and output.get("dir") is None:
-        output["dir"] = f"runs/{path.stem}"
+        output["dir"] = output_dir
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         faults.extend(explain(error))
     if faults:
-        raise RecipeError(str(path), faults)
+        raise RecipeError(source, faults)
     return recipe
 
 
@@ -84,10 +105,10 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> str:
     source = str(path)
     try:
-        text = path.read_text("utf-8")
+        return path.read_text("utf-8")
     except FileNotFoundError:
         fault = "no such file; write the path of a recipe, such as recipes/quickstart.yaml"
         raise RecipeError(source, [fault]) from None
@@ -96,12 +117,6 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         fault = f"cannot be read ({error.strerror}); write the path of a recipe file"
         raise RecipeError(source, [fault]) from None
-    data = _parse(text, source)
-    if not isinstance(data, dict):
-        given = "nothing" if data is None else f"a {type(data).__name__}"
-        fault = f"holds {given}; expected the sections `model:` and `data:` at least"
-        raise RecipeError(source, [fault])
-    return data
 
 
 def _parse(text: str, source: str) -> Any:

@@ -424,6 +424,10 @@ class OutputSection(Section):
         default="5GB", description="largest safetensors file, such as 500MB or 5GB"
     )
     figures: bool = Field(default=True, description="draw kept widths, saliency and metrics")
+    keep_dense: bool = Field(
+        default=True,
+        description="keep dense weights that this run made or trained, for --from-scores",
+    )
 
 
 class PushSection(Section):

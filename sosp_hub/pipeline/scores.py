@@ -1,0 +1,132 @@
+"""The scores of a finished run: what another budget is cut from, without scoring again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sosp_hub.errors import ModelError, OutputExistsError, RecipeError
+from sosp_hub.hub.contents import DENSE
+from sosp_hub.hub.facts import read_report
+from sosp_hub.recipe.load import parse_recipe
+from sosp_hub.recipe.schema import BUDGETS, ModelSection, Recipe
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Saliency
+
+SALIENCY = "saliency.safetensors"
+_FREE = ("budget", "data", "evaluate", "finetune", "output", "push")
+_FREE_KEYS = ("model.id", "model.revision", "structure.verify")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a finished run leaves for another budget.
+
+    Attributes:
+        folder: Output of that run.
+        recipe: Its recipe, with another budget and output folder.
+        saliency: Its scores.
+        calibration: What they were made with, for the report.
+        base: What its report says of the dense model.
+    """
+
+    folder: Path
+    recipe: Recipe
+    saliency: "Saliency"
+    calibration: Mapping[str, Any]
+    base: Mapping[str, Any]
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether the folder holds the dense weights, because that run made them."""
+        return (self.folder / DENSE).is_dir()
+
+    def model(self) -> ModelSection:
+        """Where the dense weights are that were scored.
+
+        Raises:
+            ModelError: That run made them and did not keep them, or they are in a folder that its
+            report does not name.
+        """
+        section = self.recipe.model
+        if self.has_dense:
+            kept = {"id": str(self.folder / DENSE), "revision": None, "kwargs": {}, "train": None}
+            return section.model_copy(update={**kept, "pretrained": True, "num_labels": None})
+        if not section.pretrained or section.train:
+            raise ModelError(
+                f"{self.folder}: its dense model was trained in that run, and the folder "
+                f"{DENSE}/ with its weights is gone or was not kept (output.keep_dense); "
+                "run the recipe again with the other budget"
+            )
+        if section.id.startswith(".../"):
+            raise ModelError(
+                f"{self.folder}: its report does not keep the folder {section.id} of the dense "
+                "model; write model.id=FOLDER"
+            )
+        revision = section.revision or self.base.get("revision")
+        return section.model_copy(update={"revision": revision})
+
+
+def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
+    """Reads the output folder of a run.
+
+    Args:
+        folder: The output.
+        overrides: ``key.path=value`` for its recipe. A budget takes the place of the old one; what
+            the scores depend on cannot be changed.
+
+    Raises:
+        OutputExistsError: No output of a run, or one without its scores.
+        RecipeError: Overrides that the scores do not allow.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise OutputExistsError(f"--from-scores: {folder}: no such folder")
+    report = read_report(folder)
+    for name, there in (
+        ("sosp_report.json", report is not None),
+        (SALIENCY, (folder / SALIENCY).is_file()),
+    ):
+        if not there:
+            raise OutputExistsError(
+                f"--from-scores: {folder} has no {name}; give the output folder of a run"
+            )
+    report = report or {}
+    source = f"the recipe of {folder}"
+    made = parse_recipe(str(report.get("recipe") or ""), source)
+    _check(folder, made, overrides)
+    dropped = [f"budget.{name}=null" for name in BUDGETS]
+    first = parse_recipe(str(report["recipe"]), source, [*dropped, *overrides])
+    name = "-".join(
+        [folder.resolve().name, *(f"{k}-{v:g}" for k, v in first.budget.targets().items())]
+    )
+    place = [f"output.dir={folder.resolve().with_name(name)}", "push=null"]
+    recipe = parse_recipe(str(report["recipe"]), source, [*dropped, *place, *overrides])
+    try:
+        saliency = load_file(folder / SALIENCY)
+    except (SafetensorError, OSError) as error:
+        raise OutputExistsError(
+            f"--from-scores: {folder / SALIENCY} is damaged ({error}); run the recipe again"
+        ) from error
+    base = {key: value for key, value in (report.get("base") or {}).items() if value is not None}
+    return Scores(folder, recipe, saliency, report.get("calibration") or {}, base)
+
+
+def _check(folder: Path, made: Recipe, overrides: Sequence[str]) -> None:
+    faults = []
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for key in keys:
+        section = key.partition(".")[0]
+        if section not in _FREE and key not in _FREE_KEYS:
+            faults.append(
+                f"{key}: the scores in {folder} were made with another ({made.criterion.name} for "
+                f"{', '.join(made.structure.kinds)}); leave it out, or run the recipe with it"
+            )
+    if not any(key.startswith("budget.") and key.partition(".")[2] in BUDGETS for key in keys):
+        faults.append("no other budget is given; write one, such as budget.macs=0.3")
+    if faults:
+        raise RecipeError("--from-scores", faults)

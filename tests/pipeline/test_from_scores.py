@@ -1,0 +1,159 @@
+"""``--from-scores``: another budget from the scores of a finished run, without data."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import sosp_hub
+from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.hub.contents import local_files
+from sosp_hub.hub.facts import collect
+from sosp_hub.pipeline import stages
+from sosp_hub.prune import main
+from tests.compare import assert_close
+
+RECIPE = """
+model:
+  library: timm
+  id: cifar_resnet20
+  task: image-classification
+  pretrained: false
+  train: {epochs: 1, learning_rate: 3.0e-3, batch_size: 32}
+data: {id: sklearn/digits, num_train: 96, num_test: 50}
+criterion: {name: taylor, num_samples: 32, batch_size: 32}
+budget: {params: 0.6}
+finetune: {epochs: 1, batch_size: 32}
+evaluate: {latency_batch_size: 1}
+output: {figures: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    assert main([str(folder / "recipe.yaml"), f"output.dir={folder / 'out'}"]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def unreachable(*_, **__):
+    raise AssertionError("the data was asked for")
+
+
+def test_another_budget_needs_no_data_and_no_scoring(run, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "open_data", unreachable)
+    monkeypatch.setattr(stages, "score", unreachable)
+    assert main(["--from-scores", str(run), "budget.macs=0.3"]) == 0
+    output = run.with_name("run-macs-0.3")
+    said = capsys.readouterr()
+    assert "nothing is measured" in said.err
+    assert str(output) in said.out
+    report = json.loads((output / "sosp_report.json").read_text())
+    assert 0.2 < report["cost"]["after"]["macs"] / report["cost"]["before"]["macs"] <= 0.3
+    assert report["metrics"] == {}
+    assert report["calibration"] == {"data": "sklearn/digits", "num_samples": 32, "seed": 0}
+    assert report["base"]["architecture"] == "cifar_resnet20"
+    assert "quality of this model" in collect(report).unmeasured
+
+    # The slow way: the dense model, its groups, the stored scores.
+    dense = sosp_hub.from_pretrained(run / "dense")
+    graph = sosp_hub.trace(dense, made_up_inputs(dense))
+    scores = load_file(run / "saliency.safetensors")
+    plan = sosp_hub.allocate(graph, scores, macs=0.3)
+    assert report["plan"]["kept"] == {name: list(kept) for name, kept in plan.kept.items()}
+    expected = sosp_hub.apply(dense, graph, plan).state_dict()
+    found = sosp_hub.from_pretrained(output).state_dict()
+    for name, tensor in expected.items():
+        assert_close(found[name], tensor, relative=0, what=name)
+
+    # And once more from what came out.
+    assert main(["--from-scores", str(output), "budget.macs=0.5"]) == 0
+    again = json.loads((run.with_name("run-macs-0.3-macs-0.5") / "sosp_report.json").read_text())
+    assert 0.4 < again["cost"]["after"]["macs"] / again["cost"]["before"]["macs"] <= 0.5
+
+
+def test_with_its_data_it_is_measured_and_trained(run, monkeypatch):
+    monkeypatch.setattr(stages, "score", unreachable)
+    given = ["--from-scores", str(run), "--with-data", "budget.macs=0.4", "evaluate.latency=false"]
+    assert main(given) == 0
+    report = json.loads((run.with_name("run-macs-0.4") / "sosp_report.json").read_text())
+    before = json.loads((run / "sosp_report.json").read_text())
+    assert report["metrics"]["dense"] == before["metrics"]["dense"]
+    assert report["metrics"]["final"]["accuracy"]["n"] == 50
+    assert report["history"]
+
+
+def test_the_dense_weights_stay_at_home(finished):
+    assert (finished / "dense" / "model.safetensors").is_file()
+    assert not [name for name in local_files(finished) if name.startswith("dense")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["criterion.name=random"], ["criterion.name", "taylor", "run the recipe"]),
+        (["structure.kinds=[head]"], ["structure.kinds"]),
+        (["model.task=causal-lm"], ["model.task"]),
+        (["budget.macs=2"], ["budget.macs", "at most 1"]),
+        (["budget.macs=0.3", "output.dir=RUN"], ["holds a finished run"]),
+        ([], ["budget"]),
+    ],
+    ids=str,
+)
+def test_what_the_scores_do_not_allow_is_refused(run, capsys, overrides, words):
+    overrides = [each.replace("RUN", str(run)) for each in overrides]
+    assert main(["--from-scores", str(run), *overrides]) == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error, error
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def without_scores(run):
+    (run / "saliency.safetensors").unlink()
+
+
+def with_broken_scores(run):
+    (run / "saliency.safetensors").write_bytes(b"\x00" * 20)
+
+
+def with_scores_of_another_model(run):
+    scores = load_file(run / "saliency.safetensors")
+    name = next(iter(scores))
+    save_file({**scores, name: scores[name][:-1].clone()}, run / "saliency.safetensors")
+
+
+def without_report(run):
+    (run / "sosp_report.json").unlink()
+
+
+def without_dense_weights(run):
+    shutil.rmtree(run / "dense")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (without_scores, ["saliency.safetensors", "output folder of a run"]),
+        (with_broken_scores, ["saliency.safetensors", "damaged"]),
+        (with_scores_of_another_model, ["has 16 structures", "15"]),
+        (without_report, ["sosp_report.json"]),
+        (without_dense_weights, ["dense", "run the recipe again"]),
+        (shutil.rmtree, ["no such folder"]),
+    ],
+)
+def test_a_folder_without_usable_scores_is_refused(run, capsys, damage, words):
+    damage(run)
+    assert main(["--from-scores", str(run), "budget.macs=0.3"]) == 2
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error, error
+    assert "Traceback" not in error
