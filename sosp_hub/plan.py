@@ -120,6 +120,54 @@ class PruningPlan:
             ) from error
 
 
+@dataclass(frozen=True)
+class GrowthPlan:
+    """Copies per group: the opposite of a cut.
+
+    Attributes:
+        copies: How often each structure of a group is there in the wider model, itself included;
+            an unlisted group keeps its width.
+
+    Raises:
+        PlanError: A structure without a copy, or a number of copies that is none.
+    """
+
+    copies: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        lists = {group: tuple(numbers) for group, numbers in self.copies.items()}
+        object.__setattr__(self, "copies", lists)
+        for name, numbers in lists.items():
+            wrong = [number for number in numbers if type(number) is not int or number < 1]
+            if wrong or not numbers:
+                raise PlanError(
+                    f"growth: group {name!r} must have at least one copy of each structure, "
+                    f"got {wrong[0] if wrong else 'no structures'!r}; "
+                    "only a PruningPlan takes structures away"
+                )
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """For each structure of the wider group the one it is a copy of, in order."""
+        return {
+            name: tuple(i for i, number in enumerate(numbers) for _ in range(number))
+            for name, numbers in self.copies.items()
+        }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each listed group in the model that the plan was made for."""
+        return {name: len(numbers) for name, numbers in self.copies.items()}
+
+    def num_kept(self) -> dict[str, int]:
+        """Number of structures of each listed group in the wider model."""
+        return {name: sum(numbers) for name, numbers in self.copies.items()}
+
+
+Plan = PruningPlan | GrowthPlan
+"""Both say which old structure each new one is: ``kept``, ``sizes``, ``num_kept()``."""
+
+
 def _check_indices(name: str, kept: Sequence[int], size: int) -> None:
     if not all(type(i) is int for i in (*kept, size)):
         raise PlanError(

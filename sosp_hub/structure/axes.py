@@ -311,6 +311,26 @@ def keep_mask(axis: Axis, kept: Mapping[int, NDArray[np.bool_]]) -> NDArray[np.b
     return np.concatenate([keep_mask(part, kept) for part in axis.parts])
 
 
+def sources(axis: Axis, chosen: Mapping[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Which position of an axis each position of the new one comes from.
+
+    ``chosen`` maps the id of a root atom to the structure that each of its new ones comes from:
+    left out, or taken more than once.
+    """
+    axis = resolve(axis)
+    if isinstance(axis, Atom):
+        return chosen.get(axis.id, np.arange(axis.size))
+    if isinstance(axis, Prod):
+        found = np.zeros(1, np.int64)
+        for factor in axis.factors:
+            found = np.add.outer(found * size_of(factor), sources(factor, chosen)).ravel()
+        return found
+    starts = np.cumsum([0, *(size_of(part) for part in axis.parts)])
+    return np.concatenate(
+        [start + sources(part, chosen) for start, part in zip(starts, axis.parts, strict=False)]
+    )
+
+
 def index_of(axis: Axis, atom: Atom) -> NDArray[np.int64]:
     """For each position of an axis the structure of ``atom`` it belongs to, or -1."""
     axis = resolve(axis)

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosp_hub.errors import PlanError
-from sosp_hub.plan import PruningPlan
-from sosp_hub.structure.axes import Atom, keep_mask
+from sosp_hub.plan import Plan, PruningPlan
+from sosp_hub.structure.axes import Atom, size_of, sources
 from sosp_hub.structure.groups import Group
 from sosp_hub.structure.terms import Axes, Constraint, Step
 from sosp_hub.structure.ties import Count
@@ -66,7 +66,7 @@ class Graph:
     num_params: int = 0
     num_cuttable_params: dict[str, int] = field(default_factory=dict)
 
-    def check(self, plan: PruningPlan) -> None:
+    def check(self, plan: Plan) -> None:
         """Raises PlanError unless the plan was made for this model and obeys its ties."""
         for name, size in plan.sizes.items():
             group = self.groups.get(name)
@@ -103,16 +103,18 @@ class Graph:
         left = {self.atoms[n].id: number for n, number in counts.items() if n in self.atoms}
         return lambda atom: left.get(atom.id, atom.size)
 
-    def kept_positions(
-        self, tensor: str, plan: PruningPlan
-    ) -> tuple[NDArray[np.int64] | None, ...]:
-        """Positions of each dimension of a tensor that stay; None where all do."""
-        masks = self.keep(plan)
-        positions = []
-        for axis in self.tensors[tensor]:
-            mask = keep_mask(axis, masks)
-            positions.append(None if mask.all() else np.flatnonzero(mask))
-        return tuple(positions)
+    def kept_positions(self, tensor: str, plan: Plan) -> tuple[NDArray[np.int64] | None, ...]:
+        """Where each position of each new dimension comes from; None where all stay as they are."""
+        chosen = {
+            self.atoms[name].id: np.asarray(kept)
+            for name, kept in plan.kept.items()
+            if name in self.atoms
+        }
+        found = [sources(axis, chosen) for axis in self.tensors[tensor]]
+        dense = [np.arange(size_of(axis)) for axis in self.tensors[tensor]]
+        return tuple(
+            None if np.array_equal(*pair) else pair[0] for pair in zip(found, dense, strict=True)
+        )
 
     def __str__(self) -> str:
         from sosp_hub.structure.show import show

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sosp_hub.errors import PlanError
-from sosp_hub.plan import PruningPlan
+from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
@@ -44,7 +44,7 @@ def apply(
     """
     _check_arguments(graph, plan, verify)
     graph.check(plan)
-    _check_model(model, graph)
+    check_model(model, graph)
     if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError("the model has no weights (meta device): give verify='fast', or load them")
     dense = fold(copy.deepcopy(model), graph, plan) if plan.gates else model
@@ -66,7 +66,7 @@ def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
             factors = torch.ones(group.size, dtype=torch.float64)
             factors[list(plan.kept[name])] = torch.tensor(gates, dtype=torch.float64)
             for member in readers:
-                weight = _get(model, member.tensor)
+                weight = get_tensor(model, member.tensor)
                 index = torch.as_tensor(member.index)
                 scale = torch.where(index >= 0, factors[index.clamp(min=0)], 1.0)
                 shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
@@ -102,7 +102,8 @@ def _check_arguments(graph: object, plan: object, verify: object) -> None:
         raise PlanError(f"verify: got {verify!r}, expected {' or '.join(get_args(Verify))}")
 
 
-def _check_model(model: nn.Module, graph: Graph) -> None:
+def check_model(model: nn.Module, graph: Graph) -> None:
+    """Raises PlanError unless ``graph`` was traced from this model."""
     found = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, axes in graph.tensors.items():
         expected = [size_of(axis) for axis in axes]
@@ -119,13 +120,13 @@ def _check_model(model: nn.Module, graph: Graph) -> None:
         )
 
 
-def cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
+def cut(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """Slices tensors and rewrites attributes in place, without any check."""
     with torch.no_grad():
         for name in graph.tensors:
             positions = graph.kept_positions(name, plan)
             if any(kept is not None for kept in positions):
-                old = _get(model, name)
+                old = get_tensor(model, name)
                 new = old.detach()
                 for dim, kept in enumerate(positions):
                     if kept is not None:
@@ -140,7 +141,8 @@ def cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
     return model
 
 
-def _get(model: nn.Module, name: str) -> Tensor:
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of this name."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     parameter = module._parameters.get(leaf)

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from sosp_hub.plan import PruningPlan
+from sosp_hub.plan import Plan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.ints import Attribute
 from sosp_hub.structure.ties import attribute_values
 
 
-def rewrite(model: nn.Module, graph: Graph, plan: PruningPlan) -> None:
+def rewrite(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Sets every attribute the cut changes; a module that needs it gets its own config."""
     values = attribute_values(graph.constraints, graph.count(plan.num_kept()))
     configs: dict[tuple[str, str], Any] = {}
@@ -68,7 +68,7 @@ _COPIES = ("num_key_value_groups", "n_rep")
 
 
 def _unread_head_attributes(
-    model: nn.Module, graph: Graph, plan: PruningPlan, known: set[tuple[str, str]]
+    model: nn.Module, graph: Graph, plan: Plan, known: set[tuple[str, str]]
 ) -> None:
     """Head counts that the traced path did not read but another kernel's path may."""
     ratios: dict[str, dict[str, tuple[int, int]]] = {}

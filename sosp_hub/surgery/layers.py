@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sosp_hub.plan import PruningPlan
+from sosp_hub.plan import Plan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.shadow import is_config
 
@@ -14,7 +14,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NUMBERS = ("layer_idx", "layer_id", "layer_number")
 
 
-def drop_layers(model: nn.Module, graph: Graph, plan: PruningPlan) -> None:
+def drop_layers(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Removes in place the layers that a plan does not keep.
 
     The rest moves up: positions, ``layer_idx`` and the config's layer count and per-layer lists
@@ -38,7 +38,7 @@ def drop_layers(model: nn.Module, graph: Graph, plan: PruningPlan) -> None:
         _rewrite_configs(model, len(children), stays)
 
 
-def bypassed(model: nn.Module, graph: Graph, plan: PruningPlan) -> None:
+def bypassed(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Makes the layers that a plan does not keep hand on their input: the masked model."""
     for name, kept in plan.kept.items():
         group = graph.groups[name]

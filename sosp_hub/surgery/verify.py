@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sosp_hub.errors import TraceError, VerificationError
-from sosp_hub.plan import PruningPlan
+from sosp_hub.plan import GrowthPlan, Plan, PruningPlan
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import keep_mask, size_of
 from sosp_hub.structure.graph import Graph
@@ -29,6 +29,7 @@ networks, wrong cuts 1e-2.
 """
 
 Cut = Callable[[nn.Module, Graph, PruningPlan], nn.Module]
+Grow = Callable[[nn.Module, Graph, GrowthPlan], nn.Module]
 
 
 def verify_cut(
@@ -59,7 +60,7 @@ def verify_cut(
         ) from failure
 
 
-def check_shapes(pruned: nn.Module, graph: Graph, plan: PruningPlan) -> None:
+def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan) -> None:
     """Runs the cut model without data and compares its shapes with the predicted ones."""
     try:
         small = retrace(pruned, graph.example_inputs)
@@ -86,10 +87,50 @@ def check_shapes(pruned: nn.Module, graph: Graph, plan: PruningPlan) -> None:
 
 def relative_error(model: nn.Module, pruned: nn.Module, graph: Graph, plan: PruningPlan) -> float:
     """Largest difference between cut and masked model, relative to the largest output."""
-    inputs = graph.example_inputs
+    return _difference(_outputs(pruned, graph), masked_outputs(model, graph, plan))
+
+
+def verify_growth(
+    model: nn.Module,
+    wide: nn.Module,
+    graph: Graph,
+    growth: GrowthPlan,
+    *,
+    thorough: bool,
+    grow: Grow,
+) -> None:
+    """Raises unless ``wide`` has the predicted shapes and computes what ``model`` computes."""
+    check_shapes(wide, graph, growth)
+    if not thorough:
+        return
+    dense = _without_zeros(copy.deepcopy(model).eval())
+    expected = _outputs(dense, graph)
+    error = _difference(_outputs(grow(dense, graph, growth), graph), expected)
+    if error <= TOLERANCE:
+        return
+    for name in growth.copies:
+        part = GrowthPlan({name: growth.copies[name]})
+        tied = any(name in tie for tie in graph.ties)
+        if (
+            not tied
+            and _difference(_outputs(grow(dense, graph, part), graph), expected) > TOLERANCE
+        ):
+            break
+    else:
+        name = " and ".join(list(growth.copies)[:3])
+    raise VerificationError(
+        f"the widened model's outputs differ from the model's by {error:.1e} (relative). "
+        f"Group {name!r} is where it goes wrong; leave it out"
+    )
+
+
+def _outputs(model: nn.Module, graph: Graph) -> list[Tensor]:
     with torch.no_grad():
-        found = output_tensors(wanted_outputs(call(pruned.eval(), inputs), graph.outputs))
-        expected = masked_outputs(model, graph, plan)
+        result = call(model.eval(), graph.example_inputs)
+    return output_tensors(wanted_outputs(result, graph.outputs))
+
+
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     worst = 0.0
     for one, two in zip(found, expected, strict=True):
         if one.shape != two.shape:

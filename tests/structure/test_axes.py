@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sosp_hub.structure.axes import (
@@ -25,6 +25,7 @@ from sosp_hub.structure.axes import (
     pin,
     resolve,
     size_of,
+    sources,
     split,
     unify,
 )
@@ -106,6 +107,20 @@ def test_keep_mask_size_and_index_follow_from_the_positions(recipe, seed):
         if all(len(structures) <= 1 for structures in made):  # no factor of itself
             expected_index = [structures[0] if structures else -1 for structures in made]
             np.testing.assert_array_equal(index_of(axis, atom), expected_index)
+
+
+@given(_RECIPES, st.integers(0, 99))
+def test_sources_are_kept_positions_and_copies(recipe, seed):
+    axis = build(recipe, pool())
+    assume(not has_square(axis))
+    kept = random_cut([axis], seed)
+    chosen = {number: np.flatnonzero(mask) for number, mask in kept.items()}
+    np.testing.assert_array_equal(sources(axis, chosen), np.flatnonzero(stays(axis, kept)))
+    copies = {a.id: np.repeat(np.arange(a.size), 2 + np.arange(a.size) % 2) for a in atoms(axis)}
+    number = [
+        np.prod([2 + i % 2 for _, i in made] or [1], dtype=int) for made in positions(axis)
+    ]  # each position is there as often as all its structures together
+    np.testing.assert_array_equal(np.bincount(sources(axis, copies)), number)
 
 
 def product_size(axis, counts):
