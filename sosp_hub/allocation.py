@@ -78,6 +78,11 @@ def allocate(
         )
         if value is not None
     }  # fmt: skip
+    if not isinstance(graph, Graph) or not isinstance(saliency, Mapping):
+        raise BudgetError(
+            f"allocate got a {type(graph).__name__} and a {type(saliency).__name__}; expected "
+            "allocate(graph, saliency, macs=...), with what trace(...) and score(...) return"
+        )
     _check(budgets, keep_at_least, round_to, measure)
     allowed = (kinds,) if isinstance(kinds, str) else tuple(kinds or DEFAULT_KINDS)
     chosen = _eligible(graph, saliency, allowed)

@@ -89,6 +89,7 @@ def finetune(
     saved = _Saved(checkpoint_dir, accelerator, total)
     step, history = saved.load()
     losses: list[Tensor] = []
+    last: Any = None
     model.train()
     with progress_bar(description, total, step) as advance:
         for epoch in range(step // steps_per_epoch, config.epochs):
@@ -128,11 +129,16 @@ def finetune(
                     advance()
                 if save:
                     saved.save(step, history)
+                if step == total:
+                    last = batch
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
     for buffer in model.buffers():  # each process had its own batches
         broadcast(buffer)
     model.eval()
+    if last is not None:  # what the last step did shows only in another pass
+        with torch.no_grad(), accelerator.autocast():
+            _point([batch_loss(model, last).value], step, config.epochs, config.learning_rate)
     return history
 
 

@@ -29,11 +29,11 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def measured(path: Path) -> str:
-    """What a recipe's header says was measured, or nothing."""
+    """Whether a recipe's header says what was measured."""
     header = path.read_text().split("\nmodel:")[0]
     (text,) = re.findall(r"^# measured:\s*(.*(?:\n#  .*)*)", header, re.MULTILINE)
     text = " ".join(re.sub(r"^#", "", text, flags=re.MULTILINE).split())
-    return "" if text.startswith("not measured") else text
+    return "not run" if text.startswith("not measured") else "in its header"
 
 
 def recipe_table() -> str:

@@ -57,6 +57,11 @@ def save_pretrained(
         CheckpointError: A model that the files could not rebuild.
         ModelError: A model of another library.
     """
+    if not isinstance(model, nn.Module) or not isinstance(folder, str | Path):
+        raise CheckpointError(
+            f"save_pretrained got a {type(model).__name__} and a {type(folder).__name__}; expected "
+            "save_pretrained(model, folder)"
+        )
     folder = Path(folder)
     library = library_of(model)
     with replaced_folder(folder) as fresh:
@@ -101,6 +106,10 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
         CheckpointError: Damaged or hostile files, or weights that are not those of the config.
         HubError: A hub that cannot be reached, or has no such model.
     """
+    if not isinstance(path_or_id, str | Path):
+        raise CheckpointError(
+            f"from_pretrained got a {type(path_or_id).__name__}; expected a folder or a hub id"
+        )
     if kwargs.pop("ignore_mismatched_sizes", False):
         raise CheckpointError(
             "ignore_mismatched_sizes=True fills every tensor of another size with random numbers; "

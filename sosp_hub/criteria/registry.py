@@ -152,6 +152,11 @@ def score(
         CriterionError: An unknown criterion or option, data that cannot be scored with, or a group
             that the criterion cannot score.
     """
+    if not isinstance(model, nn.Module) or not hasattr(graph, "groups"):
+        raise CriterionError(
+            f"score got a {type(model).__name__} and a {type(graph).__name__}; expected "
+            "score(model, graph, batches), with what trace(model, ...) returns as the graph"
+        )
     known = criteria().get(criterion)
     common = {"loss_fn": loss_fn, "seed": seed, "process_sum": process_sum}
     has = {field.name for field in fields(known)} if known else set()  # pyright: ignore[reportArgumentType]

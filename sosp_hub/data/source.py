@@ -160,6 +160,9 @@ def _find(section: DataSection, task: Task) -> tuple[str, Any, Any]:
     """Name, train and test; test is None where it has to be held out of train."""
     if section.path is None and section.id == DIGITS:
         _need(task, "image-classification", DIGITS)
+        for key, expected in (("train", ("train",)), ("test", ("test", None))):
+            if getattr(section, key) not in expected:
+                raise _no_split(section, key, DIGITS, "train and test")
         train, test = read_digits()
         return DIGITS, train, test if section.test is not None else None
     path = Path(section.path or section.id or "").expanduser()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.errors import CriterionError
+from sosp_hub.errors import CriterionError, DataError
 from sosp_hub.gates import GateKind, Gates, gated
 from sosp_hub.structure.groups import Groups
 
@@ -139,7 +139,9 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 def num_samples(batch: Any) -> int:
     """Samples of a batch: the length of its first tensor."""
-    return len(next(_tensors(batch)))
+    for tensor in _tensors(batch):
+        return len(tensor)
+    raise DataError(f"a batch is a {type(batch).__name__} without a tensor; expected tensors")
 
 
 def split_batch(batch: Any, most: int | None) -> list[Any]:

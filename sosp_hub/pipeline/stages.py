@@ -12,7 +12,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.registry import score
+from sosp_hub.criteria.registry import scorable_kinds, score
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
 from sosp_hub.distributed import (
@@ -99,7 +99,10 @@ class Stages:
         graph = trace(self.model, inputs, outputs=self.recipe.structure.outputs)
         kinds = self.recipe.structure.kinds
         if not any(group.kind in kinds for group in graph.groups.values()):
-            there = sorted({group.kind for group in graph.groups.values()})
+            there = sorted(
+                {group.kind for group in graph.groups.values()}
+                & set(scorable_kinds(self.recipe.criterion.name))
+            )
             raise TraceError(
                 f"{self.recipe.model.id}: nothing in it can be cut as {', '.join(kinds)}; "
                 + (

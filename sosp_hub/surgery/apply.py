@@ -42,7 +42,7 @@ def apply(
         VerificationError: The cut model does not compute what the masked model computes; names
             the group.
     """
-    _check_arguments(graph, plan, verify)
+    _check_arguments(model, graph, plan, verify)
     graph.check(plan)
     check_model(model, graph)
     if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
@@ -90,7 +90,9 @@ def apply_(
     return model
 
 
-def _check_arguments(graph: object, plan: object, verify: object) -> None:
+def _check_arguments(model: object, graph: object, plan: object, verify: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"model: got a {type(model).__name__}, expected the nn.Module to cut")
     if not isinstance(graph, Graph):
         raise PlanError(f"graph: got a {type(graph).__name__}, expected what trace(...) returns")
     if not isinstance(plan, PruningPlan):

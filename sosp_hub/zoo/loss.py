@@ -43,7 +43,8 @@ def batch_loss(
     Raises:
         DataError: A batch of another form, or labels that do not fit the logits.
     """
-    labels = _labels(batch)
+    check_batch(batch)
+    labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
     if isinstance(batch, Mapping):
         inputs = dict(batch) if loss_fn is None else _without(batch, "labels")
         if _generates(model):
@@ -63,20 +64,27 @@ def batch_loss(
     return BatchLoss(value, weight, logits)
 
 
-def _labels(batch: Any) -> Tensor:
+def check_batch(batch: Any) -> None:
+    """Sees that a batch is ``(inputs, labels)`` of tensors, or a dict with ``labels``.
+
+    Raises:
+        DataError: It is something else; says what.
+    """
     if isinstance(batch, Mapping):
-        given, labels = f"a dict of {', '.join(map(str, batch))}", batch.get("labels")
+        given, inputs, labels = f"a dict of {', '.join(map(str, batch))}", [], batch.get("labels")
     elif isinstance(batch, tuple | list) and len(batch) == 2:
-        given, labels = f"labels as {type(batch[1]).__name__}", batch[1]
+        inputs, labels = batch
+        inputs = inputs if isinstance(inputs, tuple | list) else [inputs]
+        kinds = ", ".join(type(value).__name__ for value in inputs)
+        given = f"inputs as {kinds} and labels as {type(labels).__name__}"
     else:
         length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        given, labels = f"a {type(batch).__name__}{length}", None
-    if not isinstance(labels, Tensor):
+        given, inputs, labels = f"a {type(batch).__name__}{length}", [], None
+    if not isinstance(labels, Tensor) or not all(isinstance(value, Tensor) for value in inputs):
         raise DataError(
-            f"a batch is {given}; expected (inputs, labels) with labels as a tensor, or a dict of "
-            "tensors with `labels` among them"
+            f"a batch is {given}; expected (inputs, labels) as tensors, or a dict of tensors with "
+            "`labels` among them (torch.from_numpy(array) makes a tensor of an array)"
         )
-    return labels
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:

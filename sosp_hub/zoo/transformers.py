@@ -210,6 +210,8 @@ def _model(
                 f"model: {name} of {section.id} has shape {list(old)} in the weights, but "
                 f"{list(new)} in the model"
             )
+    if section.task == "causal-lm":
+        _check_causal(model)
     trunk = "" if section.task == "causal-lm" else f"{model.base_model_prefix}."
     lacking = [name for name in report["missing_keys"] if name.startswith(trunk)]
     if lacking:  # new heads of classifiers are told elsewhere
@@ -220,6 +222,20 @@ def _model(
             ", ".join(sorted(lacking)[:5]),
         )
     return model
+
+
+@torch.no_grad()
+def _check_causal(model: "PreTrainedModel") -> None:
+    """Sees that no token's logits depend on a later token, as an encoder's would."""
+    tokens = torch.arange(8).repeat(2, 1)
+    tokens[1, -1] = 9
+    first, second = model.eval()(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
+    noise = max(1e-4, 8 * torch.finfo(first.dtype).eps)
+    if (first - second).abs().max() > noise * first.abs().max():
+        raise ModelError(
+            f"model.task: this {model.config.model_type} looks at later tokens, so it is an "
+            "encoder and no causal-lm; write model.task: text-classification, or give a decoder"
+        )
 
 
 def _tokenizer(section: ModelSection, source: Path | str) -> Any:

@@ -22,6 +22,12 @@ def test_digits_are_always_split_alike():
     assert_close(other.test.pixels, first.test.pixels, relative=0)
 
 
+@pytest.mark.parametrize("key", ["train", "test"])
+def test_digits_have_no_other_split(key):
+    with pytest.raises(DataError, match=rf"data\.{key}: .*'tset'.*train and test"):
+        open_data(DataSection(id="sklearn/digits", **{key: "tset"}), IMAGES)
+
+
 def test_digits_keep_every_image_once():
     from sklearn.datasets import load_digits
 

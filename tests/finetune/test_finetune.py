@@ -154,6 +154,12 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_do(tmp_path):
     assert not list(tmp_path.iterdir())  # and no state that would continue it
 
 
+def test_a_last_step_that_ruins_the_model_is_told():
+    settings = config(epochs=1, learning_rate=1e30, optimizer="sgd", max_grad_norm=None)
+    with pytest.raises(ModelError, match=r"training loss is (nan|inf) at step 1.*1e\+30"):
+        finetune(net(), Points(8), settings)
+
+
 def test_no_samples_at_all_are_refused():
     with pytest.raises(DataError, match="0 training samples"):
         finetune(net(), Points(0), config())

@@ -92,6 +92,7 @@ def test_images_take_the_dtype_of_the_weights():
         ((torch.randn(5, 6),), r"tuple of 1.*\(inputs, labels\)"),
         ({"input": torch.randn(5, 6)}, "input.*labels"),
         ((torch.randn(5, 6), 3), "labels.*int.*tensor"),
+        ((torch.randn(5, 6).numpy(), torch.tensor([0] * 5)), "ndarray.*from_numpy"),
         ((torch.randn(5, 6), torch.tensor([0, 3, 1, 1])), "4 labels.*5"),
         ((torch.randn(5, 6), torch.tensor([0, 3, 1, 1, 4])), "label 4.*4 outputs"),
         ((torch.randn(5, 6), torch.tensor([0, 3, 1, 1, -1])), "label -1.*4 outputs"),

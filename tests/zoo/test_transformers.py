@@ -146,6 +146,11 @@ def test_bad_models(tmp_path, save, load):
     folder, _ = save("ViTForImageClassification")
     with pytest.raises(ModelError, match="has no vit for causal-lm"):
         load(folder, CAUSAL)
+    folder, _ = save("BertForMaskedLM", "encoder")
+    with pytest.raises(ModelError, match=r"bert looks at later tokens.*text-classification"):
+        load(folder, CAUSAL)
+    folder, _ = save("BertLMHeadModel", "decoder", is_decoder=True)
+    assert load(folder, CAUSAL).model.config.is_decoder
     (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
     with pytest.raises(ModelError, match="library: timm"):
         load(tmp_path, IMAGES)

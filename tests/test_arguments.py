@@ -1,0 +1,47 @@
+"""Arguments of the verbs in the wrong order, or of another kind, are told as that."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sosp_hub
+from sosp_hub.errors import SospHubError
+
+X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0])
+
+
+@pytest.fixture(scope="module")
+def made():
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    graph = sosp_hub.trace(model, (X,))
+    saliency = sosp_hub.score(model, graph, [], criterion="magnitude")
+    return model, graph, saliency, sosp_hub.allocate(graph, saliency, structures=0.5)
+
+
+CASES = {
+    "trace": (lambda m, g, s, p: sosp_hub.trace(X, m), "must be an nn.Module, got Tensor"),
+    "score": (lambda m, g, s, p: sosp_hub.score(g, m, [(X, Y)]), r"a Graph and a Sequential"),
+    "batches first": (lambda m, g, s, p: sosp_hub.score(m, [(X, Y)], g), "a Sequential and a list"),
+    "one batch": (lambda m, g, s, p: sosp_hub.score(m, g, (X, Y)), r"a batch is a Tensor"),
+    "arrays": (
+        lambda m, g, s, p: sosp_hub.score(m, g, [(X.numpy(), Y.numpy())]),
+        r"ndarray|without a tensor",
+    ),
+    "array, labels": (
+        lambda m, g, s, p: sosp_hub.score(m, g, [(np.ones((4, 3)), Y)], criterion="activation"),
+        r"inputs as ndarray.*from_numpy",
+    ),
+    "allocate": (lambda m, g, s, p: sosp_hub.allocate(s, g, macs=0.5), "a dict and a Graph"),
+    "apply": (lambda m, g, s, p: sosp_hub.apply(g, m, p), "model: got a Graph"),
+    "plan first": (lambda m, g, s, p: sosp_hub.apply(m, p, g), "graph: got a PruningPlan"),
+    "save": (lambda m, g, s, p: sosp_hub.save_pretrained("out", m), r"a str and a Sequential"),
+    "load": (lambda m, g, s, p: sosp_hub.from_pretrained(m), "a Sequential; expected a folder"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_arguments_of_another_kind_are_told(case, made):
+    call, words = CASES[case]
+    with pytest.raises(SospHubError, match=words):
+        call(*made)
