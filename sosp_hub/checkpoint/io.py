@@ -57,11 +57,12 @@ def save_pretrained(
         CheckpointError: A model that the files could not rebuild.
         ModelError: A model of another library.
     """
-    if not isinstance(model, nn.Module) or not isinstance(folder, str | Path):
-        raise CheckpointError(
-            f"save_pretrained got a {type(model).__name__} and a {type(folder).__name__}; expected "
-            "save_pretrained(model, folder)"
-        )
+    for given, kind in ((model, nn.Module), (folder, str | Path)):
+        if not isinstance(given, kind):
+            raise CheckpointError(
+                f"save_pretrained got a {type(model).__name__} and a {type(folder).__name__}; "
+                "expected save_pretrained(model, folder)"
+            )
     folder = Path(folder)
     library = library_of(model)
     with replaced_folder(folder) as fresh:
