@@ -2,8 +2,9 @@
 
 import difflib
 import importlib
+import logging
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
 
@@ -16,6 +17,8 @@ from sosp_hub.types import Kind
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn, Saliency
+
+logger = logging.getLogger("sosp_hub")
 
 DEFAULT_KINDS: tuple[Kind, ...] = ("channel", "head", "kv_group", "neuron")
 WIDTH_KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "layer")
@@ -36,7 +39,8 @@ class Criterion(Protocol):
 
     The fields ``loss_fn``, ``seed`` and ``process_sum``, where a criterion has them, are filled by
     ``score``. A class attribute ``kinds`` lists the kinds of structures that it can score; without
-    it they are all but whole layers.
+    it they are all but whole layers. Where it cannot score every group of these, a static method
+    ``able(group)`` tells which, and ``scores_only`` says it in words; the others have no score.
 
     Attributes:
         name: Name in recipes and in ``score``.
@@ -146,7 +150,7 @@ def score(
         **options: Options of the criterion.
 
     Returns:
-        One CPU tensor per group; higher = keep.
+        One CPU tensor per group that the criterion can score; higher = keep.
 
     Raises:
         CriterionError: An unknown criterion or option, data that cannot be scored with, or a group
@@ -162,37 +166,66 @@ def score(
     has = {field.name for field in fields(known)} if known else set()  # pyright: ignore[reportArgumentType]
     wanted = {name: value for name, value in common.items() if name in has}
     method = make_criterion(criterion, **wanted, **options)
-    groups = _of_kinds(graph.groups, kinds, scorable_kinds(criterion), criterion)
+    groups = scorable_groups(graph, criterion, kinds)
     return _checked(method.saliency(model, _Groups(groups), batches), groups, criterion)
+
+
+def scorable_groups(
+    graph: HasGroups, criterion: str, kinds: tuple[str, ...] | list[str] | None = None
+) -> Groups:
+    """The groups that ``score`` gives a score with these kinds.
+
+    Raises:
+        CriterionError: None is of these kinds, or the criterion cannot score one.
+    """
+    scorable = scorable_kinds(criterion)
+    if kinds is None:
+        kinds = DEFAULT_KINDS if set(DEFAULT_KINDS) <= set(scorable) else scorable
+    chosen = {name: group for name, group in graph.groups.items() if group.kind in kinds}
+    if not chosen:
+        there = sorted({group.kind for group in graph.groups.values()})
+        raise CriterionError(
+            f"nothing to score: the graph has no group of the kinds {', '.join(kinds)}; "
+            f"it has {', '.join(there) or 'no groups'}"
+        )
+    if wrong := {group.kind for group in chosen.values()} - set(scorable):
+        raise CriterionError(
+            f"criterion {criterion!r} cannot score the kinds {', '.join(sorted(wrong))}; it scores "
+            f"{', '.join(scorable)}. Name other kinds, or use {_others(wrong)}"
+        )
+    return _able(criteria()[criterion], chosen)
+
+
+def _able(criterion: Any, groups: Groups) -> Groups:
+    if not hasattr(criterion, "able"):
+        return groups
+    able = {name: group for name, group in groups.items() if criterion.able(group)}
+    rest = [name for name in groups if name not in able]
+    told = f"criterion {criterion.name!r} scores only groups that are {criterion.scores_only}"
+    if not able:
+        kinds = {group.kind for group in groups.values()}
+        raise CriterionError(
+            f"{told}, and none of the {len(groups)} of this model ({', '.join(sorted(kinds))}) is; "
+            f"use {_others(kinds)}"
+        )
+    if rest:
+        shown = ", ".join(rest[:4]) + ", ..." * (len(rest) > 4)
+        logger.info("%s; %d of %d stay whole: %s", told, len(rest), len(groups), shown)
+    return able
+
+
+def _others(kinds: Iterable[str]) -> str:
+    """Criteria that score every group of these kinds."""
+    return " or ".join(
+        name
+        for name, known in criteria().items()
+        if set(kinds) <= set(scorable_kinds(name)) and not hasattr(known, "able")
+    )
 
 
 @dataclass(frozen=True)
 class _Groups:
     groups: Groups
-
-
-def _of_kinds(
-    groups: Groups,
-    kinds: tuple[str, ...] | list[str] | None,
-    scorable: tuple[Kind, ...],
-    criterion: str,
-) -> Groups:
-    if kinds is None:
-        kinds = DEFAULT_KINDS if set(DEFAULT_KINDS) <= set(scorable) else scorable
-    chosen = {name: group for name, group in groups.items() if group.kind in kinds}
-    if not chosen:
-        there = sorted({group.kind for group in groups.values()})
-        raise CriterionError(
-            f"nothing to score: the graph has no group of the kinds {', '.join(kinds)}; "
-            f"it has {', '.join(there) or 'no groups'}"
-        )
-    if wrong := sorted({group.kind for group in chosen.values()} - set(scorable)):
-        able = [name for name in criteria() if set(wrong) <= set(scorable_kinds(name))]
-        raise CriterionError(
-            f"criterion {criterion!r} cannot score the kinds {', '.join(wrong)}; it scores "
-            f"{', '.join(scorable)}. Name other kinds, or use {' or '.join(able)}"
-        )
-    return chosen
 
 
 def _checked(saliency: "Saliency", groups: Groups, criterion: str) -> "Saliency":

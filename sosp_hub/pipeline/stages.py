@@ -12,7 +12,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.registry import scorable_kinds, score
+from sosp_hub.criteria.registry import scorable_groups, scorable_kinds, score
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
 from sosp_hub.distributed import (
@@ -111,10 +111,11 @@ class Stages:
                     else "no structure of it can be cut at all; choose another model"
                 )
             )
+        groups = scorable_groups(graph, self.recipe.criterion.name, kinds)
         targets = self.recipe.budget.targets()
         targets.pop("latency_s", None)  # is measured, and takes its time
         if targets:
-            equal = {name: torch.ones(group.size) for name, group in graph.groups.items()}
+            equal = {name: torch.ones(group.size) for name, group in groups.items()}
             self._allocate(graph, equal, targets)
         self.model.to(self.accelerator.device)
         return graph

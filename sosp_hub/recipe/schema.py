@@ -243,6 +243,18 @@ class StandardizedSection(CriterionSection):
     )
 
 
+class ScpScoreSection(CriterionSection):
+    """BatchNorm and ReLU; needs no data."""
+
+    name: Literal["scp_score"] = Field(
+        default="scp_score", description="how improbably a ReLU turns the channel off"
+    )
+    t: float = Field(default=0.05, description="below this a channel counts as off")
+    c0: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.95, description="probability of being off at which the score is 0"
+    )
+
+
 class LampSection(CriterionSection):
     """Magnitude that compares between layers; needs no data."""
 
@@ -315,6 +327,7 @@ CRITERIA = (
     MagnitudeSection,
     RandomSection,
     FisherSection,
+    ScpScoreSection,
     LampSection,
     FpgmSection,
     ActivationSection,
@@ -332,6 +345,7 @@ AnyCriterion = Annotated[
     | MagnitudeSection
     | RandomSection
     | FisherSection
+    | ScpScoreSection
     | LampSection
     | FpgmSection
     | ActivationSection

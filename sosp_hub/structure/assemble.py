@@ -8,6 +8,7 @@ from sosp_hub.structure.axes import Atom, Axis, Prod, Sum, atoms, index_of, reso
 from sosp_hub.structure.graph import Graph, Pinned
 from sosp_hub.structure.groups import Group, Member, Site
 from sosp_hub.structure.layers import layer_groups
+from sosp_hub.structure.rectified import behind_pairs, rectified
 from sosp_hub.structure.terms import Axes, Terms
 from sosp_hub.structure.ties import settle
 from sosp_hub.types import Kind
@@ -36,6 +37,7 @@ def assemble(
     places = _places(tensors)
     parameters = {name for name, parameter in model.named_parameters(remove_duplicate=False)}
     reads = _reads(terms)
+    behind = behind_pairs(model, terms.steps)
     numbers: dict[int, Group] = {}
     names: set[str] = set()
     for atom, members in places.items():
@@ -56,8 +58,9 @@ def assemble(
         sites = tuple(_sites(model, atom, members, tensors, reads, entries))
         multiple = atom.multiple if atom.size % atom.multiple == 0 else 1
         numbers[atom.id] = Group(
-            name, kind, atom.size, found, sites, tuple(atom.inexact), (), multiple
-        )
+            name, kind, atom.size, found, sites, tuple(atom.inexact), (), multiple,
+            rectified(behind, atom, sites, entries),
+        )  # fmt: skip
     by_id = {atom.id: atom for atom in places}
     groups = {group.name: group for group in numbers.values()}
     group_atoms = {numbers[number].name: by_id[number] for number in numbers}

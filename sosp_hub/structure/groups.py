@@ -61,10 +61,12 @@ class Group:
         members: Every parameter and buffer dimension that is cut.
         sites: Where the activation is read; the gates sit here. Empty where no gate can stand for
             the cut.
-        multiple: A kernel needs kept counts that are multiples of this.
-        layers: For kind ``layer``: the module that each structure is.
         reasons: Why a cut is not equal to a masked model (a normalisation over the axis, ...);
             empty = exact.
+        layers: For kind ``layer``: the module that each structure is.
+        multiple: A kernel needs kept counts that are multiples of this.
+        rectified: The BatchNorms through whose ReLU all sites read the group; empty where one reads
+            it otherwise.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Group:
     reasons: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     multiple: int = 1
+    rectified: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:

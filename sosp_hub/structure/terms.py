@@ -80,7 +80,7 @@ class Terms:
             raise AssertionError(
                 f"a rule gave axes of sizes {found} to a tensor of shape {expected}"
             )
-        self.axes[tensor] = tuple(axes)
+        self.axes[tensor] = (*axes,)  # a tuple of its own: by it a tensor is followed
 
     def read(self, operand: Tensor, axis: Axis) -> None:
         """Remembers that a parameter, or a view of one, is summed over along ``axis``."""
