@@ -48,15 +48,20 @@ def run(
     _check_output(output, overwrite)
     work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
     _say_what_is_kept(work)
-    stages = Stages(recipe, work, scores, with_data=with_data)
-    graph = stages.trace()
+    with work.timed("load"):
+        stages = Stages(recipe, work, scores, with_data=with_data)
+    with work.timed("trace"):
+        graph = stages.trace()
     stages.train_dense()
     dense = stages.measure("dense_metrics", stages.model)
     saliency = stages.score(graph)
     plan = stages.plan(graph, saliency)
-    pruned = stages.cut(graph, plan)
+    with work.timed("cut"):
+        pruned = stages.cut(graph, plan)
     metrics: dict[str, Any] = {"dense": dense, "cut": stages.measure("cut_metrics", pruned)}
-    if stages.recalibrate(pruned):
+    with work.timed("recalibration"):
+        recalibrated = stages.recalibrate(pruned)
+    if recalibrated:
         metrics["recalibrated"] = stages.measure("recalibrated_metrics", pruned)
     history = stages.recover(pruned)
     metrics["final"] = stages.measure("final_metrics", pruned) if history else _last(metrics)

@@ -1,6 +1,6 @@
 """What a run says at its end: before and after, and where the files are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sosp_hub.hub.facts import STAGES, format_metric, overall_metrics
+from sosp_hub.hub.facts import STAGES, Row, collect, format_metric, overall_metrics
 
 
 def show_result(report: Mapping[str, Any], output: Path) -> None:
@@ -16,6 +16,9 @@ def show_result(report: Mapping[str, Any], output: Path) -> None:
     console = Console()
     console.print(_costs(report))
     console.print(_metrics(report["metrics"]))
+    drops = collect(report).drops
+    if drops:
+        console.print(_drops(drops))
     console.print(f"{output}/", style="bold", highlight=False)
     for path in sorted(output.iterdir()):
         what = _FILES.get(path.name, "weights" if path.suffix == ".safetensors" else "")
@@ -61,6 +64,16 @@ def _metrics(metrics: Mapping[str, Any]) -> Table:
     if names:
         num = metrics["final"][names[0]]["n"]
         table.caption = f"n = {num:,}; ± one standard error"
+    return table
+
+
+def _drops(drops: Sequence[Row]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    table.add_column("classes that lost most")
+    for label in ("dense", "final", "change"):
+        table.add_column(label, justify="right")
+    for row in drops:
+        table.add_row(row.name, row.before, row.after, row.change)
     return table
 
 

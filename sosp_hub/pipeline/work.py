@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ class WorkFolder:
         self.folder = folder
         self._recipe = recipe.model_dump(mode="json")
         self._records: dict[str, dict[str, Any]] = {}
+        self._seconds: dict[str, float] = {}
         self.changes: dict[str, tuple[Any, Any]] = {}
         self.stale: list[str] = []
         for stage in STAGES:
@@ -94,9 +97,17 @@ class WorkFolder:
         """Deletes the folder, once the output is in its place."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Notes how long something takes that leaves no result of its own."""
+        start = time.perf_counter()
+        yield
+        self._seconds[what] = time.perf_counter() - start
+
     def seconds(self) -> dict[str, float]:
-        """How long each stage took, whenever it ran."""
-        return {stage: record["seconds"] for stage, record in self._records.items()}
+        """How long each stage took, whenever it ran, and what was done besides in this run."""
+        stages = {stage: record["seconds"] for stage, record in self._records.items()}
+        return {**self._seconds, **stages}
 
     def _state(self, stage: str) -> Path:
         return self.folder / f"{stage}.state"

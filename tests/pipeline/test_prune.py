@@ -77,6 +77,10 @@ def test_a_run_leaves_a_smaller_model_with_all_that_belongs_to_it(finished):
     assert report["plan"]["provenance"]["criterion"]["name"] == "sosp_h"
     assert report["calibration"] == {"data": "sklearn/digits", "num_samples": 64, "seed": 0}
     assert set(report["timings_s"]) == {
+        "load",
+        "trace",
+        "cut",
+        "recalibration",
         "dense",
         "dense_metrics",
         "saliency",
