@@ -24,7 +24,14 @@ from sosp_hub.checkpoint.modules import (
     plain_attributes,
     set_like,
 )
-from sosp_hub.checkpoint.record import Delta, Plain, Replacement, Section, Shape
+from sosp_hub.checkpoint.record import (
+    LARGEST_GROWTH,
+    Delta,
+    Plain,
+    Replacement,
+    Section,
+    Shape,
+)
 from sosp_hub.checkpoint.standins import build_standin, describe_standin
 from sosp_hub.errors import CheckpointError
 
@@ -67,13 +74,14 @@ def diff(
         biases=tuple(found.biases),
         replaced=found.replaced,
         dropped=tuple(found.dropped),
+        growth=found.growth,
     )
 
 
 def apply_section(model: nn.Module, section: Section, path: str) -> None:
     """Turns a skeleton into the pruned model, in place, after everything was checked.
 
-    Tensors that shrink keep their leading slices, or stay without data on the meta device. Names
+    Tensors keep their leading slices, or stay without data on the meta device. Names
     below a child that this model does not have (a head without a pooler) are left out.
 
     Args:
@@ -82,7 +90,8 @@ def apply_section(model: nn.Module, section: Section, path: str) -> None:
         path: Place of the section in the file, for messages.
 
     Raises:
-        CheckpointError: A name that the model lacks, a value of another type, or a size that grows.
+        CheckpointError: A name that the model lacks, a value of another type, or a size that grows
+            by more than the section declares.
     """
     plan = _Applied(model, section, path)
     plan.check()
@@ -119,6 +128,7 @@ class _Found:
         self.biases: list[str] = []
         self.replaced: dict[str, Replacement] = {}
         self.dropped: list[str] = []
+        self.growth = 1
         self.seen: set[int] = set()
 
     def walk(self, skeleton: nn.Module, model: nn.Module, name: str, skip: str) -> None:
@@ -182,7 +192,9 @@ class _Found:
 
     def sizes(self, skeleton: nn.Module, model: nn.Module, name: str) -> None:
         before, after = dict(own_tensors(skeleton)), dict(own_tensors(model))
-        old, new = (natural_shapes(each, vars(each)) for each in (skeleton, model))
+        old = natural_shapes(skeleton, vars(skeleton))
+        changes = dict(self.modules.get(name, {}))  # all that a reader will know
+        new = natural_shapes(skeleton, ChainMap(changes, vars(skeleton)))
         for key, tensor in after.items():
             if key not in before:
                 if key == "bias" and new.get(key) == tuple(tensor.shape):
@@ -192,11 +204,7 @@ class _Found:
                     f"tensor {join(name, key)!r} is not in what the config builds"
                 )
             was, now = tuple(before[key].shape), tuple(tensor.shape)
-            if len(now) != len(was) or any(n > w for n, w in zip(now, was, strict=True)):
-                raise CheckpointError(
-                    f"tensor {join(name, key)!r} is {list(now)} where the config builds "
-                    f"{list(was)}: a pruned model never grows"
-                )
+            self.growth = max(self.growth, _growth(now, was, f"tensor {join(name, key)!r}"))
             if now == (new[key] if key in new and old[key] == was else was):
                 continue
             self.tensors[join(name, key)] = tuple(
@@ -319,7 +327,7 @@ class _Applied:
                     where = f"{self.path}.tensors[{join(name, key)!r}]"
                     now = self.listed_shape(join(name, key), was, where)
                 if now != was:
-                    _check_shrinks(now, was, f"{where} ({key})")
+                    _check_size(now, was, self.section.growth, f"{where} ({key})")
                     self.resized.append((module, key, now))
 
     def listed_shape(self, name: str, was: tuple[int, ...], where: str) -> tuple[int, ...]:
@@ -376,15 +384,30 @@ def _resize(module: nn.Module, key: str, shape: tuple[int, ...], done: dict[int,
         if old.is_meta:
             new = torch.empty(shape, dtype=old.dtype, device=old.device)
         else:
-            new = old.detach()[tuple(slice(size) for size in shape)].clone()
+            common = tuple(slice(min(pair)) for pair in zip(shape, old.shape, strict=True))
+            new = old.detach().new_zeros(shape)
+            new[common] = old.detach()[common]
         done[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
     table[key] = done[id(old)]
 
 
-def _check_shrinks(now: tuple[int, ...], was: tuple[int, ...], where: str) -> None:
-    if len(now) != len(was) or any(not 0 < n <= w for n, w in zip(now, was, strict=True)):
+def _growth(now: tuple[int, ...], was: tuple[int, ...], where: str) -> int:
+    """The smallest whole number that no size exceeds times the skeleton's."""
+    ratios = [-(-n // max(w, 1)) for n, w in zip(now, was, strict=False)]
+    growth = max((1, *ratios))
+    if len(now) != len(was) or growth > LARGEST_GROWTH:
         raise CheckpointError(
-            f"{where}: {list(now)}, expected sizes from 1 to the skeleton's {list(was)}"
+            f"{where} is {list(now)} where the config builds {list(was)}: "
+            f"sizes from 1 to {LARGEST_GROWTH} times these can be saved"
+        )
+    return growth
+
+
+def _check_size(now: tuple[int, ...], was: tuple[int, ...], growth: int, where: str) -> None:
+    if len(now) != len(was) or any(not 0 < n <= w * growth for n, w in zip(now, was, strict=True)):
+        times = f" times its growth of {growth}" if growth > 1 else ""
+        raise CheckpointError(
+            f"{where}: {list(now)}, expected sizes from 1 to the skeleton's {list(was)}{times}"
         )
 
 

@@ -138,6 +138,16 @@ def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHead
     return found
 
 
+def misfits(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, headers.TensorHeader]
+) -> Iterator[str]:
+    """Where the headers of the weight files are not what the config builds; makes no tensor."""
+    is_timm = "architecture" in config and "model_type" not in config
+    with _as_checkpoint_error():
+        model = _build(folder, config, is_timm, dense=False)
+    yield from _faults(model, tensors)
+
+
 def _build(folder: Path, config: Mapping[str, Any], is_timm: bool, *, dense: bool) -> nn.Module:
     """The model, or its skeleton, without data."""
     if is_timm:

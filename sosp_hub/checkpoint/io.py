@@ -123,6 +123,11 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
         return apply_plan_file(folder, **kwargs)
     config = headers.read_json(folder / headers.CONFIG)
     tensors = headers.read_tensors(folder)
+    if _is_widened(config):
+        from sosp_hub.checkpoint.examine import misfits
+
+        if fault := next(misfits(folder, config, tensors), None):
+            raise CheckpointError(f"{path_or_id}: {fault}")
     try:
         if "architecture" in config and "model_type" not in config:
             return _load_timm(folder, tensors, kwargs)
@@ -132,6 +137,14 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
     except Exception as error:  # a library meets damaged files with whatever error comes first
         what = _first_misfit(folder, config, tensors) or f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path_or_id}: {what}") from error
+
+
+def _is_widened(config: Mapping[str, Any]) -> bool:
+    """Whether a delta makes anything larger than a plain config would."""
+    args = config.get("model_args")
+    record = config.get(KEY) or (args.get("delta") if isinstance(args, Mapping) else None)
+    sections = [record.get(key) for key in ("base", "head")] if isinstance(record, Mapping) else []
+    return any(isinstance(each, Mapping) and "growth" in each for each in sections)
 
 
 def library_of(model: nn.Module) -> str:

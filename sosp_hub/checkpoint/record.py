@@ -21,6 +21,8 @@ Shape = tuple[int | None, ...]
 """Size of every dimension; None where the skeleton's own size stays."""
 
 LARGEST_SIZE = 2**31 - 1
+LARGEST_GROWTH = 4
+"""No dimension of a widened model is more than so many times the skeleton's."""
 MOST_ENTRIES = 200_000
 LONGEST_NAME = 512
 _KEYS = {"schema_version", "sosp_hub_version", "library", "library_version", "base", "head"}
@@ -59,6 +61,7 @@ class Section:
         biases: Modules without a bias in the skeleton that have one.
         replaced: Modules that were taken out, with their stand-ins.
         dropped: Modules that are gone.
+        growth: No size is more than so many times the skeleton's; 1 where nothing was widened.
     """
 
     cls: str
@@ -69,6 +72,7 @@ class Section:
     biases: tuple[str, ...] = ()
     replaced: Mapping[str, Replacement] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    growth: int = 1
 
     @property
     def empty(self) -> bool:
@@ -100,6 +104,7 @@ class Section:
             "biases": list(self.biases),
             "replaced": {name: _replacement_json(one) for name, one in self.replaced.items()},
             "dropped": list(self.dropped),
+            "growth": self.growth if self.growth > 1 else None,
         }
         return record | {key: part for key, part in parts.items() if part}
 
@@ -206,7 +211,10 @@ def _migrate(record: dict[str, Any], path: str) -> dict[str, Any]:
 def _parse_section(record: object, path: str) -> Section:
     record = _object(record, path)
     parts = {"class", "modules", "configs", "tensors", "buffers", "biases", "replaced", "dropped"}
-    _only(record, parts, path)
+    _only(record, parts | {"growth"}, path)
+    growth = _parse_int(record.get("growth", 1), f"{path}.growth")
+    if not 1 <= growth <= LARGEST_GROWTH:
+        raise CheckpointError(f"{path}.growth: {growth}, expected 1 to {LARGEST_GROWTH}")
     cls = record.get("class")
     if not isinstance(cls, str) or len(cls) > LONGEST_NAME or not cls.isidentifier():
         raise CheckpointError(f"{path}.class: {_short(cls)}, expected the name of a class")
@@ -225,6 +233,7 @@ def _parse_section(record: object, path: str) -> Section:
             for name, one in _named(record.get("replaced", {}), f"{path}.replaced").items()
         },
         dropped=_parse_names(record.get("dropped", []), f"{path}.dropped"),
+        growth=growth,
     )
 
 

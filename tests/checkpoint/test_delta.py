@@ -1,6 +1,7 @@
 """Each part of a delta by itself: found, written, read, applied."""
 
 import copy
+import dataclasses
 import pickle  # noqa: TID251 - models are handed to other processes this way
 
 import pytest
@@ -67,6 +68,16 @@ def test_other_tensors_are_listed_with_the_sizes_that_differ():
     assert taller.table.shape == (5, 6)
 
 
+def test_sizes_grow_no_further_than_the_section_declares():
+    model = Net()
+    model.table = nn.Parameter(torch.zeros(5, 6))
+    skeleton, section = carried(model)
+    assert section == Section("Net", tensors={"table": (5, 6)}, growth=2)
+    assert skeleton.table[3:].abs().max() == 0
+    with pytest.raises(CheckpointError, match=r"base.tensors\['table'\].*\[5, 6\].*\[3, 8\]"):
+        apply_section(Net(), dataclasses.replace(section, growth=1), "base")
+
+
 def test_numbers_of_every_kind():
     model = Net()
     model.width, model.scale, model.window = 7, 0.25, (2, 4)
@@ -130,8 +141,8 @@ def test_shared_modules_and_parameters_stay_shared():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: setattr(m, "table", nn.Parameter(torch.zeros(4, 8))), "never grows"),
-        (lambda m: setattr(m, "table", nn.Parameter(torch.zeros(24))), "never grows"),
+        (lambda m: setattr(m, "table", nn.Parameter(torch.zeros(3, 33))), "1 to 4 times"),
+        (lambda m: setattr(m, "table", nn.Parameter(torch.zeros(24))), "1 to 4 times"),
         (lambda m: m.register_parameter("more", nn.Parameter(torch.zeros(1))), "'more' is not in"),
         (lambda m: m.register_parameter("table", None), "'table' is missing"),
         (lambda m: m.add_module("more", nn.Linear(1, 1)), "'more' is not in"),
