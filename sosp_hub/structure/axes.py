@@ -257,6 +257,36 @@ def split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:
     return Sum(tuple(pair[0] for pair in pairs)), pairs[0][1]  # type: ignore[index]
 
 
+def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
+    """Factors of two equally long axes side by side; an atom gets the borders of the other axis.
+
+    Empty where the borders do not fit.
+    """
+    ones, twos = _factors(one), _factors(two)
+    pairs: list[tuple[Atom, Atom]] = []
+    while ones and twos:
+        first, second = ones[0], twos[0]
+        if size_of(first) == size_of(second):
+            del ones[0], twos[0]
+            if isinstance(first, Atom) and isinstance(second, Atom):
+                pairs.append((first, second))
+            elif [atom.id for atom in atoms(first)] != [atom.id for atom in atoms(second)]:
+                return []
+            continue
+        longer, shorter = (ones, twos) if size_of(first) > size_of(second) else (twos, ones)
+        whole = longer[0]
+        halves = split(whole, size_of(shorter[0]), "") if isinstance(whole, Atom) else None
+        if halves is None:
+            return []
+        longer[:1] = halves
+    return pairs
+
+
+def _factors(axis: Axis) -> list[Axis]:
+    axis = resolve(axis)
+    return list(axis.factors) if isinstance(axis, Prod) else [axis]
+
+
 def cut_at(axis: Axis, position: int) -> tuple[Axis, Axis] | None:
     """The axis as two pieces with the border at ``position``, or None where none can be drawn."""
     axis = resolve(axis)

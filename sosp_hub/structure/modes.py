@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -51,6 +52,15 @@ class DispatchWatch(TorchDispatchMode):
         )
 
 
+def body_of(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch.nn.functional that runs its own code under any mode.
+
+    The original hands itself to the mode, which then sees nothing of what it calls.
+    """
+    blind = {**func.__globals__, "has_torch_function": lambda _: False}
+    return FunctionType(func.__code__, blind, func.__name__, func.__defaults__, func.__closure__)
+
+
 class FunctionWatch(TorchFunctionMode):
     """Hands out traced sizes, and compares size arguments with the axes of what they make."""
 
@@ -72,16 +82,12 @@ class FunctionWatch(TorchFunctionMode):
             return prod(self._sizes(args[0]), start=1)
         if name == "scaled_dot_product_attention":
             return self._attention(func, args, kwargs)
-        out = func(*args, **kwargs)
         if name == "multi_head_attention_forward":
-            self._pin_packed_attention(args, kwargs)
+            with self:
+                return body_of(func)(*args, **kwargs)
+        out = func(*args, **kwargs)
         note_demands(self.terms, rules.Operation(name, args, kwargs, out))
         return out
-
-    def _pin_packed_attention(self, args: Any, kwargs: Any) -> None:
-        for tensor in rules.tensors((args, kwargs)):
-            for axis in self.terms.of(tensor):
-                self.terms.fix(axis, "nn.MultiheadAttention binds its heads to its width")
 
     def _sizes(self, tensor: Tensor) -> torch.Size:
         return torch.Size(

@@ -11,8 +11,19 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from sosp_hub.structure.axes import Atom, atoms, is_fixed, size_of
-from sosp_hub.structure.ints import Attribute, attributes, evaluate, expr_atoms, solve
+from sosp_hub.structure.axes import (
+    Atom,
+    Axis,
+    Sum,
+    atoms,
+    is_fixed,
+    paired,
+    pin,
+    resolve,
+    size_of,
+    split,
+)
+from sosp_hub.structure.ints import Attribute, Op, attributes, evaluate, expr_atoms, solve
 from sosp_hub.structure.terms import Constraint
 
 Count = Callable[[Atom], int]
@@ -58,7 +69,6 @@ def settle(
     """
     representative: dict[int, int] = {}
     relevant = _relevant(constraints)
-    members = {atom.id: atom for c in relevant for atom in (*atoms(c.axis), *expr_atoms(c.expr))}
     _pin_leaks(relevant, leaks)
     generator = random.Random(seed)
 
@@ -68,7 +78,7 @@ def settle(
         return number
 
     clean = 0
-    while clean < 3:
+    while clean < 8:  # small sizes agree by chance
         draw: dict[int, int] = {}
 
         def count(atom: Atom, draw: dict[int, int] = draw) -> int:
@@ -78,12 +88,16 @@ def settle(
 
         _, violated = solve_attributes(relevant, count)
         clean = 0 if violated else clean + 1
+        refined = [_refine(c, relevant, find, representative) for c in violated]
+        if any(refined):
+            continue
         touched: set[int] = set()
         for constraint in violated:
             involved = _involved(constraint, relevant)
             if touched.isdisjoint(find(atom.id) for atom in involved):
                 _repair(constraint, involved, find, representative)
                 touched |= {find(atom.id) for atom in involved}
+    members = {atom.id for c in relevant for atom in (*atoms(c.axis), *expr_atoms(c.expr))}
     return {number: find(number) for number in members}
 
 
@@ -123,6 +137,44 @@ def _pin_leaks(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, 
             ]
         for atom in touched:
             atom.pinned.setdefault(f"the code in {where} computes with its size")
+
+
+def _refine(
+    constraint: Constraint,
+    all_of_them: Sequence[Constraint],
+    find: Callable[[int], int],
+    tied: dict[int, int],
+) -> bool:
+    """Ties two axes that the code calls equally long factor by factor; says whether it could.
+
+    An atom gets the borders of the other axis first: where ``reshape(B, N, C)`` puts heads and
+    their channels back into a stream of width C, the stream is cut by as many blocks as heads, and
+    by as many channels a block, each chosen on their own.
+    """
+    expr = constraint.expr
+    if isinstance(expr, Op):
+        left, size = expr.left, size_of(constraint.axis)
+        if expr.symbol != "//" or isinstance(left, int | Attribute | Op):
+            return False
+        whole = resolve(left)
+        if not isinstance(whole, Atom) or whole.pinned or whole.size % size:
+            return False
+        return 1 < size < whole.size and bool(split(whole, whole.size // size, ""))
+    if isinstance(expr, Attribute):
+        others: list[Axis] = [c.axis for c in all_of_them if c.expr == expr]
+    else:
+        others = [] if isinstance(expr, int) else [expr]
+    changed = False
+    for one, two in (pair for other in others for pair in paired(constraint.axis, other)):
+        if one is two or (one.pinned and two.pinned):
+            continue
+        if one.pinned or two.pinned:
+            pin(Sum((one, two)), f"its size is bound to others by {constraint.where}")
+            changed = True
+        elif find(one.id) != find(two.id):
+            tied[max(find(one.id), find(two.id))] = min(find(one.id), find(two.id))
+            changed = True
+    return changed
 
 
 def _repair(

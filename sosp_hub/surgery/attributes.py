@@ -98,6 +98,8 @@ def _unread_head_attributes(
 
 def _follow_shapes(module: nn.Module) -> None:
     """Sizes that standard layers repeat beside their weights."""
+    if isinstance(module, nn.MultiheadAttention):
+        _follow_attention(module)
     weight = getattr(module, "weight", None)
     if not hasattr(weight, "shape") or weight is None:
         return
@@ -122,3 +124,11 @@ def _follow_shapes(module: nn.Module) -> None:
     for name, value in found.items():
         if name in vars(module) and vars(module)[name] != value:
             module.__dict__[name] = value
+
+
+def _follow_attention(module: nn.MultiheadAttention) -> None:
+    """Its widths; the number of heads and the width are read while it runs, the rest is not."""
+    module.head_dim = module.embed_dim // module.num_heads
+    module.kdim = module.vdim = module.embed_dim
+    if module.k_proj_weight is not None and module.v_proj_weight is not None:
+        module.kdim, module.vdim = module.k_proj_weight.shape[1], module.v_proj_weight.shape[1]

@@ -19,6 +19,7 @@ from sosp_hub.plan import GrowthPlan, Plan, PruningPlan
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import keep_mask, size_of
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.modes import body_of
 from sosp_hub.structure.terms import Axes, Step
 from sosp_hub.structure.trace import call, output_tensors, retrace, trace, wanted_outputs
 from sosp_hub.surgery.layers import bypassed
@@ -279,7 +280,11 @@ class _AttentionSteps(TorchFunctionMode):
         self.replay = replay
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "scaled_dot_product_attention":
+        name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":
+            with self:
+                return body_of(func)(*args, **(kwargs or {}))
+        if name != "scaled_dot_product_attention":
             return func(*args, **(kwargs or {}))
         self.replay.paused = True
         try:

@@ -442,6 +442,16 @@ class AttendsWithWeights(Attends):
     need_weights = True
 
 
+class AttendsWithBias(Between):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, add_bias_kv=True, add_zero_attn=True)
+
+    def trick(self, x):
+        x = x.transpose(0, 1)
+        return self.attention(x, x, x, need_weights=False)[0].transpose(0, 1)
+
+
 class AttendsAcross(Between):
     def __init__(self):
         super().__init__()
@@ -526,8 +536,6 @@ class Trick:
         return self.model.__name__
 
 
-_NO_RULE = "nn.MultiheadAttention has no rule of its own"
-
 TRICKS = (
     Trick(LiteralView, "whole"),
     Trick(LiteralSlice, "whole"),
@@ -572,10 +580,11 @@ TRICKS = (
     Trick(InterleavedRotation, "cut", (6,)),
     Trick(HalvedRotation, "cut", (6,)),
     Trick(TwoViewsThatDisagree, "whole"),
-    Trick(Attends, "cut", (12, 3, 4, 4, 12), pending=_NO_RULE),
-    Trick(AttendsWithWeights, "cut", (12, 3, 4, 4, 12), pending=_NO_RULE),
-    Trick(AttendsAcross, "cut", (12, 3, 4, 4, 12), pending=_NO_RULE),
-    Trick(EncoderLayer, "cut", (12, 3, 20, 4, 4), pending=_NO_RULE),
+    Trick(Attends, "cut", (3, 4, 12, 3, 4)),  # the stream before it, the one after it, its own
+    Trick(AttendsWithWeights, "cut", (3, 12, 3)),  # it computes with its head dim
+    Trick(AttendsAcross, "cut", (3, 12, 3)),
+    Trick(AttendsWithBias, "cut", (3, 4, 12, 3, 4)),
+    Trick(EncoderLayer, "cut", (3, 4, 20, 3, 4)),
     Trick(Remembers, "whole"),
     Trick(RemembersBothWays, "cut", (8, 12)),
     Trick(Spectrum, "whole"),

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from sosp_hub.structure import axes
 from sosp_hub.structure.axes import Atom, Prod, Sum
 from sosp_hub.structure.ints import Attribute, Op
 from sosp_hub.structure.terms import Constraint
@@ -32,7 +33,8 @@ def check(constraints, atoms):
     """Every allowed choice of counts satisfies every constraint; gives how many are allowed."""
     tied = settle(constraints, ())
     number = 0
-    for chosen in allowed(constraints, atoms, tied):
+    factors = [factor for atom in atoms for factor in axes.atoms(atom)]
+    for chosen in allowed(constraints, factors, tied):
         _, violated = solve_attributes(constraints, lambda atom: chosen[atom.id])  # noqa: B023
         assert not violated, f"{violated[0]} fails for {chosen}"
         number += 1
@@ -84,6 +86,30 @@ def test_width_hard_wired_to_a_residual_stream_binds_heads_and_dim():
         says(WIDTH, Prod((heads, dim))),
     ]  # fmt: skip
     check(constraints, [heads, dim, stream])
+
+
+def test_a_stream_as_wide_as_heads_times_dim_gets_their_borders():
+    """``view(B, N, C)`` where C is the stream's width: as many blocks as heads, each as wide."""
+    heads, dim, stream = Atom(4), Atom(3), Atom(12)
+    constraints = [
+        says(Op("//", stream, HEADS), dim), says(HEADS, heads), says(stream, Prod((heads, dim))),
+    ]  # fmt: skip
+    assert check(constraints, [heads, dim, stream]) == 12
+    assert not any(atom.pinned for atom in axes.atoms(stream))
+
+
+def test_two_layers_of_heads_share_a_stream():
+    """Another number of heads in the second layer: the blocks are those that fit both."""
+    heads, dim, more, less, stream = Atom(4), Atom(6), Atom(12), Atom(2), Atom(24)
+    constraints = [says(stream, Prod((heads, dim))), says(stream, Prod((more, less)))]
+    assert check(constraints, [heads, dim, more, less, stream]) == 4 * 3 * 2
+
+
+def test_a_width_that_is_computed_with_gets_the_borders_too():
+    """``C // heads`` channels a head, put back together by ``view(B, N, -1)``."""
+    heads, dim, stream = Atom(4), Atom(3), Atom(12)
+    constraints = [says(HEADS, heads), says(Op("//", stream, HEADS), dim)]
+    assert check(constraints, [heads, dim, stream]) == 12
 
 
 def test_halves_of_a_width_are_equally_long():

@@ -120,6 +120,7 @@ def _expand(terms: Terms, op: Operation) -> None:
             mark(axis, "copies")
         result.append(axis)
     terms.set(op.out, result)
+    carry_source(terms, op.tensor, op.out)
 
 
 @rule("repeat", "tile")
