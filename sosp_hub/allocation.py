@@ -14,12 +14,10 @@ from sosp_hub.errors import BudgetError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
-from sosp_hub.types import Kind
+from sosp_hub.types import DEFAULT_KINDS, Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DEFAULT_KINDS: tuple[Kind, ...] = ("channel", "head", "kv_group", "neuron")
 
 
 def allocate(

@@ -110,46 +110,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def fold_(model: nn.Module, groups: Groups, values: Mapping[str, Tensor]) -> None:
-    """Multiplies the weights that read what is gated, so that the model equals the gated one.
-
-    Args:
-        model: Changed in place.
-        groups: The groups.
-        values: Gates of each group; a group that is not listed has gates of 1.
-
-    Raises:
-        CriterionError: A weight that the gates cannot be folded into. The model is unchanged.
-    """
-    factors: list[tuple[Tensor, Tensor]] = []
-    names = dict(model.named_parameters(remove_duplicate=False))
-    for place, sites in _places(model, {n: groups[n] for n in values}, "activation").items():
-        for group, site in sites:
-            name = place if isinstance(place, str) else f"{site.module}.weight"
-            parameter = names.get(name)
-            dim, index = site.dim, site.index
-            if site.module is not None:
-                reading = [m for m in group.members if m.reads and names.get(m.tensor) is parameter]
-                if parameter is None or len(reading) != 1 or _num_names(model, parameter) > 1:
-                    raise CriterionError(
-                        f"group {group.name!r}: its gates cannot be folded into {name!r}, which is "
-                        "no weight of its own that reads them; leave this kind out (`kinds=`)"
-                    )
-                dim, index = reading[0].dim, reading[0].index
-            assert parameter is not None
-            gate = torch.cat([values[group.name].detach().cpu(), torch.ones(1)])[index]
-            shape = [1] * parameter.ndim
-            shape[dim] = len(index)
-            factors.append((parameter, gate.view(shape)))
-    with torch.no_grad():
-        for parameter, factor in factors:
-            parameter.mul_(factor.to(parameter.device, parameter.dtype))
-
-
-def _num_names(model: nn.Module, parameter: Tensor) -> int:
-    return sum(p is parameter for _, p in model.named_parameters(remove_duplicate=False))
-
-
 # Where the gates sit ------------------------------------------------------------------------------
 
 

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
 Kind = Literal["channel", "head", "kv_group", "head_dim", "neuron", "residual", "expert", "layer"]
 """What a structure is. ``residual`` is a channel of a stream that a normalisation runs over."""
 
+DEFAULT_KINDS: tuple[Kind, ...] = ("channel", "head", "kv_group", "neuron")
+"""What may go unless somebody says otherwise."""
+
 Task = Literal["image-classification", "text-classification", "causal-lm"]
 Library = Literal["timm", "transformers"]
 

@@ -114,16 +114,18 @@ def compensation(
     matrix: Float[Tensor, "structures structures"],
     kept: Bool[Tensor, " structures"],
     damping: float = 0.01,
+    fixed: Bool[Tensor, " structures"] | None = None,
 ) -> Float[Tensor, " structures"]:
     """The gates of the kept structures that make up best for those that went; 0 for the latter.
 
     ``1 + (Q_KK + lambda)^-1 Q_KR 1``, the least ``(m - 1)' (Q + lambda) (m - 1)`` with the removed
-    gates at 0, and then none under 0.
+    gates at 0, and then none under 0. Kept gates that are ``fixed`` are 1.
     """
-    damped = _damped(matrix, damping)
-    gates = torch.zeros(len(matrix), dtype=matrix.dtype)
-    lost = matrix[kept][:, ~kept].sum(1)
-    gates[kept] = (1 + torch.linalg.solve(damped[kept][:, kept], lost)).clamp(min=0)
+    free = kept if fixed is None else kept & ~fixed
+    gates = kept.to(matrix.dtype)
+    lost = matrix[free][:, ~kept].sum(1)
+    damped = _damped(matrix, damping)[free][:, free]
+    gates[free] = (1 + torch.linalg.solve(damped, lost)).clamp(min=0)
     return gates
 
 

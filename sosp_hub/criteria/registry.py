@@ -13,14 +13,13 @@ from torch import Tensor, nn
 import sosp_hub.criteria
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Group, Groups
-from sosp_hub.types import Kind
+from sosp_hub.types import DEFAULT_KINDS, Kind
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn, Saliency
 
 logger = logging.getLogger("sosp_hub")
 
-DEFAULT_KINDS: tuple[Kind, ...] = ("channel", "head", "kv_group", "neuron")
 WIDTH_KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "layer")
 Needs = Literal["nothing", "inputs", "labels"]
 
@@ -104,7 +103,7 @@ def make_criterion(name: str, **options: Any) -> Criterion:
     return known[name](**options)
 
 
-_COMMON = {"loss_fn", "seed", "process_sum"}
+_COMMON = {"loss_fn", "seed", "process_sum", "curvature"}
 
 
 def _check_option(name: str, option: str, value: Any, kind: Any) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.criteria.elimination import Floors, compensation, greedy_order, surgeon_order
+from sosp_hub.criteria.elimination import Floors, greedy_order, surgeon_order
 from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.derivatives import GaussNewton, Protocol, gauss_newton
+from sosp_hub.derivatives import GaussNewton, Protocol, by_group, gauss_newton
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import GateKind
 from sosp_hub.structure.groups import Groups
@@ -18,18 +18,6 @@ if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn, Saliency
 
 MAX_STRUCTURES = 20_000  # a matrix of float64 that fits into 3.2 GB
-
-
-class Selection(NamedTuple):
-    """What was found, as plain data; cuts at any budget follow from it without more data.
-
-    Attributes:
-        saliency: Position in the order, or the scores, of each group; higher = keep.
-        curvature: The Gauss-Newton matrix and what was seen.
-    """
-
-    saliency: "Saliency"
-    curvature: GaussNewton
 
 
 @register
@@ -59,6 +47,7 @@ class SospI:
         seed: Of the drawn labels.
         loss_fn: Loss of (logits, labels).
         process_sum: Sum over processes.
+        curvature: What ``measure`` returned for the same groups; no data is needed then.
     """
 
     selection: Literal["row_sum", "greedy", "signed", "surgeon"] = "row_sum"
@@ -72,25 +61,33 @@ class SospI:
     seed: int = 0
     loss_fn: "LossFn | None" = None
     process_sum: Callable[[Tensor], Tensor] | None = None
+    curvature: GaussNewton | None = None
     name: ClassVar[str] = "sosp_i"
     paper: ClassVar[str] = "arXiv 2110.11395"
     needs: ClassVar[Needs] = "labels"
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
         """Scores, or positions in the order of removal."""
-        return self.select(model, graph, batches).saliency
-
-    def select(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> Selection:
-        """Scores and the matrix they come from, for other selections and for ``compensate``."""
+        found = self.curvature or self.measure(model, graph.groups, batches)
         num = sum(group.size for group in graph.groups.values())
+        if len(found.matrix) != num:
+            raise CriterionError(
+                f"criterion 'sosp_i': `curvature` is of {len(found.matrix)} structures, the groups "
+                f"have {num}; give what `measure` returned for the same kinds"
+            )
+        return by_group(graph.groups, self._scores(graph.groups, found))
+
+    def measure(self, model: nn.Module, groups: Groups, batches: "Batches") -> GaussNewton:
+        """The matrix, from which every selection and ``compensated`` follow without more data."""
+        num = sum(group.size for group in groups.values())
         if num > MAX_STRUCTURES:
             raise CriterionError(
                 f"criterion 'sosp_i': {num} structures need a matrix of {num**2 * 8 / 1e9:.0f} GB; "
                 f"score fewer kinds (`kinds=`, up to {MAX_STRUCTURES} structures), or use `sosp_h`"
             )
-        found = gauss_newton(
+        return gauss_newton(
             model,
-            graph.groups,
+            groups,
             batches,
             Protocol(self.loss_fn, self.gate, self.micro_batch_size, self.process_sum),
             loss=self.loss,
@@ -98,7 +95,6 @@ class SospI:
             num_draws=self.num_draws,
             seed=self.seed,
         )
-        return Selection(_by_group(graph.groups, self._scores(graph.groups, found)), found)
 
     def _scores(self, groups: Groups, found: GaussNewton) -> Tensor:
         gradient = torch.cat([found.gradient[name] for name in groups])
@@ -114,29 +110,3 @@ class SospI:
         scores = torch.full_like(gradient, len(order))
         scores[order] = torch.arange(len(order), dtype=scores.dtype)
         return scores
-
-
-def compensate(
-    groups: Groups, matrix: Tensor, kept: dict[str, tuple[int, ...]], damping: float = 0.01
-) -> dict[str, Tensor]:
-    """Gates of all structures that make up for what a plan removes: 0 where it removes.
-
-    Any criterion's plan will do. ``gates.fold_`` writes them into the weights.
-
-    Args:
-        groups: The groups that were scored.
-        matrix: Their Gauss-Newton matrix.
-        kept: Kept indices of each group; a group that is not listed is kept whole.
-        damping: Added to the matrix's diagonal, as a share of its mean.
-    """
-    masks = [torch.ones(group.size, dtype=torch.bool) for group in groups.values()]
-    for name, mask in zip(groups, masks, strict=True):
-        if name in kept:
-            mask.fill_(False)[list(kept[name])] = True
-    kept_mask = torch.cat(masks)
-    return _by_group(groups, compensation(matrix, kept_mask, damping))
-
-
-def _by_group(groups: Groups, row: Tensor) -> dict[str, Tensor]:
-    parts = row.split([group.size for group in groups.values()])
-    return {name: part.clone() for name, part in zip(groups, parts, strict=True)}

@@ -16,6 +16,7 @@ from sosp_hub.derivatives.hessian import (
     hessian_product,
     sample_squares,
 )
+from sosp_hub.derivatives.rows import by_group
 
 __all__ = [
     "GateDerivatives",
@@ -23,6 +24,7 @@ __all__ = [
     "Mode",
     "Protocol",
     "batch_squares",
+    "by_group",
     "gate_gradient",
     "gauss_newton",
     "hessian_product",

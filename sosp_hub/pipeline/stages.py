@@ -12,9 +12,12 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from sosp_hub.allocation import allocate
+from sosp_hub.criteria.compensation import compensated, measurable
 from sosp_hub.criteria.registry import scorable_groups, scorable_kinds, score
+from sosp_hub.criteria.sosp_i import SospI
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
+from sosp_hub.derivatives import GaussNewton, by_group
 from sosp_hub.distributed import (
     OnDevice,
     from_main,
@@ -26,7 +29,7 @@ from sosp_hub.distributed import (
     to_device,
     wait_for_everyone,
 )
-from sosp_hub.errors import TraceError
+from sosp_hub.errors import CriterionError, TraceError
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.pipeline.scores import Scores
@@ -34,6 +37,7 @@ from sosp_hub.pipeline.work import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schema import Recipe, TrainSection
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.groups import Groups
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from sosp_hub.zoo.load import example_inputs
@@ -172,18 +176,21 @@ class Stages:
         """Saliency of every structure that may go."""
         if self.scores is not None:
             return self.scores.saliency
-        tensors = self.work.tensors("saliency")
+        criterion, tensors = self.recipe.criterion, self.work.tensors("saliency")
+        options = criterion.options()
+        if criterion.name == "sosp_i" and not self.work.read("saliency"):
+            options["curvature"] = self._curvature(graph)[1]
 
         def make() -> dict[str, Any]:
             saliency = score(
                 self.model,
                 graph,
                 OnDevice(self._calibration_batches(), "score"),
-                criterion=self.recipe.criterion.name,
+                criterion=criterion.name,
                 kinds=self.recipe.structure.kinds,
                 seed=self.recipe.seed,
                 process_sum=process_sum,
-                **self.recipe.criterion.options(),
+                **options,
             )
             whole = {name: scores.contiguous() for name, scores in saliency.items()}
             self._save(lambda: save_file(whole, tensors))
@@ -195,10 +202,14 @@ class Stages:
     def plan(self, graph: Graph, saliency: "Saliency") -> PruningPlan:
         """Which structures are kept; decided by the main process, since latency is measured."""
         budget, criterion = self.recipe.budget, self.recipe.criterion
+        compensates = criterion.compensates() and not self.work.read("plan")
+        curvature = self._curvature(graph) if compensates else None
 
         def make() -> dict[str, Any]:
             measure = self._seconds_of(graph) if budget.latency_s else None
             plan = self._allocate(graph, saliency, budget.targets(), measure)
+            if curvature:
+                plan = self._compensated(graph, plan, *curvature)
             provenance = {
                 **plan.provenance,
                 "criterion": {"name": criterion.name, "options": criterion.options()},
@@ -211,6 +222,48 @@ class Stages:
             return {"plan": dataclasses.replace(plan, provenance=provenance, **base).to_json()}
 
         return PruningPlan.from_json(from_main(self._stage("plan", make)["plan"]))
+
+    def _curvature(self, graph: Graph) -> tuple[Groups, GaussNewton]:
+        """The matrix that ``sosp_i`` chooses by and compensation solves with, and of what it is."""
+        section, tensors = self.recipe.criterion, self.work.tensors("curvature")
+        groups = scorable_groups(graph, section.name, self.recipe.structure.kinds)
+        if section.name != "sosp_i":
+            groups = measurable(groups)
+
+        def make() -> dict[str, Any]:
+            if self._data is None:
+                raise CriterionError(
+                    "criterion.compensate: what makes up for another cut is computed from the "
+                    "calibration data; give the data"
+                )
+            criterion = SospI(
+                **section.curvature(),
+                micro_batch_size=getattr(section, "micro_batch_size", None),
+                seed=self.recipe.seed,
+                process_sum=process_sum,
+            )
+            batches = OnDevice(self._calibration_batches(), "curvature")
+            found = criterion.measure(self.model, groups, batches)
+            gradient = torch.cat(list(found.gradient.values()))
+            whole = {"gradient": gradient, "matrix": found.matrix}
+            self._save(lambda: save_file(whole, tensors))
+            return {"loss": found.loss, "num_samples": found.num_samples, "exact": found.exact}
+
+        record, whole = self._stage("curvature", make), load_file(tensors)
+        gradient = by_group(groups, whole["gradient"])
+        return groups, GaussNewton(gradient=gradient, matrix=whole["matrix"], **record)
+
+    def _compensated(
+        self, graph: Graph, plan: PruningPlan, groups: Groups, found: GaussNewton
+    ) -> PruningPlan:
+        fixed = {name: why for name in groups if (why := graph.fold_obstacle(name))}
+        for name, why in fixed.items():
+            logger.info("compensation: the gates of %s stay at 1: %s", name, why)
+        for name in plan.kept.keys() - groups.keys():
+            logger.info("compensation: nothing makes up for what goes from %s", name)
+        return compensated(
+            plan, groups, found.matrix, self.recipe.criterion.damping, fixed=fixed.keys()
+        )
 
     def _allocate(
         self,

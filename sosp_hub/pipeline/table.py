@@ -19,6 +19,12 @@ def show_result(report: Mapping[str, Any], output: Path) -> None:
     drops = collect(report).drops
     if drops:
         console.print(_drops(drops))
+    if told := report["plan"]["provenance"].get("compensation"):
+        console.print(
+            f"gates of {told['groups']} groups folded, {told['least_gate']:.2f} to "
+            f"{told['largest_gate']:.2f}: they make up for the cut\n",
+            highlight=False,
+        )
     console.print(f"{output}/", style="bold", highlight=False)
     for path in sorted(output.iterdir()):
         what = _FILES.get(path.name, "weights" if path.suffix == ".safetensors" else "")

@@ -13,19 +13,19 @@ from sosp_hub.errors import OutputExistsError
 from sosp_hub.recipe.schema import Recipe
 
 _MODEL = ("model", "data", "seed")
-_SCORED = (*_MODEL, "structure", "criterion")
-_CUT = (*_SCORED, "budget")
+_CUT = (*_MODEL, "structure", "criterion", "budget")
 STAGES: Mapping[str, tuple[str, ...]] = {
     "dense": _MODEL,
     "dense_metrics": (*_MODEL, "evaluate"),
-    "saliency": _SCORED,
+    "curvature": (*_MODEL, "structure", "criterion.curvature"),
+    "saliency": (*_MODEL, "structure", "criterion.scores"),
     "plan": _CUT,
     "cut_metrics": (*_CUT, "evaluate"),
     "recalibrated_metrics": (*_CUT, "finetune", "evaluate"),
     "final": (*_CUT, "finetune"),
     "final_metrics": (*_CUT, "finetune", "evaluate"),
 }
-"""Each stage, with the sections of the recipe that its result depends on."""
+"""Each stage, with the sections of the recipe, or what of them, that its result depends on."""
 
 
 class WorkFolder:
@@ -43,6 +43,10 @@ class WorkFolder:
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder = folder
         self._recipe = recipe.model_dump(mode="json")
+        data = recipe.criterion.model_dump(mode="json", include={"num_samples", "batch_size"})
+        scores = {"name": recipe.criterion.name, **recipe.criterion.options()}
+        self._recipe["criterion.curvature"] = data | recipe.criterion.curvature()
+        self._recipe["criterion.scores"] = data | scores
         self._records: dict[str, dict[str, Any]] = {}
         self._seconds: dict[str, float] = {}
         self.changes: dict[str, tuple[Any, Any]] = {}
@@ -113,7 +117,7 @@ class WorkFolder:
         return self.folder / f"{stage}.state"
 
     def _made_with(self, stage: str) -> dict[str, Any]:
-        return {section: self._recipe[section] for section in STAGES[stage]}
+        return {name.partition(".")[0]: self._recipe[name] for name in STAGES[stage]}
 
     def _changes(self, stage: str, made_with: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         then, now = _flat(made_with), _flat(self._made_with(stage))

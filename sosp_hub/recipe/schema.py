@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sosp_hub.types import Kind, Library, Task
+from sosp_hub.types import DEFAULT_KINDS, Kind, Library, Task
 
 Scalar = bool | int | float | str | None
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -128,7 +128,7 @@ class StructureSection(Section):
     """Which structures may go."""
 
     kinds: Annotated[tuple[Kind, ...], Field(min_length=1, strict=False)] = Field(
-        default=("channel", "head", "kv_group", "neuron"),
+        default=DEFAULT_KINDS,
         description="`residual` (transformer width) is opt-in",
     )
     outputs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
@@ -144,11 +144,29 @@ class CriterionSection(Section):
 
     num_samples: Count = Field(default=1024, description="calibration samples, over all processes")
     batch_size: Count = Field(default=32, description="calibration samples of one step")
+    compensate: bool | None = Field(
+        default=None,
+        description="fold gates that make up for the cut into the kept weights; "
+        "null = with sosp_i's surgeon",
+    )
+    damping: Annotated[float, Field(gt=0)] = Field(
+        default=0.01,
+        description="of the matrix that compensation solves with: added to its diagonal, as a "
+        "share of its mean",
+    )
 
     def options(self) -> dict[str, Any]:
         """The options of this criterion alone, those that are set."""
         shared = {"name", *CriterionSection.model_fields}
         return self.model_dump(exclude=shared, exclude_none=True)
+
+    def compensates(self) -> bool:
+        """Whether what is kept makes up for what is cut."""
+        return bool(self.compensate)
+
+    def curvature(self) -> dict[str, Any]:
+        """How the matrix of ``sosp_i`` and of compensation is measured."""
+        return SospISection().curvature()
 
 
 class GateSection(CriterionSection):
@@ -186,9 +204,6 @@ class SospISection(GateSection):
     selection: Literal["row_sum", "greedy", "signed", "surgeon"] = Field(
         default="row_sum", description="scores, or an order of removal (see the criterion)"
     )
-    damping: Annotated[float, Field(gt=0)] = Field(
-        default=0.01, description="of `surgeon`: added to the diagonal, as a share of its mean"
-    )
     keep_at_least: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="share of each group that no order removes"
     )
@@ -199,6 +214,18 @@ class SospISection(GateSection):
         default=32, description="above so many classes, labels are drawn from the model"
     )
     num_draws: Count = Field(default=1, description="labels drawn per sample")
+
+    def options(self) -> dict[str, Any]:
+        """As of any criterion, and the damping that `surgeon` shares with compensation."""
+        return {**super().options(), "damping": self.damping}
+
+    def compensates(self) -> bool:
+        """By default where the order of removal counts on it."""
+        return self.selection == "surgeon" if self.compensate is None else self.compensate
+
+    def curvature(self) -> dict[str, Any]:
+        """As this section says."""
+        return self.model_dump(include={"loss", "max_classes", "num_draws", "gate"})
 
 
 class TaylorSection(GateSection):
@@ -488,6 +515,16 @@ class Recipe(Section):
                 f"criterion.name: block_influence scores whole layers and cannot score "
                 f"{', '.join(kind for kind in kinds if kind != 'layer')}; "
                 "write structure.kinds: [layer]"
+            )
+        if self.criterion.compensates() and "layer" in kinds:
+            raise ValueError(
+                "criterion.compensate: nothing makes up for a whole layer; leave it out, or leave "
+                "layer out of structure.kinds"
+            )
+        if self.criterion.compensates() and getattr(self.criterion, "gate", None) == "weight":
+            raise ValueError(
+                "criterion.compensate: gates are folded where activations are read; write "
+                "criterion.gate: activation, or compensate: false"
             )
         if name not in ("block_influence", "random") and "layer" in kinds:
             raise ValueError(

@@ -87,6 +87,15 @@ class Graph:
             if len(set(found.values())) > 1:
                 raise PlanError(f"plan: these groups must keep equally many structures: {found}")
 
+    def fold_obstacle(self, name: str) -> str | None:
+        """Why gates of this group cannot be folded into the weights that read it; None = can."""
+        group = self.groups[name]
+        tensors = [member.tensor for member in group.members if member.reads]
+        if not tensors or not group.sites:
+            return "no weight reads it"
+        shared = [tensor for tensor in tensors if self.aliases.get(tensor)]
+        return f"{shared[0]!r} is tied to another weight" if shared else None
+
     def keep(self, plan: PruningPlan) -> dict[int, NDArray[np.bool_]]:
         """Keep mask of each cut atom, by atom id."""
         masks = {}

@@ -58,14 +58,11 @@ def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
     with torch.no_grad():
         for name, gates in plan.gates.items():
             group = graph.groups[name]
-            readers = [member for member in group.members if member.reads]
-            shared = [m.tensor for m in readers if graph.aliases.get(m.tensor)]
-            if shared or not readers or not group.sites:
-                why = f"{shared[0]!r} is tied to another weight" if shared else "no weight reads it"
+            if why := graph.fold_obstacle(name):
                 raise PlanError(f"plan: gates of group {name!r} cannot be folded: {why}")
             factors = torch.ones(group.size, dtype=torch.float64)
             factors[list(plan.kept[name])] = torch.tensor(gates, dtype=torch.float64)
-            for member in readers:
+            for member in (member for member in group.members if member.reads):
                 weight = get_tensor(model, member.tensor)
                 index = torch.as_tensor(member.index)
                 scale = torch.where(index >= 0, factors[index.clamp(min=0)], 1.0)

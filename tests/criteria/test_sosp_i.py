@@ -1,19 +1,18 @@
 """SOSP-I: orders against brute force, compensation against least squares, folding against gates."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sosp_hub
+from sosp_hub.criteria.compensation import compensated, measurable
 from sosp_hub.criteria.elimination import Floors, compensation, greedy_order, surgeon_order
 from sosp_hub.criteria.registry import make_criterion, score
-from sosp_hub.criteria.sosp_i import compensate
 from sosp_hub.derivatives import Protocol, gauss_newton
 from sosp_hub.errors import CriterionError
-from sosp_hub.gates import fold_, gated
+from sosp_hub.gates import gated
 from sosp_hub.plan import PruningPlan
+from sosp_hub.surgery.apply import fold
 from tests.cases import with_trait
 from tests.compare import assert_close
 from tests.gates.toys import TOYS, attention, group, perceptron, stand_in
@@ -112,17 +111,22 @@ def test_floors_hold_in_every_order(selection):
 @pytest.mark.parametrize("make", TOYS.values(), ids=TOYS)
 def test_folded_equals_gated(make):
     toy = make()
-    row = toy.split(torch.rand(toy.num_structures, dtype=torch.float64))
-    with gated(toy.model, toy.groups) as gates:
+    graph = sosp_hub.trace(toy.model, toy.batch[0])
+    groups = {name: g for name, g in graph.groups.items() if not graph.fold_obstacle(name)}
+    row = {name: torch.rand(g.size, dtype=torch.float64) for name, g in groups.items()}
+    with gated(toy.model, groups) as gates:
         gates.set_(row)
         expected = toy.model(toy.batch[0])
-    fold_(toy.model, toy.groups, row)
+    sizes = {name: g.size for name, g in groups.items()}
+    kept = {name: tuple(range(size)) for name, size in sizes.items()}
+    gates = {name: tuple(values.tolist()) for name, values in row.items()}
+    fold(toy.model, graph, PruningPlan(kept, sizes, gates=gates))
     assert_close(toy.model(toy.batch[0]), expected, relative=1e-12)
 
 
 @pytest.mark.parametrize("case", with_trait("residual"), ids=str)
-def test_folded_and_cut_equals_gated(case):
-    """Gates of a plan folded into the weights, then the cut: the model with these gates."""
+def test_a_compensated_plan_equals_the_gated_model(case):
+    """Every second structure goes; what is cut and folded computes what the gated model does."""
     model, inputs = case.model(), case.inputs()
     graph = sosp_hub.trace(model, inputs)
     groups = {
@@ -130,23 +134,37 @@ def test_folded_and_cut_equals_gated(case):
         for name, g in graph.groups.items()
         if g.kind in ("channel", "head", "neuron") and g.sites and g.exact
     }
-    values, kept = {}, {}
+    matrix = _matrix(sum(g.size for g in groups.values()))
+    kept = {name: tuple(range(0, g.size, 2)) for name, g in list(groups.items())[1:]}
+    plan = PruningPlan(kept, {name: groups[name].size for name in kept})
+    fixed = [name for name in groups if graph.fold_obstacle(name)]
+    plan = compensated(plan, groups, matrix, 0.1, fixed=fixed)
+    assert plan.gates.keys() == groups.keys() - set(fixed)  # also one that is left whole
+    values = {}
     for name, g in groups.items():
-        gates = torch.rand(g.size) + 0.5
-        kept[name] = tuple(range(0, g.size, 2))
-        gates[1::2] = 0.0
-        values[name] = gates
-    plan = PruningPlan(kept, {name: g.size for name, g in groups.items()})
+        values[name] = torch.zeros(g.size)
+        indices = list(plan.kept.get(name, range(g.size)))
+        values[name][indices] = torch.tensor(plan.gates.get(name, [1.0] * len(indices)))
     call = (lambda m: m(**inputs)) if isinstance(inputs, dict) else (lambda m: m(*inputs))
     logits = lambda output: output if isinstance(output, torch.Tensor) else output.logits  # noqa: E731
     with torch.no_grad(), gated(model, groups) as gates:
         gates.set_(values)
         expected = logits(call(model))
-    folded = copy.deepcopy(model)
-    fold_(folded, groups, {name: v + (v == 0) for name, v in values.items()})
     with torch.no_grad():
-        pruned = sosp_hub.apply(folded, graph, plan)
-        assert_close(logits(call(pruned)), expected, relative=1e-4)
+        assert_close(logits(call(sosp_hub.apply(model, graph, plan))), expected, relative=1e-5)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+
+
+def test_fixed_gates_stay_and_the_others_make_up_for_them():
+    matrix = _matrix(6)
+    damped = matrix + 0.1 * matrix.diagonal().mean() * torch.eye(6).double()
+    groups = {name: group(name, "neuron", 3, []) for name in "ab"}
+    plan = PruningPlan({"a": (0, 2)}, {"a": 3})
+    found = compensated(plan, groups, matrix, 0.1, fixed=["a"])
+    assert found.kept == {"a": (0, 2), "b": (0, 1, 2)}
+    expected = 1 + torch.linalg.solve(damped[3:, 3:], damped[3:, 1])
+    assert_close(found.gates, {"b": expected.clamp(min=0).tolist()}, relative=1e-9)
+    assert found.provenance["compensation"]["groups"] == 1
 
 
 def test_a_net_with_a_twin_is_cut_for_nothing():
@@ -154,23 +172,52 @@ def test_a_net_with_a_twin_is_cut_for_nothing():
     with torch.no_grad():  # neuron 3 is a copy of neuron 1
         toy.model.a.weight[3], toy.model.a.bias[3] = toy.model.a.weight[1], toy.model.a.bias[1]
         toy.model.b.weight[:, 3] = toy.model.b.weight[:, 1]
+    groups = {"a": toy.groups["a"]}
     criterion = make_criterion("sosp_i", selection="surgeon", damping=1e-9)
-    found = criterion.select(toy.model, stand_in(toy.groups["a"]), [toy.batch])
-    first = int(found.saliency["a"].argmin())
+    curvature = criterion.measure(toy.model, groups, [toy.batch])
+    found = score(
+        toy.model,
+        stand_in(*groups.values()),
+        [],
+        "sosp_i",
+        selection="surgeon",
+        curvature=curvature,
+    )
+    first = int(found["a"].argmin())
     assert first in (1, 3)
-    kept = {"a": tuple(i for i in range(5) if i != first)}
-    gates = compensate({"a": toy.groups["a"]}, found.curvature.matrix, kept, damping=1e-9)
-    assert_close(toy.model(toy.batch[0], gates), toy.model(toy.batch[0]), relative=1e-4)
+    plan = PruningPlan({"a": tuple(i for i in range(5) if i != first)}, {"a": 5})
+    plan = compensated(plan, groups, curvature.matrix, damping=1e-9)
+    gates = torch.zeros(5, dtype=torch.float64)
+    gates[list(plan.kept["a"])] = torch.tensor(plan.gates["a"], dtype=torch.float64)
+    assert_close(toy.model(toy.batch[0], {"a": gates}), toy.model(toy.batch[0]), relative=1e-4)
+
+
+@pytest.mark.parametrize("budget", [{"structures": 0.6}, {"macs": 0.6}, {"params": 0.6}])
+def test_every_budget_takes_the_surgeons_order_from_its_front(budget):
+    """So the gates in closed form are those that the surgeon counted on when it chose."""
+    toy = perceptron()
+    graph = sosp_hub.trace(toy.model, toy.batch[0])
+    options = {"selection": "surgeon", "loss_fn": F.cross_entropy}
+    found = score(toy.model, graph, [toy.batch], "sosp_i", **options)
+    plan = sosp_hub.allocate(graph, found, **budget)
+    gone = [
+        float(found[name][i])
+        for name, kept in plan.kept.items()
+        for i in set(range(plan.sizes[name])) - set(kept)
+    ]
+    assert gone
+    assert sorted(gone) == list(range(len(gone)))
 
 
 def test_faults():
     toy = attention()
-    shared = copy.deepcopy(toy.model)
-    shared.alias = shared.out
-    before = copy.deepcopy(shared.state_dict())
-    with pytest.raises(CriterionError, match=r"'heads': .* cannot be folded into 'out\.weight'"):
-        fold_(shared, toy.groups, {"heads": torch.rand(2)})
-    assert_close(dict(shared.state_dict()), dict(before), relative=0)
     many = stand_in(group("many", "neuron", 20_001, [("b", -1, None)]))
     with pytest.raises(CriterionError, match=r"20001 structures need a matrix of 3 GB"):
         score(toy.model, many, [toy.batch], "sosp_i")
+    of_heads = make_criterion("sosp_i").measure(
+        toy.model, {"heads": toy.groups["heads"]}, [toy.batch]
+    )
+    with pytest.raises(CriterionError, match=r"is of 2 structures, the groups have 6"):
+        score(toy.model, toy.graph, [], "sosp_i", curvature=of_heads)
+    with pytest.raises(CriterionError, match=r"kinds neuron have no place for gates"):
+        measurable({"neurons": toy.groups["neurons"]})

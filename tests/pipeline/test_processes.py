@@ -26,9 +26,9 @@ def test_three_processes_equal_one(tmp_path):
 
 
 def test_two_processes_prune_like_one(tmp_path):
-    """Scores and plan are those of one; then both train and measure, and one of them writes."""
+    """Scores, plan and gates are those of one; both train and measure, and one of them writes."""
     keys = ["model.train=null", "data.num_train=77", "data.num_test=51", "finetune.epochs=1"]
-    keys += ["criterion.num_samples=61", "criterion.batch_size=16"]
+    keys += ["criterion.num_samples=61", "criterion.batch_size=16", "criterion.compensate=true"]
     folders = [tmp_path / "one", tmp_path / "two"]
     assert main([str(QUICKSTART), *keys, f"output.dir={folders[0]}"]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -43,5 +43,6 @@ def test_two_processes_prune_like_one(tmp_path):
     assert_close(two, one, relative=1e-5)
     one, two = (json.loads((f / "sosp_report.json").read_text()) for f in folders)
     assert two["plan"]["kept"] == one["plan"]["kept"]
+    assert_close(two["plan"]["gates"], one["plan"]["gates"], relative=1e-4)
     assert_close(two["metrics"]["dense"], one["metrics"]["dense"])
     assert two["metrics"]["final"]["accuracy"]["n"] == 51

@@ -48,26 +48,31 @@ def test_the_same_recipe_goes_on_with_everything(folder):
         (
             {"criterion": {"name": "taylor"}},
             ("criterion.name", ("sosp_h", "taylor")),
-            ["dense", "dense_metrics"],
+            ["dense", "dense_metrics", "curvature"],
+        ),
+        (
+            {"criterion": {"compensate": True}},
+            ("criterion.compensate", (None, True)),
+            ["dense", "dense_metrics", "curvature", "saliency"],
         ),
         (
             {"budget": {"macs": 0.25}},
             ("budget.macs", (0.5, 0.25)),
-            ["dense", "dense_metrics", "saliency"],
+            ["dense", "dense_metrics", "curvature", "saliency"],
         ),
         (
             {"finetune": {"epochs": 3}},
             ("finetune.epochs", (10, 3)),
-            ["dense", "dense_metrics", "saliency", "plan", "cut_metrics"],
+            ["dense", "dense_metrics", "curvature", "saliency", "plan", "cut_metrics"],
         ),
         (
             {"evaluate": {"metrics": ["loss"]}},
             ("evaluate.metrics", (None, ["loss"])),
-            ["dense", "saliency", "plan", "final"],
+            ["dense", "curvature", "saliency", "plan", "final"],
         ),
         ({"output": {"figures": False}}, None, list(STAGES)),
     ],
-    ids=["seed", "criterion", "budget", "finetune", "evaluate", "output"],
+    ids=["seed", "criterion", "compensate", "budget", "finetune", "evaluate", "output"],
 )
 def test_a_changed_recipe_does_again_what_the_change_touches(folder, sections, change, kept):
     work = WorkFolder(folder, recipe(**sections))

@@ -1,0 +1,82 @@
+"""A run whose kept weights make up for the cut: from the recipe to folded weights."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+import sosp_hub
+from sosp_hub.criteria.sosp_i import SospI
+from sosp_hub.pipeline import stages
+from sosp_hub.prune import main
+
+RECIPE = """
+model: {library: timm, id: cifar_resnet20, task: image-classification, pretrained: false}
+data: {id: sklearn/digits, num_train: 64, num_test: 32}
+criterion: {name: taylor, num_samples: 24, batch_size: 16, compensate: true}
+budget: {structures: 0.6}
+finetune: {epochs: 0, recalibrate_norm: false}
+evaluate: {metrics: [loss], latency: false}
+output: {dir: OUTPUT, figures: false}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("OUTPUT", str(tmp_path / "out")))
+    return path
+
+
+def test_any_criterion_is_compensated_for(recipe, tmp_path, capsys):
+    assert main([str(recipe)]) == 0
+    report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())
+    plan = sosp_hub.PruningPlan.from_json(json.dumps(report["plan"]))
+    told = plan.provenance["compensation"]
+    values = [gate for gates in plan.gates.values() for gate in gates]
+    assert told["damping"] == 0.01
+    assert [told["least_gate"], told["largest_gate"]] == [min(values), max(values)]
+    assert min(values) >= 0
+    assert "curvature" in report["timings_s"]
+    words = f"gates of {told['groups']} groups folded, {min(values):.2f} to {max(values):.2f}"
+    assert words in " ".join(capsys.readouterr().out.split())
+    with_gates = load_file(tmp_path / "out" / "model.safetensors")
+    assert main([str(recipe), "--overwrite", "criterion.compensate=false"]) == 0
+    report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())
+    assert report["plan"]["gates"] == {}
+    assert "compensation" not in report["plan"]["provenance"]
+    without = load_file(tmp_path / "out" / "model.safetensors")
+    assert without["conv1.weight"].equal(with_gates["conv1.weight"])  # reads no group
+    assert not without["layer1.0.conv1.weight"].equal(with_gates["layer1.0.conv1.weight"])
+
+
+def test_the_surgeon_and_its_compensation_share_one_matrix(recipe, tmp_path, monkeypatch, capsys):
+    """Which another selection, budget or damping needs no data to use."""
+
+    def stop(*args, **keywords):
+        raise KeyboardInterrupt
+
+    keys = ["criterion.name=sosp_i", "criterion.compensate=null"]
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "apply", stop)
+        assert main([str(recipe), *keys, "criterion.selection=surgeon"]) == 130
+        patched.setattr(SospI, "measure", stop)
+        changes = ["budget.structures=0.7", "criterion.damping=0.1"]
+        assert main([str(recipe), *keys, "criterion.selection=surgeon", *changes]) == 130
+        plan = json.loads((tmp_path / "out.partial" / "plan.json").read_text())["made"]["plan"]
+        plan = sosp_hub.PruningPlan.from_json(plan)
+        assert plan.gates
+        assert plan.provenance["compensation"]["damping"] == 0.1
+        assert main([str(recipe), *keys]) == 130  # row sums, not compensated for
+        plan = json.loads((tmp_path / "out.partial" / "plan.json").read_text())["made"]["plan"]
+        assert not sosp_hub.PruningPlan.from_json(plan).gates
+    said = capsys.readouterr().err
+    assert "done again because of that: saliency, plan" in said
+
+
+def test_layers_cannot_be_made_up_for(recipe, capsys):
+    keys = ["structure.kinds=[layer]", "criterion.name=random"]
+    assert main([str(recipe), *keys]) == 2
+    assert "criterion.compensate: nothing makes up for a whole layer" in capsys.readouterr().err
+    assert main([str(recipe), "criterion.gate=weight"]) == 2
+    assert "criterion.gate: activation" in capsys.readouterr().err
