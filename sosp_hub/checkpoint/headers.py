@@ -61,11 +61,9 @@ def read_tensors(folder: Path) -> dict[str, TensorHeader]:
         return _read_file(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}")
-    placed = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise CheckpointError(f"{INDEX}: weight_map: expected an object that places every tensor")
+    placed = read_index(folder)
     found: dict[str, TensorHeader] = {}
-    for name in sorted({_file_name(name) for name in placed.values()}):
+    for name in sorted(set(placed.values())):
         if not (folder / name).is_file():
             raise CheckpointError(f"{INDEX}: names {name}, which is missing from {folder}")
         found |= _read_file(folder / name)
@@ -75,6 +73,18 @@ def read_tensors(folder: Path) -> dict[str, TensorHeader]:
                 f"{INDEX}: weight_map places {tensor!r} in {file}, which does not hold it"
             )
     return found
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor, by the index beside them.
+
+    Raises:
+        CheckpointError: A damaged index, or one that names files elsewhere.
+    """
+    placed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{INDEX}: weight_map: expected an object that places every tensor")
+    return {tensor: _file_name(name) for tensor, name in placed.items()}
 
 
 def _file_name(name: object) -> str:

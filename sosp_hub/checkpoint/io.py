@@ -46,7 +46,7 @@ def save_pretrained(
         report: What is known about the pruning, as JSON data; written as ``sosp_report.json``.
         tokenizer: Saved beside the model.
         processor: Image processor, feature extractor or processor; saved beside the model.
-        max_shard_size: Size of one weight file (transformers only; timm reads one file).
+        max_shard_size: Size of one weight file (a timm model without delta is always one file).
         ship_code: Also write ``modeling_sosp_hub.py``, which ``trust_remote_code=True`` loads
             without this package.
 
@@ -73,7 +73,7 @@ def save_pretrained(
         else:
             from sosp_hub.checkpoint.write_timm import write
 
-            write(model, fresh)
+            write(model, fresh, max_shard_size=max_shard_size)
         for extra in (tokenizer, processor):
             if extra is not None and hasattr(extra, "save_pretrained"):
                 extra.save_pretrained(fresh)

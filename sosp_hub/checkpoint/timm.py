@@ -20,7 +20,7 @@ from timm.models import _builder, _hub, _registry
 from torch import nn
 
 import sosp_hub
-from sosp_hub.checkpoint import hooks
+from sosp_hub.checkpoint import hooks, timm_shards
 from sosp_hub.checkpoint.delta import apply_section, diff, versions_said
 from sosp_hub.checkpoint.record import Delta, parse_delta
 from sosp_hub.checkpoint.timm_features import announce, announced_channels, feature_entries
@@ -88,8 +88,9 @@ def hook() -> None:
     """Registers the architecture, and the networks of the zoo, with timm."""
     importlib.import_module(_ZOO)
     if not _ORIGINALS:
-        _ORIGINALS["adapt"] = _builder.adapt_model_from_file
-        _builder.adapt_model_from_file = _adapt
+        _ORIGINALS.update({name: getattr(_builder, name) for name in _STAND_INS})
+        for name, stand_in in _STAND_INS.items():
+            setattr(_builder, name, stand_in(_ORIGINALS[name]))
         if not timm.is_model(ARCHITECTURE):
             timm.models.register_model(sosp_hub_pruned)
 
@@ -97,7 +98,8 @@ def hook() -> None:
 def unhook() -> None:
     """Leaves timm without the architecture."""
     if _ORIGINALS:
-        _builder.adapt_model_from_file = _ORIGINALS.pop("adapt")
+        for name in _STAND_INS:
+            setattr(_builder, name, _ORIGINALS.pop(name))
         _registry._model_entrypoints.pop(ARCHITECTURE, None)
 
 
@@ -187,16 +189,26 @@ def build_from_folder(folder: Path, *, dense: bool = False) -> nn.Module:
         return timm.create_model(name, pretrained_cfg=cfg, **args)
 
 
-def _adapt(model: nn.Module, variant: str) -> nn.Module:
+def _adapting(timms_own: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Stands where timm shrinks its own pruned models: between building and loading weights."""
-    if not (pending := _PENDING.get()):
-        return _ORIGINALS["adapt"](model, variant)
-    delta = pending.pop()
-    with versions_said(delta, timm.__version__):
-        apply_section(model, delta.base, f"{_WHERE}.base")
-    announce(model, delta.feature_channels)
-    return model
 
+    def adapt(model: nn.Module, variant: str) -> nn.Module:
+        if not (pending := _PENDING.get()):
+            return timms_own(model, variant)
+        delta = pending.pop()
+        with versions_said(delta, timm.__version__):
+            apply_section(model, delta.base, f"{_WHERE}.base")
+        announce(model, delta.feature_channels)
+        return model
+
+    return adapt
+
+
+_STAND_INS: dict[str, Callable[..., Any]] = {
+    "adapt_model_from_file": _adapting,
+    "load_state_dict_from_hf": timm_shards.from_hub,
+    "load_state_dict_from_path": timm_shards.from_folder,
+}
 
 if hooks.is_enabled():
     hook()

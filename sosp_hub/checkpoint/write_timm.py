@@ -1,4 +1,4 @@
-"""Writes a timm model: config and one weight file; proves that they build it again."""
+"""Writes a timm model: config and weights; proves that they build it again."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from timm.models import _hub
 from torch import Tensor, nn
 
@@ -17,9 +17,11 @@ from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.record import Delta
 from sosp_hub.errors import CheckpointError
 
+_NO_LIMIT = 2**62
 
-def write(model: nn.Module, folder: Path) -> None:
-    """Writes the model into a folder.
+
+def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> None:
+    """Writes the model into a folder; in one file where timm alone may have to read it.
 
     Raises:
         CheckpointError: The files would not build the model again.
@@ -44,7 +46,9 @@ def write(model: nn.Module, folder: Path) -> None:
     proof.adopt(rebuilt, model)
     if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
         raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
-    save_file(_untied(state), folder / "model.safetensors", metadata={"format": "pt"})
+    save_torch_state_dict(
+        _untied(state), folder, max_shard_size=_NO_LIMIT if delta.empty else max_shard_size
+    )
 
 
 def _write_config(model: nn.Module, folder: Path, args: dict[str, Any], delta: Delta) -> None:

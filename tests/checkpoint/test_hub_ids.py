@@ -25,6 +25,8 @@ print(json.dumps({
     "AutoModelForCausalLM": num(transformers.AutoModelForCausalLM.from_pretrained("me/llama")),
     "from_pretrained timm": num(sosp_hub.from_pretrained("me/resnet")),
     "create_model": num(timm.create_model("hf-hub:me/resnet", pretrained=True)),
+    "from_pretrained shards": num(sosp_hub.from_pretrained("me/shards")),
+    "create_model shards": num(timm.create_model("hf-hub:me/shards", pretrained=True)),
 }))
 inspect.main(["me/llama", "--json"])
 try:
@@ -39,8 +41,10 @@ def answers(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     models = {"llama": cuts.pruned("llama"), "resnet": cuts.pruned_timm("test_resnet")}
     with Hub(root / "store") as hub:
-        for name, model in models.items():
-            folder = sosp_hub.save_pretrained(model, root / name)
+        for name, model in {**models, "shards": models["resnet"]}.items():
+            size = "100KB" if name == "shards" else "5GB"
+            folder = sosp_hub.save_pretrained(model, root / name, max_shard_size=size)
+            assert (folder / "model.safetensors").is_file() == (name != "shards")
             files = {path.name: path.read_bytes() for path in folder.iterdir()}
             hub.add_repo(f"me/{name}", files=files)
         environment = os.environ | {
@@ -69,6 +73,8 @@ def test_every_loader_takes_a_hub_id(answers):
         "AutoModelForCausalLM": sizes["llama"],
         "from_pretrained timm": sizes["resnet"],
         "create_model": sizes["resnet"],
+        "from_pretrained shards": sizes["resnet"],
+        "create_model shards": sizes["resnet"],
     }
 
 

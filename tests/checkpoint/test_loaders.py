@@ -40,6 +40,30 @@ def test_shards(tmp_path):
         assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=1e-6)
 
 
+def test_shards_timm(tmp_path):
+    model = cuts.pruned_timm("test_vit")
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small", max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert not (folder / "model.safetensors").exists()
+    x = torch.randn(2, 3, 160, 160)
+    for loaded in (
+        sosp_hub.from_pretrained(folder),
+        timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
+        transformers.AutoModelForImageClassification.from_pretrained(folder).timm_model,
+    ):
+        assert_close(output(loaded, (x,)), output(model, (x,)), relative=1e-6)
+    next(iter(folder.glob("model-00002*"))).unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_a_native_timm_checkpoint_is_one_file(tmp_path):
+    """Timm itself reads no shards, and is who reads this one."""
+    model = timm.create_model("test_vit", num_classes=7)
+    folder = sosp_hub.save_pretrained(model, tmp_path / "dense", max_shard_size="100KB")
+    assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
+
+
 def test_half_precision(tmp_path):
     model = cuts.pruned("llama").to(torch.bfloat16)
     folder = sosp_hub.save_pretrained(model, tmp_path / "small")
