@@ -62,6 +62,34 @@ def _factory(terms: Terms, op: Operation) -> None:
             terms.fix(axis, "a new tensor of a fixed size")
 
 
+@_demand("empty_strided", "new_empty_strided")
+def _strided(terms: Terms, op: Operation) -> None:
+    for axis in terms.of(op.out):
+        terms.fix(axis, "a new tensor of given strides")
+
+
+@_demand("pad")
+def _pad(terms: Terms, op: Operation) -> None:
+    widths = op.argument(1, "pad")
+    for back, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True), 1):
+        if before < 0 or after < 0:
+            terms.fix(terms.of(op.tensor)[-back], "a negative padding cuts off what it says")
+            continue
+        axis = terms.of(op.out)[-back]
+        _lead(terms, before, axis)
+        pieces = cut_at(axis, size_of(axis) - int(after)) if 0 < after < size_of(axis) else None
+        if pieces is not None and isinstance(after, TracedInt):
+            terms.constrain(after, pieces[1], "a padding")
+
+
+@_demand("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(terms: Terms, op: Operation) -> None:
+    groups = op.argument(1, "groups")
+    halves = split(terms.of(op.tensor)[1], int(groups), "a channel shuffle")
+    if halves is not None:
+        terms.constrain(groups, halves[0], "groups")
+
+
 @_demand("arange", "linspace", "eye")
 def _series(terms: Terms, op: Operation) -> None:
     for value in op.args:
@@ -92,7 +120,7 @@ def _unflatten(terms: Terms, op: Operation) -> None:
         terms.constrain(size, terms.of(op.out)[dim + offset], "unflatten")
 
 
-@_demand("split", "split_with_sizes")
+@_demand("split", "split_with_sizes", "unsafe_split", "split_copy", "split_with_sizes_copy")
 def _split(terms: Terms, op: Operation) -> None:
     key = "split_size_or_sections" if "split_size_or_sections" in op.kwargs else "split_size"
     sizes = op.argument(1, key)

@@ -200,6 +200,7 @@ SHAPES = (
     ),
     tokens("pad", lambda m, x: F.pad(x, (1, 2)), 6, 9, (6,)),
     tokens("pad tokens", lambda m, x: F.pad(x, (0, 0, 1, 0)), 6, 6, (6,)),
+    tokens("traced pad", lambda m, x: F.pad(x, (m.left, m.right)), 6, 9, (6,), left=1, right=2),
     tokens("negative pad", lambda m, x: F.pad(x, (0, -2)), 6, 4),
     tokens("roll", lambda m, x: x.roll(1, -1), 6, 6),
     tokens("roll tokens", lambda m, x: x.roll((1,), (1,)), 6, 6, (6,)),
@@ -519,17 +520,6 @@ ELEMENTWISE = tuple(
         ("prelu", lambda x: F.prelu(x, torch.tensor([0.2])), True),
     )
 )
-
-PENDING = {
-    ("groups", "kthvalue"): "its result has one dimension less",
-    ("groups", "channel shuffle"): "the native operation has no rule",
-    ("groups", "split_copy"): "a literal that is not seen",
-    ("cut", "unsafe_split"): "its size is not rewritten",
-    ("verify", "unsafe_split"): "its size is not rewritten",
-    ("groups", "empty_strided"): "a literal that is not seen",
-    ("groups", "negative pad"): "a literal that is not seen",
-}
-"""Known defects of the engine, by the test that shows them; each test fails once one is mended."""
 
 CASES = (
     *SHAPES, *LOOKUPS, *REDUCTIONS, *PRODUCTS, *WINDOWS, *ATTENTIONS, *ELEMENTWISE,

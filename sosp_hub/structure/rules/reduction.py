@@ -77,7 +77,10 @@ def _order(terms: Terms, op: Operation) -> None:
     dim = position_of(dim, tensor)
     terms.fix(axes[dim], f"`{op.name}` orders the elements along it")
     first = next(iter(tensors(op.out)))
-    axes[dim] = fixed(int(first.shape[dim]), f"`{op.name}` in {terms.where}")
+    if first.dim() == tensor.dim():
+        axes[dim] = fixed(int(first.shape[dim]), f"`{op.name}` in {terms.where}")
+    else:  # the k-th of them alone
+        del axes[dim]
     for result in tensors(op.out):
         terms.set(result, axes)
 

@@ -271,6 +271,15 @@ def _is_relayout(args: tuple[Any, ...], out: Tensor) -> bool:
     return out is args[0] and list(args[1]) == list(out.shape)
 
 
+@rule("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(terms: Terms, op: Operation) -> None:
+    axes = list(terms.of(op.tensor))
+    halves = split(axes[1], int(op.args[1]), f"a channel shuffle in {terms.where}")
+    assert halves is not None
+    axes[1] = Prod((halves[1], halves[0]))
+    terms.set(op.out, axes)
+
+
 @rule("roll", "flip")
 def _move(terms: Terms, op: Operation) -> None:
     axes = terms.of(op.tensor)
