@@ -3,18 +3,30 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from sosp_hub.data.loading import make_loader
+from sosp_hub.allocation import allocate
+from sosp_hub.criteria.registry import score
+from sosp_hub.data.loading import calibration_batches, make_loader
 from sosp_hub.distributed import from_main, make_accelerator, process_state, process_sum
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.recipe.schema import TrainSection
+from sosp_hub.structure.trace import trace
 
 NUM_SAMPLES = 23
+SCORED = {
+    "sosp_h": {"mode": "exact"},
+    "sosp_i": {},
+    "taylor": {},
+    "fisher": {},
+    "activation": {},
+    "magnitude": {},
+}
 
 
 class Points(Dataset):
@@ -36,12 +48,29 @@ def norm_statistics(model):
     return {name: getattr(model[1], name).tolist() for name in ("running_mean", "running_var")}
 
 
+def scores(rank, world):
+    """Saliency on 23 samples in batches of 4, a share each, and what is kept of each group."""
+    torch.manual_seed(1)
+    layers = [nn.Linear(4, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(8, 3)).eval()
+    graph = trace(model, (torch.randn(2, 4),))
+    points: Any = Points(NUM_SAMPLES)
+    batches = calibration_batches(points, 99, 4, rank=rank, num_processes=world)
+    found = {}
+    for name, options in SCORED.items():
+        saliency = score(model, graph, batches, name, process_sum=process_sum, **options)
+        plan = allocate(graph, saliency, params=0.5)
+        values = {group: each.tolist() for group, each in saliency.items()}
+        found[name] = {"scores": values, "kept": {g: list(k) for g, k in plan.kept.items()}}
+    return found
+
+
 def results():
     accelerator = make_accelerator(seed=3)
     rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    points = Points(NUM_SAMPLES)
+    points: Any = Points(NUM_SAMPLES)
     loader = accelerator.prepare_data_loader(make_loader(points, batch_size=4))
     found = evaluate(model, loader, ("accuracy", "loss", "per_class_accuracy"))
     one = evaluate(model, [(points.points[:5], points.labels[:5])] if rank == 0 else [], ("loss",))
@@ -61,6 +90,7 @@ def results():
         "sum": process_sum(torch.tensor([1.0 / world, 2.0 / world])).tolist(),
         "from main": from_main({"rank": rank}),
         "trained": linear.weight.tolist(),
+        "scored": scores(rank, world),
     }
 
 

@@ -1,10 +1,14 @@
-"""Three processes on data that does not divide give the numbers of one; no sample counts twice."""
+"""Several processes on data that does not divide give the numbers of one; one killed ends all."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from sosp_hub.prune import main
@@ -14,15 +18,51 @@ from tests.pipeline import each_process
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
-def test_three_processes_equal_one(tmp_path):
+def launch(num, module, *arguments, timeout=180):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "3", "-m", each_process.__name__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    command += ["--nproc_per_node", str(num), "-m", module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+@pytest.mark.parametrize("num", [2, 3])
+def test_processes_equal_one(num, tmp_path):
+    done = launch(num, each_process.__name__, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     expected = each_process.results()
     assert expected["metrics"]["accuracy"][1] == each_process.NUM_SAMPLES
-    for rank in range(3):
-        assert_close(json.loads((tmp_path / f"{rank}.json").read_text()), expected)
+    kept = {name: found["kept"] for name, found in expected["scored"].items()}
+    assert all(kept.values())
+    for rank in range(num):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert_close(found, expected)
+        assert {name: each["kept"] for name, each in found["scored"].items()} == kept
+
+
+def test_a_killed_process_ends_the_run():
+    done = launch(2, "tests.pipeline.one_dies", timeout=60)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+
+
+def test_a_process_whose_partner_is_gone_stops_waiting():
+    """Without a launcher that ends all processes: the connection itself tells."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.pipeline.one_dies"],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in started]
+    assert started[0].returncode == 1
+    assert started[1].returncode == -signal.SIGKILL
+    assert "onnection" in errors[0]
 
 
 def test_two_processes_prune_like_one(tmp_path):
@@ -31,10 +71,8 @@ def test_two_processes_prune_like_one(tmp_path):
     keys += ["criterion.num_samples=61", "criterion.batch_size=16", "criterion.compensate=true"]
     folders = [tmp_path / "one", tmp_path / "two"]
     assert main([str(QUICKSTART), *keys, f"output.dir={folders[0]}"]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "sosp_hub.prune", str(QUICKSTART), *keys]
-    command += [f"output.dir={folders[1]}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    keys.append(f"output.dir={folders[1]}")
+    done = launch(2, "sosp_hub.prune", str(QUICKSTART), *keys, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Load it") == 1
     assert done.stderr.count("measure final") == 1
