@@ -206,20 +206,18 @@ class _Candidates:
 
     def _tied(self) -> list[list[str]]:
         """Groups that keep equally many; one that may not be cut holds its partners whole."""
-        label: dict[str, tuple[object, ...]] = {name: (name,) for name in self._names}
-        if self.uniform:
-            label = {
-                name: (self.graph.groups[name].kind, self.graph.groups[name].size)
-                for name in self._names
-            }
-        for tie in self.graph.ties:
-            inside = [name for name in tie if name in label]
-            for name in inside:
-                label[name] = label[inside[0]]
-        sets: dict[tuple[object, ...], list[str]] = {}
-        for name in self._names:
-            sets.setdefault(label[name], []).append(name)
-        return list(sets.values())
+        sets = {name: [name] for name in self._names}
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for name in self._names if self.uniform else ():
+            group = self.graph.groups[name]
+            alike.setdefault((group.kind, group.size), []).append(name)
+        for names in (*self.graph.ties, *alike.values()):
+            inside = [name for name in names if name in sets]
+            for name in inside[1:]:
+                if sets[name] is not sets[inside[0]]:
+                    sets[inside[0]] += sets[name]
+                    sets.update(dict.fromkeys(sets[name], sets[inside[0]]))
+        return list({id(names): names for names in sets.values()}.values())
 
     def _frozen(self, names: list[str]) -> bool:
         tied = {other for tie in self.graph.ties if set(tie) & set(names) for other in tie}
@@ -238,6 +236,8 @@ class _Candidates:
             count = max(count, self._floor(size))
             step = lcm(self.round_to, *(self.graph.groups[name].multiple for name in names))
             count = min(ceil(count / step) * step, size)
+            barred = {n for name in names for n in self.graph.groups[name].barred}
+            count = next(n for n in (*range(count, size, step), size) if n not in barred)
             result.update(dict.fromkeys(names, count))
         return result
 

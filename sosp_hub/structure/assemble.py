@@ -33,7 +33,7 @@ def assemble(
     for axes in tensors.values():
         for axis in axes:
             _pin_repeated(axis)
-    tied = settle(terms.constraints, terms.leaks)
+    tied = settle(terms.constraints, terms.leaks, terms.comparisons)
     places = _places(tensors)
     parameters = {name for name, parameter in model.named_parameters(remove_duplicate=False)}
     reads = _reads(terms)
@@ -60,6 +60,7 @@ def assemble(
         numbers[atom.id] = Group(
             name, kind, atom.size, found, sites, tuple(atom.inexact), (), multiple,
             rectified(behind, atom, sites, entries),
+            frozenset(atom.barred),
         )  # fmt: skip
     by_id = {atom.id: atom for atom in places}
     groups = {group.name: group for group in numbers.values()}

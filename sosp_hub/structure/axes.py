@@ -31,6 +31,7 @@ class Atom:
     inexact: dict[str, None] = field(default_factory=dict)
     roles: set[str] = field(default_factory=set)
     multiple: int = 1
+    barred: set[int] = field(default_factory=set)
     parent: "Axis | None" = None
     id: int = field(default_factory=_ids.__next__)
 

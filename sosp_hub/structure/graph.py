@@ -81,6 +81,12 @@ class Graph:
                     f"plan: group {name!r} has {group.size} structures here, "
                     f"but the plan was made for {size}"
                 )
+            if len(plan.kept[name]) in group.barred:
+                raise PlanError(
+                    f"plan: group {name!r} must not keep {len(plan.kept[name])} of its {size} "
+                    f"structures: the model's code would take another path; "
+                    f"not allowed are {', '.join(map(str, sorted(group.barred)[:8]))}"
+                )
         counts = plan.num_kept()
         for tie in self.ties:
             found = {name: counts.get(name, self.groups[name].size) for name in tie}

@@ -67,6 +67,7 @@ class Group:
         multiple: A kernel needs kept counts that are multiples of this.
         rectified: The BatchNorms through whose ReLU all sites read the group; empty where one reads
             it otherwise.
+        barred: Counts that must not be kept: the code would take another path.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Group:
     layers: tuple[str, ...] = ()
     multiple: int = 1
     rectified: tuple[str, ...] = ()
+    barred: frozenset[int] = frozenset()
 
     @property
     def exact(self) -> bool:

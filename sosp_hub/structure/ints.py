@@ -10,19 +10,21 @@ a size used as a value.
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sosp_hub.structure.axes import Atom, Axis, atoms, size_of
 
 
-class Attribute(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Attribute:
     """An int attribute of a module; a name may be dotted, ``item`` is a tuple position."""
 
     module: str
     name: str
     item: int | None = None
+    dense: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         item = "" if self.item is None else f"[{self.item}]"
@@ -31,7 +33,7 @@ class Attribute(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """A binary operation on two expressions."""
+    """A binary operation on two expressions; a comparison is 1 where it holds, else 0."""
 
     symbol: str
     left: "Expr"
@@ -48,17 +50,42 @@ _OPS: dict[str, Callable[[int, int], int]] = {
     "%": operator.mod,
 }
 
-_listeners: list[tuple[Callable[[Expr], None], Callable[[Expr, Expr], None]]] = []
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    "<": operator.lt,
+    ">": operator.gt,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_OPPOSITE = {"<": ">=", ">": "<=", "<=": ">", ">=": "<", "==": "!=", "!=": "=="}
+
+
+class Listener(NamedTuple):
+    """Hears of sizes used as values, of sizes found equal, and of what else is true of them."""
+
+    leak: Callable[[Expr], None]
+    equal: Callable[[Expr, Expr], None]
+    true: Callable[["Op"], None]
+
+
+_DEAF = Listener(lambda _: None, lambda _one, _two: None, lambda _: None)
+_listeners: list[Listener] = []
 
 
 @contextmanager
-def listening(leak: Callable[[Expr], None], equal: Callable[[Expr, Expr], None]) -> Iterator[None]:
-    """Within it, ``leak`` hears of sizes used as values, ``equal`` of sizes found to be equal."""
-    _listeners.append((leak, equal))
+def listening(listener: Listener) -> Iterator[None]:
+    """Within it, ``listener`` hears what the code does with traced sizes."""
+    _listeners.append(listener)
     try:
         yield
     finally:
         _listeners.pop()
+
+
+def deaf() -> AbstractContextManager[None]:
+    """Within it nobody listens: what is computed with sizes is no business of the model's."""
+    return listening(_DEAF)
 
 
 class TracedInt(int):
@@ -87,14 +114,8 @@ class TracedInt(int):
     def __rpow__(self, other: Any) -> Any:
         return _leaked(other) ** self._leaked()
 
-    def __eq__(self, other: object) -> bool:
-        same = int(self) == other
-        if same and isinstance(other, TracedInt) and _listeners:
-            _listeners[-1][1](self.expr, other.expr)
-        return same
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
+    def __bool__(self) -> bool:
+        return self != 0
 
     __hash__ = int.__hash__
 
@@ -109,7 +130,7 @@ class TracedInt(int):
 
     def _leaked(self) -> int:
         if _listeners:
-            _listeners[-1][0](self.expr)
+            _listeners[-1].leak(self.expr)
         return int(self)
 
 
@@ -131,6 +152,29 @@ def _binary(symbol: str, flipped: bool) -> Callable[[TracedInt, Any], Any]:
 
     return method
 
+
+def _comparison(symbol: str) -> Callable[[TracedInt, Any], Any]:
+    compute = _COMPARISONS[symbol]
+
+    def method(self: TracedInt, other: Any) -> Any:
+        if not isinstance(other, int | float):
+            return NotImplemented
+        plain = int(other) if isinstance(other, int) else other  # a traced one would be asked first
+        truth = compute(int(self), plain)
+        if not _listeners or isinstance(other, float):
+            return truth
+        sign = symbol if truth else _OPPOSITE[symbol]
+        if isinstance(other, TracedInt) and sign == "==":
+            _listeners[-1].equal(self.expr, other.expr)
+        elif not (isinstance(other, TracedInt) and sign == "!="):  # what differs may go on so
+            _listeners[-1].true(Op(sign, self.expr, expr_of(other)))
+        return truth
+
+    return method
+
+
+for _symbol, _compute in _COMPARISONS.items():
+    setattr(TracedInt, f"__{_compute.__name__}__", _comparison(_symbol))
 
 for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
     setattr(TracedInt, f"__{_name}__", _binary(_symbol, flipped=False))
@@ -164,6 +208,8 @@ def evaluate(expr: Expr, values: Mapping[Attribute, int], count: Callable[[Atom]
         return values[expr]
     if isinstance(expr, Op):
         left, right = evaluate(expr.left, values, count), evaluate(expr.right, values, count)
+        if expr.symbol in _COMPARISONS:
+            return int(_COMPARISONS[expr.symbol](left, right))
         return _OPS[expr.symbol](left, right) if right or expr.symbol not in {"//", "%"} else 0
     return size_of(expr, count)
 

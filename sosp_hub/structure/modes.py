@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import Axis, size_of
 from sosp_hub.structure.demands import note_demands
-from sosp_hub.structure.ints import TracedInt
+from sosp_hub.structure.ints import TracedInt, deaf
 from sosp_hub.structure.terms import Step, Terms
 
 
@@ -86,7 +86,8 @@ class FunctionWatch(TorchFunctionMode):
             with self:
                 return body_of(func)(*args, **kwargs)
         out = func(*args, **kwargs)
-        note_demands(self.terms, rules.Operation(name, args, kwargs, out))
+        with deaf():
+            note_demands(self.terms, rules.Operation(name, args, kwargs, out))
         return out
 
     def _sizes(self, tensor: Tensor) -> torch.Size:

@@ -70,9 +70,9 @@ def _trace_config(config: Any, module: str, prefix: str) -> Any:
 
 def _traced(value: Any, module: str, name: str) -> Any:
     if type(value) is int:
-        return TracedInt(value, Attribute(module, name))
+        return TracedInt(value, Attribute(module, name, dense=value))
     if type(value) in {tuple, list} and value and all(type(item) is int for item in value):
         return type(value)(
-            TracedInt(item, Attribute(module, name, i)) for i, item in enumerate(value)
+            TracedInt(item, Attribute(module, name, i, item)) for i, item in enumerate(value)
         )
     return value

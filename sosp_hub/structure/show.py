@@ -18,6 +18,8 @@ def show(graph: "Graph") -> str:
     ]
     for group in graph.groups.values():
         tail = "" if group.exact else f"  inexact: {'; '.join(group.reasons[:2])}"
+        if group.barred:
+            tail = f"  never {', '.join(map(str, sorted(group.barred)[:8]))}{tail}"
         lines.append(f"{group.name}  size {group.size}{tail}")
         lines += [f"    layer {layer}" for layer in group.layers]
         for member in group.members:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sosp_hub.structure.axes import UNIT, Atom, Axis, Prod, Sum, fixed, flag, pin, size_of
-from sosp_hub.structure.ints import Expr, TracedInt
+from sosp_hub.structure.ints import Expr, Op, TracedInt
 
 Axes = tuple[Axis, ...]
 
@@ -52,6 +52,7 @@ class Terms:
     reads: list[Read] = field(default_factory=list)
     macs: list[tuple[str, Axes]] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
+    comparisons: list[Constraint] = field(default_factory=list)
     leaks: list[tuple[Expr, str]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
@@ -116,9 +117,16 @@ class Terms:
 
     def compare(self, one: Expr, two: Expr) -> None:
         """The code relies on two sizes being equal."""
+        where = f"a comparison in {self.where}"
         for expr, axis in ((one, two), (two, one)):
-            if isinstance(axis, Atom | Prod | Sum) and not isinstance(expr, Atom | Prod | Sum):
-                self.constraints.append(Constraint(expr, axis, f"a comparison in {self.where}"))
+            if isinstance(axis, Atom | Prod | Sum):
+                self.constraints.append(Constraint(expr, axis, where))
+                return
+        self.hold(Op("==", one, two))
+
+    def hold(self, comparison: Op) -> None:
+        """The code goes the way it goes because this is true."""
+        self.comparisons.append(Constraint(comparison, UNIT, f"a comparison in {self.where}"))
 
     def constrain(self, value: Any, axis: Axis, what: str) -> None:
         """A size argument and the axis it describes."""

@@ -10,6 +10,7 @@ are turned into ties
 import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from sosp_hub.structure.axes import (
     Atom,
@@ -28,40 +29,78 @@ from sosp_hub.structure.terms import Constraint
 
 Count = Callable[[Atom], int]
 
+_CLEAN_DRAWS = 8
+"""Small sizes agree by chance."""
+
 
 def solve_attributes(
     constraints: Sequence[Constraint], count: Count
 ) -> tuple[dict[Attribute, int], list[Constraint]]:
-    """Attribute values with ``count`` structures left, and the constraints that then fail."""
+    """Attribute values with ``count`` structures left, and the constraints that then fail.
+
+    What has several unknown attributes when nothing else is left to solve keeps all of them, or
+    all but one, at the values of the dense model; where that cannot be, it fails.
+    """
     values: dict[Attribute, int] = {}
     violated: list[Constraint] = []
-    open_ones = list(constraints)
-    progress = True
-    while progress:
-        progress = False
-        waiting: list[Constraint] = []
+    waiting = list(constraints)
+    while waiting:
+        open_ones, waiting = waiting, []
         for constraint in open_ones:
-            target = size_of(constraint.axis, count)
             if attributes(constraint.expr) <= values.keys():
-                if evaluate(constraint.expr, values, count) != target:
+                if not _holds(constraint, values, count):
                     violated.append(constraint)
                 continue
-            found = solve(constraint.expr, target, values, count)
+            found = solve(constraint.expr, size_of(constraint.axis, count), values, count)
             if found is None:
                 waiting.append(constraint)
             else:
                 values[found[0]] = found[1]
-                if evaluate(constraint.expr, values, count) != target:
+                if not _holds(constraint, values, count):
                     violated.append(constraint)
-                progress = True
-        open_ones = waiting
+        if len(waiting) == len(open_ones):
+            stuck = waiting.pop(0)
+            found = _keep_most(stuck, values, count)
+            if found is None:
+                violated.append(stuck)
+            else:
+                values.update(found)
     return values, violated
 
 
+def _keep_most(
+    constraint: Constraint, values: Mapping[Attribute, int], count: Count
+) -> dict[Attribute, int] | None:
+    """Values of the unknown attributes of which at most one, rather a large one, is not dense."""
+    dense = {a: a.dense for a in attributes(constraint.expr) if a not in values}
+    if _holds(constraint, {**values, **dense}, count):
+        return dense
+    target = size_of(constraint.axis, count)
+    for free in sorted(dense, key=lambda a: (-a.dense, str(a))):
+        held = {attribute: value for attribute, value in dense.items() if attribute != free}
+        found = solve(constraint.expr, target, {**values, **held}, count)
+        if found is not None and _holds(constraint, {**values, **held, free: found[1]}, count):
+            return {**held, free: found[1]}
+    return None
+
+
+def _holds(constraint: Constraint, values: Mapping[Attribute, int], count: Count) -> bool:
+    return evaluate(constraint.expr, values, count) == size_of(constraint.axis, count)
+
+
 def settle(
-    constraints: Sequence[Constraint], leaks: Iterable[tuple[object, str]], seed: int = 0
+    constraints: Sequence[Constraint],
+    leaks: Iterable[tuple[object, str]],
+    comparisons: Sequence[Constraint] = (),
+    seed: int = 0,
 ) -> dict[int, int]:
-    """Finds ties and pins until every constraint holds for arbitrary counts.
+    """Finds ties, pins and barred counts until everything holds for whatever counts are left.
+
+    Args:
+        constraints: What must hold; it gives the attributes of a cut model.
+        leaks: Expressions that the code uses as values, and where.
+        comparisons: What decides the way through the code, and must go on deciding it so.
+        seed: Of the counts that are tried.
 
     Returns:
         The representative of each tied atom (ids); atoms with one representative must keep equally
@@ -77,8 +116,22 @@ def settle(
             number = representative[number]
         return number
 
+    _satisfy(relevant, find, representative, generator)
+    if bar_counts(_distinct(comparisons), relevant, find, generator):
+        _satisfy(relevant, find, representative, generator)
+    members = {atom.id for c in relevant for atom in (*atoms(c.axis), *expr_atoms(c.expr))}
+    return {number: find(number) for number in members}
+
+
+def _satisfy(
+    relevant: Sequence[Constraint],
+    find: Callable[[int], int],
+    representative: dict[int, int],
+    generator: random.Random,
+) -> None:
+    """Ties and pins until every constraint holds for counts drawn at random."""
     clean = 0
-    while clean < 8:  # small sizes agree by chance
+    while clean < _CLEAN_DRAWS:
         draw: dict[int, int] = {}
 
         def count(atom: Atom, draw: dict[int, int] = draw) -> int:
@@ -97,12 +150,88 @@ def settle(
             if touched.isdisjoint(find(atom.id) for atom in involved):
                 _repair(constraint, involved, find, representative)
                 touched |= {find(atom.id) for atom in involved}
-    members = {atom.id for c in relevant for atom in (*atoms(c.axis), *expr_atoms(c.expr))}
-    return {number: find(number) for number in members}
+
+
+def bar_counts(
+    comparisons: Sequence[Constraint],
+    constraints: Sequence[Constraint],
+    find: Callable[[int], int],
+    generator: random.Random,
+) -> bool:
+    """Rules out, on the atoms, counts with which a comparison would come out otherwise.
+
+    A repeat factor may well become one: code that repeats asks for that, and both ways are right.
+
+    Returns:
+        Whether atoms were pinned, since no other count was left or several counts decide together.
+    """
+    pinned = False
+    live = {attribute for constraint in constraints for attribute in attributes(constraint.expr)}
+    for comparison in comparisons:
+        if _dead(comparison) and not attributes(comparison.expr) & live:
+            continue
+        bound = _bound(comparison, constraints)
+        involved = [a for c in (comparison, *bound) for a in (*atoms(c.axis), *expr_atoms(c.expr))]
+        loose = {
+            find(atom.id): atom
+            for atom in involved
+            if not atom.pinned and "copies" not in atom.roles
+        }
+
+        flips = partial(_flips, comparison, bound, find)
+        for number, atom in loose.items():
+            atom.barred |= {kept for kept in range(1, atom.size) if flips({number: kept})}
+        stuck = [atom for atom in loose.values() if len(atom.barred) == atom.size - 1]
+        left = {
+            number: [kept for kept in range(1, atom.size + 1) if kept not in atom.barred]
+            for number, atom in loose.items()
+        }
+        if any(
+            flips({number: generator.choice(counts) for number, counts in left.items()})
+            for _ in range(3 * (len(loose) > 1))
+        ):
+            stuck = list(loose.values())
+        for atom in stuck:
+            atom.pinned.setdefault(f"its size decides {comparison.where}")
+        pinned |= bool(stuck)
+    return pinned
+
+
+def _flips(
+    comparison: Constraint,
+    bound: Sequence[Constraint],
+    find: Callable[[int], int],
+    counts: Mapping[int, int],
+) -> bool:
+    def count(atom: Atom) -> int:
+        return atom.size if atom.pinned else counts.get(find(atom.id), atom.size)
+
+    return comparison in solve_attributes([*bound, comparison], count)[1]
+
+
+def _bound(comparison: Constraint, constraints: Sequence[Constraint]) -> list[Constraint]:
+    """The constraints that have a say in the attributes of a comparison."""
+    bound: list[Constraint] = []
+    wanted = attributes(comparison.expr)
+    rest = list(constraints)
+    while True:
+        found = [c for c in rest if attributes(c.expr) & wanted]
+        if not found:
+            return bound
+        bound += found
+        rest = [c for c in rest if not attributes(c.expr) & wanted]
+        wanted = wanted.union(*(attributes(c.expr) for c in found))
 
 
 def _relevant(constraints: Sequence[Constraint]) -> list[Constraint]:
     """One of each kind that has to do with something cuttable, simple ones first."""
+    seen = _distinct(constraints)
+    live = {a for c in seen if not _dead(c) for a in attributes(c.expr)}
+    chosen = [c for c in seen if not _dead(c) or attributes(c.expr) & live]
+    return sorted(chosen, key=lambda c: not isinstance(c.expr, Attribute))
+
+
+def _distinct(constraints: Sequence[Constraint]) -> list[Constraint]:
     seen: dict[tuple[object, ...], Constraint] = {}
     for constraint in constraints:
         key = (
@@ -111,9 +240,7 @@ def _relevant(constraints: Sequence[Constraint]) -> list[Constraint]:
             size_of(constraint.axis),
         )
         seen.setdefault(key, constraint)
-    live = {a for c in seen.values() if not _dead(c) for a in attributes(c.expr)}
-    chosen = [c for c in seen.values() if not _dead(c) or attributes(c.expr) & live]
-    return sorted(chosen, key=lambda c: not isinstance(c.expr, Attribute))
+    return list(seen.values())
 
 
 def _dead(constraint: Constraint) -> bool:

@@ -164,9 +164,10 @@ def _watch(
     exits: dict[str, Axes] = {}
     handles = list(_watch_modules(twin, terms, entries, exits))
     dispatch = DispatchWatch(terms)
+    listener = ints.Listener(terms.leak, terms.compare, terms.hold)
     _FAKE_LOG.disabled = True  # it prints what is reported here as an error, or tried with data
     try:
-        with torch.no_grad(), ints.listening(terms.leak, terms.compare), ExitStack() as modes:
+        with torch.no_grad(), ints.listening(listener), ExitStack() as modes:
             for mode in (fake, dispatch, FunctionWatch(terms, dispatch)):
                 if mode is not None:
                     modes.enter_context(mode)

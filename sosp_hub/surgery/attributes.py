@@ -17,7 +17,6 @@ def rewrite(model: nn.Module, graph: Graph, plan: Plan) -> None:
     configs: dict[tuple[str, str], Any] = {}
     for attribute, value in values.items():
         _set(model, attribute, value, configs)
-    _unread_head_attributes(model, graph, plan, {(a.module, a.name) for a in values})
     for module in model.modules():
         _follow_shapes(module)
 
@@ -51,49 +50,6 @@ def _with_item(old: Any, item: int | None, value: int) -> Any:
     if item is None or old is None:
         return value
     return type(old)(value if i == item else entry for i, entry in enumerate(old))
-
-
-_BOTH = (
-    "num_heads",
-    "num_attention_heads",
-    "n_heads",
-    "n_head",
-    "num_q_heads",
-    "all_head_size",
-    "inner_dim",
-    "attn_dim",
-)
-_KV = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-_COPIES = ("num_key_value_groups", "n_rep")
-
-
-def _unread_head_attributes(
-    model: nn.Module, graph: Graph, plan: Plan, known: set[tuple[str, str]]
-) -> None:
-    """Head counts that the traced path did not read but another kernel's path may."""
-    ratios: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, kept in plan.kept.items():
-        group = graph.groups[name]
-        if group.kind in {"head", "kv_group"}:
-            maker = next((m.tensor for m in group.members if not m.reads), group.members[0].tensor)
-            attention = maker.rpartition(".")[0].rpartition(".")[0]
-            ratios.setdefault(attention, {})[group.kind] = (len(kept), group.size)
-    grouped = {
-        name.rpartition(":")[0].rpartition(".")[0]
-        for name, g in graph.groups.items()
-        if g.kind == "kv_group"
-    }
-    for attention, found in ratios.items():
-        module = model.get_submodule(attention)
-        heads, kv_groups = found.get("head", (1, 1)), found.get("kv_group", (1, 1))
-        plain = attention not in grouped
-        scale = {**dict.fromkeys(_BOTH, (heads[0] * kv_groups[0], heads[1] * kv_groups[1]))}
-        scale |= dict.fromkeys(_KV, heads if plain else kv_groups)
-        scale |= {} if plain else dict.fromkeys(_COPIES, heads)
-        for name, (kept, size) in scale.items():
-            value = vars(module).get(name)
-            if type(value) is int and (attention, name) not in known and value * kept % size == 0:
-                module.__dict__[name] = value * kept // size
 
 
 def _follow_shapes(module: nn.Module) -> None:

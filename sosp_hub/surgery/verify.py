@@ -188,11 +188,11 @@ class _Replay(TorchDispatchMode):
         return [None if mask.all() else torch.as_tensor(mask) for mask in found]
 
     def masked(self, tensor: Tensor, axes: Axes) -> Tensor:
-        """The tensor with zeros at removed positions."""
+        """The tensor with zeros at removed positions, laid out in memory as it was."""
         for dim, mask in enumerate(self.masks_of(axes)):
             if mask is not None and tensor.dim() == len(axes):
                 shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
-                tensor = tensor.masked_fill(~mask.to(tensor.device).view(shape), 0)
+                tensor = tensor.clone().masked_fill_(~mask.to(tensor.device).view(shape), 0)
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,5 +1,7 @@
 """Allocation: budgets that are met and tight, whatever floors, rounding and ties ask for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,8 @@ from torch import nn
 
 from sosp_hub.allocation import allocate
 from sosp_hub.cost import CostModel
-from sosp_hub.errors import BudgetError
+from sosp_hub.errors import BudgetError, PlanError
+from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
 from tests.cases import CASES
 from tests.compare import assert_close
@@ -293,3 +296,38 @@ def test_the_least_that_can_be_reached_can_be_reached():
         allocate(graph, saliency, macs=0.01)
     least = float(str(caught.value).split(" is the least")[0].split()[-1])
     allocate(graph, saliency, macs=least + 0.001)
+
+
+def test_a_tie_does_not_take_a_group_out_of_its_uniform_set():
+    """Two groups of 8 are alike, and one of them is tied to a group of another kind."""
+    graph = graph_of()
+    one, two = (name for name in graph.groups if graph.groups[name].size == 8)
+    other = replace(graph.groups[one], name="other", kind="channel")
+    for tie in ((two, "other"), ("other", two)):
+        tied = replace(graph, groups={"other": other, **graph.groups}, ties=(tie,))
+        saliency = random_saliency(tied, kinds=("neuron", "channel"))
+        kinds = ("neuron", "channel")
+        plan = allocate(tied, saliency, structures=0.6, uniform=True, kinds=kinds)
+        counts = {name: plan.num_kept().get(name, 8) for name in (one, two, "other")}
+        assert len(set(counts.values())) == 1, counts
+
+
+def test_no_group_is_left_with_a_count_that_it_must_not_have():
+    graph = graph_of()
+    name = next(name for name in graph.groups if graph.groups[name].size == 20)
+    barred = frozenset(range(1, 12)) | {13, 14}
+    strict = replace(
+        graph, groups={**graph.groups, name: replace(graph.groups[name], barred=barred)}
+    )
+    saliency = {name: random_saliency(graph)[name]}
+    found = set()
+    for share in (0.1, 0.5, 0.6, 0.7, 0.8):
+        try:
+            plan = allocate(strict, saliency, structures=share, keep_at_least=0.0)
+        except BudgetError:
+            continue
+        strict.check(plan)
+        found.add(plan.num_kept()[name])
+    assert found == {12, 16}
+    with pytest.raises(PlanError, match="must not keep 13 of its 20"):
+        strict.check(PruningPlan({name: tuple(range(13))}, {name: 20}))

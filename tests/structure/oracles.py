@@ -60,7 +60,9 @@ def half(
     kept = {}
     for name in _free(graph, chosen):
         size = graph.groups[name].size
-        kept[name] = tuple(sorted(generator.sample(range(size), max(1, size // 2))))
+        barred = graph.groups[name].barred
+        count = next(n for n in range(max(1, size // 2), size + 1) if n not in barred)
+        kept[name] = tuple(sorted(generator.sample(range(size), count)))
     return plan_of(graph, kept)
 
 
@@ -74,7 +76,10 @@ def ragged(
     kept = {}
     for name in _free(graph, chosen):
         size = graph.groups[name].size
-        count = counts.setdefault(label.get(name, name), generator.randint(1, size))
+        barred = {n for o in label if label[o] == label.get(name) for n in graph.groups[o].barred}
+        barred |= graph.groups[name].barred
+        count = generator.choice([n for n in range(1, size + 1) if n not in barred])
+        count = counts.setdefault(label.get(name, name), count)
         kept[name] = tuple(sorted(generator.sample(range(size), count)))
     return plan_of(graph, kept)
 

@@ -553,7 +553,7 @@ TRICKS = (
     Trick(Positions, "whole"),
     Trick(ScaleFromConstructor, "cut", (12,)),
     Trick(BranchOnValues, "whole", (12,)),
-    Trick(BranchOnSize, "refused", (12,)),
+    Trick(BranchOnSize, "cut", (12,)),
     Trick(ChecksItsSize, "cut", (12,)),
     Trick(LoopOverHeads, "cut", (4,)),
     Trick(LoopOverChunks, "cut", (4, 4, 4)),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sosp_hub.structure.axes import Atom, Prod
 from sosp_hub.structure.ints import (
     Attribute,
+    Listener,
     Op,
     TracedInt,
     attributes,
@@ -30,10 +31,10 @@ _OPERATIONS = {
 
 @pytest.fixture
 def told():
-    """What a listener hears: sizes used as values, and pairs found equal."""
-    leaks, equals = [], []
-    with listening(leaks.append, lambda one, two: equals.append((one, two))):
-        yield leaks, equals
+    """What a listener hears: sizes used as values, pairs found equal, and other truths."""
+    leaks, equals, truths = [], [], []
+    with listening(Listener(leaks.append, lambda *pair: equals.append(pair), truths.append)):
+        yield leaks, equals, truths
 
 
 @pytest.mark.parametrize("symbol", _OPERATIONS)
@@ -70,29 +71,43 @@ def test_a_negative_size_is_remembered_too():
 def test_a_size_that_becomes_a_value_is_told(use, told):
     """All but a float on the left (``1.0 / n``), which Python answers without asking the int."""
     assert use(TracedInt(16, WIDTH)) == pytest.approx(use(16))
-    assert told == ([WIDTH], [])
+    assert told == ([WIDTH], [], [])
 
 
-def test_arithmetic_and_comparison_with_plain_ints_tell_nothing(told):
+def test_arithmetic_with_plain_ints_tells_nothing(told):
     number = TracedInt(16, WIDTH)
-    assert (number * 3 + 1) // 7 % 5 - 1 == (16 * 3 + 1) // 7 % 5 - 1
-    assert number == 16
+    assert int((number * 3 + 1) // 7 % 5 - 1) == (16 * 3 + 1) // 7 % 5 - 1
     assert hash(number) == hash(16)
-    assert not number < 3
-    assert number != 15
-    assert number in {16}
-    assert told == ([], [])
+    assert told == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("ask", "true"),
+    [
+        (lambda n: n > 3, Op(">", WIDTH, 3)), (lambda n: n < 3, Op(">=", WIDTH, 3)),
+        (lambda n: n == 16, Op("==", WIDTH, 16)), (lambda n: n >= 17, Op("<", WIDTH, 17)),
+        (lambda n: n == 1, Op("!=", WIDTH, 1)), (lambda n: n != 1, Op("!=", WIDTH, 1)),
+        (bool, Op("!=", WIDTH, 0)), (lambda n: not n % 8, Op("==", Op("%", WIDTH, 8), 0)),
+        (lambda n: n in {16}, Op("==", WIDTH, 16)),
+        (lambda n: n > TracedInt(3, HEADS), Op(">", WIDTH, HEADS)),
+    ],
+)  # fmt: skip
+def test_what_decides_a_branch_is_told(ask, true, told):
+    """In a cut model it has to come out the same."""
+    ask(TracedInt(16, WIDTH))
+    assert told == ([], [], [true])
+    assert evaluate(true, {WIDTH: 16, HEADS: 3}, size) == 1
 
 
 def test_sizes_that_are_found_equal_are_told(told):
     """``if x.shape[1] != self.width: raise`` has to stay true in a cut model."""
     width, heads = TracedInt(16, WIDTH), TracedInt(16, HEADS)
     assert width == heads
-    assert told == ([], [(WIDTH, HEADS)])
+    assert told == ([], [(WIDTH, HEADS)], [])
     assert (width != heads) is False
-    assert told == ([], [(WIDTH, HEADS)] * 2)
+    assert told == ([], [(WIDTH, HEADS)] * 2, [])
     assert width != TracedInt(3, HEADS)
-    assert told == ([], [(WIDTH, HEADS)] * 2), "what differs may go on differing"
+    assert told == ([], [(WIDTH, HEADS)] * 2, []), "what differs may go on differing"
 
 
 def test_copies_stay_traced_and_what_is_stored_is_plain():

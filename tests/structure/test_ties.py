@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from sosp_hub.structure import axes
-from sosp_hub.structure.axes import Atom, Prod, Sum
+from sosp_hub.structure.axes import UNIT, Atom, Prod, Sum
 from sosp_hub.structure.ints import Attribute, Op
 from sosp_hub.structure.terms import Constraint
 from sosp_hub.structure.ties import settle, solve_attributes
@@ -19,7 +19,10 @@ def says(expr, axis):
 
 def allowed(constraints, atoms, tied):
     """Every choice of counts that pins and ties allow."""
-    ranges = [[atom.size] if atom.pinned else range(1, atom.size + 1) for atom in atoms]
+    ranges = [
+        [atom.size] if atom.pinned else [n for n in range(1, atom.size + 1) if n not in atom.barred]
+        for atom in atoms
+    ]
     for counts in itertools.product(*ranges):
         chosen = dict(zip((atom.id for atom in atoms), counts, strict=True))
         groups = {}
@@ -29,13 +32,14 @@ def allowed(constraints, atoms, tied):
             yield chosen
 
 
-def check(constraints, atoms):
+def check(constraints, atoms, comparisons=()):
     """Every allowed choice of counts satisfies every constraint; gives how many are allowed."""
-    tied = settle(constraints, ())
+    tied = settle(constraints, (), comparisons)
     number = 0
     factors = [factor for atom in atoms for factor in axes.atoms(atom)]
     for chosen in allowed(constraints, factors, tied):
-        _, violated = solve_attributes(constraints, lambda atom: chosen[atom.id])  # noqa: B023
+        everything = [*constraints, *comparisons]
+        _, violated = solve_attributes(everything, lambda atom: chosen[atom.id])  # noqa: B023
         assert not violated, f"{violated[0]} fails for {chosen}"
         number += 1
     return number
@@ -145,3 +149,72 @@ def test_a_size_used_as_a_value_is_pinned_through_its_axis():
     atom = Atom(6)
     settle([], [(Op("*", atom, 2), "the block")])
     assert atom.pinned
+
+
+# --- constraints with several unknown attributes ---
+
+PATHS = Attribute("a", "paths", dense=3)
+
+
+def test_of_two_unknown_attributes_one_stays_as_it_is():
+    """reshape(B, paths * dim): only dim is the size of anything cuttable."""
+    part, three = Atom(8), Atom(3, pinned={"a literal": None})
+    dim = Attribute("a", "dim", dense=8)
+    constraint = says(Op("*", PATHS, dim), Prod((three, part)))
+    assert check([constraint], [part, three]) == 8
+    values, _ = solve_attributes([constraint], lambda atom: 3 if atom.pinned else 5)
+    assert values == {PATHS: 3, dim: 5}
+
+
+def test_two_unknown_attributes_that_no_change_of_one_satisfies_pin():
+    """A width of 24 = 3 * 8 of which 7 are left: neither 3 nor 8 can stay."""
+    atom = Atom(24)
+    dim = Attribute("a", "dim", dense=8)
+    assert check([says(Op("*", PATHS, dim), atom)], [atom]) == 1
+    assert atom.pinned
+
+
+# --- comparisons ---
+
+
+def true(symbol, left, right):
+    return says(Op(symbol, left, right), UNIT)
+
+
+def test_a_count_that_would_flip_a_branch_is_barred():
+    """if self.heads > 2: ..."""
+    atom = Atom(6)
+    assert check([says(HEADS, atom)], [atom], [true(">", HEADS, 2)]) == 4
+    assert atom.barred == {1, 2}
+    assert not atom.pinned
+
+
+def test_a_group_is_pinned_where_every_count_flips_a_branch():
+    """if self.radix > 1: softmax, else: sigmoid; the radix is two."""
+    atom = Atom(2)
+    assert check([says(HEADS, atom)], [atom], [true(">", HEADS, 1)]) == 1
+    assert list(atom.pinned) == ["its size decides a test"]
+
+
+def test_a_comparison_that_no_count_can_flip_costs_nothing():
+    atom = Atom(6)
+    comparisons = [true(">", HEADS, 0), true("!=", Op("*", HEADS, 4), 3), true("<", HEADS, 9)]
+    assert check([says(HEADS, atom)], [atom], comparisons) == 6
+
+
+def test_a_width_that_must_stay_a_multiple():
+    """assert width % 4 == 0"""
+    atom = Atom(12)
+    assert check([says(WIDTH, atom)], [atom], [says(Op("==", Op("%", WIDTH, 4), 0), UNIT)]) == 3
+
+
+def test_two_counts_that_decide_a_branch_together():
+    """if narrow > wide: ..., between two free widths."""
+    wide, narrow = Atom(6), Atom(4)
+    assert check([], [wide, narrow], [true(">", wide, narrow)]) >= 1
+
+
+def test_a_repeat_factor_may_become_one():
+    copies = Atom(4, roles={"copies"})
+    settle([says(HEADS, copies)], (), [true(">", HEADS, 1)])
+    assert not copies.barred
