@@ -175,6 +175,20 @@ class ChecksItsSize(Between):
         return x
 
 
+class AnotherLayout(Between):
+    """A product without bias takes one of two paths by the memory layout of what it is given."""
+
+    after = 8
+
+    def __init__(self):
+        super().__init__()
+        self.middle = nn.Linear(12, 8, bias=False)
+
+    def trick(self, x):
+        turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+        return self.middle(turned * 2)
+
+
 class LoopOverHeads(Between):
     def __init__(self):
         super().__init__()
@@ -555,6 +569,7 @@ TRICKS = (
     Trick(BranchOnValues, "whole", (12,)),
     Trick(BranchOnSize, "cut", (12,)),
     Trick(ChecksItsSize, "cut", (12,)),
+    Trick(AnotherLayout, "cut", (8, 12)),
     Trick(LoopOverHeads, "cut", (4,)),
     Trick(LoopOverChunks, "cut", (4, 4, 4)),
     Trick(CachesATensor, "cut", (12,)),
