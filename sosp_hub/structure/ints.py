@@ -50,7 +50,7 @@ _OPS: dict[str, Callable[[int, int], int]] = {
     "%": operator.mod,
 }
 
-_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
     "<=": operator.le,
