@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import ceil, lcm
+from math import ceil, isfinite, lcm
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ def allocate(
     structures: float | None = None,
     memory_bytes: float | None = None,
     latency_s: float | None = None,
+    threshold: float | None = None,
     keep_at_least: float = 0.1,
     round_to: int = 1,
     uniform: bool = False,
@@ -51,6 +52,8 @@ def allocate(
         structures: Share of the structures (of the groups that may be cut) that is kept.
         memory_bytes: Share of the bytes of parameters and buffers that is kept.
         latency_s: Share of the dense model's latency that is kept; needs ``measure``.
+        threshold: Structures that score below it go, as far as floors and ties allow; with a
+            budget, more go until it holds.
         keep_at_least: Share of each group that always stays (at least one structure): guards
             against layer collapse.
         round_to: Kept counts are multiples of this, where the group is large enough.
@@ -81,7 +84,7 @@ def allocate(
             f"allocate got a {type(graph).__name__} and a {type(saliency).__name__}; expected "
             "allocate(graph, saliency, macs=...), with what trace(...) and score(...) return"
         )
-    _check(budgets, keep_at_least, round_to, measure)
+    _check(budgets, threshold, keep_at_least, round_to, measure)
     allowed = (kinds,) if isinstance(kinds, str) else tuple(kinds or DEFAULT_KINDS)
     chosen = _eligible(graph, saliency, allowed)
     scores = {name: _scores(graph.groups[name], saliency[name]) for name in chosen}
@@ -107,7 +110,10 @@ def allocate(
             f"budget: {told}, with {', '.join(limits)} over {len(chosen)} groups. "
             "Ask for more, loosen one of these, or allow more kinds of structure"
         )
-    low, high = 0, total  # the least number of removals that holds; cost falls with every removal
+    low, high = (
+        candidates.below(threshold),
+        total,
+    )  # the least number of removals that holds; cost falls with every removal
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
@@ -118,7 +124,7 @@ def allocate(
         kept=plan.kept,
         sizes=plan.sizes,
         provenance={
-            "budget": budgets,
+            "budget": budgets | ({} if threshold is None else {"threshold": threshold}),
             "keep_at_least": keep_at_least,
             "round_to": round_to,
             "uniform": uniform,
@@ -130,14 +136,18 @@ def allocate(
 
 def _check(
     budgets: Mapping[str, float],
+    threshold: float | None,
     keep_at_least: float,
     round_to: int,
     measure: Callable[[PruningPlan], float] | None,
 ) -> None:
-    if not budgets:
+    if not budgets and threshold is None:
         raise BudgetError(
-            "budget: give at least one of macs, params, structures, memory_bytes, latency_s"
+            "budget: give at least one of macs, params, structures, memory_bytes, latency_s, "
+            "threshold"
         )
+    if threshold is not None and not (isinstance(threshold, Real) and isfinite(threshold)):
+        raise BudgetError(f"budget: threshold is a score, a finite number; got {threshold!r}")
     for name, value in {**budgets, "keep_at_least": keep_at_least}.items():
         number = isinstance(value, Real)
         least = number and (value >= 0 if name == "keep_at_least" else value > 0)
@@ -243,6 +253,12 @@ class _Candidates:
 
     def _floor(self, size: int) -> int:
         return max(1, ceil(self.keep_at_least * size - 1e-9))
+
+    def below(self, threshold: float | None) -> int:
+        """How many structures score less."""
+        if threshold is None:
+            return 0
+        return sum(int((values < threshold).sum()) for values in self.scores.values())
 
     def floors(self, removed: int) -> dict[str, dict[str, int]]:
         """Groups that would have lost more without a floor, a tie or rounding."""

@@ -41,7 +41,8 @@ def recipe_table() -> str:
     for path in RECIPES:
         recipe = load_recipe(path)
         budget = ", ".join(
-            f"{share:.0%} of {name}" for name, share in recipe.budget.targets().items()
+            f"scores from {share:g}" if name == "threshold" else f"{share:.0%} of {name}"
+            for name, share in recipe.budget.targets().items()
         )
         data = recipe.data.id or recipe.data.path
         link = f"[{path.stem}]({path.relative_to(ROOT)})"

@@ -396,6 +396,36 @@ def draw_correlation(matrix: NDArray[Any], groups: Sequence[Mapping[str, Any]]) 
     return figure
 
 
+def draw_cka(partition: Mapping[str, Any]) -> Figure:
+    """How alike the outputs of blocks are, where SGLP draws borders, and what goes.
+
+    Args:
+        partition: `Partition.as_dict` of the criterion.
+    """
+    blocks, norms, gone = (partition[key] for key in ("blocks", "norms", "removed"))
+    figure = _figure(8.2, 4.6)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    low = float(np.min(partition["cka"]))
+    image = left.imshow(partition["cka"], cmap="viridis", vmin=low, vmax=1, interpolation="nearest")
+    for border in partition["borders"]:  # the first row is what goes into the first block
+        left.axhline(border + 0.5, color="white", linewidth=0.9)
+        left.axvline(border + 0.5, color="white", linewidth=0.9)
+    left.set_xlabel("block; the first is what goes in")
+    left.tick_params(length=0, which="both")
+    left.spines[:].set_visible(False)
+    figure.colorbar(image, ax=left, shrink=0.8, label="CKA")
+    colours = [CUT if block in gone else KEPT for block in blocks]
+    right.barh(range(1, len(blocks) + 1), [norms.get(b, 0) for b in blocks], color=colours)
+    right.set_ylim(len(blocks) + 0.5, 0.5)
+    right.set_xlabel("gradient norm (none: always stays)")
+    figure.legend(
+        handles=[Patch(color=KEPT, label="stays"), Patch(color=CUT, label="goes")],
+        loc="outside upper left", ncols=2, frameon=False,
+    )  # fmt: skip
+    _bare(right, grid="x")
+    return figure
+
+
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 

@@ -106,6 +106,13 @@ def method(name: str, options: Mapping[str, Any]) -> Method | None:
                 "1 - mean of cos(x_s, y_s)",
                 "x goes into the layer and y comes out of it; the mean is over tokens.",
             )
+        case "sglp":
+            return Method(
+                "rank of ||grad L|| inside its segment, below 0 where the layer goes",
+                "segments are runs of layers with alike outputs (CKA, Fisher's partition); the "
+                "gradient is that of a new net with the trained weights in the layer alone, or the "
+                "layer's own in language models.",
+            )
         case "magnitude":
             return Method("||w_s||_2", "w are the weights of the structure; no data is used.")
         case "random":

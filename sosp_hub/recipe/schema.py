@@ -11,7 +11,11 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
 _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
-BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s")
+BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
+
+
+_DEPTH = ("block_influence", "sglp")
+_DECIDING = ("sglp",)
 
 
 class Section(BaseModel):
@@ -347,6 +351,34 @@ class BlockInfluenceSection(CriterionSection):
     )
 
 
+class SglpSection(CriterionSection):
+    """Depth: scores whole layers alone (``structure.kinds: [layer]``)."""
+
+    name: Literal["sglp"] = Field(
+        default="sglp", description="layers of the least gradient in segments of alike layers"
+    )
+    keep: Share = Field(
+        default=0.5, description="share of the layers that stays where budget.threshold decides"
+    )
+    kept_per_segment: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(
+        default=None, description="blocks that each segment keeps instead"
+    )
+    num_segments: Count | None = Field(default=None, description="null = automatic")
+    max_segments: Count | None = Field(
+        default=None, description="of the automatic number; null = a third of the blocks"
+    )
+    max_subsets: Count = Field(
+        default=20, description="above so many subsets of a segment, each layer's own norm decides"
+    )
+    max_rows: Count = Field(
+        default=500, description="samples (or tokens) of a batch whose similarity is compared"
+    )
+    norm_samples: Count = Field(default=128, description="samples of a gradient norm")
+    norms: Literal["auto", "fresh", "pretrained"] = Field(
+        default="auto", description="of layers in a new net, or (language models) as they are"
+    )
+
+
 CRITERIA = (
     SospHSection,
     SospISection,
@@ -363,6 +395,7 @@ CRITERIA = (
     GraspSection,
     HapSection,
     BlockInfluenceSection,
+    SglpSection,
 )
 CRITERION_NAMES = tuple(section.model_fields["name"].default for section in CRITERIA)
 AnyCriterion = Annotated[
@@ -380,13 +413,17 @@ AnyCriterion = Annotated[
     | WandaSpSection
     | GraspSection
     | HapSection
-    | BlockInfluenceSection,
+    | BlockInfluenceSection
+    | SglpSection,
     Field(discriminator="name"),
 ]
 
 
 class BudgetSection(Section):
-    """What is kept, as a fraction. Several at once must all hold; none means ``macs: 0.5``."""
+    """What is kept, as a fraction. Several at once must all hold; none means ``macs: 0.5``.
+
+    Criteria that decide for themselves how much goes have ``threshold: 0`` instead.
+    """
 
     macs: Share | None = Field(default=None, description="multiply-accumulates of one sample")
     params: Share | None = Field(default=None, description="parameters")
@@ -394,6 +431,10 @@ class BudgetSection(Section):
     memory_bytes: Share | None = Field(default=None, description="bytes of the weights")
     latency_s: Share | None = Field(
         default=None, description="measured seconds of one forward pass"
+    )
+    threshold: float | None = Field(
+        default=None,
+        description="no share: what scores less goes; 0 alone is the default of sglp",
     )
     keep_at_least: Share = Field(
         default=0.1, description="floor of each group, as a share of it; at least one stays"
@@ -507,12 +548,23 @@ class Recipe(Section):
             return {**data, "criterion": {"name": "sosp_h", **criterion}}
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_threshold(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("criterion"), dict):
+            return data
+        budget = {} if data.get("budget") is None else data["budget"]
+        given = not isinstance(budget, dict) or any(budget.get(key) is not None for key in BUDGETS)
+        if data["criterion"].get("name") not in _DECIDING or given:
+            return data
+        return {**data, "budget": {**budget, "threshold": 0.0}}
+
     @model_validator(mode="after")
     def _criterion_fits_the_kinds(self) -> Self:
         name, kinds = self.criterion.name, self.structure.kinds
-        if name == "block_influence" and set(kinds) != {"layer"}:
+        if name in _DEPTH and set(kinds) != {"layer"}:
             raise ValueError(
-                f"criterion.name: block_influence scores whole layers and cannot score "
+                f"criterion.name: {name} scores whole layers and cannot score "
                 f"{', '.join(kind for kind in kinds if kind != 'layer')}; "
                 "write structure.kinds: [layer]"
             )
@@ -526,10 +578,10 @@ class Recipe(Section):
                 "criterion.compensate: gates are folded where activations are read; write "
                 "criterion.gate: activation, or compensate: false"
             )
-        if name not in ("block_influence", "random") and "layer" in kinds:
+        if name not in (*_DEPTH, "random") and "layer" in kinds:
             raise ValueError(
                 f"criterion.name: {name} cannot score the kind layer; "
-                "write block_influence or random, or leave layer out of structure.kinds"
+                f"write {', '.join(_DEPTH)} or random, or leave layer out of structure.kinds"
             )
         return self
 

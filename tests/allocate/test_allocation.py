@@ -200,6 +200,21 @@ def test_what_is_predicted_is_written_down():
     assert plan.provenance["budget"] == {"macs": 0.5}
 
 
+def test_a_threshold_takes_what_scores_less_and_floors_and_budgets_hold_beside_it():
+    graph = graph_of()
+    saliency = {"three:neuron": torch.linspace(-1, 1, 20), "one:neuron": torch.full((8,), -3.0)}
+    plan = allocate(graph, saliency, threshold=0.0, keep_at_least=0.2)
+    assert plan.kept == {"three:neuron": tuple(range(10, 20)), "one:neuron": (0, 1)}
+    assert plan.provenance["budget"] == {"threshold": 0.0}
+    assert allocate(graph, saliency, threshold=-9.0).kept == {}
+    plan = allocate(graph, saliency, threshold=0.0, structures=0.25)  # more, until it holds
+    assert plan.kept["three:neuron"] == tuple(range(14, 20))
+    plan = allocate(graph, saliency, threshold=0.0, structures=0.99)  # holds already
+    assert plan.kept["three:neuron"] == tuple(range(10, 20))
+    with pytest.raises(BudgetError, match="threshold is a score, a finite number; got nan"):
+        allocate(graph, saliency, threshold=float("nan"))
+
+
 def test_groups_without_saliency_stay_whole():
     graph = graph_of()
     plan = allocate(graph, {"three:neuron": torch.rand(20)}, params=0.9)

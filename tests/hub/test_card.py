@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from sosp_hub.errors import HubError
 from sosp_hub.hub.card import render_card
 from sosp_hub.hub.facts import collect
-from sosp_hub.hub.figures import draw_correlation
+from sosp_hub.hub.figures import draw_cka, draw_correlation
 from sosp_hub.hub.markers import BEGIN, END
 from sosp_hub.recipe.schema import CRITERION_NAMES
 from tests.hub import reports
@@ -301,6 +301,19 @@ def test_figures_are_drawn_only_from_what_was_measured(image):
     card = render(changed(image, less), figures=True)
     assert list((image / "figures").iterdir()) == []
     assert "](figures/" not in card
+
+
+def test_the_map_of_layers_has_borders_and_colours_what_goes():
+    cka = np.array([[1.0, 0.5, 0.2], [0.5, 1.0, 0.6], [0.2, 0.6, 1.0]])
+    partition = {
+        "blocks": ("a", "b"), "cka": cka.tolist(), "borders": (0, 1),
+        "norms": {"b": 3.0}, "removed": ("b",),
+    }  # fmt: skip
+    left, right, *_ = draw_cka(partition).axes
+    np.testing.assert_array_equal(left.images[0].get_array(), cka)
+    assert sorted({line.get_ydata()[0] for line in left.lines}) == [0, 0.5, 1.5]  # 0: of verticals
+    assert [bar.get_width() for bar in right.patches] == [0, 3]
+    assert len({bar.get_facecolor() for bar in right.patches}) == 2
 
 
 def test_the_correlation_map_has_a_unit_diagonal_and_keeps_signs():

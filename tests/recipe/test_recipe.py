@@ -68,6 +68,17 @@ def test_a_given_budget_stands_alone(tmp_path):
     assert recipe.budget.targets() == {"params": 0.3}
 
 
+def test_criteria_that_decide_for_themselves_have_no_share_as_default(tmp_path):
+    record = {**MINIMAL, "structure": {"kinds": ["layer"]}, "criterion": {"name": "sglp"}}
+    recipe = load_recipe(write(tmp_path, record))
+    assert recipe.budget.targets() == {"threshold": 0.0}
+    for whole in (True, False):
+        assert load_recipe(write(tmp_path, dump_recipe(recipe, whole=whole))) == recipe
+    assert load_recipe(write(tmp_path, record), ["budget.macs=0.5"]).budget.targets() == {
+        "macs": 0.5
+    }
+
+
 def test_a_recipe_survives_being_written(tmp_path):
     overrides = ["finetune.mixed_precision=no", "push.repo_id=me/small", "budget.params=0.7"]
     recipe = load_recipe(write(tmp_path, README_EXAMPLE), overrides)
@@ -109,7 +120,10 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
         ({"criterion": {"name": "random", "mod": "exact"}}, ["criterion.mod", "unknown key"]),
         ({"criterion": {"name": "sosp_hh"}}, ["criterion.name", "'sosp_hh'", "`sosp_h`"]),
         ({"criterion": {"name": "block_influence"}}, ["channel", "structure.kinds: [layer]"]),
-        ({"structure": {"kinds": ["layer"]}}, ["sosp_h", "layer", "block_influence or random"]),
+        (
+            {"structure": {"kinds": ["layer"]}},
+            ["sosp_h", "layer", "block_influence, sglp or random"],
+        ),
         ({"criterion": 3}, ["criterion", "3", "section"]),
         ({"budget": {"macs": 1.5}}, ["budget.macs", "1.5", "at most 1", "write 0.5"]),
         ({"budget": {"macs": 30}}, ["budget.macs", "30", "at most 1", "write 0.3"]),
