@@ -17,7 +17,8 @@ from typing import Any
 import timm
 import torch
 from timm.models import _builder, _hub, _registry
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import sosp_hub
 from sosp_hub.checkpoint import hooks, timm_shards
@@ -29,6 +30,7 @@ from sosp_hub.errors import CheckpointError
 ARCHITECTURE = "sosp_hub_pruned"
 _WHERE = "config.json: model_args.delta"
 _ZOO = "sosp_hub.zoo.cifar_resnet"  # registers the networks that timm lacks
+_NO_ARGS = ("cache_dir", "pretrained_cfg_overlay", "pretrained_model_args")
 _PENDING: contextvars.ContextVar[list[Delta] | None] = contextvars.ContextVar(
     "pending", default=None
 )
@@ -71,10 +73,13 @@ def sosp_hub_pruned(
         kwargs["pretrained_model_args"] = {k: v for k, v in source_args.items() if k not in own}
     pending = [record]
     token = _PENDING.set(pending)
+    own_args = {key: kwargs[key] for key in kwargs if key not in _NO_ARGS}
+    all_read = pretrained and own_args == kwargs.get("pretrained_model_args")
     try:
-        model = timm.models.model_entrypoint(base_architecture)(
-            pretrained=pretrained, pretrained_cfg=pretrained_cfg, pruned=True, **kwargs
-        )
+        with _Uninitialized() if all_read else contextlib.nullcontext():
+            model = timm.models.model_entrypoint(base_architecture)(
+                pretrained=pretrained, pretrained_cfg=pretrained_cfg, pruned=True, **kwargs
+            )
     finally:
         _PENDING.reset(token)
     if pending:
@@ -82,6 +87,27 @@ def sosp_hub_pruned(
             f"timm {timm.__version__} builds {base_architecture!r} without room for a delta"
         )
     return model
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leaves out the random numbers of parameters: every one is about to be read from a file."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FILLS or getattr(func, "__module__", None) == nn.init.__name__:
+            filled = args[0] if args else kwargs["tensor"]
+            if isinstance(filled, nn.Parameter):
+                return filled
+        return func(*args, **kwargs)
+
+
+_FILLS = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
 
 
 def hook() -> None:

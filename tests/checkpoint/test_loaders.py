@@ -165,6 +165,19 @@ def test_timm_wrapper_saves_what_loads(tmp_path):
     assert_close(output(again, {"pixel_values": x}), output(model, (x,)), relative=1e-6)
 
 
+def test_timm_draws_only_numbers_that_stay(tmp_path):
+    """What is read from the file needs none; a head of another size does, and gets them."""
+    model = cuts.pruned_timm("test_resnet")
+    name = f"local-dir:{sosp_hub.save_pretrained(model, tmp_path / 'small')}"
+    before = torch.get_rng_state()
+    timm.create_model(name, pretrained=True)
+    assert_close(torch.get_rng_state(), before, relative=0)
+    torch.manual_seed(1)
+    expected = torch.nn.Linear(model.num_features, 400).weight.std()
+    head = timm.create_model(name, pretrained=True, num_classes=400).fc.weight
+    assert_close(head.std(), expected, relative=0.05)
+
+
 def test_timm_arguments(tmp_path):
     folder = sosp_hub.save_pretrained(cuts.pruned_timm("test_resnet"), tmp_path / "small")
     name = f"local-dir:{folder}"
