@@ -70,12 +70,13 @@ def gated(model: nn.Module, groups: Groups, gate: GateKind = "activation") -> It
     parameters = list(model.parameters())
     floating = [p for p in parameters if p.is_floating_point()] or [torch.zeros(())]
     dtype = torch.promote_types(max((p.dtype for p in floating), key=_precision), torch.float32)
-    gates = Gates(groups, dtype, floating[0].device)
+    device = _device(model, floating)
+    gates = Gates(groups, dtype, device)
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
         weights: dict[str, list[_GateVector]] = {}
         for place, sites in _places(model, groups, gate).items():
-            vectors = _gate_vectors(sites, floating[0].device)
+            vectors = _gate_vectors(sites, device)
             if isinstance(place, str):
                 weights[place] = vectors
             else:
@@ -85,6 +86,16 @@ def gated(model: nn.Module, groups: Groups, gate: GateKind = "activation") -> It
         if weights:
             stack.enter_context(_scaled_weights(model, gates, weights))
         yield gates
+
+
+def _device(model: nn.Module, parameters: list[Any]) -> torch.device:
+    """Where the gates are: with the first weight, or where it comes when it is offloaded."""
+    if not parameters[0].is_meta:
+        return parameters[0].device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    found = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in found if device is not None), "cpu")
+    return torch.device(device)
 
 
 def _precision(dtype: torch.dtype) -> float:
@@ -239,6 +250,12 @@ def _scaled_weights(
 ) -> Iterator[None]:
     """Before each forward pass the parameters are swapped for scaled ones."""
     plain = {name: model.get_parameter(name) for name in weights}
+    for name, parameter in plain.items():
+        if parameter.is_meta or hasattr(parameter, "device_mesh"):
+            raise CriterionError(
+                f"{name}: its gates {', '.join(weights[name][0].names)} scale the weight itself, "
+                "which is offloaded or sharded; keep it whole in memory, or score other kinds"
+            )
     homes = {name: model.get_submodule(name.rpartition(".")[0])._parameters for name in weights}
 
     def scale(*_: Any) -> None:

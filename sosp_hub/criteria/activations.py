@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.derivatives import num_samples
+from sosp_hub.derivatives import is_sharded, num_samples
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import gated
 from sosp_hub.structure.groups import Group, Groups, Site
@@ -141,6 +141,11 @@ def run(
     """
     mask: Tensor | None = None
     seen = 0
+    if is_sharded(model):
+        raise CriterionError(
+            "weights are sharded (FSDP2), which activations are not collected through; choose a "
+            "criterion that looks at the loss, such as `taylor` or `sosp_h`"
+        )
     with torch.no_grad(), gated(model, {}), ExitStack() as stack:  # no gates: eval mode alone
         for name, number in watched:
 

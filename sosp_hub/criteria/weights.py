@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Group, Member
 
 
@@ -21,9 +22,23 @@ def filters(model: nn.Module, group: Group) -> list[tuple[Member, Tensor]]:
 
 def slices(member: Member, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """The slices of a tensor as rows, float64 on the CPU, and the structure of each row."""
-    rows = tensor.detach().movedim(member.dim, 0).flatten(1).to("cpu", torch.float64)
+    rows = _plain(tensor.detach(), member.tensor).movedim(member.dim, 0).flatten(1)
+    rows = rows.to("cpu", torch.float64)
     index = torch.from_numpy(member.index)
     return rows[index >= 0], index[index >= 0]
+
+
+def _plain(tensor: Tensor, name: str) -> Tensor:
+    """The values of a weight that is quantised or spread over processes."""
+    if tensor.is_meta:
+        raise CriterionError(
+            f"{name}: its values are not in memory (offloaded); keep it there (device_map), or "
+            "choose a criterion that looks at the loss, such as `taylor` or `sosp_h`"
+        )
+    for whole in ("full_tensor", "dequantize"):
+        if type(tensor) is not Tensor and hasattr(tensor, whole):
+            tensor = getattr(tensor, whole)()
+    return tensor
 
 
 def sum_by_structure(group: Group, parts: Iterator[tuple[Tensor, Tensor]]) -> Tensor:

@@ -6,7 +6,7 @@ so batches, micro-batches and processes that are weighted by what they count (sa
 tokens) give the answer of one process and one batch.
 """
 
-from sosp_hub.derivatives.average import Protocol, num_samples, split_batch
+from sosp_hub.derivatives.average import Protocol, is_sharded, num_samples, split_batch
 from sosp_hub.derivatives.gauss_newton import GaussNewton, gauss_newton
 from sosp_hub.derivatives.hessian import (
     GateDerivatives,
@@ -28,6 +28,7 @@ __all__ = [
     "gate_gradient",
     "gauss_newton",
     "hessian_product",
+    "is_sharded",
     "num_samples",
     "sample_squares",
     "split_batch",

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,6 +48,10 @@ class Seen(NamedTuple):
     used: list[bool]
 
 
+_Step = Callable[[Any, list[Tensor]], Seen]
+"""Adds the derivatives of a batch to totals."""
+
+
 class Average(NamedTuple):
     """What was added up, divided by the samples (or label tokens) that were seen."""
 
@@ -72,14 +77,16 @@ def average(
     num_structures = sum(group.size for group in groups.values())
     totals = [torch.zeros((num_structures,) * n, dtype=torch.float64) for n in num_dims]
     counts = torch.zeros(4 + len(groups), dtype=torch.float64)
+    sharded = is_sharded(model)
     with torch.enable_grad(), gated(model, groups, protocol.gate) as gates:
-        for batch, seen in _run(batches, protocol, lambda part: step(gates, part, totals)):
+        run = _run_in_step if sharded else _run
+        for batch, seen in run(batches, protocol, partial(step, gates), totals):
             if not seen.weight:  # no label that counts
                 continue
             finite = math.isfinite(seen.loss)
             share = [seen.weight, num_samples(batch), seen.loss * seen.weight, not finite]
             counts += torch.tensor(share + seen.used, dtype=torch.float64)
-            if not finite:
+            if not finite and not sharded:
                 break
     sums = [counts, *totals]
     if protocol.process_sum is not None:
@@ -112,7 +119,7 @@ def _check(weight: float, num_bad: float, unused: list[str]) -> None:
 
 
 def _run(
-    batches: "Batches", protocol: Protocol, step: Callable[[Any], Seen]
+    batches: "Batches", protocol: Protocol, step: _Step, totals: list[Tensor]
 ) -> Iterator[tuple[Any, Seen]]:
     """Each micro-batch with what ``step`` saw; where memory does not suffice they get smaller."""
     most = protocol.micro_batch_size
@@ -121,7 +128,7 @@ def _run(
         while pending:
             seen = None
             try:
-                seen = step(pending[0])
+                seen = step(pending[0], totals)
             except RuntimeError as error:
                 if num_samples(pending[0]) == 1 or not _out_of_memory(error):
                     raise
@@ -131,6 +138,39 @@ def _run(
                 pending = [part for whole in pending for part in split_batch(whole, most)]
             else:
                 yield pending.pop(0), seen
+
+
+def _run_in_step(
+    batches: "Batches", protocol: Protocol, step: _Step, totals: list[Tensor]
+) -> Iterator[tuple[Any, Seen]]:
+    """Each micro-batch with what ``step`` saw, as many passes on every process.
+
+    All processes gather sharded weights together, so one that is done goes through its last batch
+    again, for nothing, until the others are done too.
+    """
+    mine = (part for batch in batches for part in split_batch(batch, protocol.micro_batch_size))
+    last = None
+    while True:
+        part = next(mine, None)
+        waits = torch.tensor([part is not None, part is None and last is None]).double()
+        busy, idle = (protocol.process_sum or (lambda flags: flags))(waits).tolist()
+        if idle and busy:
+            raise CriterionError(
+                "a process has no calibration data, and all have to go through sharded weights "
+                "(FSDP2) together: give each at least one batch"
+            )
+        if not busy:
+            return
+        last = last if part is None else part
+        if part is None:
+            step(last, [torch.zeros_like(total) for total in totals])
+        else:
+            yield part, step(part, totals)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether weights are spread over processes (FSDP2), which gather them for each pass."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

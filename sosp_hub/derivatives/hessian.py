@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average, num_samples
+from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average, is_sharded, num_samples
 from sosp_hub.derivatives.rows import by_group, first_order, gradient_by, row, used
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import Gates
@@ -84,6 +84,14 @@ def hessian_product(
         CriterionError: Among others, an ``eps`` that drowns in the rounding of the model.
     """
     exact, eps = mode != "differences", _step_size(model, eps)
+    if exact and is_sharded(model):
+        if mode == "exact":
+            raise CriterionError(
+                "exact second derivatives need all weights at once, and these are spread over "
+                "processes (FSDP2): write mode='differences'"
+            )
+        logger.info("differences instead of exact second derivatives: weights are sharded")
+        exact = False
 
     def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
         nonlocal exact
