@@ -1,13 +1,15 @@
 """Asking a hub that may fail: what to try again and how long to wait, and what to tell the user."""
 
+import contextlib
 import importlib
 import json
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import (
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 CONFLICT = (409, 412)
+_HINT_S = 10.0  # an error message does not wait longer
 _TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -37,11 +40,13 @@ class Patience:
         attempts: Tries in all.
         first_wait_s: Wait after the first failure; doubled after each further one.
         longest_wait_s: Longest wait of its own; a hub that names a time in ``Retry-After`` gets it.
+        longest_silence_s: A hub that neither sends nor takes anything for so long has failed.
     """
 
     attempts: int = 6
     first_wait_s: float = 1.0
     longest_wait_s: float = 30.0
+    longest_silence_s: float = 100.0
 
     def wait(self, attempt: int, error: Exception, what: str) -> None:
         """Sleeps after a failed attempt (counted from 1)."""
@@ -59,16 +64,48 @@ class Patience:
         time.sleep(seconds)
 
 
+@contextlib.contextmanager
+def answering_within(seconds: float) -> Iterator[None]:
+    """A time limit for the client, which has none of its own and would wait for ever.
+
+    Its one session serves the whole process, so the limit is counted: the last to leave takes it
+    off.
+
+    Args:
+        seconds: Longest time without a byte in either direction.
+    """
+    session = get_session()
+    with _LOCK:
+        depth, before = _LIMITED.get(id(session), (0, session.timeout))
+        _LIMITED[id(session)] = (depth + 1, before)
+        session.timeout = seconds
+    try:
+        yield
+    finally:
+        with _LOCK:
+            depth, before = _LIMITED.pop(id(session))
+            if depth > 1:
+                _LIMITED[id(session)] = (depth - 1, before)
+            else:
+                session.timeout = before
+
+
+_LOCK = threading.Lock()
+_LIMITED: dict[int, tuple[int, Any]] = {}
+
+
 def persistently(call: Callable[[], Result], what: str, patience: Patience) -> Result:
     """The result of a call that may be repeated, tried again after failures that pass."""
     for attempt in range(1, patience.attempts):
         try:
-            return call()
+            with answering_within(patience.longest_silence_s):
+                return call()
         except Exception as error:
             if not is_passing(error):
                 raise
             patience.wait(attempt, error, what)
-    return call()
+    with answering_within(patience.longest_silence_s):
+        return call()
 
 
 def status_of(error: BaseException) -> int | None:
@@ -137,7 +174,8 @@ def no_token(repo_id: str) -> str:
 def _role_hint(repo_id: str, api: HfApi) -> str:
     """Why the token may not write, as far as the hub says who it belongs to."""
     try:
-        me = api.whoami()
+        with answering_within(_HINT_S):
+            me = api.whoami()
     except Exception as error:  # noqa: BLE001 - the hint is an extra; the refusal itself is told
         log.debug("whoami failed: %s", type(error).__name__)
         return f"the token may not write here; make one with write access at {_TOKENS}"

@@ -21,6 +21,7 @@ from sosp_hub.errors import HubError
 from sosp_hub.hub.attempts import (
     CONFLICT,
     Patience,
+    answering_within,
     explain,
     is_passing,
     no_token,
@@ -190,9 +191,10 @@ class _Push:
         remote: dict[str, RepoFile] = {}
         compared = True
         try:
-            head = self._api.model_info(self._repo_id, revision=self._revision).sha or ""
-            remote = self._remote_files(head)
-            check_with_hub(self._card, self._api.endpoint)
+            with answering_within(self._patience.longest_silence_s):
+                head = self._ask_head()
+                remote = self._remote_files(head)
+                check_with_hub(self._card, self._api.endpoint)
         except HubError:
             raise
         except Exception as error:
@@ -237,9 +239,11 @@ class _Push:
             )
 
     def _head(self) -> str:
-        info = self._try(
-            lambda: self._api.model_info(self._repo_id, revision=self._revision), "read head"
-        )
+        return self._try(self._ask_head, "read head")
+
+    def _ask_head(self) -> str:
+        limit = self._patience.longest_silence_s  # the client overrides its own with None here
+        info = self._api.model_info(self._repo_id, revision=self._revision, timeout=limit)
         return info.sha or ""
 
     def _remote_files(self, revision: str) -> dict[str, RepoFile]:
@@ -275,15 +279,16 @@ class _Push:
         """Commits on top of ``head``, exactly once; returns commit and page."""
         for attempt in range(1, self._patience.attempts + 1):
             try:
-                made = self._api.create_commit(
-                    self._repo_id,
-                    operations=operations,
-                    commit_message=message,
-                    commit_description=self._id,
-                    revision=self._revision,
-                    parent_commit=head,
-                    create_pr=self._create_pr,
-                )
+                with answering_within(self._patience.longest_silence_s):
+                    made = self._api.create_commit(
+                        self._repo_id,
+                        operations=operations,
+                        commit_message=message,
+                        commit_description=self._id,
+                        revision=self._revision,
+                        parent_commit=head,
+                        create_pr=self._create_pr,
+                    )
             except Exception as error:
                 status = status_of(error)
                 passing, conflict = is_passing(error), status in CONFLICT
@@ -300,7 +305,11 @@ class _Push:
                 if attempt == self._patience.attempts:
                     raise
                 self._patience.wait(attempt, error, f"{self._repo_id}: commit")
+                if self._create_pr and (found := self._find_ours(head, message, error)):
+                    return found  # nothing on the hub stands against a second one
             else:
+                if made.pr_num and attempt > 1:
+                    self._close_late_ones(message, made.pr_num)
                 return made.oid, made.pr_url or made.commit_url
         raise AssertionError("unreachable")
 
@@ -322,6 +331,11 @@ class _Push:
         return (commit, f"{self._page()}/commit/{commit}") if commit else None
 
     def _find_our_pull_request(self, message: str) -> tuple[str, str] | None:
+        for num, commit in self._our_pull_requests(message):
+            return commit, f"{self._page()}/discussions/{num}"
+        return None
+
+    def _our_pull_requests(self, message: str) -> Iterator[tuple[int, str]]:
         pulls = self._try(
             lambda: list(
                 self._api.get_repo_discussions(self._repo_id, discussion_type="pull_request")
@@ -330,8 +344,21 @@ class _Push:
         )
         for pull in pulls:
             if pull.title == message and (commit := self._ours_on(f"refs/pr/{pull.num}")):
-                return commit, f"{self._page()}/discussions/{pull.num}"
-        return None
+                yield pull.num, commit
+
+    def _close_late_ones(self, message: str, kept: int) -> None:
+        """Closes what an attempt opened that was given up and arrived all the same."""
+        for num, _ in self._our_pull_requests(message):
+            if num != kept:
+                self._try(
+                    lambda num=num: self._api.change_discussion_status(
+                        self._repo_id,
+                        num,
+                        "closed",
+                        comment=f"Opened twice by mistake: see #{kept}",
+                    ),
+                    "close pull request",
+                )
 
     def _ours_on(self, revision: str) -> str | None:
         commits = self._try(

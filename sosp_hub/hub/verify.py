@@ -18,7 +18,7 @@ from sosp_hub.data.loading import load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import HubError, PlanError, SospHubError
 from sosp_hub.evaluate import evaluate
-from sosp_hub.hub.attempts import explain
+from sosp_hub.hub.attempts import Patience, answering_within, explain
 from sosp_hub.hub.facts import format_metric, is_share, overall_metrics, read_report
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import parse_recipe
@@ -111,12 +111,13 @@ def verify(
 def _download(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, Check]:
     api = HfApi(token=token)
     try:
-        commit = api.model_info(repo_id, revision=revision).sha
-        listed = [
-            entry
-            for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
-            if isinstance(entry, RepoFile)
-        ]
+        with answering_within(limit := Patience().longest_silence_s):
+            commit = api.model_info(repo_id, revision=revision, timeout=limit).sha
+            listed = [
+                entry
+                for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
+                if isinstance(entry, RepoFile)
+            ]
         folder = Path(snapshot_download(repo_id, revision=commit, token=token))
     except Exception as error:
         raise explain(error, repo_id, api) from error

@@ -211,6 +211,17 @@ def _discussions(hub, call, repo):
     return Answer.of({"discussions": pulls[::-1], "count": len(pulls), "start": 0})
 
 
+def _status(hub, call, repo, num):
+    if refused := call.refused(repo):
+        return refused
+    pull = next(pull for pull in hub.repos[repo].pulls if pull["num"] == int(num))
+    if call.user is None or pull["author"]["name"] != call.user.name:
+        return Answer.error(403, "Only the author may do this")
+    pull["status"] = call.json["status"]
+    event = {"id": "1", "type": "status-change", "createdAt": pull["createdAt"]}
+    return Answer.of({"newStatus": {**event, "data": {"status": pull["status"]}}})
+
+
 def _preupload(hub, call, repo, rev):
     pull = "create_pr" in call.query
     if refused := call.refused(repo, write=not pull):
@@ -378,6 +389,7 @@ ROUTES = [
     (rf"GET /api/models/{_REPO}/refs", _refs),
     (rf"POST /api/models/{_REPO}/branch/{_REV}", _branch),
     (rf"GET /api/models/{_REPO}/discussions", _discussions),
+    (rf"POST /api/models/{_REPO}/discussions/(?P<num>\d+)/status", _status),
     (rf"POST /api/models/{_REPO}/preupload/{_REV}", _preupload),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", _lfs_batch),
     (r"PUT /lfs/(?P<oid>\w+)(/(?P<part>\d+))?", _lfs_put),

@@ -4,6 +4,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from huggingface_hub import get_session
 
 from sosp_hub.errors import HubError
 from sosp_hub.hub.attempts import Patience
@@ -105,6 +106,61 @@ def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(hub, folder, f
     assert len(hub.repos[REPO].pulls) == 1
     assert result.url.endswith(f"{REPO}/discussions/1")
     assert hub.contents(REPO, "refs/pr/1") == local(folder)
+
+
+def test_a_pull_request_that_comes_late_is_closed(hub, folder):
+    """The first attempt arrives while the second is being answered: two of them, one too many."""
+    late = {}
+
+    def hide():
+        late.update(pull=hub.repos[REPO].pulls.pop(), ref=hub.repos[REPO].refs.pop("refs/pr/1"))
+
+    def arrive():
+        late["pull"]["num"] = 2
+        hub.repos[REPO].pulls.append(late["pull"])
+        hub.repos[REPO].refs["refs/pr/2"] = late["ref"]
+
+    hub.add_repo(REPO)
+    looking = "GET .*/discussions"
+    hub.faults = [
+        Fault(COMMIT, status=504, after_work=True),
+        Fault(looking, first=hide),
+        Fault(looking),
+        Fault(looking, first=arrive),
+    ]
+    result = push(folder, create_pr=True)
+    assert [(pull["num"], pull["status"]) for pull in hub.repos[REPO].pulls] == [
+        (1, "open"),
+        (2, "closed"),
+    ]
+    assert result.url.endswith(f"{REPO}/discussions/1")
+    assert hub.contents(REPO, "refs/pr/1") == local(folder)
+
+
+IMPATIENT = Patience(attempts=3, first_wait_s=0.01, longest_wait_s=0.05, longest_silence_s=0.3)
+
+
+@pytest.mark.parametrize("request_", [*OURS, "POST .*/preupload/", "PUT /lfs/"])
+def test_a_hub_that_falls_silent_for_a_moment(hub, folder, request_):
+    hub.faults = [Fault(request_, delay_s=20)]
+    push(folder, patience=IMPATIENT)
+    assert hub.contents(REPO) == local(folder)
+    assert len(commits(hub)) == 1
+
+
+@pytest.mark.parametrize("request_", [OURS[1], "GET .*/revision"])
+def test_a_hub_that_never_answers_ends_in_an_error(hub, folder, request_):
+    hub.faults = [Fault(request_, delay_s=20, times=99)]
+    with pytest.raises(HubError, match="cannot be reached"):
+        push(folder, patience=IMPATIENT)
+    hub.faults = [Fault("GET .*/revision", delay_s=20, times=99)]
+    assert not push(folder, patience=IMPATIENT, dry_run=True).compared
+
+
+def test_the_time_limit_is_taken_off_again(hub, folder):
+    before = get_session().timeout
+    push(folder, patience=IMPATIENT)
+    assert get_session().timeout == before
 
 
 def test_a_hub_that_stays_down_gives_a_clear_error_and_nothing_changes(hub, folder):

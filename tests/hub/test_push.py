@@ -17,7 +17,7 @@ REPO = "me/resnet18-small"
 
 
 def push(folder, repo_id=REPO, **options):
-    return push_to_hub(folder, repo_id, patience=NOW, **options)
+    return push_to_hub(folder, repo_id, **{"patience": NOW, **options})
 
 
 def local(folder):
