@@ -17,7 +17,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from sosp_hub.data.loading import make_loader
 from sosp_hub.distributed import (
@@ -67,6 +67,8 @@ def finetune(
         ModelError: A loss that is not finite.
     """
     accelerator = accelerator or make_accelerator(seed=seed)
+    if config.num_samples is not None:
+        train = _some(train, config.num_samples, seed)
     batch_size = min(config.batch_size, len(train) // accelerator.num_processes)  # pyright: ignore
     if batch_size == 0:
         raise DataError(
@@ -182,6 +184,11 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
         for statistic in (norm.running_mean, norm.running_var):
             statistic.copy_(process_sum(statistic * share.to(statistic)))  # pyright: ignore
     return len(norms)
+
+
+def _some(train: Dataset[Any], num_samples: int, seed: int) -> Dataset[Any]:
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))  # pyright: ignore
+    return Subset(train, sorted(order[:num_samples].tolist()))
 
 
 class _Reproducible(Dataset):

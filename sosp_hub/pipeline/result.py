@@ -20,6 +20,7 @@ from sosp_hub.hub.card import render_card
 from sosp_hub.hub.contents import DENSE
 from sosp_hub.hub.facts import scrub
 from sosp_hub.hub.page import write_page
+from sosp_hub.pipeline.place import put
 from sosp_hub.pipeline.scores import SALIENCY
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import dump_recipe
@@ -58,8 +59,8 @@ def write_result(
         "plan": json.loads(plan.to_json()),
         "saliency": {name: _summary(scores) for name, scores in saliency.items()},
         "metrics": dict(metrics),
-        "cost": {"before": _cost(graph), "after": _cost(graph, plan)},
-        "latency": _latency(recipe, loaded, pruned) if recipe.evaluate.latency else {},
+        "cost": costs(graph, plan),
+        "latency": latency_of(recipe, loaded, pruned) if recipe.evaluate.latency else {},
         "groups": [
             {
                 "name": group.name,
@@ -74,8 +75,7 @@ def write_result(
         "criterion": {"name": criterion.name, "options": criterion.options()},
         "calibration": dict(calibration),
         "task": recipe.model.task,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": versions(),
         "timings_s": dict(seconds),
         "base": dict(base),
         "recipe": scrub(dump_recipe(recipe, whole=False)),
@@ -102,7 +102,7 @@ def write_result(
     render_card(draft, figures=recipe.output.figures)
     if recipe.output.figures:
         write_page(draft)
-    _move(draft, output)
+    put(draft, output)
     return report
 
 
@@ -114,19 +114,13 @@ def publish(output: Path, push: PushSection) -> None:
     logger.info("published: %s", address)
 
 
-def _move(draft: Path, output: Path) -> None:
-    """Puts the whole folder in its place; what was there goes only when the new one has come."""
-    old = output.with_name(f"{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    draft.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _cost(graph: Graph, plan: PruningPlan | None = None) -> dict[str, int]:
-    found = cost(graph, plan)
-    return {"macs": found.macs, "params": found.params, "bytes": found.bytes}
+def costs(graph: Graph, plan: PruningPlan) -> dict[str, dict[str, int]]:
+    """MACs, parameters and bytes, before and after."""
+    found = {"before": cost(graph), "after": cost(graph, plan)}
+    return {
+        when: {"macs": one.macs, "params": one.params, "bytes": one.bytes}
+        for when, one in found.items()
+    }
 
 
 def _summary(scores: torch.Tensor) -> dict[str, float]:
@@ -137,7 +131,10 @@ def _summary(scores: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _latency(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[str, Any]:
+def latency_of(
+    recipe: Recipe, loaded: Loaded, pruned: nn.Module, budget_s: float = 2.0
+) -> dict[str, Any]:
+    """Seconds of a forward pass before and after, measured in turn, and on what."""
     batch = recipe.evaluate.latency_batch_size
     inputs = to_device(example_inputs(loaded, batch))
     stated = {
@@ -146,8 +143,14 @@ def _latency(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[str, Any
         "threads": torch.get_num_threads(),
         "hardware": _hardware(),
     }
-    before, after = measure_latency([loaded.model.eval(), pruned.eval()], inputs)
+    before, after = measure_latency([loaded.model.eval(), pruned.eval()], inputs, budget_s)
     return {"before": {"seconds": before, **stated}, "after": {"seconds": after, **stated}}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that numbers depend on."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | found
 
 
 def _hardware() -> str:

@@ -1,6 +1,5 @@
 """A run from its recipe to its output folder: the stages in order."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from sosp_hub.distributed import (
     logger,
     wait_for_everyone,
 )
-from sosp_hub.errors import OutputExistsError
+from sosp_hub.pipeline.place import check_place
 from sosp_hub.pipeline.result import publish, write_result
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stages import Stages
@@ -45,7 +44,7 @@ def run(
         SospHubError: Anything that the user has to change.
     """
     output = Path(str(recipe.output.dir)).expanduser()
-    _check_output(output, overwrite)
+    check_place(output, "sosp_report.json", overwrite)
     work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
     _say_what_is_kept(work)
     with work.timed("load"):
@@ -58,13 +57,9 @@ def run(
     plan = stages.plan(graph, saliency)
     with work.timed("cut"):
         pruned = stages.cut(graph, plan)
-    metrics: dict[str, Any] = {"dense": dense, "cut": stages.measure("cut_metrics", pruned)}
-    with work.timed("recalibration"):
-        recalibrated = stages.recalibrate(pruned)
-    if recalibrated:
-        metrics["recalibrated"] = stages.measure("recalibrated_metrics", pruned)
-    history = stages.recover(pruned)
-    metrics["final"] = stages.measure("final_metrics", pruned) if history else _last(metrics)
+    found, history = stages.follow_up(pruned)
+    metrics: dict[str, Any] = {"dense": dense, **found}
+    metrics.setdefault("final", list(found.values())[-1])
     report: dict[str, Any] = {}
     if is_main():
         report = write_result(
@@ -92,29 +87,6 @@ def run(
     return report
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise OutputExistsError(f"output.dir: {output} is a file; write the name of a new folder")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / "sosp_report.json").is_file():
-            raise OutputExistsError(
-                f"output.dir: {output} holds files that are no result of this command, and is left"
-                " alone; write the name of a new folder"
-            )
-        if not overwrite:
-            raise OutputExistsError(
-                f"output.dir: {output} holds a finished run; write another output.dir=FOLDER, or"
-                " add --overwrite to replace it"
-            )
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise OutputExistsError(f"output.dir: {there} is a file; write the name of a new folder")
-    if not os.access(there, os.W_OK):
-        raise OutputExistsError(
-            f"output.dir: {there} cannot be written to; write output.dir=FOLDER of your own"
-        )
-
-
 def _say_what_is_kept(work: WorkFolder) -> None:
     if work.changes:
         changes = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in work.changes.items())
@@ -122,7 +94,3 @@ def _say_what_is_kept(work: WorkFolder) -> None:
         logger.warning("done again because of that: %s", ", ".join(work.stale))
     if work.kept:
         logger.info("going on with what %s holds: %s", work.folder, ", ".join(work.kept))
-
-
-def _last(metrics: dict[str, Any]) -> dict[str, Any]:
-    return list(metrics.values())[-1]

@@ -1,10 +1,12 @@
 """The stages of a run: what each does, and what it leaves for the next."""
 
+import copy
 import dataclasses
+import fnmatch
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from accelerate.utils import set_seed
@@ -32,6 +34,7 @@ from sosp_hub.distributed import (
 from sosp_hub.errors import CriterionError, TraceError
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
+from sosp_hub.pipeline.memory import PeakMemory
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.work import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
@@ -76,7 +79,7 @@ class Stages:
         info = self._data.info if self._data else DataInfo(image_size=recipe.data.image_size)
         self.loaded = load_from_zoo(recipe.model, data=info)
         self.model = self.loaded.model
-        self._batches: Sequence[Any] | None = None
+        self._batches: dict[tuple[int, int], Sequence[Any]] = {}
         if self._data is None:
             logger.info("the data is not opened: nothing is measured, and nothing trained")
             return
@@ -88,6 +91,12 @@ class Stages:
                 recipe.criterion.num_samples,
                 len(self.train),
             )
+
+    def turned_to(self, recipe: Recipe, work: WorkFolder) -> Self:
+        """The same model and data for a recipe that differs in criterion, budget or kinds alone."""
+        other = copy.copy(self)
+        other.recipe, other.work = recipe, work
+        return other
 
     @property
     def calibration(self) -> Mapping[str, Any]:
@@ -101,8 +110,14 @@ class Stages:
         """Finds the groups; refuses what cannot be cut so far before anything long begins."""
         inputs = example_inputs(self.loaded)
         graph = trace(self.model, inputs, outputs=self.recipe.structure.outputs)
-        kinds = self.recipe.structure.kinds
-        if not any(group.kind in kinds for group in graph.groups.values()):
+        self.check(graph)
+        self.model.to(self.accelerator.device)
+        return graph
+
+    def check(self, graph: Graph) -> None:
+        """Refuses kinds that the model does not have and a budget that cannot be met."""
+        kinds, chosen = self.recipe.structure.kinds, self._groups(graph)
+        if not chosen:
             there = sorted(
                 {group.kind for group in graph.groups.values()}
                 & set(scorable_kinds(self.recipe.criterion.name))
@@ -119,10 +134,24 @@ class Stages:
         targets = self.recipe.budget.targets()
         targets.pop("latency_s", None)  # is measured, and takes its time
         if targets:
-            equal = {name: torch.ones(group.size) for name, group in groups.items()}
+            equal = {name: torch.ones(group.size) for name, group in chosen.items()}
             self._allocate(graph, equal, targets)
-        self.model.to(self.accelerator.device)
-        return graph
+
+    def _groups(self, graph: Graph) -> Groups:
+        """The groups that may be cut."""
+        section = self.recipe.structure
+        found = {n: group for n, group in graph.groups.items() if group.kind in section.kinds}
+        for pattern in section.only or ():
+            if not fnmatch.filter(found, pattern):
+                raise TraceError(
+                    f"structure.only: {pattern!r} is no group of {self.recipe.model.id}; its "
+                    f"groups of these kinds are {', '.join(list(found)[:20]) or 'none'}"
+                )
+        return {
+            name: group
+            for name, group in found.items()
+            if section.only is None or any(fnmatch.fnmatchcase(name, p) for p in section.only)
+        }
 
     @property
     def made_dense(self) -> bool:
@@ -182,9 +211,10 @@ class Stages:
             options["curvature"] = self._curvature(graph)[1]
 
         def make() -> dict[str, Any]:
+            peak = PeakMemory()
             saliency = score(
                 self.model,
-                graph,
+                dataclasses.replace(graph, groups=self._groups(graph)),
                 OnDevice(self._calibration_batches(), "score"),
                 criterion=criterion.name,
                 kinds=self.recipe.structure.kinds,
@@ -192,9 +222,10 @@ class Stages:
                 process_sum=process_sum,
                 **options,
             )
+            peak_bytes = peak.grown_bytes()
             whole = {name: scores.contiguous() for name, scores in saliency.items()}
             self._save(lambda: save_file(whole, tensors))
-            return {}
+            return {"peak_bytes": peak_bytes}
 
         self._stage("saliency", make)
         return load_file(tensors)
@@ -289,13 +320,29 @@ class Stages:
         set_seed(self.recipe.seed)
         return self._cut(graph, plan, self.recipe.structure.verify)
 
-    def recalibrate(self, pruned: nn.Module) -> bool:
+    def follow_up(self, pruned: nn.Module) -> tuple[dict[str, Any], list[dict[str, float]]]:
+        """What follows a cut: metrics, norms re-estimated, fine-tuning; the loss curve of that.
+
+        Metrics of ``cut``, ``recalibrated`` where there was a norm to re-estimate, and ``final``
+        where there was fine-tuning.
+        """
+        metrics = {"cut": self.measure("cut_metrics", pruned)}
+        with self.work.timed("recalibration"):
+            recalibrated = self._recalibrate(pruned)
+        if recalibrated:
+            metrics["recalibrated"] = self.measure("recalibrated_metrics", pruned)
+        history = self._recover(pruned)
+        if history:
+            metrics["final"] = self.measure("final_metrics", pruned)
+        return metrics, history
+
+    def _recalibrate(self, pruned: nn.Module) -> bool:
         """Re-estimates BatchNorm statistics; whether there was anything to do."""
         if not self.recipe.finetune.recalibrate_norm or self._data is None:
             return False
         return recalibrate_norm(pruned, self._calibration_batches()) > 0
 
-    def recover(self, pruned: nn.Module) -> list[dict[str, float]]:
+    def _recover(self, pruned: nn.Module) -> list[dict[str, float]]:
         """Fine-tunes; the loss curve, empty where the recipe asks for none."""
         config = self.recipe.finetune
         if config.epochs == 0 or self._data is None:
@@ -366,17 +413,16 @@ class Stages:
         wait_for_everyone()
 
     def _calibration_batches(self) -> Sequence[Any]:
-        if self._batches is None:
-            criterion = self.recipe.criterion
-            self._batches = calibration_batches(
+        size = self._num_samples, self.recipe.criterion.batch_size
+        if size not in self._batches:
+            self._batches[size] = calibration_batches(
                 self.train,
-                self._num_samples,
-                criterion.batch_size,
+                *size,
                 seed=self.recipe.seed,
                 rank=self.accelerator.process_index,
                 num_processes=self.accelerator.num_processes,
             )
-        return self._batches
+        return self._batches[size]
 
     def _split(self, data: OpenData, name: SplitName, augment: bool = False) -> Split:
         return load_split(data, name, self.loaded.processor, augment=augment)

@@ -1,5 +1,6 @@
 """The work folder beside the output: what each stage left, and whether it still fits the recipe."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -24,14 +25,24 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "recalibrated_metrics": (*_CUT, "finetune", "evaluate"),
     "final": (*_CUT, "finetune"),
     "final_metrics": (*_CUT, "finetune", "evaluate"),
+    "cell": (*_CUT, "finetune", "evaluate"),
 }
-"""Each stage, with the sections of the recipe, or what of them, that its result depends on."""
+"""Each stage, with the sections of the recipe, or what of them, that its result depends on.
+
+``cell`` is a row of a comparison, made of all the others.
+"""
 
 
 class WorkFolder:
     """Results of stages. A stage is done when its record is there; the record is written last.
 
     What fits is decided once, when the folder is opened, the same way by every process.
+
+    Args:
+        folder: Where it is.
+        recipe: What its results have to fit.
+        shared: Results of many recipes are in the folder, each under a name of what it depends on,
+            so that recipes that agree in that share it.
 
     Attributes:
         folder: Made when the first result is written, so that a refused run leaves nothing.
@@ -40,9 +51,10 @@ class WorkFolder:
         stale: Stages that have to be done again because of ``changes``.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, *, shared: bool = False) -> None:
         self.folder = folder
         self._recipe = recipe.model_dump(mode="json")
+        self._shared = shared
         data = recipe.criterion.model_dump(mode="json", include={"num_samples", "batch_size"})
         scores = {"name": recipe.criterion.name, **recipe.criterion.options()}
         self._recipe["criterion.curvature"] = data | recipe.criterion.curvature()
@@ -52,7 +64,9 @@ class WorkFolder:
         self.changes: dict[str, tuple[Any, Any]] = {}
         self.stale: list[str] = []
         for stage in STAGES:
-            record = _read(folder / f"{stage}.json") or _read(self._state(stage) / "made_with.json")
+            record = _read(self._path(stage, "json")) or _read(
+                self._state(stage) / "made_with.json"
+            )
             if record is None:
                 continue
             changes = self._changes(stage, record["made_with"])
@@ -74,16 +88,25 @@ class WorkFolder:
         self._records[stage] = record
         if is_main():
             make_folder(self.folder)
-            draft = self.folder / f"{stage}.json.draft"
+            path = self._path(stage, "json")
+            draft = path.with_suffix(".json.draft")
             draft.write_text(json.dumps(record))
-            draft.replace(self.folder / f"{stage}.json")
+            draft.replace(path)
             shutil.rmtree(self._state(stage), ignore_errors=True)
         wait_for_everyone()
         return record
 
     def tensors(self, stage: str) -> Path:
         """Where the tensors of a stage are."""
-        return self.folder / f"{stage}.safetensors"
+        return self._path(stage, "safetensors")
+
+    def forget(self, stage: str) -> None:
+        """Deletes what a stage left, where only numbers that were made from it are wanted."""
+        self._records.pop(stage, None)
+        if is_main():
+            self._path(stage, "json").unlink(missing_ok=True)
+            self._path(stage, "safetensors").unlink(missing_ok=True)
+        wait_for_everyone()
 
     def training_state(self, stage: str) -> Path:
         """Folder for the resumable state of a training, emptied if of another recipe."""
@@ -114,7 +137,14 @@ class WorkFolder:
         return {**self._seconds, **stages}
 
     def _state(self, stage: str) -> Path:
-        return self.folder / f"{stage}.state"
+        return self._path(stage, "state")
+
+    def _path(self, stage: str, kind: str) -> Path:
+        name = stage
+        if self._shared:
+            made_with = json.dumps(self._made_with(stage), sort_keys=True)
+            name = f"{stage}-{hashlib.sha256(made_with.encode()).hexdigest()[:16]}"
+        return self.folder / f"{name}.{kind}"
 
     def _made_with(self, stage: str) -> dict[str, Any]:
         return {name.partition(".")[0]: self._recipe[name] for name in STAGES[stage]}

@@ -102,7 +102,7 @@ def _metadata(field: FieldInfo) -> Iterator[Any]:
     for part in typing.get_args(field.annotation):
         if typing.get_origin(part) is typing.Annotated:
             for info in part.__metadata__:
-                yield from info.metadata
+                yield from getattr(info, "metadata", ())
 
 
 def _spell(annotation: Any) -> str:
@@ -114,7 +114,8 @@ def _spell(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {_spell(args[0])}"
     if origin is dict:
-        return "keys with plain values"
+        plain = args[1] is not Any
+        return "keys with plain values" if plain else "sections"
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_spell(arg) for arg in args)
     return "keys as below" if _section(annotation) else _NAMES[annotation]

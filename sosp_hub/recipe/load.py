@@ -1,7 +1,7 @@
 """From a YAML file and ``key.path=value`` overrides to a ``Recipe``, or to every fault at once."""
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,29 @@ import yaml
 from pydantic import ValidationError
 
 from sosp_hub.errors import RecipeError
+from sosp_hub.recipe.cells import cells_of
 from sosp_hub.recipe.faults import explain
-from sosp_hub.recipe.schema import CRITERION_NAMES, CriterionSection, Recipe
+from sosp_hub.recipe.schema import CRITERION_NAMES, CriterionSection, Recipe, Verb
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), verb: Verb | None = None
+) -> Recipe:
     """Reads a recipe.
 
     Args:
         path: YAML file.
         overrides: ``key.path=value`` each, the value parsed as YAML; goes before the file.
+        verb: What the recipe is for; None = anything.
 
     Raises:
         RecipeError: Anything that keeps the recipe from being valid; all faults at once.
     """
     path = Path(path)
-    return parse_recipe(_read(path), str(path), overrides, output_dir=f"runs/{path.stem}")
+    recipe = parse_recipe(_read(path), str(path), overrides, output_dir=f"runs/{path.stem}")
+    if verb is not None and (faults := list(_misplaced(recipe, verb))):
+        raise RecipeError(str(path), faults)
+    return recipe
 
 
 def parse_recipe(
@@ -58,10 +65,22 @@ def parse_recipe(
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        faults.extend(explain(error))
+        raise RecipeError(source, [*faults, *explain(error)]) from None
+    faults.extend(cells_of(recipe)[1])
     if faults:
         raise RecipeError(source, faults)
     return recipe
+
+
+def _misplaced(recipe: Recipe, verb: Verb) -> Iterator[str]:
+    """A section that another verb reads, or the lack of this verb's own."""
+    if verb == "compare" and recipe.compare is None:
+        yield "compare: missing; write compare: {criteria: [random, magnitude, sosp_h]}"
+    if verb != "compare" and recipe.compare is not None:
+        yield (
+            "compare: this recipe compares criteria; run python -m sosp_hub.compare instead, or "
+            "add compare=null for one run with `criterion` and `budget`"
+        )
 
 
 def dump_recipe(recipe: Recipe, *, whole: bool = True) -> str:

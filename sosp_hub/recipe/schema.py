@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sosp_hub.types import DEFAULT_KINDS, Kind, Library, Task
 
@@ -11,9 +11,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
 _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
+Verb = Literal["prune", "compare"]
 BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
-
-
 _DEPTH = ("block_influence", "sglp")
 _DECIDING = ("sglp",)
 
@@ -59,6 +58,9 @@ class TrainSection(Section):
     )
     save_every_steps: Count | None = Field(
         default=None, description="resumable state every so many steps; null = each epoch"
+    )
+    num_samples: Count | None = Field(
+        default=None, description="samples of the train split that are used; null = all"
     )
 
 
@@ -134,6 +136,9 @@ class StructureSection(Section):
     kinds: Annotated[tuple[Kind, ...], Field(min_length=1, strict=False)] = Field(
         default=DEFAULT_KINDS,
         description="`residual` (transformer width) is opt-in",
+    )
+    only: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = Field(
+        default=None, description="names of groups, with * for any text; null = all of these kinds"
     )
     outputs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
         default=None, description="outputs that count, where a model returns more; null = all"
@@ -512,6 +517,29 @@ class OutputSection(Section):
     )
 
 
+def _named(entry: Any) -> Any:
+    """An entry that is a name alone, as a section."""
+    return {"name": entry} if isinstance(entry, str) else entry
+
+
+class CompareSection(Section):
+    """What ``python -m sosp_hub.compare`` runs through: every criterion, budget and seed."""
+
+    criteria: Annotated[
+        tuple[Annotated[dict[str, Any], BeforeValidator(_named)], ...],
+        Field(min_length=1, strict=False),
+    ] = Field(
+        description="names, or keys as in `criterion`, and `kinds` where they are not "
+        "structure.kinds; what all criteria take is taken from `criterion`"
+    )
+    budgets: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = Field(
+        default=(), description="keys as in `budget`, from which the rest is taken; [] = that alone"
+    )
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (
+        Field(default=(0, 1, 2), description="each trains and scores anew; instead of `seed`")
+    )
+
+
 class PushSection(Section):
     """Where on the hub the result goes."""
 
@@ -538,6 +566,9 @@ class Recipe(Section):
     push: PushSection | None = Field(
         default=None, description="publish the result; null = keep it here"
     )
+    compare: CompareSection | None = Field(
+        default=None, description="for `python -m sosp_hub.compare`; null = one run"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of everything random")
 
     @model_validator(mode="before")
@@ -561,6 +592,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _criterion_fits_the_kinds(self) -> Self:
+        if self.compare is not None:  # which says for each criterion what it scores
+            return self
         name, kinds = self.criterion.name, self.structure.kinds
         if name in _DEPTH and set(kinds) != {"layer"}:
             raise ValueError(

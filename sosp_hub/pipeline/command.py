@@ -1,0 +1,86 @@
+"""What every verb that runs a recipe does with its command line."""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from sosp_hub.errors import SospHubError
+from sosp_hub.recipe.schema import Verb
+
+
+def recipe_parser(verb: Verb, description: str, other_use: str = "") -> argparse.ArgumentParser:
+    """A parser of a recipe, overrides and ``--overwrite``.
+
+    Args:
+        verb: Name of the module.
+        description: For ``--help``.
+        other_use: Arguments of another way to use it.
+    """
+    name = f"python -m sosp_hub.{verb}"
+    usage = f"{name} RECIPE.yaml [key.path=value ...] [--overwrite]"
+    parser = argparse.ArgumentParser(
+        prog=name,
+        usage=f"{usage}\n       {name} {other_use}" if other_use else usage,
+        allow_abbrev=False,
+        description=f"{description} The same command goes on where a stopped run was.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "given",
+        metavar="RECIPE.yaml key.path=value",
+        nargs="*",
+        help="what to do (see below), and what goes before it, such as budget.macs=0.3",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output that holds a finished run"
+    )
+    return parser
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace, str], object],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Runs a verb and explains what went wrong.
+
+    Args:
+        parser: Of its command line.
+        run: Takes the options, and the command as it was typed.
+        arguments: Of the command line; None = those of this process.
+
+    Returns:
+        The exit code: 0 done, 2 something for the user to change, 130 stopped.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(given):
+        from sosp_hub.recipe.describe import describe_recipe
+
+        parser.epilog = f"A recipe is YAML with these sections and keys:\n\n{describe_recipe()}"
+    options = parser.parse_intermixed_args(given)
+    try:
+        run(options, shlex.join([*parser.prog.split(), *given]))
+    except SospHubError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def log_to_terminal() -> None:
+    """Log lines of this package for a person; called when the recipe is known to be valid."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("sosp_hub")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    from transformers.utils import logging as transformers_logging  # its bars would cross ours
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,145 @@
+"""The cells of a comparison: one recipe for each criterion, budget and seed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from sosp_hub.recipe.faults import explain
+from sosp_hub.recipe.schema import BUDGETS, CriterionSection, Recipe
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        criterion: Its name and what was set for it, such as ``sosp_i surgeon compensate``.
+        budget: What is kept, such as ``macs 0.5``.
+        seed: Of everything random.
+        recipe: What ``prune`` would run for it.
+    """
+
+    criterion: str
+    budget: str
+    seed: int
+    recipe: Recipe
+
+
+def cells_of(recipe: Recipe) -> tuple[list[Cell], list[str]]:
+    """The cells of ``recipe.compare`` in the order criterion, budget, seed; and every fault.
+
+    No cells where there is a fault, or no such section.
+    """
+    section = recipe.compare
+    if section is None:
+        return [], []
+    base = recipe.model_dump(mode="json", exclude={"compare", "push"}, exclude_unset=True)
+    faults = ["push: a comparison publishes nothing; leave it out"] if recipe.push else []
+    shared = {key: base.get("criterion", {}).get(key) for key in CriterionSection.model_fields}
+    protocol = {key: value for key, value in shared.items() if value is not None}
+    rest = {k: v for k, v in base.get("budget", {}).items() if k not in BUDGETS}
+    criteria, budgets = [], []
+    for number, entry in enumerate(section.criteria):
+        own = {key: value for key, value in entry.items() if key != "kinds"}
+        changes: dict[str, Any] = {"criterion": {**protocol, **own}}
+        if "kinds" in entry:
+            changes["structure"] = {**base.get("structure", {}), "kinds": entry["kinds"]}
+        made, found = _recipe({**base, **changes}, f"compare.criteria.{number}")
+        faults += found
+        if made is not None:
+            criteria.append((_criterion_label(entry), made, changes))
+    for number, entry in enumerate(section.budgets or [base.get("budget", {})]):
+        changes = {"budget": {**rest, **entry}}
+        made, found = _recipe(
+            {**base, "criterion": {"name": "random"}, **changes}, f"compare.budgets.{number}"
+        )
+        faults += found
+        if made is not None:
+            budgets.append((_budget_label(made, entry), made, changes))
+    faults += _repeated("criteria", [(label, _scored(made)) for label, made, _ in criteria])
+    faults += _repeated("budgets", [(label, made.budget) for label, made, _ in budgets])
+    faults += _repeated("seeds", [(str(seed), seed) for seed in section.seeds])
+    faults += _incomparable([m for _, m, _ in criteria], [m for _, m, _ in budgets])
+    if faults:
+        return [], faults
+    return [
+        Cell(
+            criterion=criterion,
+            budget=budget,
+            seed=seed,
+            recipe=Recipe.model_validate({**base, **scoring, **cut, "seed": seed}),
+        )
+        for criterion, _, scoring in criteria
+        for budget, _, cut in budgets
+        for seed in section.seeds
+    ], []
+
+
+def _recipe(data: Mapping[str, Any], where: str) -> tuple[Recipe | None, list[str]]:
+    """The recipe, or its faults by the keys of the comparison."""
+    try:
+        return Recipe.model_validate(data), []
+    except ValidationError as error:
+        return None, [_rephrased(fault, where) for fault in explain(error)]
+
+
+def _rephrased(fault: str, where: str) -> str:
+    section = "criterion" if ".criteria." in where else "budget"
+    fault = fault.replace("structure.kinds", "kinds")
+    if fault.startswith(f"{section}.") or fault.startswith(f"{section}:"):
+        return where + fault.removeprefix(section)
+    return f"{where}.{fault}" if fault.startswith("kinds") else f"{where}: {fault}"
+
+
+def _criterion_label(entry: Mapping[str, Any]) -> str:
+    """Name and options: words as they are, switches by their names, numbers with both."""
+    return " ".join([str(entry.get("name", "sosp_h")), *_words(entry, but=("name",))])
+
+
+def _budget_label(recipe: Recipe, entry: Mapping[str, Any]) -> str:
+    targets = recipe.budget.targets()
+    return " ".join(
+        [*(f"{key} {share:g}" for key, share in targets.items()), *_words(entry, but=BUDGETS)]
+    )
+
+
+def _words(entry: Mapping[str, Any], but: Sequence[str]) -> Iterator[str]:
+    for key, value in entry.items():
+        if key in but or value is None:
+            continue
+        if isinstance(value, bool):
+            yield key if value else f"{key}=false"
+        elif isinstance(value, list | tuple):
+            yield "+".join(map(str, value))
+        else:
+            yield value if isinstance(value, str) else f"{key}={value:g}"
+
+
+def _scored(recipe: Recipe) -> tuple[Any, ...]:
+    return recipe.criterion, recipe.structure.kinds
+
+
+def _repeated(what: str, entries: Sequence[tuple[str, Any]]) -> Iterator[str]:
+    for number, (label, value) in enumerate(entries):
+        first = next(i for i, (_, other) in enumerate(entries) if other == value)
+        if first < number:
+            yield (
+                f"compare.{what}.{number}: {label} is the same as {what}.{first}; "
+                "a cell is run once, leave one of them out"
+            )
+
+
+def _incomparable(criteria: Sequence[Recipe], budgets: Sequence[Recipe]) -> Iterator[str]:
+    """Criteria of depth and of width cannot share a budget that counts structures alone."""
+    deep = [recipe.criterion.name for recipe in criteria if "layer" in recipe.structure.kinds]
+    if not deep or len(deep) == len(criteria):
+        return
+    for number, recipe in enumerate(budgets):
+        if set(recipe.budget.targets()) == {"structures"}:
+            yield (
+                f"compare.budgets.{number}: a share of structures is of layers for {deep[0]} and "
+                "of channels, heads or neurons for the others; write macs, params, memory_bytes "
+                "or latency_s, or compare criteria of depth alone"
+            )
