@@ -149,7 +149,7 @@ def draw_widths(groups: Sequence[Mapping[str, Any]], floors: Iterable[str] = ())
 
 
 def _rows(groups: Sequence[Mapping[str, Any]], floors: set[str]) -> Figure:
-    figure = _figure(7.2, 0.9 + 0.27 * len(groups))
+    figure = new_figure(7.2, 0.9 + 0.27 * len(groups))
     axes = figure.subplots()
     place = np.arange(len(groups))
     share = _shares(groups)
@@ -164,14 +164,14 @@ def _rows(groups: Sequence[Mapping[str, Any]], floors: set[str]) -> Figure:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     _mean_line(axes.axvline, groups)
-    _bare(axes, grid="x")
+    bare(axes, grid="x")
     _kind_legend(figure, groups)
     return figure
 
 
 def _columns(groups: Sequence[Mapping[str, Any]], floors: set[str]) -> Figure:
     kinds = list(dict.fromkeys(group["kind"] for group in groups))
-    figure = _figure(8.2, 0.7 + 1.75 * len(kinds))
+    figure = new_figure(8.2, 0.7 + 1.75 * len(kinds))
     panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
     for axes, kind in zip(panels, kinds, strict=True):
         members = [group for group in groups if group["kind"] == kind]
@@ -191,7 +191,7 @@ def _columns(groups: Sequence[Mapping[str, Any]], floors: set[str]) -> Figure:
         kept, size = (sum(group[key] for group in members) for key in ("kept", "size"))
         axes.set_title(f"{_words(kind)}: {kept:,} of {size:,} kept ({kept / size:.0%})", loc="left")
         _mean_line(axes.axhline, members)
-        _bare(axes, grid="y")
+        bare(axes, grid="y")
     panels[-1].set_xlabel("group, from input to output")
     return figure
 
@@ -204,7 +204,7 @@ def draw_saliency(
     """Every structure's score by layer, kept and cut apart; beside it the distribution."""
     kinds = list(dict.fromkeys(group["kind"] for group in groups))
     named = len(groups) <= _MOST_NAMED_GROUPS
-    figure = _figure(8.2, 0.9 + 2.6 * len(kinds) + 0.4 * named)
+    figure = new_figure(8.2, 0.9 + 2.6 * len(kinds) + 0.4 * named)
     panels = figure.subplots(len(kinds), 2, squeeze=False, sharey="row", width_ratios=(4, 1))
     for (strip, side), kind in zip(panels, kinds, strict=True):
         members = [group for group in groups if group["kind"] == kind]
@@ -265,14 +265,14 @@ def _strip(
             height[chosen], bins=bins.tolist(), orientation="horizontal", color=colour, alpha=0.6
         )
     strip.set_xlim(-0.7, len(groups) - 0.3)
-    _bare(strip, grid="y")
-    _bare(side, grid="y")
+    bare(strip, grid="y")
+    bare(side, grid="y")
 
 
 def draw_recovery(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Each metric at each stage, with the spread of its measurement."""
     names = overall_metrics(metrics)[:3]
-    figure = _figure(1.4 + 3.4 * len(names), 3.2)
+    figure = new_figure(1.4 + 3.4 * len(names), 3.2)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         measured = [
@@ -315,7 +315,7 @@ def draw_recovery(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
             axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(place, [label.replace(" ", "\n", 1) for label, _ in measured], color=INK)
         axes.set_title(name.replace("_", " "), loc="left")
-        _bare(axes, grid="y")
+        bare(axes, grid="y")
     return figure
 
 
@@ -331,7 +331,7 @@ def pareto_picture(runs: Mapping[str, Mapping[str, Any]], metric: str) -> Pictur
 
 def draw_pareto(runs: Mapping[str, Mapping[str, Any]], metric: str) -> Figure:
     """Quality over the kept share of MACs; runs of one criterion are joined."""
-    figure = _figure(7.2, 4.2)
+    figure = new_figure(7.2, 4.2)
     axes = figure.subplots()
     lines: dict[str, list[tuple[float, float, float]]] = {}
     dense = []
@@ -362,7 +362,7 @@ def draw_pareto(runs: Mapping[str, Mapping[str, Any]], metric: str) -> Figure:
     axes.set_ylabel(metric.replace("_", " "))
     axes.margins(x=0.08, y=0.1)
     figure.legend(loc="outside upper left", ncols=min(len(lines), 5), frameon=False)
-    _bare(axes, grid="y")
+    bare(axes, grid="y")
     return figure
 
 
@@ -379,7 +379,7 @@ def draw_correlation(matrix: NDArray[Any], groups: Sequence[Mapping[str, Any]]) 
         / np.where(size > 0, size, np.inf)[:, None]
         / np.where(size > 0, size, np.inf)[None, :]
     )
-    figure = _figure(6.4, 5.6)
+    figure = new_figure(6.4, 5.6)
     axes = figure.subplots()
     image = axes.imshow(correlation, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     edges = np.cumsum([0, *(group["size"] for group in groups)])
@@ -403,7 +403,7 @@ def draw_cka(partition: Mapping[str, Any]) -> Figure:
         partition: `Partition.as_dict` of the criterion.
     """
     blocks, norms, gone = (partition[key] for key in ("blocks", "norms", "removed"))
-    figure = _figure(8.2, 4.6)
+    figure = new_figure(8.2, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     low = float(np.min(partition["cka"]))
     image = left.imshow(partition["cka"], cmap="viridis", vmin=low, vmax=1, interpolation="nearest")
@@ -422,11 +422,12 @@ def draw_cka(partition: Mapping[str, Any]) -> Figure:
         handles=[Patch(color=KEPT, label="stays"), Patch(color=CUT, label="goes")],
         loc="outside upper left", ncols=2, frameon=False,
     )  # fmt: skip
-    _bare(right, grid="x")
+    bare(right, grid="x")
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one; inches."""
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
@@ -500,7 +501,8 @@ def _bins(axes: Axes, values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.linspace(low, high if high > low else low + 1.0, number + 1)
 
 
-def _bare(axes: Axes, grid: Literal["x", "y"]) -> None:
+def bare(axes: Axes, grid: Literal["x", "y"]) -> None:
+    """Takes away all lines but a pale grid."""
     axes.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
     axes.grid(axis=grid, color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -52,7 +52,7 @@ def write_page(folder: str | Path) -> Path:
     folder = Path(folder)
     report = _report_of(folder)
     facts = collect(report)
-    page = _render(
+    page = render_page(
         title=folder.resolve().name,
         headline=facts.headline,
         tiles=facts.costs,
@@ -88,7 +88,7 @@ def write_study(folders: Sequence[str | Path], path: str | Path) -> Path:
         rows=tuple(_run_row(name, report, shared) for name, report in runs.items()),
         note="Parameters and MACs: the share that is kept. ± is one standard error.",
     )
-    page = _render(
+    page = render_page(
         title=Path(path).stem,
         headline=f"{len(runs)} pruned models side by side.",
         tiles=(),
@@ -99,7 +99,7 @@ def write_study(folders: Sequence[str | Path], path: str | Path) -> Path:
     return _write(Path(path), page)
 
 
-def _render(
+def render_page(
     *,
     title: str,
     headline: str,
@@ -108,6 +108,7 @@ def _render(
     drawn: Sequence[Picture],
     parts: Sequence[Part],
 ) -> str:
+    """The HTML of a page: a sentence, big numbers, tables, pictures, sections of words."""
     text = _template().render(
         title=title,
         headline=_plain(headline),

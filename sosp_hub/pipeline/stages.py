@@ -40,7 +40,7 @@ from sosp_hub.pipeline.work import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schema import Recipe, TrainSection
 from sosp_hub.structure.graph import Graph
-from sosp_hub.structure.groups import Groups
+from sosp_hub.structure.groups import Group, Groups
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from sosp_hub.zoo.load import example_inputs
@@ -116,8 +116,8 @@ class Stages:
 
     def check(self, graph: Graph) -> None:
         """Refuses kinds that the model does not have and a budget that cannot be met."""
-        kinds, chosen = self.recipe.structure.kinds, self._groups(graph)
-        if not chosen:
+        kinds = self.recipe.structure.kinds
+        if not self.groups(graph):
             there = sorted(
                 {group.kind for group in graph.groups.values()}
                 & set(scorable_kinds(self.recipe.criterion.name))
@@ -130,28 +130,31 @@ class Stages:
                     else "no structure of it can be cut at all; choose another model"
                 )
             )
-        groups = scorable_groups(graph, self.recipe.criterion.name, kinds)
+        able = scorable_groups(self._chosen(graph), self.recipe.criterion.name, kinds)
         targets = self.recipe.budget.targets()
         targets.pop("latency_s", None)  # is measured, and takes its time
         if targets:
-            equal = {name: torch.ones(group.size) for name, group in chosen.items()}
+            equal = {name: torch.ones(group.size) for name, group in able.items()}
             self._allocate(graph, equal, targets)
 
-    def _groups(self, graph: Graph) -> Groups:
+    def groups(self, graph: Graph) -> dict[str, Group]:
         """The groups that may be cut."""
         section = self.recipe.structure
         found = {n: group for n, group in graph.groups.items() if group.kind in section.kinds}
         for pattern in section.only or ():
-            if not fnmatch.filter(found, pattern):
+            if found and not fnmatch.filter(found, pattern):
                 raise TraceError(
                     f"structure.only: {pattern!r} is no group of {self.recipe.model.id}; its "
-                    f"groups of these kinds are {', '.join(list(found)[:20]) or 'none'}"
+                    f"groups of these kinds are {', '.join(list(found)[:20])}"
                 )
         return {
             name: group
             for name, group in found.items()
             if section.only is None or any(fnmatch.fnmatchcase(name, p) for p in section.only)
         }
+
+    def _chosen(self, graph: Graph) -> Graph:
+        return dataclasses.replace(graph, groups=self.groups(graph))
 
     @property
     def made_dense(self) -> bool:
@@ -199,7 +202,7 @@ class Stages:
             found = evaluate(model, shown, names, class_names=self.test.class_names)
             return {name: dataclasses.asdict(metric) for name, metric in found.items()}
 
-        return self._stage(stage, make)
+        return self.stage(stage, make)
 
     def score(self, graph: Graph) -> "Saliency":
         """Saliency of every structure that may go."""
@@ -211,10 +214,9 @@ class Stages:
             options["curvature"] = self._curvature(graph)[1]
 
         def make() -> dict[str, Any]:
-            peak = PeakMemory()
             saliency = score(
                 self.model,
-                dataclasses.replace(graph, groups=self._groups(graph)),
+                self._chosen(graph),
                 OnDevice(self._calibration_batches(), "score"),
                 criterion=criterion.name,
                 kinds=self.recipe.structure.kinds,
@@ -222,12 +224,11 @@ class Stages:
                 process_sum=process_sum,
                 **options,
             )
-            peak_bytes = peak.grown_bytes()
             whole = {name: scores.contiguous() for name, scores in saliency.items()}
             self._save(lambda: save_file(whole, tensors))
-            return {"peak_bytes": peak_bytes}
+            return {}
 
-        self._stage("saliency", make)
+        self.stage("saliency", make, with_peak=True)
         return load_file(tensors)
 
     def plan(self, graph: Graph, saliency: "Saliency") -> PruningPlan:
@@ -252,12 +253,12 @@ class Stages:
             }
             return {"plan": dataclasses.replace(plan, provenance=provenance, **base).to_json()}
 
-        return PruningPlan.from_json(from_main(self._stage("plan", make)["plan"]))
+        return PruningPlan.from_json(from_main(self.stage("plan", make)["plan"]))
 
     def _curvature(self, graph: Graph) -> tuple[Groups, GaussNewton]:
         """The matrix that ``sosp_i`` chooses by and compensation solves with, and of what it is."""
         section, tensors = self.recipe.criterion, self.work.tensors("curvature")
-        groups = scorable_groups(graph, section.name, self.recipe.structure.kinds)
+        groups = self.groups(graph)
         if section.name != "sosp_i":
             groups = measurable(groups)
 
@@ -280,7 +281,7 @@ class Stages:
             self._save(lambda: save_file(whole, tensors))
             return {"loss": found.loss, "num_samples": found.num_samples, "exact": found.exact}
 
-        record, whole = self._stage("curvature", make), load_file(tensors)
+        record, whole = self.stage("curvature", make, with_peak=True), load_file(tensors)
         gradient = by_group(groups, whole["gradient"])
         return groups, GaussNewton(gradient=gradient, matrix=whole["matrix"], **record)
 
@@ -375,7 +376,7 @@ class Stages:
             self._save(lambda: save_model(model, str(tensors)))
             return {"history": history}
 
-        record = self._stage(stage, make)
+        record = self.stage(stage, make)
         load_model(model, tensors)  # read on the CPU, copied to where the model is
         return record["history"]
 
@@ -396,14 +397,18 @@ class Stages:
         self.model.to(device)
         return pruned.to(device)
 
-    def _stage(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The record of a stage, made now unless it is there."""
+    def stage(
+        self, stage: str, make: Callable[[], dict[str, Any]], *, with_peak: bool = False
+    ) -> dict[str, Any]:
+        """What a stage made, now unless it is there; ``with_peak`` notes the memory it took."""
         record = self.work.read(stage)
         if record is None:
             set_seed(self.recipe.seed)
+            peak = PeakMemory() if with_peak else None
             start = time.perf_counter()
             made = make()
-            record = self.work.write(stage, made, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            record = self.work.write(stage, made, seconds, peak.grown_bytes() if peak else None)
         return record["made"]
 
     def _save(self, write: Callable[[], None]) -> None:

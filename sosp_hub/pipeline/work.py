@@ -82,9 +82,16 @@ class WorkFolder:
         """What the stage left; None where it has to be done."""
         return self._records.get(stage)
 
-    def write(self, stage: str, made: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    def write(
+        self,
+        stage: str,
+        made: Mapping[str, Any],
+        seconds: float,
+        peak_bytes: int | None = None,
+    ) -> dict[str, Any]:
         """Marks a stage as done, after its tensors were written; its training state is dropped."""
-        record = {"made_with": self._made_with(stage), "seconds": seconds, "made": dict(made)}
+        took = {"seconds": seconds, "peak_bytes": peak_bytes}
+        record = {"made_with": self._made_with(stage), **took, "made": dict(made)}
         self._records[stage] = record
         if is_main():
             make_folder(self.folder)

@@ -118,7 +118,10 @@ def _words(entry: Mapping[str, Any], but: Sequence[str]) -> Iterator[str]:
 
 
 def _scored(recipe: Recipe) -> tuple[Any, ...]:
-    return recipe.criterion, recipe.structure.kinds
+    """What tells two criteria apart: what is set, and what follows from leaving it out."""
+    criterion = recipe.criterion
+    compensates = {"compensate": criterion.compensates()}
+    return criterion.model_copy(update=compensates), recipe.structure.kinds
 
 
 def _repeated(what: str, entries: Sequence[tuple[str, Any]]) -> Iterator[str]:

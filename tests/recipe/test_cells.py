@@ -90,6 +90,8 @@ def test_a_comparison_survives_being_written(tmp_path):
             {"criteria": [{"name": "taylor", "form": "abs"}, "taylor"]},
             ["criteria.1", "same as criteria.0"],
         ),
+        ({"criteria": [SURGEON, {**SURGEON, "compensate": True}]}, ["criteria.1", "criteria.0"]),
+        ({"criteria": [{**DEPTH, "compensate": True}]}, ["criteria.0.compensate", "layer"]),
         ({"criteria": ["lamp"], "seeds": [1, 1]}, ["seeds.1", "same as seeds.0"]),
         ({"criteria": ["lamp"], "seeds": [-1]}, ["seeds.0", "got -1", "at least 0"]),
         ({"criteria": ["lamp"], "seeds": []}, ["seeds", "at least one"]),

@@ -1,0 +1,35 @@
+"""``python -m sosp_hub.compare RECIPE.yaml [key.path=value ...]``: which criterion serves a model.
+
+A recipe as for ``prune`` with one more section, ``compare``: criteria, budgets and seeds.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_command
+from sosp_hub.recipe.load import load_recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a comparison; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
+    parser = recipe_parser(
+        "compare",
+        "Compares criteria on one model and one protocol, every criterion at every budget with "
+        "every seed, and writes tables, plots and a page.",
+    )
+
+    def run(options: argparse.Namespace, command: str) -> None:
+        if not options.given:
+            parser.error("the path of a recipe is missing, such as recipes/studies/digits.yaml")
+        recipe = load_recipe(options.given[0], options.given[1:], "compare")
+        log_to_terminal()
+        from sosp_hub.pipeline.compare import compare  # torch, which a faulty recipe need not
+
+        compare(recipe, overwrite=options.overwrite, command=command)
+
+    return run_command(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
