@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sosp_hub.recipe.criteria import CriterionSection
 from sosp_hub.recipe.faults import explain
-from sosp_hub.recipe.schema import BUDGETS, CriterionSection, Recipe
+from sosp_hub.recipe.schema import BUDGETS, Recipe
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,9 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from sosp_hub.recipe.schema import (
-    CRITERIA,
-    CriterionSection,
-    FinetuneSection,
-    Recipe,
-    Section,
-    TrainSection,
-)
+from sosp_hub.recipe.criteria import CRITERIA, CriterionSection
+from sosp_hub.recipe.schema import FinetuneSection, Recipe, TrainSection
+from sosp_hub.recipe.section import Section
 
 _NAMES = {
     bool: "true or false",

@@ -9,7 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sosp_hub.recipe.schema import CRITERIA, CRITERION_NAMES, Recipe, Section
+from sosp_hub.recipe.criteria import CRITERIA, CRITERION_NAMES
+from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.section import Section
 
 
 def explain(error: ValidationError) -> Iterator[str]:

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from sosp_hub.errors import RecipeError
 from sosp_hub.recipe.cells import cells_of
+from sosp_hub.recipe.criteria import CRITERION_NAMES, CriterionSection
 from sosp_hub.recipe.faults import explain
-from sosp_hub.recipe.schema import CRITERION_NAMES, CriterionSection, Recipe, Verb
+from sosp_hub.recipe.schema import Recipe, Verb
 
 
 def load_recipe(

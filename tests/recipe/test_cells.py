@@ -4,8 +4,8 @@ import pytest
 
 from sosp_hub.errors import RecipeError
 from sosp_hub.recipe.cells import cells_of
+from sosp_hub.recipe.criteria import CRITERIA
 from sosp_hub.recipe.load import dump_recipe, load_recipe, parse_recipe
-from sosp_hub.recipe.schema import CRITERIA
 from tests.recipe.test_recipe import MINIMAL, write
 
 SURGEON = {"name": "sosp_i", "selection": "surgeon"}

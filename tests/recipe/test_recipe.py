@@ -11,9 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 from sosp_hub.errors import RecipeError
+from sosp_hub.recipe.criteria import CRITERIA, CRITERION_NAMES, CriterionSection
 from sosp_hub.recipe.describe import describe_recipe
 from sosp_hub.recipe.load import dump_recipe, load_recipe
-from sosp_hub.recipe.schema import CRITERIA, CRITERION_NAMES, CriterionSection, Recipe, Section
+from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.section import Section
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = {
