@@ -29,7 +29,7 @@ _PASS = 64  # samples of one gradient norm
 
 @dataclass(frozen=True)
 class Partition:
-    """What SGLP found, as plain data; ``hub.figures.draw_cka`` draws it.
+    """What SGLP found, as plain data; ``hub.matrices.draw_cka`` draws it.
 
     Attributes:
         blocks: Names of all blocks, in order.

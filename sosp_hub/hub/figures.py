@@ -33,7 +33,7 @@ KIND_COLOURS = {
     "expert": "#a44a3f",
     "layer": "#6b7280",
 }
-_MOST_NAMED_GROUPS = 26  # more rows than this are drawn as columns without names
+MOST_NAMED_GROUPS = 26  # more rows than this are drawn as columns without names
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.hashsalt": "sosp_hub",
@@ -143,7 +143,7 @@ def draw_widths(groups: Sequence[Mapping[str, Any]], floors: Iterable[str] = ())
     """Kept width of each group: named rows for a small network, columns per kind for a deep one."""
     return (
         _rows(groups, set(floors))
-        if len(groups) <= _MOST_NAMED_GROUPS
+        if len(groups) <= MOST_NAMED_GROUPS
         else _columns(groups, set(floors))
     )
 
@@ -159,7 +159,7 @@ def _rows(groups: Sequence[Mapping[str, Any]], floors: set[str]) -> Figure:
         floor = "  (at its floor)" if group["name"] in floors else ""
         label = f"{group['kept']:,} of {group['size']:,}{floor}"
         axes.text(1.015, row, label, va="center", fontsize=8)
-    axes.set_yticks(place, [_short(group) for group in groups], color=INK)
+    axes.set_yticks(place, [short_name(group) for group in groups], color=INK)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -203,7 +203,7 @@ def draw_saliency(
 ) -> Figure:
     """Every structure's score by layer, kept and cut apart; beside it the distribution."""
     kinds = list(dict.fromkeys(group["kind"] for group in groups))
-    named = len(groups) <= _MOST_NAMED_GROUPS
+    named = len(groups) <= MOST_NAMED_GROUPS
     figure = new_figure(8.2, 0.9 + 2.6 * len(kinds) + 0.4 * named)
     panels = figure.subplots(len(kinds), 2, squeeze=False, sharey="row", width_ratios=(4, 1))
     for (strip, side), kind in zip(panels, kinds, strict=True):
@@ -214,7 +214,7 @@ def draw_saliency(
         if named:
             strip.set_xticks(
                 np.arange(len(members)),
-                [_short(group) for group in members],
+                [short_name(group) for group in members],
                 rotation=45,
                 ha="right",
                 rotation_mode="anchor",
@@ -366,66 +366,6 @@ def draw_pareto(runs: Mapping[str, Mapping[str, Any]], metric: str) -> Figure:
     return figure
 
 
-def draw_correlation(matrix: NDArray[Any], groups: Sequence[Mapping[str, Any]]) -> Figure:
-    """Correlation between all structures as SOSP-I sees it: Q'_ij / sqrt(Q'_ii Q'_jj).
-
-    Args:
-        matrix: Gauss-Newton matrix in gate space, structures in the order of the groups.
-        groups: Groups with their sizes.
-    """
-    size = np.sqrt(np.clip(np.diag(matrix), 0, None))
-    correlation = (
-        matrix
-        / np.where(size > 0, size, np.inf)[:, None]
-        / np.where(size > 0, size, np.inf)[None, :]
-    )
-    figure = new_figure(6.4, 5.6)
-    axes = figure.subplots()
-    image = axes.imshow(correlation, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    edges = np.cumsum([0, *(group["size"] for group in groups)])
-    for edge in edges[1:-1]:
-        axes.axhline(edge - 0.5, color="white", linewidth=0.6)
-        axes.axvline(edge - 0.5, color="white", linewidth=0.6)
-    if len(groups) <= _MOST_NAMED_GROUPS:
-        names = [_short(group) for group in groups]
-        axes.set_yticks((edges[1:] + edges[:-1]) / 2 - 0.5, names, fontsize=7, color=INK)
-    axes.set_xticks([])
-    axes.tick_params(length=0, which="both")
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="correlation of the effect on the output")
-    return figure
-
-
-def draw_cka(partition: Mapping[str, Any]) -> Figure:
-    """How alike the outputs of blocks are, where SGLP draws borders, and what goes.
-
-    Args:
-        partition: `Partition.as_dict` of the criterion.
-    """
-    blocks, norms, gone = (partition[key] for key in ("blocks", "norms", "removed"))
-    figure = new_figure(8.2, 4.6)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    low = float(np.min(partition["cka"]))
-    image = left.imshow(partition["cka"], cmap="viridis", vmin=low, vmax=1, interpolation="nearest")
-    for border in partition["borders"]:  # the first row is what goes into the first block
-        left.axhline(border + 0.5, color="white", linewidth=0.9)
-        left.axvline(border + 0.5, color="white", linewidth=0.9)
-    left.set_xlabel("block; the first is what goes in")
-    left.tick_params(length=0, which="both")
-    left.spines[:].set_visible(False)
-    figure.colorbar(image, ax=left, shrink=0.8, label="CKA")
-    colours = [CUT if block in gone else KEPT for block in blocks]
-    right.barh(range(1, len(blocks) + 1), [norms.get(b, 0) for b in blocks], color=colours)
-    right.set_ylim(len(blocks) + 0.5, 0.5)
-    right.set_xlabel("gradient norm (none: always stays)")
-    figure.legend(
-        handles=[Patch(color=KEPT, label="stays"), Patch(color=CUT, label="goes")],
-        loc="outside upper left", ncols=2, frameon=False,
-    )  # fmt: skip
-    bare(right, grid="x")
-    return figure
-
-
 def new_figure(width: float, height: float) -> Figure:
     """An empty one; inches."""
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -445,7 +385,8 @@ def _words(kind: str) -> str:
     )
 
 
-def _short(group: Mapping[str, Any]) -> str:
+def short_name(group: Mapping[str, Any]) -> str:
+    """Without its kind."""
     return group["name"].rpartition(":")[0] or group["name"]
 
 

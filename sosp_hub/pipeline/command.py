@@ -80,7 +80,6 @@ def log_to_terminal() -> None:
     log = logging.getLogger("sosp_hub")
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    from transformers.utils import logging as transformers_logging  # its bars would cross ours
+    from sosp_hub.zoo.transformers import silence  # torch, which a faulty recipe need not wait for
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    silence()

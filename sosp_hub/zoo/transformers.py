@@ -95,6 +95,12 @@ _PIPELINE_TAGS = {
 }
 
 
+def silence() -> None:
+    """No log lines and no bars of transformers', which would cross ours."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def _source(section: ModelSection) -> Path | str:
     """A local folder, or a hub id."""
     path = Path(section.id).expanduser()

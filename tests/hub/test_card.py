@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from sosp_hub.errors import HubError
 from sosp_hub.hub.card import render_card
 from sosp_hub.hub.facts import collect
-from sosp_hub.hub.figures import draw_cka, draw_correlation
 from sosp_hub.hub.markers import BEGIN, END
+from sosp_hub.hub.matrices import draw_cka, draw_correlation
 from sosp_hub.recipe.criteria import CRITERION_NAMES
 from tests.hub import reports
 from tests.hub.conftest import make_folder
