@@ -68,12 +68,14 @@ def assemble(
     ties: dict[int, list[str]] = {}
     for number, group in numbers.items():
         ties.setdefault(tied.get(number, number), []).append(group.name)
-    groups |= layer_groups(model, entries, exits)
+    stacks, undroppable = layer_groups(model, entries, exits, terms.uses)
+    groups |= stacks
     sizes = dict(model.named_parameters())
     return Graph(
         groups=groups,
         ties=tuple(tuple(tie) for tie in ties.values() if len(tie) > 1),
         pinned=tuple(_pinned(tensors, parameters)),
+        undroppable=undroppable,
         tensors=tensors,
         aliases=aliases,
         atoms=group_atoms,

@@ -33,6 +33,7 @@ class Graph:
         ties: Sets of groups that must keep equally many structures (one attribute holds both
             sizes).
         pinned: Parameter dimensions that keep their size, with the reason.
+        undroppable: Stacks of like layers none of which can be left out, with the reason.
         tensors: Axes of every parameter and buffer that the forward pass used.
         aliases: Other names of a shared tensor, by the name it is listed under.
         atoms: Root atom of each group.
@@ -63,6 +64,7 @@ class Graph:
     buffers: frozenset[str]
     example_inputs: object
     outputs: tuple[str, ...] | None = None
+    undroppable: Mapping[str, str] = field(default_factory=dict)
     num_params: int = 0
     num_cuttable_params: dict[str, int] = field(default_factory=dict)
 

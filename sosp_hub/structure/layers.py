@@ -1,6 +1,8 @@
 """Stacks of layers that can be left out: what goes in is of the same stream as what comes out."""
 
+import itertools
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -10,10 +12,25 @@ from sosp_hub.structure.terms import Axes
 
 
 def layer_groups(
-    model: nn.Module, entries: dict[str, Axes], exits: dict[str, Axes]
-) -> dict[str, Group]:
-    """One group for each list of like modules of which at least two keep their stream."""
+    model: nn.Module,
+    entries: Mapping[str, Axes],
+    exits: Mapping[str, Axes],
+    uses: Mapping[str, Iterable[str]],
+) -> tuple[dict[str, Group], dict[str, str]]:
+    """One group for each list of like modules of which at least two keep their stream.
+
+    Args:
+        model: Holds the stacks.
+        entries: Axes of what each module was given first.
+        exits: Axes of what each module gave.
+        uses: The modules whose code computes with what a module gave.
+
+    Returns:
+        The groups, and for other stacks why none of their layers can be left out: each layer but
+        the last one must give its result to the next one alone.
+    """
     groups: dict[str, Group] = {}
+    reasons: dict[str, str] = {}
     for name, stack in model.named_modules():
         if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) < 2:
             continue
@@ -32,10 +49,30 @@ def layer_groups(
             layers = tuple(
                 layer for layer, kind in zip(layers, kinds, strict=True) if kind == usual
             )
-        if len(layers) > 1:
+        if len(layers) < 2:
+            continue
+        elsewhere = _used_elsewhere(
+            [f"{inside}{child}" for child, _ in stack.named_children()], uses
+        )
+        if elsewhere is None:
             group = Group(f"{name}:layer", "layer", len(layers), (), (), (), layers)
             groups[group.name] = group
-    return groups
+        else:
+            reasons[name] = elsewhere
+    return groups, reasons
+
+
+def _used_elsewhere(children: Sequence[str], uses: Mapping[str, Iterable[str]]) -> str | None:
+    """What but the next one uses the result of a module of a stack, in words."""
+    for child, following in itertools.pairwise(children):
+        for user in uses.get(child, ()):
+            if not f"{user}.".startswith(f"{following}."):
+                around = f"{child}.".startswith(f"{user}." if user else "")
+                return (
+                    f"{'the code around it' if around else user} uses the result of one of its "
+                    "layers, not of the last one alone"
+                )
+    return None
 
 
 def _kind(layer: nn.Module) -> tuple[type, frozenset[str]]:

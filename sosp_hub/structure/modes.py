@@ -31,11 +31,14 @@ class DispatchWatch(TorchDispatchMode):
             self.paused or func.namespace == "prim"
         ):  # prim: questions about a tensor, such as its device
             return func(*args, **kwargs)
-        inputs = tuple(self.terms.of(tensor) for tensor in rules.tensors((args, kwargs)))
+        inputs = []
+        for tensor in rules.tensors((args, kwargs)):
+            inputs.append(self.terms.of(tensor))
+            self.terms.use(tensor)
         out = func(*args, **kwargs)
         self.terms.mixes = False
         rules.apply_rule(self.terms, func, args, kwargs, out)
-        self.note(str(func), inputs, out, tuple(arg for arg in args if type(arg) is float))
+        self.note(str(func), tuple(inputs), out, tuple(arg for arg in args if type(arg) is float))
         return out
 
     def note(

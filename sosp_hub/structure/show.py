@@ -32,4 +32,8 @@ def show(graph: "Graph") -> str:
     for reason, dims in by_reason.items():
         more = f" and {len(dims) - 3} more" if len(dims) > 3 else ""
         lines.append(f"pinned: {', '.join(dims[:3])}{more}: {reason}")
+    for reason in sorted(set(graph.undroppable.values())):
+        stacks = [stack for stack, why in graph.undroppable.items() if why == reason]
+        more = f" and {len(stacks) - 3} more" if len(stacks) > 3 else ""
+        lines.append(f"undroppable: layers of {', '.join(stacks[:3])}{more}: {reason}")
     return "\n".join(lines)

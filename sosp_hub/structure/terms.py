@@ -56,6 +56,8 @@ class Terms:
     leaks: list[tuple[Expr, str]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
+    results: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    uses: dict[str, dict[str, None]] = field(default_factory=dict)
     mixes: bool = False
 
     @property
@@ -88,6 +90,11 @@ class Terms:
         name = self.source.get(operand)
         if name is not None:
             self.reads.append(Read(name, axis, self.modules[-1]))
+
+    def use(self, tensor: Tensor) -> None:
+        """Remembers that the running module's code computes with what other modules gave."""
+        for module in self.results.get(tensor, ()):
+            self.uses.setdefault(module, {}).setdefault(self.modules[-1])
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or a mere rearrangement of one."""

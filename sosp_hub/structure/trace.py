@@ -177,6 +177,7 @@ def _watch(
         for handle in handles:
             handle.remove()
     for tensor in output_tensors(wanted_outputs(result, wanted)):
+        terms.use(tensor)
         for axis in terms.of(tensor):
             pin(axis, "an output of the model has this size")
     return twin, terms, entries, exits
@@ -203,6 +204,7 @@ def _watch_modules(
             first = next(iter(output_tensors(result)), None)
             if first is not None:
                 exits[name] = terms.of(first)
+                terms.results[first] = (*terms.results.get(first, ()), name)
 
         yield module.register_forward_pre_hook(enter)
         yield module.register_forward_hook(leave)

@@ -20,8 +20,8 @@ def drop_layers(model: nn.Module, graph: Graph, plan: Plan) -> None:
     The rest moves up: positions, ``layer_idx`` and the config's layer count and per-layer lists
     follow, so that caches of key and value tensors stay in step.
     """
-    for name, kept in plan.kept.items():
-        group = graph.groups[name]
+    for name in sorted(plan.kept, key=lambda name: -name.count(".")):  # the innermost first
+        group, kept = graph.groups[name], plan.kept[name]
         if group.kind != "layer":
             continue
         gone = {layer for i, layer in enumerate(group.layers) if i not in kept}
@@ -35,7 +35,7 @@ def drop_layers(model: nn.Module, graph: Graph, plan: Plan) -> None:
                 del stack[position]  # type: ignore[attr-defined]
         for position, old in enumerate(stays):
             _renumber(children[old][1], position)
-        _rewrite_configs(model, len(children), stays)
+        _rewrite_configs(model, stack_name, len(children), stays)
 
 
 def bypassed(model: nn.Module, graph: Graph, plan: Plan) -> None:
@@ -58,27 +58,67 @@ def _renumber(layer: nn.Module, position: int) -> None:
                 vars(module)[name] = position
 
 
-def _rewrite_configs(model: nn.Module, before: int, stays: list[int]) -> None:
-    """Layer counts and per-layer lists of every config that described the whole stack."""
+def _rewrite_configs(model: nn.Module, stack: str, before: int, stays: list[int]) -> None:
+    """Layer counts and per-layer lists of the config that describes the stack, and its copies."""
+    holders = {name: module for name, module in model.named_modules() if _configs(module)}
+    described = _config_over(holders, stack)
+    if described is None or any(
+        isinstance(module, nn.ModuleList | nn.Sequential)
+        and _inside(stack, name)
+        and _alike(_config_over(holders, name), described)
+        for name, module in model.named_modules()
+        if name != stack
+    ):  # a stack inside a layer: the config counts the outer one
+        return
+    owner = max((name for name in holders if _inside(stack, name)), key=len)
     done: dict[int, Any] = {}
-    for module in model.modules():
-        for key, value in list(vars(module).items()):
-            if is_config(value):
-                if id(value) not in done:
-                    done[id(value)] = _shortened(value, before, stays)
-                vars(module)[key] = done[id(value)]
+    for name, module in holders.items():
+        if _inside(stack, name) or _inside(name, owner):
+            for key, config in _configs(module).items():
+                vars(module)[key] = _shortened(config, described, before, stays, done)
 
 
-def _shortened(config: Any, before: int, stays: list[int]) -> Any:
-    values: Mapping[str, Any] = vars(config)
+def _inside(name: str, outer: str) -> bool:
+    return f"{name}.".startswith(f"{outer}." if outer else "")
+
+
+def _config_over(holders: Mapping[str, nn.Module], name: str) -> Any:
+    """The config of the innermost module around ``name`` that has one."""
+    over = [holder for holder in holders if _inside(name, holder)]
+    configs = _configs(holders[max(over, key=len)]) if over else {}
+    return configs.get("config", next(iter(configs.values()), None))
+
+
+def _configs(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if is_config(value)}
+
+
+def _shortened(
+    config: Any, described: Any, before: int, stays: list[int], done: dict[int, Any]
+) -> Any:
+    """The config, or a copy in which what describes the stack is shorter."""
+    if id(config) in done:
+        return done[id(config)]
     new: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in _COUNTS and value == before:
+    for key, value in vars(config).items():
+        if is_config(value):
+            inner = _shortened(value, described, before, stays, done)
+            new |= {} if inner is value else {key: inner}
+        elif not _alike(config, described):
+            continue
+        elif key in _COUNTS and value == before:
             new[key] = len(stays)
         elif isinstance(value, list) and len(value) == before and key.startswith("layer"):
             new[key] = [value[i] for i in stays]
-    if not new:
-        return config
-    twin = copy.copy(config)
-    vars(twin).update(new)
+    twin = config
+    if new:
+        twin = copy.copy(config)
+        vars(twin).update(new)
+    done[id(config)] = twin
     return twin
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Whether configs are of the same part of a model (an encoder, a decoder, a vision tower)."""
+    facts = ("model_type", "is_decoder")
+    return [getattr(one, key, None) for key in facts] == [getattr(two, key, None) for key in facts]

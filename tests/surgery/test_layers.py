@@ -1,0 +1,125 @@
+"""Stacks whose layers can be left out, nested ones, and stacks that must stay whole."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import apply
+from tests.compare import assert_close
+from tests.structure.oracles import fill, gated, plan_of, run
+
+
+class Config:
+    """What the engine takes for a transformers config."""
+
+    def __init__(self, model_type, num_hidden_layers, **more):
+        self.model_type, self.num_hidden_layers = model_type, num_hidden_layers
+        vars(self).update(more)
+
+    def to_diff_dict(self):
+        return vars(self)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 4), nn.Linear(4, 6)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Outer(nn.Module):
+    """A layer that is a stack itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(Inner() for _ in range(3)))
+
+    def forward(self, x):
+        return x + self.blocks(x).tanh()
+
+
+class Tower(nn.Module):
+    """``taken``: the layer whose result counts; ``between``: the parent works between layers."""
+
+    def __init__(self, config, layer=Inner, taken=-1, between=False):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(layer() for _ in range(config.num_hidden_layers))
+        self.taken, self.between = taken, between
+
+    def forward(self, x):
+        seen = [x]
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            x = layer(x * 2 if self.between else x)
+            seen.append(x)
+        return seen[self.taken]
+
+
+class Model(nn.Module):
+    def __init__(self, *towers):
+        super().__init__()
+        configs = {f"{tower.config.model_type}_config": tower.config for tower in towers}
+        self.config = Config("both", 3, **configs)
+        self.towers = nn.ModuleList(towers)
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.stack([tower(x) for tower in self.towers]).sum(0))
+
+
+def traced(*towers):
+    torch.manual_seed(0)
+    model = fill(Model(*towers).eval())
+    return model, trace(model, (torch.randn(2, 4, 5),))
+
+
+def layers_of(graph):
+    return {name: group.layers for name, group in graph.groups.items() if group.kind == "layer"}
+
+
+def test_layers_of_nested_stacks_are_dropped_together():
+    """An inner stack of an outer layer that goes, of one that moves up, and of one that stays."""
+    model, graph = traced(Tower(Config("a", 3), Outer))
+    assert len(layers_of(graph)) == 4
+    outer, *inner = layers_of(graph)
+    plan = plan_of(graph, {outer: (0, 2), inner[0]: (1,), inner[1]: (0,), inner[2]: (0, 2)})
+    pruned = apply(model, graph, plan)
+    assert [len(layer.blocks) for layer in pruned.towers[0].layers] == [1, 2]
+    assert_close(run(pruned, graph), gated(model, graph, plan))
+    assert [len(layer.blocks) for layer in model.towers[0].layers] == [3, 3, 3]
+
+
+def test_only_the_config_of_the_stack_gets_shorter():
+    """Two towers of as many layers: the other one's config, wherever it is, stays as it is."""
+    model, graph = traced(Tower(Config("a", 3)), Tower(Config("b", 3)))
+    plan = plan_of(graph, {"towers.1.layers:layer": (0, 2)})
+    pruned = apply(model, graph, plan)
+    found = [pruned.towers[0].config, pruned.towers[1].config, pruned.config]
+    assert [config.num_hidden_layers for config in found] == [3, 2, 3]
+    assert pruned.config.a_config.num_hidden_layers == 3
+    assert pruned.config.b_config is pruned.towers[1].config
+    assert model.config.b_config.num_hidden_layers == 3
+    assert_close(run(pruned, graph), gated(model, graph, plan))
+
+
+@pytest.mark.parametrize("tower", [{"taken": -2}, {"taken": 1}, {"between": True}])
+def test_a_stack_stays_whole_where_more_than_its_last_result_counts(tower):
+    _, graph = traced(Tower(Config("a", 3), **tower))
+    assert not layers_of(graph)
+    (reason,) = graph.undroppable.values()
+    assert "not of the last one alone" in reason
+    assert "undroppable: layers of towers.0.layers: the code around it" in str(graph)
+
+
+def test_a_stack_whose_results_are_collected_but_not_used_can_lose_layers():
+    model, graph = traced(Tower(Config("a", 3)))
+    before = copy.deepcopy(model.state_dict())
+    plan = plan_of(graph, {"towers.0.layers:layer": (1,)})
+    assert_close(run(apply(model, graph, plan), graph), gated(model, graph, plan))
+    assert_close(model.state_dict(), before, relative=0)
