@@ -93,7 +93,7 @@ class Terms:
 
     def use(self, tensor: Tensor) -> None:
         """Remembers that the running module's code computes with what other modules gave."""
-        for module in self.results.get(tensor, ()):
+        for module in self.results.get(tensor) or ():
             self.uses.setdefault(module, {}).setdefault(self.modules[-1])
 
     def is_parameter(self, tensor: Tensor) -> bool:

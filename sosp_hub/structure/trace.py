@@ -204,7 +204,7 @@ def _watch_modules(
             first = next(iter(output_tensors(result)), None)
             if first is not None:
                 exits[name] = terms.of(first)
-                terms.results[first] = (*terms.results.get(first, ()), name)
+                terms.results[first] = (*(terms.results.get(first) or ()), name)
 
         yield module.register_forward_pre_hook(enter)
         yield module.register_forward_hook(leave)
