@@ -8,9 +8,8 @@ from torch import Tensor
 
 from sosp_hub.criteria.elimination import compensation
 from sosp_hub.derivatives import by_group
-from sosp_hub.errors import CriterionError
 from sosp_hub.plan import PruningPlan
-from sosp_hub.structure.groups import Group, Groups
+from sosp_hub.structure.groups import Groups
 
 
 def compensated(
@@ -57,23 +56,3 @@ def compensated(
         gates=moved,
         provenance={**plan.provenance, "compensation": story},
     )
-
-
-def measurable(groups: Groups) -> dict[str, Group]:
-    """The groups that a matrix can be of: samples can have gates of their own at their sites.
-
-    Raises:
-        CriterionError: There are none.
-    """
-    found = {
-        name: group
-        for name, group in groups.items()
-        if group.sites and all(site.module is not None for site in group.sites)
-    }
-    if not found:
-        kinds = sorted({group.kind for group in groups.values()})
-        raise CriterionError(
-            f"compensation: the kinds {', '.join(kinds)} have no place for gates in this model; "
-            "leave `compensate` out, or name other kinds"
-        )
-    return found

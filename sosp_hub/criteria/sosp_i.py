@@ -12,7 +12,7 @@ from sosp_hub.criteria.registry import HasGroups, Needs, register
 from sosp_hub.derivatives import GaussNewton, Protocol, by_group, gauss_newton
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import GateKind
-from sosp_hub.structure.groups import Groups
+from sosp_hub.structure.groups import Group, Groups
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn, Saliency
@@ -65,6 +65,12 @@ class SospI:
     name: ClassVar[str] = "sosp_i"
     paper: ClassVar[str] = "arXiv 2110.11395"
     needs: ClassVar[Needs] = "labels"
+    scores_only: ClassVar[str] = "read by layers, in front of which each sample has its own gates"
+
+    @staticmethod
+    def able(group: Group) -> bool:
+        """Gates that scale a weight would be shared by all samples."""
+        return bool(group.sites) and all(site.module is not None for site in group.sites)
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
         """Scores, or positions in the order of removal."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.compensation import compensated, measurable
+from sosp_hub.criteria.compensation import compensated
 from sosp_hub.criteria.registry import scorable_groups, scorable_kinds, score
 from sosp_hub.criteria.sosp_i import SospI
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
@@ -258,9 +258,7 @@ class Stages:
     def _curvature(self, graph: Graph) -> tuple[Groups, GaussNewton]:
         """The matrix that ``sosp_i`` chooses by and compensation solves with, and of what it is."""
         section, tensors = self.recipe.criterion, self.work.tensors("curvature")
-        groups = self.groups(graph)
-        if section.name != "sosp_i":
-            groups = measurable(groups)
+        groups = scorable_groups(self._chosen(graph), "sosp_i", self.recipe.structure.kinds)
 
         def make() -> dict[str, Any]:
             if self._data is None:
