@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import Atom, size_of, sources
-from sosp_hub.structure.groups import Group
+from sosp_hub.structure.groups import Group, Member
 from sosp_hub.structure.terms import Axes, Constraint, Step
 from sosp_hub.structure.ties import Count
 
@@ -97,12 +97,21 @@ class Graph:
 
     def fold_obstacle(self, name: str) -> str | None:
         """Why gates of this group cannot be folded into the weights that read it; None = can."""
-        group = self.groups[name]
-        tensors = [member.tensor for member in group.members if member.reads]
-        if not tensors or not group.sites:
+        sites = self.groups[name].sites
+        places = {site.weight or f"{site.module}.weight" for site in sites}
+        if not places or places != {member.tensor for member in self.readers(name)}:
             return "no weight reads it"
-        shared = [tensor for tensor in tensors if self.aliases.get(tensor)]
+        shared = [tensor for tensor in sorted(places) if self.aliases.get(tensor)]
         return f"{shared[0]!r} is tied to another weight" if shared else None
+
+    def readers(self, name: str) -> list[Member]:
+        """The weights that read a group's activation, where its gates sit.
+
+        A parameter that is itself read by a layer, such as a query that a model learns, is not one.
+        """
+        group = self.groups[name]
+        places = {site.weight or f"{site.module}.weight" for site in group.sites}
+        return [member for member in group.members if member.reads and member.tensor in places]
 
     def keep(self, plan: PruningPlan) -> dict[int, NDArray[np.bool_]]:
         """Keep mask of each cut atom, by atom id."""

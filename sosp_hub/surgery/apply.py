@@ -62,7 +62,7 @@ def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
                 raise PlanError(f"plan: gates of group {name!r} cannot be folded: {why}")
             factors = torch.ones(group.size, dtype=torch.float64)
             factors[list(plan.kept[name])] = torch.tensor(gates, dtype=torch.float64)
-            for member in (member for member in group.members if member.reads):
+            for member in graph.readers(name):
                 weight = get_tensor(model, member.tensor)
                 index = torch.as_tensor(member.index)
                 scale = torch.where(index >= 0, factors[index.clamp(min=0)], 1.0)
