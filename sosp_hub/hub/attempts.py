@@ -7,7 +7,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -180,19 +180,32 @@ def _role_hint(repo_id: str, api: HfApi) -> str:
         log.debug("whoami failed: %s", type(error).__name__)
         return f"the token may not write here; make one with write access at {_TOKENS}"
     owner = repo_id.partition("/")[0]
-    namespaces = [me["name"], *(org["name"] for org in me.get("orgs", []))]
-    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role", "unknown")
-    if owner not in namespaces:
-        return (
-            f"the token belongs to {me['name']!r}, who may not write to {owner!r}; "
-            f"use {me['name']}/{repo_id.partition('/')[2]}, or ask to join the organisation"
-        )
-    if role == "read":
-        return f"the token of {me['name']!r} only reads; make one with write access at {_TOKENS}"
-    return (
-        f"the token of {me['name']!r} (role {role!r}) may not write here; "
+    return lacks(me, repo_id) or (
+        f"the token of {me['name']!r} (role {_role(me)!r}) may not write here; "
         f"give it write access to {owner!r} at {_TOKENS}"
     )
+
+
+def lacks(me: Mapping[str, Any], repo_id: str) -> str | None:
+    """Why the owner of a token cannot write to a repository; None where nothing speaks against it.
+
+    Args:
+        me: What the hub says of the token (``whoami``).
+        repo_id: ``NAMESPACE/NAME``.
+    """
+    owner, _, name = repo_id.partition("/")
+    if owner not in [me["name"], *(org["name"] for org in me.get("orgs", []))]:
+        return (
+            f"the token belongs to {me['name']!r}, who may not write to {owner!r}; "
+            f"use {me['name']}/{name}, or ask to join the organisation"
+        )
+    if _role(me) == "read":
+        return f"the token of {me['name']!r} only reads; make one with write access at {_TOKENS}"
+    return None
+
+
+def _role(me: Mapping[str, Any]) -> str:
+    return ((me.get("auth") or {}).get("accessToken") or {}).get("role", "unknown")
 
 
 def _is_missing(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ from sosp_hub.hub.attempts import (
     answering_within,
     explain,
     is_passing,
+    lacks,
     no_token,
     persistently,
     status_of,
@@ -160,6 +161,48 @@ def check_target(repo_id: str, revision: str | None, create_pr: bool) -> None:
             f"revision {revision!r} with create_pr: a pull request is made against main; "
             "leave one of the two out"
         )
+
+
+def check_access(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    patience: Patience | None = None,
+) -> None:
+    """Finds out beforehand what would keep a push from working; writes nothing.
+
+    A hub that cannot be reached now may be back when there is something to push: that is only
+    logged.
+
+    Args:
+        repo_id: As for `push_to_hub`, like the others.
+        revision: Branch.
+        create_pr: Open a pull request, which strangers may too.
+        token: None = the one of ``hf auth login`` or HF_TOKEN.
+        patience: How often to try, and how long to wait.
+
+    Raises:
+        HubError: With what to do.
+    """
+    check_target(repo_id, revision, create_pr)
+    if not (token or get_token()):
+        raise HubError(no_token(repo_id))
+    api = HfApi(token=token)
+    try:
+        me = persistently(api.whoami, f"{repo_id}: ask whose token it is", patience or _BRIEF)
+    except Exception as error:
+        if not _is_out_of_reach(error):
+            raise explain(error, repo_id, api) from error
+        log.warning("%s", explain(error, repo_id, api))
+        log.warning("it is pushed when the run is done, and the folder stays if that fails")
+        return
+    if not create_pr and (why := lacks(me, repo_id)):
+        raise HubError(f"{repo_id}: {why}")
+
+
+_BRIEF = Patience(attempts=2, longest_silence_s=20.0)
 
 
 class _Push:

@@ -15,6 +15,7 @@ from torch import nn
 from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.cost import cost
 from sosp_hub.distributed import logger, to_device
+from sosp_hub.errors import HubError
 from sosp_hub.evaluate import measure_latency
 from sosp_hub.hub.card import render_card
 from sosp_hub.hub.contents import DENSE
@@ -106,11 +107,31 @@ def write_result(
     return report
 
 
+def check_push(push: PushSection) -> str | None:
+    """What would keep the result from being published, before anything long begins.
+
+    Only the main process asks: the hub counts how often.
+    """
+    from sosp_hub.hub.push import check_access
+
+    try:
+        check_access(push.repo_id, revision=push.revision, create_pr=push.create_pr)
+    except HubError as error:
+        return f"push: {error}"
+    return None
+
+
 def publish(output: Path, push: PushSection) -> None:
     """Sends the result to the hub."""
     from sosp_hub.hub.push import push_to_hub  # a run that is not published needs no client
 
-    address = push_to_hub(output, push.repo_id, **push.model_dump(exclude={"repo_id"}))
+    try:
+        address = push_to_hub(output, push.repo_id, **push.model_dump(exclude={"repo_id"}))
+    except HubError as error:
+        later = f"python -m sosp_hub.push {output} {push.repo_id}"
+        raise HubError(
+            f"{error}\nthe result is whole in {output}; publish it with: {later}"
+        ) from error
     logger.info("published: %s", address)
 
 

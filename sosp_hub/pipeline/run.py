@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from sosp_hub.distributed import (
+    from_main,
     is_main,
     logger,
     wait_for_everyone,
 )
+from sosp_hub.errors import HubError
 from sosp_hub.pipeline.place import check_place
-from sosp_hub.pipeline.result import publish, write_result
+from sosp_hub.pipeline.result import check_push, publish, write_result
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stages import Stages
 from sosp_hub.pipeline.table import show_result
@@ -45,6 +47,10 @@ def run(
     """
     output = Path(str(recipe.output.dir)).expanduser()
     check_place(output, "sosp_report.json", overwrite)
+    if recipe.push:
+        fault = from_main(check_push(recipe.push) if is_main() else None)
+        if fault:
+            raise HubError(fault)
     work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
     _say_what_is_kept(work)
     with work.timed("load"):

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants
 
 from sosp_hub.errors import HubError
 from sosp_hub.hub.card import render_card
-from sosp_hub.hub.push import push_to_hub
+from sosp_hub.hub.push import check_access, push_to_hub
 from tests.hub.conftest import NOW, READER, STRANGER, TOKEN, make_folder
 from tests.hub.loopback import Fault
 
@@ -188,6 +188,37 @@ def test_no_token(hub, folder, monkeypatch):
     with pytest.raises(HubError, match=r"no token was found.*hf auth login"):
         push(folder)
     assert writes(hub) == []
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "words"),
+    [
+        (None, REPO, r"no token was found.*hf auth login"),
+        (READER, REPO, "token of 'me' only reads"),
+        ("hf_unknownunknown04", REPO, "wrong, expired or was revoked"),
+        (TOKEN, "them/small", r"belongs to 'me', who may not write to 'them'.*me/small"),
+        (TOKEN, "small", "NAMESPACE/NAME"),
+    ],
+)
+def test_what_keeps_a_push_from_working_is_told_beforehand(hub, monkeypatch, token, repo_id, words):
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match=words):
+        check_access(repo_id, patience=NOW)
+    assert writes(hub) == []
+
+
+@pytest.mark.parametrize("repo_id", [REPO, "lab/small"])
+def test_who_may_push_is_not_kept_from_it(hub, repo_id):
+    check_access(repo_id, patience=NOW)
+    check_access("them/small", create_pr=True, patience=NOW)  # which strangers may open
+    assert writes(hub) == []
+
+
+def test_a_hub_that_is_out_of_reach_beforehand_is_only_told(hub, caplog):
+    hub.faults = [Fault("whoami", status=503, times=99)]
+    check_access(REPO, patience=NOW)
+    assert "pushed when the run is done" in caplog.text
 
 
 def test_a_token_that_only_reads(hub, folder):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import sosp_hub
@@ -179,6 +180,18 @@ def test_bad_input_is_explained_and_nothing_is_written(tmp_path, capsys, overrid
     assert left == {"recipe.yaml", "empty.csv"}
     if "learning_rate" not in overrides[-1]:  # which is found out only when training has begun
         assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("repo_id", ["small", "me/small"])
+def test_a_push_that_cannot_work_is_noticed_before_the_run(tmp_path, capsys, monkeypatch, repo_id):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(stages, "load_from_zoo", None)  # is not called
+    assert prune(tmp_path, f"push={{repo_id: {repo_id}}}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: push: {'repo_id ' if repo_id == 'small' else repo_id}")
+    assert ("NAMESPACE/NAME" if repo_id == "small" else "hf auth login") in error
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_a_work_folder_that_cannot_be_made_is_named(tmp_path, capsys):
