@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from sosp_hub.structure.axes import Atom, Axis, Prod, Sum, atoms, index_of, resolve, size_of
+from sosp_hub.structure.experts import expert_sites
 from sosp_hub.structure.graph import Graph, Pinned
 from sosp_hub.structure.groups import Group, Member, Site
 from sosp_hub.structure.layers import layer_groups
@@ -55,7 +56,10 @@ def assemble(
             )
             for tensor, dim in members
         )
-        sites = tuple(_sites(model, atom, members, tensors, reads, entries))
+        if kind == "expert":
+            sites = tuple(expert_sites(atom, members, tensors, reads))
+        else:
+            sites = tuple(_sites(model, atom, members, tensors, reads, entries))
         multiple = atom.multiple if atom.size % atom.multiple == 0 else 1
         numbers[atom.id] = Group(
             name, kind, atom.size, found, sites, tuple(atom.inexact), (), multiple,

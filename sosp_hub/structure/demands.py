@@ -90,6 +90,19 @@ def _channel_shuffle(terms: Terms, op: Operation) -> None:
         terms.constrain(groups, halves[0], "groups")
 
 
+@_demand("histc")
+def _histogram(terms: Terms, op: Operation) -> None:
+    terms.constrain(op.argument(1, "bins", 100), terms.of(op.out)[0], "bins")
+
+
+@_demand("tolist", "item", "numpy")
+def _values(terms: Terms, op: Operation) -> None:
+    """What Python reads, it may count with."""
+    for axis in (*terms.of(op.tensor), terms.numbers.get(op.tensor)):
+        if axis is not None and not op.tensor.is_floating_point():
+            terms.fix(axis, "its whole numbers are read")
+
+
 @_demand("arange", "linspace", "eye")
 def _series(terms: Terms, op: Operation) -> None:
     for value in op.args:

@@ -86,7 +86,7 @@ class Graph:
             if len(plan.kept[name]) in group.barred:
                 raise PlanError(
                     f"plan: group {name!r} must not keep {len(plan.kept[name])} of its {size} "
-                    f"structures: the model's code would take another path; "
+                    f"structures: the model's code would take another path, or picks more of them; "
                     f"not allowed are {', '.join(map(str, sorted(group.barred)[:8]))}"
                 )
         counts = plan.num_kept()

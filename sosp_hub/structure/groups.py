@@ -32,6 +32,9 @@ class Member:
 class Site:
     """A place where the group's activation is read: gate 0 at all sites = pruned.
 
+    A gate of an expert scales its contribution, on the weights that make it; an expert that is cut
+    is not chosen either, and the router gives its tokens to others, so that its group is inexact.
+
     Exactly one of ``module`` and ``weight`` is set.
 
     Attributes:
@@ -67,7 +70,8 @@ class Group:
         multiple: A kernel needs kept counts that are multiples of this.
         rectified: The BatchNorms through whose ReLU all sites read the group; empty where one reads
             it otherwise.
-        barred: Counts that must not be kept: the code would take another path.
+        barred: Counts that must not be kept: the code would take another path, or picks more of
+            them at once (a router's experts).
     """
 
     name: str

@@ -36,7 +36,7 @@ class DispatchWatch(TorchDispatchMode):
             inputs.append(self.terms.of(tensor))
             self.terms.use(tensor)
         out = func(*args, **kwargs)
-        self.terms.mixes = False
+        self.terms.begin()
         rules.apply_rule(self.terms, func, args, kwargs, out)
         self.note(str(func), tuple(inputs), out, tuple(arg for arg in args if type(arg) is float))
         return out
@@ -50,9 +50,13 @@ class DispatchWatch(TorchDispatchMode):
     ) -> None:
         """Appends a step to the record."""
         outputs = tuple(self.terms.of(tensor) for tensor in rules.tensors(out))
-        self.terms.steps.append(
-            Step(name, self.terms.modules[-1], inputs, outputs, self.terms.mixes, floats)
-        )
+        terms = self.terms
+        terms.steps.append(
+            Step(
+                name, terms.modules[-1], inputs, outputs, terms.mixes, floats,
+                terms.picked, terms.counts,
+            )
+        )  # fmt: skip
 
 
 def body_of(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +118,7 @@ class FunctionWatch(TorchFunctionMode):
         inputs = tuple(
             self.terms.of(tensor) for tensor in (query, key, value, mask) if tensor is not None
         )
-        self.terms.mixes = False
+        self.terms.begin()
         try:
             rules.attention(
                 self.terms, query, key, value, mask, out, given.get("scale") is not None

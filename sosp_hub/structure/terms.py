@@ -15,7 +15,13 @@ Axes = tuple[Axis, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One operation: its tensors' axes, and whether it mixes values along a cuttable one."""
+    """One operation: its tensors' axes, and what a cut means to it.
+
+    Attributes:
+        mixes: It combines values along a cuttable axis other than by a weighted sum.
+        picked: Its whole numbers are positions along this axis.
+        counts: Its result counts what lies before a position, also where a structure is gone.
+    """
 
     name: str
     module: str
@@ -23,6 +29,8 @@ class Step:
     outputs: tuple[Axes, ...]
     mixes: bool
     floats: tuple[float, ...] = ()
+    picked: Axis | None = None
+    counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Terms:
 
     axes: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     source: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    numbers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    tallies: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     reads: list[Read] = field(default_factory=list)
     macs: list[tuple[str, Axes]] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
@@ -59,6 +69,12 @@ class Terms:
     results: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     uses: dict[str, dict[str, None]] = field(default_factory=dict)
     mixes: bool = False
+    picked: Axis | None = None
+    counts: bool = False
+
+    def begin(self) -> None:
+        """Another operation starts."""
+        self.mixes, self.picked, self.counts = False, None, False
 
     @property
     def where(self) -> str:
@@ -130,6 +146,10 @@ class Terms:
                 self.constraints.append(Constraint(expr, axis, where))
                 return
         self.hold(Op("==", one, two))
+
+    def take(self, number: int, axis: Axis) -> None:
+        """The code picks so many positions of this axis at once."""
+        self.hold(Op(">=", axis, number))
 
     def hold(self, comparison: Op) -> None:
         """The code goes the way it goes because this is true."""

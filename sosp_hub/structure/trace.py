@@ -180,6 +180,8 @@ def _watch(
         terms.use(tensor)
         for axis in terms.of(tensor):
             pin(axis, "an output of the model has this size")
+        if tensor in terms.numbers:
+            pin(terms.numbers[tensor], "an output of the model holds positions along it")
     return twin, terms, entries, exits
 
 

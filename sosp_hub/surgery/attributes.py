@@ -9,6 +9,7 @@ from sosp_hub.plan import Plan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.ints import Attribute
 from sosp_hub.structure.ties import attribute_values
+from sosp_hub.surgery.experts import recount_experts
 
 
 def rewrite(model: nn.Module, graph: Graph, plan: Plan) -> None:
@@ -17,6 +18,7 @@ def rewrite(model: nn.Module, graph: Graph, plan: Plan) -> None:
     configs: dict[tuple[str, str], Any] = {}
     for attribute, value in values.items():
         _set(model, attribute, value, configs)
+    recount_experts(model, graph, plan)
     for module in model.modules():
         _follow_shapes(module)
 

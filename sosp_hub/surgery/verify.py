@@ -212,6 +212,8 @@ class _Replay(TorchDispatchMode):
         if step.mixes:
             return self._on_kept(step, func, args, kwargs)
         out = func(*args, **kwargs)
+        if step.counts:
+            return out
         schema = getattr(func, "_schema", None)
         if schema is not None and any(value.alias_info is not None for value in schema.returns):
             if any(
@@ -259,6 +261,9 @@ class _Replay(TorchDispatchMode):
             step.outputs,
             strict=True,
         ):
+            if step.picked is not None and not part.is_floating_point():
+                kept = torch.as_tensor(keep_mask(step.picked, self.masks)).nonzero()[:, 0]
+                part = kept.to(part.device)[part]
             result.copy_(self._grow(part, result_axes))
         return full
 

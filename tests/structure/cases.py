@@ -141,6 +141,26 @@ class Experts(nn.Module):
         return self.last(torch._grouped_mm(self.first(x), self.up, ends))
 
 
+class Routed(nn.Module):
+    """A router gives each row one of four experts, which are counted and multiplied in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.gate = nn.Linear(8, 4)
+        self.up = nn.Parameter(torch.randn(4, 8, 8))
+        self.last = nn.Linear(8, 3)
+        self.experts = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        scores, chosen = self.gate(x).topk(1, -1)
+        chosen, order = chosen.flatten().sort()
+        counts = torch.histc(chosen.float(), self.experts, 0, self.experts - 1)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        return self.last(torch._grouped_mm(x[order], self.up, ends) * scores[order])
+
+
 HEADS = {"heads": 3, "dim": 4}
 
 SHAPES = (
@@ -334,7 +354,8 @@ REDUCTIONS = (
     tokens("cumprod of tokens", lambda m, x: x.cumprod(1), 6, 6, (6,)),
     tokens("logcumsumexp of tokens", lambda m, x: x.logcumsumexp(1), 6, 6, (6,), keeps_zero=False),
     tokens("topk of tokens", lambda m, x: x.topk(2, 1).values, 6, 6, (6,)),
-    tokens("topk of channels", lambda m, x: x.topk(2, -1).values, 6, 2),
+    tokens("topk of channels", lambda m, x: x.topk(2, -1).values, 6, 2, (), (6,)),
+    tokens("places of the topk", lambda m, x: x * x.topk(1, -1).indices.clamp(1, 1), 6, 6),
     tokens("sort of tokens", lambda m, x: x.sort(1).values, 6, 6, (6,)),
     tokens("sort of channels", lambda m, x: x.sort(-1).values, 6, 6),
     tokens("argsort", lambda m, x: x * x.argsort(1).clamp(1, 1), 6, 6, (6,)),
@@ -386,6 +407,7 @@ PRODUCTS = (
         lambda: torch.randn(2, 4, 5), (7,), (6,), keeps_zero=False,
     ),
     RuleCase("experts", Experts, lambda: torch.randn(6, 5), (8, 8), multiple=4),
+    RuleCase("routed experts", Routed, lambda: torch.randn(6, 5), (8, 8), (4,), multiple=4),
     pictures("convolution", Built(nn.Conv2d, 6, 7, 3), 6, 7, (6, 7)),
     pictures("depthwise", Built(nn.Conv2d, 6, 6, 3, groups=6), 6, 6, (6,)),
     pictures("depthwise times two", Built(nn.Conv2d, 6, 12, 3, groups=6), 6, 12, (2, 6)),

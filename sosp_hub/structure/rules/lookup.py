@@ -7,6 +7,7 @@ from sosp_hub.structure.rules.registry import (
     Operation,
     broadcast,
     carry_source,
+    picks,
     position_of,
     rule,
     tensors,
@@ -51,7 +52,8 @@ def _index(terms: Terms, op: Operation) -> None:
     for dim in used:
         width = indices[dim].dim() if indices[dim].dtype in {torch.bool, torch.uint8} else 1
         for covered in range(dim, dim + width):
-            terms.fix(axes[covered], "positions along it are picked by an index")
+            if not picks(terms, indices[dim], axes[covered]):
+                terms.fix(axes[covered], "positions along it are picked by an index")
     if op.name == "index_put":
         terms.set(op.out, axes)
         for axis, value in zip(reversed(axes), reversed(terms.of(op.args[2])), strict=False):
@@ -88,7 +90,8 @@ def _index(terms: Terms, op: Operation) -> None:
 def _along(terms: Terms, op: Operation) -> None:
     tensor, dim = op.tensor, position_of(op.args[1], op.tensor)
     axes = list(terms.of(tensor))
-    terms.fix(axes[dim], "positions along it are picked by an index")
+    if not picks(terms, op.args[2], axes[dim]):
+        terms.fix(axes[dim], "positions along it are picked by an index")
     for other in tensors(op.args[2:]):
         if other.dim() == len(axes):
             for i, (mine, theirs) in enumerate(zip(axes, terms.of(other), strict=True)):
@@ -98,9 +101,9 @@ def _along(terms: Terms, op: Operation) -> None:
                     unify(mine, theirs, f"`{op.name}` in {terms.where}")
                 else:
                     terms.fix(Sum((mine, theirs)), f"`{op.name}`")
-    if op.out.shape != tensor.shape:
+    if op.out.shape != tensor.shape or op.name in {"gather", "index_select"}:
         axes = [
-            a if size_of(a) == s else fixed(int(s), f"`{op.name}`")
-            for a, s in zip(axes, op.out.shape, strict=True)
+            a if size_of(a) == s and i != dim else fixed(int(s), f"`{op.name}`")
+            for i, (a, s) in enumerate(zip(axes, op.out.shape, strict=True))
         ]
     terms.set(op.out, axes)

@@ -21,8 +21,9 @@ from sosp_hub.structure.terms import Terms
 
 def _contract(terms: Terms, left: Tensor, one: Axis, right: Tensor, two: Axis, what: str) -> None:
     unify(one, two, f"{what} in {terms.where}")
-    terms.read(left, one)
-    terms.read(right, two)
+    if not terms.is_parameter(right):
+        terms.read(left, one)
+    terms.read(right, two)  # alone where both are parameters: a gate acts once
     if not terms.is_parameter(left) and not terms.is_parameter(right):
         mark(one, "contracted")
 
@@ -145,7 +146,7 @@ def attention(
     terms.set(out, [*lead_q, length, width_v])
 
 
-@rule("_grouped_mm")
+@rule("_grouped_mm", "grouped_mm_fallback")
 def _grouped_mm(terms: Terms, op: Operation) -> None:
     left, right = op.args[:2]
     if left.dim() != 2 or right.dim() != 3:
@@ -153,7 +154,8 @@ def _grouped_mm(terms: Terms, op: Operation) -> None:
     rows, inner = terms.of(left)
     experts, other, columns = terms.of(right)
     _contract(terms, left, inner, right, other, "a product by experts")
-    terms.fix(experts, "experts are picked by number")
+    unify(experts, terms.of(op.argument(2, "offs"))[0], f"a product by experts in {terms.where}")
+    mark(experts, "expert")
     items = 16 // left.element_size()  # its kernel wants rows of whole 16 bytes
     for axis in (inner, columns):
         for atom in atoms(axis):

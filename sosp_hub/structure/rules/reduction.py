@@ -2,7 +2,17 @@
 
 from torch import Tensor
 
-from sosp_hub.structure.axes import UNIT, cut_at, fixed, free, mark, split, unify
+from sosp_hub.structure.axes import (
+    UNIT,
+    cut_at,
+    fixed,
+    free,
+    is_fixed,
+    mark,
+    size_of,
+    split,
+    unify,
+)
 from sosp_hub.structure.rules.registry import (
     Operation,
     carry_source,
@@ -30,6 +40,9 @@ def _reduce(terms: Terms, op: Operation) -> None:
     dims = op.args[position] if len(op.args) > position else op.kwargs.get("dim")
     dims = None if isinstance(dims, bool) else dims
     reduced = dims_of(dims, tensor)
+    for index in results:
+        if not index.is_floating_point() and op.name in _CHOOSING:
+            _choose(terms, tensor, reduced, index)
     keep = results[0].dim() == tensor.dim()
     for dim in reduced:
         terms.mix(axes[dim], f"`{op.name}` runs over it")
@@ -47,6 +60,20 @@ def _reduce(terms: Terms, op: Operation) -> None:
         terms.set(tensor_out, result)
 
 
+_CHOOSING = frozenset({"max", "min", "median", "argmax", "argmin"})
+
+
+def _choose(terms: Terms, tensor: Tensor, dims: set[int], index: Tensor) -> None:
+    """Remembers that whole numbers are positions along an axis."""
+    axes = terms.of(tensor)
+    if len(dims) == 1:
+        (dim,) = dims
+        terms.numbers[index] = terms.picked = axes[dim]
+    else:
+        for dim in dims:
+            terms.fix(axes[dim], "positions are counted along several axes")
+
+
 @rule(
     "_softmax",
     "_log_softmax",
@@ -59,7 +86,9 @@ def _reduce(terms: Terms, op: Operation) -> None:
 )
 def _along_dim(terms: Terms, op: Operation) -> None:
     axes = terms.of(op.tensor)
-    if axes:
+    if op.tensor in terms.tallies:
+        terms.counts = True
+    elif axes:
         terms.mix(axes[position_of(op.args[1], op.tensor)], f"`{op.name.strip('_')}` runs over it")
     terms.set(op.out, axes)
 
@@ -75,14 +104,32 @@ def _order(terms: Terms, op: Operation) -> None:
     )
     axes = list(terms.of(tensor))
     dim = position_of(dim, tensor)
-    terms.fix(axes[dim], f"`{op.name}` orders the elements along it")
     first = next(iter(tensors(op.out)))
+    if op.name == "topk" and not is_fixed(axes[dim]):
+        terms.mix(axes[dim], "`topk` chooses among them")
+        _choose(terms, tensor, {dim}, op.out[1])
+        terms.take(int(first.shape[dim]), axes[dim])
+    else:
+        terms.fix(axes[dim], f"`{op.name}` orders the elements along it")
     if first.dim() == tensor.dim():
         axes[dim] = fixed(int(first.shape[dim]), f"`{op.name}` in {terms.where}")
     else:  # the k-th of them alone
         del axes[dim]
     for result in tensors(op.out):
         terms.set(result, axes)
+
+
+@rule("histc")
+def _count(terms: Terms, op: Operation) -> None:
+    numbered = terms.numbers.get(op.tensor)
+    low, high = op.argument(2, "min", 0), op.argument(3, "max", 0)
+    bins = int(op.out.shape[0])
+    if numbered is None or bins != size_of(numbered) or (low, high) != (0, bins - 1):
+        for axis in [] if numbered is None else [numbered]:
+            terms.fix(axis, "positions along it are counted in other bins")
+        raise ValueError("bins that are no positions")
+    terms.set(op.out, [numbered])
+    terms.tallies[op.out] = True
 
 
 @rule("tril", "triu")

@@ -111,6 +111,7 @@ def apply_rule(terms: Terms, func: Any, args: Any, kwargs: Any, out: Any) -> Non
         chosen(terms, operation)
     except (AssertionError, IndexError, TypeError, ValueError):
         unknown(terms, operation)
+    _follow_numbers(terms, operation)
 
 
 def tensors(values: Any) -> Iterable[Tensor]:
@@ -171,6 +172,55 @@ def carry_source(terms: Terms, tensor: Tensor, out: Any) -> None:
     if name is not None:
         for result in tensors(out):
             terms.source[result] = name
+
+
+# Operations that hand on the values of their first argument, in another order or shape.
+_CARRIERS = frozenset(
+    [
+        *("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "permute"),
+        *("transpose", "t", "unsqueeze", "squeeze", "expand", "repeat", "slice", "select"),
+        *("clone", "_to_copy", "contiguous", "detach", "alias", "sort", "index", "gather"),
+        *("index_select", "cat", "stack", "split", "unbind"),
+    ]
+)
+_LOOKUPS = frozenset({"index", "gather", "scatter", "index_select", "histc"})
+
+
+def _follow_numbers(terms: Terms, op: Operation) -> None:
+    """Positions along an axis mean others once it is cut, so each use of them must be known."""
+    operands = op.operands
+    known = [terms.numbers[tensor] for tensor in operands if tensor in terms.numbers]
+    if not known:
+        return
+    values = list(tensors(op.tensor))  # several for `cat`
+    if op.name in _CARRIERS and all(tensor in terms.numbers for tensor in values):
+        for axis in known:
+            unify(known[0], axis, f"`{op.name}` in {terms.where}")
+        results = list(tensors(op.out))
+        for result in results[:1] if op.name == "sort" else results:
+            terms.numbers[result] = known[0]
+        if op.name == "cat" and position_of(op.argument(1, "dim", 0), op.out) == op.out.dim() - 1:
+            number = int(op.out.shape[-1])  # picked one after the other, each from what was left
+            terms.take(min(number, size_of(known[0])), known[0])
+    elif op.name not in _LOOKUPS:
+        for axis in known:
+            terms.fix(axis, f"`{op.name}` computes with positions along it")
+
+
+def picks(terms: Terms, index: Tensor, axis: Axis) -> bool:
+    """Whether an index holds positions along this very axis, so that it is cut with what it picks.
+
+    So a router picks its experts: those that are left get new numbers.
+    """
+    numbered = terms.numbers.get(index)
+    if numbered is None:
+        return False
+    if size_of(numbered) != size_of(axis):
+        terms.fix(numbered, "positions along it are used along another axis")
+        return False
+    unify(numbered, axis, f"a choice in {terms.where}")
+    mark(axis, "expert")
+    return True
 
 
 def position_of(dim: int, tensor: Tensor) -> int:

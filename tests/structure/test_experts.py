@@ -1,0 +1,152 @@
+"""Experts that a router chooses among, against a router that never chooses the cut ones."""
+
+import copy
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from sosp_hub import allocate
+from sosp_hub.errors import PlanError
+from sosp_hub.gates import gated
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import apply
+from tests.bench.families import FAMILIES
+from tests.compare import assert_close
+from tests.structure.oracles import fill, half, plan_of, ragged, run
+
+NAMES = ("mixtral", "phimoe", "gpt_oss", "deepseek_v3")
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def build(name, kernel="grouped_mm"):
+    """A family's model with eight experts a layer, of which two are chosen."""
+    family = next(family for family in FAMILIES if family.name == name)
+    torch.manual_seed(0)
+    model, inputs = family.build(), family.inputs()
+    config = copy.deepcopy(model.config)
+    for key in COUNTS:
+        if key in vars(config):
+            setattr(config, key, 8)
+    config._experts_implementation = kernel
+    model = fill(type(model)(config).eval())
+    return model, trace(model, inputs, family.outputs)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def traced(request):
+    return build(request.param)
+
+
+def of_experts(graph):
+    """The groups of experts."""
+    return [name for name, group in graph.groups.items() if group.kind == "expert"]
+
+
+class NeverChosen(TorchFunctionMode):
+    """Logits of minus infinity wherever the weight of a router is multiplied."""
+
+    def __init__(self, model, graph, plan):
+        super().__init__()
+        parameters = dict(model.named_parameters())
+        self.gone = {}
+        for name, kept in plan.kept.items():
+            for member in graph.groups[name].members:
+                gone = ~torch.isin(torch.as_tensor(member.index), torch.tensor(kept))
+                tensor = parameters.get(member.tensor)
+                if tensor is None:  # a bias of the choice that is no parameter
+                    model.get_buffer(member.tensor)[gone] = -torch.inf
+                elif tensor.dim() == 2 and "experts" not in member.tensor:
+                    before = self.gone.get(tensor.data_ptr(), torch.zeros_like(gone))
+                    self.gone[tensor.data_ptr()] = gone | before
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "linear" and args[1].data_ptr() in self.gone:
+            out = out.masked_fill(self.gone[args[1].data_ptr()], -torch.inf)
+        return out
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_cut_is_the_dense_model_whose_router_never_chooses_them(traced, seed):
+    model, graph = traced
+    chosen = of_experts(graph)
+    assert chosen, str(graph)
+    make = half if seed == 0 else ragged
+    plan = make(graph, lambda group: group.kind == "expert", seed=seed)
+    graph.check(plan)
+    twin = copy.deepcopy(model)
+    with NeverChosen(twin, graph, plan):
+        expected = run(twin, graph)
+    assert_close(run(apply(model, graph, plan), graph), expected, what="minus infinity")
+
+
+def test_everything_that_counts_experts_follows(traced):
+    model, graph = traced
+    plan = half(graph, lambda group: group.kind == "expert")
+    pruned = apply(model, graph, plan, verify="fast")
+    left = {
+        module.gate_up_proj.shape[0]
+        for module in pruned.modules()
+        if hasattr(module, "gate_up_proj") and module.gate_up_proj.__class__.__name__ == "Parameter"
+    }
+    assert len(left) == 1
+    for module in pruned.modules():
+        for values in (vars(module), vars(getattr(module, "config", object)) or {}):
+            for key in COUNTS:
+                assert values.get(key) in {None, *left}, (type(module).__name__, key)
+    assert model.config.to_dict() != pruned.config.to_dict()
+    run(pruned, graph)
+
+
+def test_fewer_experts_than_are_chosen_are_refused():
+    model, graph = build("mixtral")
+    name, other = of_experts(graph)
+    with pytest.raises(PlanError, match=r"expert.* must not keep 1 of its 8 .* picks more of them"):
+        apply(model, graph, plan_of(graph, {name: (3,)}))
+    saliency = {name: torch.arange(8.0), other: torch.arange(8.0)}
+    plan = allocate(graph, saliency, structures=0.3, keep_at_least=0.0, kinds="expert")
+    assert min(plan.num_kept().values()) == 2
+
+
+def test_layers_that_keep_different_numbers_leave_the_config_alone():
+    model, graph = build("mixtral")
+    name, other = of_experts(graph)
+    pruned = apply(model, graph, plan_of(graph, {name: (1, 2, 5), other: (0, 3, 4, 6, 7)}))
+    assert [layer.mlp.experts.num_experts for layer in pruned.model.layers] == [3, 5]
+    assert [layer.mlp.gate.num_experts for layer in pruned.model.layers] == [3, 5]
+    assert pruned.config.num_local_experts == 8
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_another_kernel_has_the_same_groups(name):
+    """`batched_mm` picks the weights by number, biases included."""
+    graphs = [build(name, kernel)[1] for kernel in ("grouped_mm", "batched_mm")]
+    found = [{n: graph.groups[n].members for n in of_experts(graph)} for graph in graphs]
+    places = [{n: [(m.tensor, m.dim) for m in ms] for n, ms in group.items()} for group in found]
+    assert places[0] == places[1]
+    assert places[0]
+
+
+def test_experts_that_are_looped_over_stay():
+    """Python reads their numbers, and may do anything with them."""
+    _, graph = build("mixtral", "eager")
+    assert not of_experts(graph)
+    assert "experts.down_proj[0]: single elements of this axis are picked" in str(graph)
+
+
+def test_the_gate_of_an_expert_scales_what_it_contributes(traced):
+    """All gates of a layer at zero: nothing is left of its experts but what all tokens share."""
+    model, graph = traced
+    groups = {name: graph.groups[name] for name in of_experts(graph)[:1]}
+    (group,) = groups.values()
+    experts = model.get_submodule(group.sites[0].weight.rpartition(".")[0])
+    found = []
+    handle = experts.register_forward_hook(lambda _m, _a, out: found.append(out))
+    with torch.no_grad(), gated(model, groups) as gates:
+        gates.set_(2.0)
+        run(model, graph)
+        gates.set_(1.0)
+        run(model, graph)
+    handle.remove()
+    assert_close(found[0], 2 * found[1], what="twice the contribution")
