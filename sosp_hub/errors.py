@@ -43,7 +43,15 @@ class PlanError(SospHubError):
 
 
 class VerificationError(SospHubError):
-    """A cut whose output differs from the masked model; names the group."""
+    """A cut whose output differs from the masked model.
+
+    Attributes:
+        groups: The groups whose cut goes wrong, as far as they could be told.
+    """
+
+    def __init__(self, message: str, groups: Sequence[str] = ()) -> None:
+        self.groups = tuple(groups)
+        super().__init__(message)
 
 
 class CheckpointError(SospHubError):

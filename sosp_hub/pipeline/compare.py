@@ -97,8 +97,7 @@ def _run(cells: Sequence[Cell], folder: Path) -> None:
 
 def _row(stages: Stages, graph: Graph) -> dict[str, Any]:
     """Everything that is measured in one cell."""
-    plan = stages.plan(graph, stages.score(graph))
-    pruned = stages.cut(graph, plan)
+    plan, pruned = stages.plan_and_cut(graph, stages.score(graph))
     metrics, _ = stages.follow_up(pruned)
     recipe = stages.recipe
     groups = {name: group.size for name, group in stages.groups(graph).items()}

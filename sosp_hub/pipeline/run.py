@@ -60,9 +60,7 @@ def run(
     stages.train_dense()
     dense = stages.measure("dense_metrics", stages.model)
     saliency = stages.score(graph)
-    plan = stages.plan(graph, saliency)
-    with work.timed("cut"):
-        pruned = stages.cut(graph, plan)
+    plan, pruned = stages.plan_and_cut(graph, saliency)
     found, history = stages.follow_up(pruned)
     metrics: dict[str, Any] = {"dense": dense, **found}
     metrics.setdefault("final", list(found.values())[-1])

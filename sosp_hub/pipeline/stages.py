@@ -31,7 +31,7 @@ from sosp_hub.distributed import (
     to_device,
     wait_for_everyone,
 )
-from sosp_hub.errors import CriterionError, TraceError
+from sosp_hub.errors import CriterionError, TraceError, VerificationError
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.pipeline.memory import PeakMemory
@@ -231,7 +231,28 @@ class Stages:
         self.stage("saliency", make, with_peak=True)
         return load_file(tensors)
 
-    def plan(self, graph: Graph, saliency: "Saliency") -> PruningPlan:
+    def plan_and_cut(self, graph: Graph, saliency: "Saliency") -> tuple[PruningPlan, nn.Module]:
+        """A plan, and the smaller model that is proved equal to a mask.
+
+        Where that fails for some groups, they stay whole and another plan is made of the rest.
+        """
+        left, whole = dict(saliency), dict[str, str]()
+        while True:
+            try:
+                plan = self.plan(graph, left, whole)
+                with self.work.timed("cut"):
+                    return plan, self.cut(graph, plan)
+            except VerificationError as failure:
+                found = [name for name in failure.groups if left.pop(name, None) is not None]
+                if not found or not left:
+                    raise
+                logger.warning("%s stays whole, and the plan is made anew: %s", found, failure)
+                whole |= dict.fromkeys(found, str(failure))
+                self.work.forget("plan")
+
+    def plan(
+        self, graph: Graph, saliency: "Saliency", whole: Mapping[str, str] | None = None
+    ) -> PruningPlan:
         """Which structures are kept; decided by the main process, since latency is measured."""
         budget, criterion = self.recipe.budget, self.recipe.criterion
         compensates = criterion.compensates() and not self.work.read("plan")
@@ -246,6 +267,7 @@ class Stages:
                 **plan.provenance,
                 "criterion": {"name": criterion.name, "options": criterion.options()},
                 "calibration": self.calibration,
+                **({"not_verified": dict(whole)} if whole else {}),
             }
             base = {
                 "base_model": self.loaded.base_model,
@@ -391,9 +413,10 @@ class Stages:
     ) -> nn.Module:
         """Cuts and proves on the CPU, where the traced inputs are and float32 means float32."""
         device = self.accelerator.device
-        pruned = apply(self.model.cpu(), graph, plan, verify=verify)
-        self.model.to(device)
-        return pruned.to(device)
+        try:
+            return apply(self.model.cpu(), graph, plan, verify=verify).to(device)
+        finally:
+            self.model.to(device)
 
     def stage(
         self, stage: str, make: Callable[[], dict[str, Any]], *, with_peak: bool = False

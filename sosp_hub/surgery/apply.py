@@ -12,7 +12,7 @@ from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.layers import drop_layers
-from sosp_hub.surgery.verify import verify_cut
+from sosp_hub.surgery.verify import verified_cut
 
 Verify = Literal["thorough", "fast"]
 
@@ -39,8 +39,8 @@ def apply(
     Raises:
         PlanError: The plan was made for another model, breaks a tie, has gates that no weight
             of their own reads, or is no plan.
-        VerificationError: The cut model does not compute what the masked model computes; names
-            the group.
+        VerificationError: The cut model does not compute what the masked model computes; its
+            ``groups`` are those where it goes wrong.
     """
     _check_arguments(model, graph, plan, verify)
     graph.check(plan)
@@ -48,9 +48,7 @@ def apply(
     if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError("the model has no weights (meta device): give verify='fast', or load them")
     dense = fold(copy.deepcopy(model), graph, plan) if plan.gates else model
-    pruned = cut(copy.deepcopy(dense), graph, plan)
-    verify_cut(dense, pruned, graph, plan, thorough=verify == "thorough", cut=cut)
-    return pruned
+    return verified_cut(dense, graph, plan, thorough=verify == "thorough", cut=cut)
 
 
 def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sosp_hub.errors import TraceError, VerificationError
+from sosp_hub.errors import SospHubError, TraceError, VerificationError
 from sosp_hub.plan import GrowthPlan, Plan, PruningPlan
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import keep_mask, size_of
@@ -33,32 +33,69 @@ Cut = Callable[[nn.Module, Graph, PruningPlan], nn.Module]
 Grow = Callable[[nn.Module, Graph, GrowthPlan], nn.Module]
 
 
-def verify_cut(
-    model: nn.Module,
-    pruned: nn.Module,
-    graph: Graph,
-    plan: PruningPlan,
-    *,
-    thorough: bool,
-    cut: Cut,
-) -> None:
-    """Raises unless ``pruned`` computes what ``model`` masked by ``plan`` computes."""
+def verified_cut(
+    model: nn.Module, graph: Graph, plan: PruningPlan, *, thorough: bool, cut: Cut
+) -> nn.Module:
+    """A copy of ``model``, cut by ``cut``, that computes what ``model`` masked by ``plan`` does.
+
+    Raises:
+        VerificationError: It does not, or the cut fails; names the fewest groups that show it.
+    """
     try:
-        check_shapes(pruned, graph, plan)
-        if thorough and plan.kept:
-            dense = _without_zeros(copy.deepcopy(model).eval())
-            error = relative_error(dense, cut(copy.deepcopy(dense), graph, plan), graph, plan)
-            if not error <= TOLERANCE:
-                raise VerificationError(
-                    "the cut model's outputs differ from the masked model's "
-                    f"by {error:.1e} (relative)"
-                )
-    except VerificationError as failure:
-        culprit = _culprit(model, graph, plan, thorough, cut)
+        return _checked_cut(model, graph, plan, thorough, cut)
+    except Exception as failure:
+        groups = _culprits(model, graph, plan, thorough, cut)
+        told = failure if isinstance(failure, SospHubError) else f"the cut fails: {failure!r}"
+        named = " and ".join(repr(name) for name in groups[:3])
+        more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
         raise VerificationError(
-            f"{failure}. Group {culprit!r} is where it goes wrong; "
-            "drop it from the saliency (it then stays whole) and report the model"
+            f"{told}. Group {named}{more} is where it goes wrong; "
+            "drop it from the saliency (it then stays whole) and report the model",
+            groups,
         ) from failure
+
+
+def _checked_cut(
+    model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut
+) -> nn.Module:
+    pruned = cut(copy.deepcopy(model), graph, plan)
+    check_shapes(pruned, graph, plan)
+    if thorough and plan.kept:
+        dense = _without_zeros(copy.deepcopy(model).eval())
+        error = relative_error(dense, cut(copy.deepcopy(dense), graph, plan), graph, plan)
+        if not error <= TOLERANCE:
+            raise VerificationError(
+                f"the cut model's outputs differ from the masked model's by {error:.1e} (relative)"
+            )
+    return pruned
+
+
+def _culprits(
+    model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut
+) -> list[str]:
+    """The fewest groups (with their ties) whose cut alone fails, found by halving."""
+    tied = {name: tie for tie in graph.ties for name in tie}
+    sets = list(dict.fromkeys(tuple(tied.get(name, (name,))) for name in plan.kept))
+
+    def names_of(chosen: Sequence[tuple[str, ...]]) -> list[str]:
+        return [name for names in chosen for name in names if name in plan.kept]
+
+    def fails(chosen: Sequence[tuple[str, ...]]) -> bool:
+        names = names_of(chosen)
+        part = PruningPlan({n: plan.kept[n] for n in names}, {n: plan.sizes[n] for n in names})
+        try:
+            _checked_cut(model, graph, part, thorough, cut)
+        except Exception:  # noqa: BLE001 - whatever the broken model raises, it is in here
+            return True
+        return False
+
+    while len(sets) > 1:
+        middle = len(sets) // 2
+        half = next((half for half in (sets[:middle], sets[middle:]) if fails(half)), None)
+        if half is None:  # it takes groups of both halves
+            break
+        sets = half
+    return names_of(sets)
 
 
 def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan) -> None:
@@ -306,20 +343,3 @@ def _without_zeros(model: nn.Module) -> nn.Module:
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.data.copy_(noise)
     return model
-
-
-def _culprit(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut) -> str:
-    """The first group (with its ties) whose cut alone fails."""
-    tied = {name: tie for tie in graph.ties for name in tie}
-    dense = _without_zeros(copy.deepcopy(model).eval())
-    for name in plan.kept:
-        names = [other for other in tied.get(name, (name,)) if other in plan.kept]
-        part = PruningPlan({n: plan.kept[n] for n in names}, {n: plan.sizes[n] for n in names})
-        try:
-            pruned = cut(copy.deepcopy(dense), graph, part)
-            check_shapes(pruned, graph, part)
-            if thorough and relative_error(dense, pruned, graph, part) > TOLERANCE:
-                return name
-        except Exception:  # noqa: BLE001 - whatever the broken model raises, this is the group
-            return name
-    return " and ".join(list(plan.kept)[:3])

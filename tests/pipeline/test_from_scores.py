@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -12,6 +13,7 @@ from sosp_hub.hub.contents import local_files
 from sosp_hub.hub.facts import collect
 from sosp_hub.pipeline import stages
 from sosp_hub.prune import main
+from sosp_hub.structure.graph import Graph
 from tests.compare import assert_close
 
 RECIPE = """
@@ -157,3 +159,27 @@ def test_a_folder_without_usable_scores_is_refused(run, capsys, damage, words):
     for word in words:
         assert word in error, error
     assert "Traceback" not in error
+
+
+def test_a_group_whose_cut_cannot_be_verified_stays_whole(run, monkeypatch, capsys):
+    """The attribute of one group is set wrongly: the rest is cut to the same budget."""
+    tensor = "layer2.0.conv1.weight"
+    right = Graph.kept_positions
+
+    def wrong(self, name, plan):
+        positions = right(self, name, plan)
+        if name != tensor or positions[0] is None:
+            return positions
+        return (np.arange(len(positions[0])), *positions[1:])
+
+    monkeypatch.setattr(Graph, "kept_positions", wrong)
+    assert main(["--from-scores", str(run), "budget.macs=0.6"]) == 0
+    report = json.loads((run.with_name("run-macs-0.6") / "sosp_report.json").read_text())
+    kept, provenance = report["plan"]["kept"], report["plan"]["provenance"]
+    ((group, why),) = provenance["not_verified"].items()
+    assert group == "layer2.0.conv1:channel"
+    assert "differ from the masked model's" in why
+    assert group not in kept
+    assert len(kept) > 4
+    assert report["cost"]["after"]["macs"] <= 0.6 * report["cost"]["before"]["macs"]
+    assert f"['{group}'] stays whole" in capsys.readouterr().err

@@ -225,7 +225,7 @@ def test_layers_can_be_dropped_in_place_too():
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("breaks", ["rewrite", "verify_cut"])
+@pytest.mark.parametrize("breaks", ["rewrite", "verified_cut"])
 def test_an_exception_in_the_middle_leaves_the_model_untouched(monkeypatch, breaks, in_place):
     model, graph = prepared(LLAMA)
     before = state(model)

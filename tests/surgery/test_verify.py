@@ -160,6 +160,24 @@ def test_only_the_broken_group_is_named(monkeypatch, block):
         apply(model, graph, plan)
     assert repr(wrong) in str(caught.value)
     assert repr(other) not in str(caught.value)
+    assert caught.value.groups == (wrong,)
+
+
+def test_groups_that_only_fail_together_are_all_named(monkeypatch, block):
+    model, graph = block
+    plan = half(graph)
+    one, two = (group_of(graph, f"{name}.weight", 0) for name in ("one", "two"))
+    rewrite = surgery.rewrite
+
+    def wrong(pruned, _, part):
+        rewrite(pruned, graph, part)
+        if {one, two} <= part.kept.keys():
+            raise IndexError("both at once")
+
+    monkeypatch.setattr(surgery, "rewrite", wrong)
+    with pytest.raises(VerificationError, match=r"the cut fails: IndexError\('both") as caught:
+        apply(model, graph, plan)
+    assert {one, two} <= set(caught.value.groups)
 
 
 # --- the masked model itself ---
