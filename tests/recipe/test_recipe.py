@@ -234,6 +234,20 @@ def test_every_shipped_recipe_is_valid():
             assert f"# {line}" in header, f"{path.name} does not state {line}"
 
 
+def test_every_study_is_valid():
+    """Those of this verb; each says what it measures and the command that it was measured with."""
+    paths = sorted(
+        path for path in RECIPES.glob("studies/*.yaml") if "compare:" in path.read_text()
+    )
+    assert len(paths) == 1, "a study came or went: change this number with it"
+    outputs = {load_recipe(path, (), "compare").output.dir for path in paths}
+    assert len(outputs) == len(paths)
+    for path in paths:
+        header = path.read_text().split("model:")[0]
+        for line in ("measures:", "command:", "hardware:", "time:", "measured:", "commit:"):
+            assert f"# {line}" in header, f"{path.name} does not state {line}"
+
+
 def test_the_schema_offers_each_criterion_as_it_is():
     registry = pytest.importorskip("sosp_hub.criteria.registry")
     known = registry.criteria()
