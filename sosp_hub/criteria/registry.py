@@ -166,6 +166,8 @@ def score(
     wanted = {name: value for name, value in common.items() if name in has}
     method = make_criterion(criterion, **wanted, **options)
     groups = scorable_groups(graph, criterion, kinds)
+    if getattr(method, "gate", None) == "activation":
+        groups = _with_sites(groups, criterion)
     return _checked(method.saliency(model, _Groups(groups), batches), groups, criterion)
 
 
@@ -193,6 +195,19 @@ def scorable_groups(
             f"{', '.join(scorable)}. Name other kinds, or use {_others(wrong)}"
         )
     return _able(criteria()[criterion], chosen)
+
+
+def _with_sites(groups: Groups, criterion: str) -> Groups:
+    """The groups that a gate on activations can stand for; the others stay whole."""
+    gated = {name: group for name, group in groups.items() if group.sites}
+    rest = [name for name in groups if name not in gated]
+    if rest and gated:
+        shown = ", ".join(rest[:4]) + ", ..." * (len(rest) > 4)
+        logger.info(
+            "criterion %r gates activations where weights read them; %d of %d groups are read "
+            "otherwise and stay whole: %s", criterion, len(rest), len(groups), shown,
+        )  # fmt: skip
+    return gated or groups  # none at all: the gates say so
 
 
 def _able(criterion: Any, groups: Groups) -> Groups:

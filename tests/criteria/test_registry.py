@@ -16,6 +16,8 @@ from sosp_hub.criteria.registry import (
     score,
 )
 from sosp_hub.errors import CriterionError
+from sosp_hub.structure.trace import trace
+from tests.cases import CASES
 from tests.compare import assert_close
 from tests.gates.toys import group, perceptron, residual, stand_in
 
@@ -126,3 +128,19 @@ def test_a_name_is_given_once():
 
     with pytest.raises(ValueError, match="two criteria are called 'magnitude'"):
         register(Another)
+
+
+def test_groups_without_a_place_for_a_gate_stay_whole(caplog):
+    """A standardised weight reads most channels of an NFNet: a gate there would be normalised."""
+    case = next(case for case in CASES if case.name == "test_nfnet")
+    model = case.model()
+    (pictures,) = case.inputs()
+    batches = [(pictures, torch.zeros(len(pictures), dtype=torch.long))]
+    graph = trace(model, (pictures,))
+    with caplog.at_level("INFO"):
+        saliency = score(model, graph, batches, "taylor", kinds=["channel"])
+    channels = {name: group for name, group in graph.groups.items() if group.kind == "channel"}
+    assert set(saliency) == {name for name, group in channels.items() if group.sites}
+    assert len(saliency) < len(channels)
+    (told,) = [r.message for r in caplog.records if "stay whole" in r.message]
+    assert "downsample.conv:channel" in told
