@@ -98,6 +98,13 @@ class Stages:
         other.recipe, other.work = recipe, work
         return other
 
+    def with_model(self, model: nn.Module, recipe: Recipe, work: WorkFolder) -> Self:
+        """The same data for another model of the same kind."""
+        other = self.turned_to(recipe, work)
+        other.loaded = dataclasses.replace(self.loaded, model=model)
+        other.model = model
+        return other
+
     @property
     def calibration(self) -> Mapping[str, Any]:
         """What calibrates, for the report."""

@@ -75,13 +75,18 @@ def parse_recipe(
 
 def _misplaced(recipe: Recipe, verb: Verb) -> Iterator[str]:
     """A section that another verb reads, or the lack of this verb's own."""
-    if verb == "compare" and recipe.compare is None:
-        yield "compare: missing; write compare: {criteria: [random, magnitude, sosp_h]}"
-    if verb != "compare" and recipe.compare is not None:
-        yield (
-            "compare: this recipe compares criteria; run python -m sosp_hub.compare instead, or "
-            "add compare=null for one run with `criterion` and `budget`"
-        )
+    for name, example in (
+        ("compare", "{criteria: [random, magnitude, sosp_h]}"),
+        ("expand", "{widen: 2.0, seeds: [0, 1, 2]}"),
+    ):
+        section = getattr(recipe, name)
+        if verb == name and section is None:
+            yield f"{name}: missing; write {name}: {example}"
+        if verb != name and section is not None:
+            yield (
+                f"{name}: this recipe is not for {verb}; run python -m sosp_hub.{name} instead, "
+                f"or add {name}=null"
+            )
 
 
 def dump_recipe(recipe: Recipe, *, whole: bool = True) -> str:

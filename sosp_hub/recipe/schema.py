@@ -10,7 +10,7 @@ from sosp_hub.types import DEFAULT_KINDS, Kind, Library, Task
 
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
 _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
-Verb = Literal["prune", "compare"]
+Verb = Literal["prune", "compare", "expand"]
 BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
 _DEPTH = ("block_influence", "sglp")
 _DECIDING = ("sglp",)
@@ -257,6 +257,33 @@ class CompareSection(Section):
     )
 
 
+class ExpandSection(Section):
+    """What ``python -m sosp_hub.expand`` does between two cuts."""
+
+    widen: Annotated[float, Field(gt=1, le=4)] = Field(
+        default=2.0, description="how many times as wide a bottleneck becomes"
+    )
+    threshold: Annotated[float, Field(gt=0)] = Field(
+        default=0.5,
+        description="a layer is a bottleneck where less than this times the share of all "
+        "structures goes",
+    )
+    init: Literal["net2net", "fresh"] = Field(
+        default="net2net",
+        description="new structures are copies, or random and not yet read; exact both ways",
+    )
+    train: TrainSection | None = Field(
+        default=None, description="training after widening; null = as `model.train`"
+    )
+    keep: Annotated[tuple[Share, ...], Field(strict=False)] = Field(
+        default=(),
+        description="shares of the base's cost, counted as in `budget`; [] = that of `budget`",
+    )
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (
+        Field(default=(0, 1, 2), description="each trains and scores anew; instead of `seed`")
+    )
+
+
 class PushSection(Section):
     """Where on the hub the result goes."""
 
@@ -285,6 +312,9 @@ class Recipe(Section):
     )
     compare: CompareSection | None = Field(
         default=None, description="for `python -m sosp_hub.compare`; null = one run"
+    )
+    expand: ExpandSection | None = Field(
+        default=None, description="for `python -m sosp_hub.expand`; null = one run"
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of everything random")
 
@@ -336,6 +366,27 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _fits_expansion(self) -> Self:
+        if self.expand is None:
+            return self
+        known = ("macs", "params", "memory_bytes")
+        odd = [key for key in self.budget.targets() if key not in known]
+        if odd:
+            raise ValueError(
+                f"budget.{odd[0]}: a wider model is cut back to what the base costs in "
+                f"{', '.join(known)}; write one of these"
+            )
+        if self.expand.keep and len(self.budget.targets()) > 1:
+            raise ValueError(
+                "expand.keep: shares of which cost? leave one of "
+                f"{', '.join(self.budget.targets())} in `budget`"
+            )
+        if self.push or self.compare:
+            what = "push" if self.push else "compare"
+            raise ValueError(f"{what}: goes with `prune` alone; leave it out beside `expand`")
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_task(self) -> Self:
         if self.model.task == "causal-lm" and "per_class_accuracy" in (self.evaluate.metrics or ()):
             raise ValueError(
@@ -348,4 +399,5 @@ class Recipe(Section):
 
     def augments(self) -> bool:
         """Whether any training shifts and flips images."""
-        return self.finetune.augment or (self.model.train is not None and self.model.train.augment)
+        trainings = [self.finetune, self.model.train, self.expand and self.expand.train]
+        return any(training is not None and training.augment for training in trainings)
