@@ -67,7 +67,7 @@ def site_means(
     measure: Measure,
     process_sum: ProcessSum | None,
     *,
-    by_position: bool = False,
+    per_position: int = 0,
 ) -> dict[str, dict[int, Tensor]]:
     """Means over all batches and processes of what ``measure`` adds up at each site.
 
@@ -77,7 +77,8 @@ def site_means(
         batches: Calibration data, gone through once.
         measure: Gives one sum per structure.
         process_sum: Sum over processes.
-        by_position: ``measure`` gives one sum per position along the site's dimension instead.
+        per_position: ``measure`` gives so many sums for each position along the site's dimension
+            instead, ``(per_position, positions)``.
 
     Returns:
         For each group the means at its sites that ran, by the number of the site.
@@ -92,8 +93,11 @@ def site_means(
         if site.module is not None
     ]
     _check_watched(groups, {group.name for group, _, _ in places})
-    sizes = [len(site.index) if by_position else group.size for group, _, site in places]
-    totals = [torch.zeros(size, dtype=torch.float64) for size in sizes]
+    shapes = [
+        (per_position, len(site.index)) if per_position else (group.size,)
+        for group, _, site in places
+    ]
+    totals = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     counts = torch.zeros(len(places), dtype=torch.float64)
 
     def add(at: int, x: Tensor, mask: Tensor | None) -> None:
@@ -104,14 +108,16 @@ def site_means(
 
     watched = [(site.module or "", i) for i, (_, _, site) in enumerate(places)]
     seen = run(model, batches, watched, lambda i, args, _, mask: add(i, args, mask))
+    flat = torch.cat([total.flatten() for total in totals])
     samples, counts, flat = sum_over_processes(
-        [torch.tensor([float(seen)]), counts, torch.cat(totals)], process_sum
+        [torch.tensor([float(seen)]), counts, flat], process_sum
     )
     check_data(samples)
     means: dict[str, dict[int, Tensor]] = {name: {} for name in groups}
-    for (group, number, _), total, count in zip(places, flat.split(sizes), counts, strict=True):
+    sums = flat.split([total.numel() for total in totals])
+    for (group, number, _), total, count, own in zip(places, sums, counts, totals, strict=True):
         if count > 0:
-            means[group.name][number] = total / count
+            means[group.name][number] = (total / count).view_as(own)
     _check_watched(groups, {name for name, found in means.items() if found})
     return means
 

@@ -1,12 +1,13 @@
 """The weights of structures, for criteria that look at them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sosp_hub.errors import CriterionError
-from sosp_hub.structure.groups import Group, Member
+from sosp_hub.structure.groups import Group, Groups, Member, Site
 
 
 def filters(model: nn.Module, group: Group) -> list[tuple[Member, Tensor]]:
@@ -47,3 +48,47 @@ def sum_by_structure(group: Group, parts: Iterator[tuple[Tensor, Tensor]]) -> Te
     for values, index in parts:
         total.index_add_(0, index, values)
     return total
+
+
+def reading(
+    model: nn.Module, group: Group, measure: Callable[[Tensor], Tensor]
+) -> dict[int, Tensor]:
+    """What is measured of the weights that read a group, for each site whose module has some.
+
+    Args:
+        model: The model.
+        group: The group.
+        measure: From the weights of each position, ``(positions, weights)``, to one number each.
+
+    Returns:
+        By the number of the site, float64 on the CPU.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for number, site in enumerate(group.sites):
+        for member in group.members:
+            fits = member.reads and np.array_equal(member.index, site.index)
+            if fits and member.tensor == f"{site.module}.weight":
+                weight = parameters[member.tensor].detach().movedim(member.dim, 0)
+                found[number] = measure(weight.flatten(1).double()).cpu()
+    return found
+
+
+def check_read(groups: Groups, found: Mapping[str, Mapping[int, Tensor]], criterion: str) -> None:
+    """Refuses groups that no weight reads.
+
+    Raises:
+        CriterionError: Names them.
+    """
+    if unread := [group for name, group in groups.items() if not found[name]]:
+        shown = ", ".join(f"{group.name!r} ({group.kind})" for group in unread[:8])
+        raise CriterionError(
+            f"criterion {criterion!r}: no linear layer or ungrouped convolution reads {shown}; "
+            "score other kinds (`kinds=`), or use `magnitude` or `activation`"
+        )
+
+
+def by_structure(group: Group, site: Site, values: Tensor) -> Tensor:
+    """Adds up values of the positions at a site."""
+    index = torch.from_numpy(site.index)
+    return sum_by_structure(group, iter([(values[index >= 0], index[index >= 0])]))

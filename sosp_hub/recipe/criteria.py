@@ -192,6 +192,14 @@ class WandaSpSection(StandardizedSection):
     )
 
 
+class FlapSection(StandardizedSection):
+    """Weights times the fluctuation of what they read; needs no labels."""
+
+    name: Literal["flap"] = Field(
+        default="flap", description="squared norm of weights times the variance of their input"
+    )
+
+
 class GraspSection(SecondOrderSection):
     """Gradient flow."""
 
@@ -256,6 +264,7 @@ CRITERIA = (
     ActivationSection,
     EapSection,
     WandaSpSection,
+    FlapSection,
     GraspSection,
     HapSection,
     BlockInfluenceSection,
@@ -275,6 +284,7 @@ AnyCriterion = Annotated[
     | ActivationSection
     | EapSection
     | WandaSpSection
+    | FlapSection
     | GraspSection
     | HapSection
     | BlockInfluenceSection

@@ -11,7 +11,7 @@ from tests.compare import assert_close
 from tests.criteria.processes import in_processes
 from tests.gates.toys import attention, group, perceptron, residual, stand_in
 
-WATCHING = ["activation", "eap", "wanda_sp"]
+WATCHING = ["activation", "eap", "flap", "wanda_sp"]
 
 
 def inner(toy):
@@ -123,11 +123,32 @@ def test_wanda_sp():
     assert_close(found, expected, relative=1e-9)
 
 
-def test_wanda_sp_needs_weights_that_read():
+def test_flap():
+    toy = residual()
+    variance = inner(toy).var((0, 2, 3), correction=0)
+    expected = toy.model.two.weight.square().sum((0, 2, 3)) * variance
+    assert_close(scores(toy, "flap", standardize=False)["inner"], expected, relative=1e-9)
+    toy = attention()
+    variance = heads(toy).flatten(2).var((0, 1), correction=0)
+    expected = (toy.model.out.weight.square().sum(0) * variance).view(2, 3).sum(1)
+    found = scores(toy, "flap", ["head"], standardize=False)["heads"]
+    assert_close(found, expected, relative=1e-9)
+
+
+def test_flap_finds_what_is_large_but_constant_worth_nothing():
+    toy = perceptron()
+    toy.model.b.weight.data[1], toy.model.b.bias.data[1] = 0.0, 5.0  # tanh of it is always 1
+    least = scores(toy, "flap", standardize=False)["b"]
+    assert least[1] < 1e-12 < least[0]
+    assert scores(toy, "activation", standardize=False)["b"].argmax() == 1
+
+
+@pytest.mark.parametrize("name", ["flap", "wanda_sp"])
+def test_some_criteria_need_weights_that_read(name):
     toy = residual()
     bare = group("inner", "channel", 6, [("two", 1, None)])
-    with pytest.raises(CriterionError, match=r"'wanda_sp': no linear layer .* 'inner' \(channel\)"):
-        score(toy.model, stand_in(bare), [toy.batch], "wanda_sp")
+    with pytest.raises(CriterionError, match=rf"'{name}': no linear layer .* 'inner' \(channel\)"):
+        score(toy.model, stand_in(bare), [toy.batch], name)
 
 
 @pytest.mark.parametrize("name", WATCHING)
