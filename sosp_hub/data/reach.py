@@ -93,7 +93,7 @@ def _answers() -> bool:
 
 def _offline_advice(what: str, name: str) -> str:
     cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    other = "`model.id=FOLDER`" if what == "model" else "`data.path=FOLDER_OR_FILE`"
+    other = "`model.path=FOLDER`" if what == "model" else "`data.path=FOLDER_OR_FILE`"
     return (
         f"{what}.id: {name!r} is not on this disk and the hub cannot be reached. Offline, either "
         f"give a local copy ({other}), or, where {name!r} was downloaded before, set "

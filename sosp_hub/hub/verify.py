@@ -202,7 +202,8 @@ def _evaluate(
     folder: Path, model: nn.Module, recipe: Recipe, names: Sequence[str], num_samples: int
 ) -> dict[str, Mapping[str, Any]]:
     data = open_data(recipe.data, recipe.model.task, seed=recipe.seed)
-    local = {"id": str(folder), "pretrained": True, "revision": None, "train": None, "kwargs": {}}
+    local = {"id": str(folder), "path": None, "revision": None, "kwargs": {}}
+    local |= {"pretrained": True, "train": None}
     loaded = load_model(recipe.model.model_copy(update=local), data=data.info)
     test = load_split(data, "test", loaded.processor)
     loader = make_loader(test, recipe.evaluate.batch_size)

@@ -20,6 +20,7 @@ from sosp_hub.evaluate import measure_latency
 from sosp_hub.hub.card import render_card
 from sosp_hub.hub.contents import DENSE
 from sosp_hub.hub.facts import scrub
+from sosp_hub.hub.licence import copy_licence_files
 from sosp_hub.hub.page import write_page
 from sosp_hub.pipeline.place import put
 from sosp_hub.pipeline.scores import SALIENCY
@@ -100,6 +101,8 @@ def write_result(
     scores = draft / SALIENCY
     save_file(saliency, scores)
     scores.chmod((draft / "config.json").stat().st_mode)  # safetensors lets only the owner read
+    if recipe.model.path is not None:
+        copy_licence_files(Path(recipe.model.path).expanduser(), draft)
     render_card(draft, figures=recipe.output.figures)
     if recipe.output.figures:
         write_page(draft)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SALIENCY = "saliency.safetensors"
 _FREE = ("budget", "data", "evaluate", "finetune", "output", "push")
-_FREE_KEYS = ("model.id", "model.revision", "structure.verify")
+_FREE_KEYS = ("model.id", "model.path", "model.revision", "structure.verify")
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,19 @@ class Scores:
         """
         section = self.recipe.model
         if self.has_dense:
-            kept = {"id": str(self.folder / DENSE), "revision": None, "kwargs": {}, "train": None}
-            return section.model_copy(update={**kept, "pretrained": True, "num_labels": None})
+            kept = {"id": str(self.folder / DENSE), "path": None, "revision": None, "kwargs": {}}
+            made = {"train": None, "pretrained": True, "num_labels": None}
+            return section.model_copy(update=kept | made)
         if not section.pretrained or section.train:
             raise ModelError(
                 f"{self.folder}: its dense model was trained in that run, and the folder "
                 f"{DENSE}/ with its weights is gone or was not kept (output.keep_dense); "
                 "run the recipe again with the other budget"
             )
-        if section.id.startswith(".../"):
+        if (place := section.path or section.id).startswith(".../"):
             raise ModelError(
-                f"{self.folder}: its report does not keep the folder {section.id} of the dense "
-                "model; write model.id=FOLDER"
+                f"{self.folder}: its report does not keep the folder {place} of the dense "
+                "model; write model.path=FOLDER"
             )
         revision = section.revision or self.base.get("revision")
         return section.model_copy(update={"revision": revision})

@@ -62,6 +62,9 @@ class ModelSection(Section):
 
     library: Library = Field(description="library that builds the model")
     id: Annotated[str, Field(min_length=1)] = Field(description="timm name, hub id or local folder")
+    path: str | None = Field(
+        default=None, description="local folder; goes before `id`, which then only names it"
+    )
     task: Task = Field(description="fixes loss, example inputs and metrics")
     revision: str | None = Field(default=None, description="commit, branch or tag on the hub")
     pretrained: bool = Field(

@@ -1,11 +1,14 @@
 """Loads what a recipe names: any timm or transformers model, and what is known of its origin."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sosp_hub.data.processing import ImageProcessing
+from sosp_hub.data.reach import nearest_existing
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import ModelError
 from sosp_hub.recipe.schema import ModelSection
@@ -24,6 +27,8 @@ def load_model(section: ModelSection, *, data: DataInfo | None = None) -> Loaded
         DataError: A head that does not fit the labels.
         HubError: The hub cannot be reached.
     """
+    if section.path is not None:
+        return _local_copy(section, section.path, data)
     for key in ("num_classes", "num_labels"):
         if key in section.kwargs:
             raise ModelError(f"model.kwargs: write model.num_labels instead of {key!r} here")
@@ -39,6 +44,27 @@ def load_model(section: ModelSection, *, data: DataInfo | None = None) -> Loaded
     from sosp_hub.zoo.transformers import load_transformers
 
     return load_transformers(section, data)
+
+
+def _local_copy(section: ModelSection, path: str, data: DataInfo | None) -> Loaded:
+    """The model in a folder, under the name that the recipe gives it."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ModelError(
+            f"model.path: {folder}: no such folder; the nearest that there is: "
+            f"{nearest_existing(folder)}"
+        )
+    unnamed = {"id": str(folder), "path": None, "revision": None}
+    loaded = load_model(section.model_copy(update=unnamed), data=data)
+    if "/" not in section.id:  # a name of timm's, which is no hub id
+        return loaded
+    if loaded.base_model not in (None, section.id):
+        raise ModelError(
+            f"model.path: {folder} is what the hub's cache holds of {loaded.base_model}, not of "
+            f"{section.id}; write model.id: {loaded.base_model}"
+        )
+    revision = section.revision or loaded.base_revision
+    return replace(loaded, base_model=section.id, base_revision=revision)
 
 
 def example_inputs(

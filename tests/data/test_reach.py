@@ -21,7 +21,7 @@ def dead_hub(monkeypatch):
 def test_dead_hub_says_what_to_do_offline(dead_hub):
     with pytest.raises(HubError) as error, reach.reaching_hub("model", "me/mine"):
         pytest.fail("the hub was asked although it does not answer")
-    for word in ("'me/mine'", "model.id=FOLDER", "HF_HUB_OFFLINE=1", "HF_HOME"):
+    for word in ("'me/mine'", "model.path=FOLDER", "HF_HUB_OFFLINE=1", "HF_HOME"):
         assert word in str(error.value)
 
 

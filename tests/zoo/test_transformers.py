@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -160,7 +162,7 @@ def test_bad_models(tmp_path, save, load):
 
 
 def test_hub_that_is_not_reached(load):
-    with pytest.raises(HubError, match="id=FOLDER"):
+    with pytest.raises(HubError, match="path=FOLDER"):
         load("somebody/something", CAUSAL)
 
 
@@ -184,3 +186,32 @@ def test_new_head_is_a_new_pipeline(save, load, card):
 def test_half_precision(save, load):
     loaded = load(save("LlamaForCausalLM")[0], CAUSAL, dtype="bfloat16")
     assert next(loaded.model.parameters()).dtype == torch.bfloat16
+
+
+def test_a_local_copy_of_a_model_that_its_id_names(save, section):
+    folder, model = save("LlamaForCausalLM")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    stated = section("transformers", CAUSAL, id="me/llama", path=str(folder), revision="v1")
+    loaded = load_model(stated)
+    assert (loaded.base_model, loaded.base_revision) == ("me/llama", "v1")
+    assert loaded.card["license"] == "mit"
+    inputs = example_inputs(loaded)
+    assert_close(loaded.model(**inputs).logits, model(**inputs).logits, relative=0)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("nowhere", r"model\.path: .*nowhere.*no such folder"), ("config.json", "no such folder")],
+)
+def test_a_path_that_is_no_folder(save, section, path, words):
+    folder, _ = save("LlamaForCausalLM")
+    with pytest.raises(ModelError, match=words):
+        load_model(section("transformers", CAUSAL, id="me/llama", path=str(folder / path)))
+
+
+def test_a_path_that_the_hubs_cache_knows_by_another_name(save, section, tmp_path):
+    folder, _ = save("LlamaForCausalLM")
+    snapshot = tmp_path / "models--them--other" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    with pytest.raises(ModelError, match=r"them/other.*model\.id: them/other"):
+        load_model(section("transformers", CAUSAL, id="me/llama", path=str(snapshot)))
