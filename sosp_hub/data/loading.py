@@ -93,6 +93,7 @@ def calibration_batches(
     num_samples: int,
     batch_size: int,
     *,
+    start: int = 0,
     seed: int = 0,
     rank: int = 0,
     num_processes: int = 1,
@@ -100,12 +101,12 @@ def calibration_batches(
     """Batches of a seeded subset of ``train`` (loaded without ``augment``).
 
     With several processes each gets its share of the same subset, none repeated; shares may differ
-    by one sample.
+    by one sample. ``start`` leaves out so many samples at the subset's front.
     """
     if num_samples > len(train):
         log.info("calibration: %d samples asked for, train has %d", num_samples, len(train))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    mine = order[:num_samples][rank::num_processes]
+    mine = order[start:num_samples][rank::num_processes]
     return Batches(train, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)])
 
 

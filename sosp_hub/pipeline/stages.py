@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import fnmatch
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -14,12 +14,9 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.compensation import compensated
 from sosp_hub.criteria.registry import scorable_groups, scorable_kinds, score
-from sosp_hub.criteria.sosp_i import SospI
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
-from sosp_hub.derivatives import GaussNewton, by_group
 from sosp_hub.distributed import (
     OnDevice,
     from_main,
@@ -31,16 +28,17 @@ from sosp_hub.distributed import (
     to_device,
     wait_for_everyone,
 )
-from sosp_hub.errors import CriterionError, TraceError, VerificationError
+from sosp_hub.errors import TraceError, VerificationError
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
+from sosp_hub.pipeline.compensation import Curvature, choose_damping, curvature, with_gates
 from sosp_hub.pipeline.memory import PeakMemory
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.work import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schema import Recipe, TrainSection
 from sosp_hub.structure.graph import Graph
-from sosp_hub.structure.groups import Group, Groups
+from sosp_hub.structure.groups import Group
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from sosp_hub.zoo.load import example_inputs
@@ -79,7 +77,7 @@ class Stages:
         info = self._data.info if self._data else DataInfo(image_size=recipe.data.image_size)
         self.loaded = load_from_zoo(recipe.model, data=info)
         self.model = self.loaded.model
-        self._batches: dict[tuple[int, int], Sequence[Any]] = {}
+        self._batches: dict[tuple[int, int, int], Sequence[Any]] = {}
         if self._data is None:
             logger.info("the data is not opened: nothing is measured, and nothing trained")
             return
@@ -91,6 +89,11 @@ class Stages:
                 recipe.criterion.num_samples,
                 len(self.train),
             )
+
+    @property
+    def has_data(self) -> bool:
+        """Whether anything can be measured."""
+        return self._data is not None
 
     def turned_to(self, recipe: Recipe, work: WorkFolder) -> Self:
         """The same model and data for a recipe that differs in criterion, budget or kinds alone."""
@@ -111,7 +114,7 @@ class Stages:
         if self.scores is not None:
             return self.scores.calibration
         name = self._data.name if self._data else None
-        return {"data": name, "num_samples": self._num_samples, "seed": self.recipe.seed}
+        return {"data": name, "num_samples": self.num_samples, "seed": self.recipe.seed}
 
     def trace(self) -> Graph:
         """Finds the groups; refuses what cannot be cut so far before anything long begins."""
@@ -137,7 +140,7 @@ class Stages:
                     else "no structure of it can be cut at all; choose another model"
                 )
             )
-        able = scorable_groups(self._chosen(graph), self.recipe.criterion.name, kinds)
+        able = scorable_groups(self.chosen(graph), self.recipe.criterion.name, kinds)
         targets = self.recipe.budget.targets()
         targets.pop("latency_s", None)  # is measured, and takes its time
         if targets:
@@ -160,7 +163,8 @@ class Stages:
             if section.only is None or any(fnmatch.fnmatchcase(name, p) for p in section.only)
         }
 
-    def _chosen(self, graph: Graph) -> Graph:
+    def chosen(self, graph: Graph) -> Graph:
+        """The graph with the groups that may be cut alone."""
         return dataclasses.replace(graph, groups=self.groups(graph))
 
     @property
@@ -215,28 +219,40 @@ class Stages:
         """Saliency of every structure that may go."""
         if self.scores is not None:
             return self.scores.saliency
-        criterion, tensors = self.recipe.criterion, self.work.tensors("saliency")
-        options = criterion.options()
-        if criterion.name == "sosp_i" and not self.work.read("saliency"):
-            options["curvature"] = self._curvature(graph)[1]
+        tensors = self.work.tensors("saliency")
+        measured = damping = None
+        if self.recipe.criterion.name == "sosp_i" and not self.work.read("saliency"):
+            measured = curvature(self, graph)
+            if self.recipe.criterion.by_damping():
+                damping, _ = self._damping(graph, measured)
 
         def make() -> dict[str, Any]:
-            saliency = score(
-                self.model,
-                self._chosen(graph),
-                OnDevice(self._calibration_batches(), "score"),
-                criterion=criterion.name,
-                kinds=self.recipe.structure.kinds,
-                seed=self.recipe.seed,
-                process_sum=process_sum,
-                **options,
-            )
+            saliency = self._scores(graph, measured, damping)
             whole = {name: scores.contiguous() for name, scores in saliency.items()}
-            self._save(lambda: save_file(whole, tensors))
+            self.save(lambda: save_file(whole, tensors))
             return {}
 
         self.stage("saliency", make, with_peak=True)
         return load_file(tensors)
+
+    def _scores(
+        self, graph: Graph, measured: Curvature | None, damping: float | None
+    ) -> "Saliency":
+        options = self.recipe.criterion.options()
+        if measured:
+            options["curvature"] = measured.found
+        if damping:
+            options["damping"] = damping
+        return score(
+            self.model,
+            self.chosen(graph),
+            OnDevice(self.calibration_batches(), "score"),
+            criterion=self.recipe.criterion.name,
+            kinds=self.recipe.structure.kinds,
+            seed=self.recipe.seed,
+            process_sum=process_sum,
+            **options,
+        )
 
     def plan_and_cut(self, graph: Graph, saliency: "Saliency") -> tuple[PruningPlan, nn.Module]:
         """A plan, and the smaller model that is proved equal to a mask.
@@ -260,69 +276,62 @@ class Stages:
     def plan(
         self, graph: Graph, saliency: "Saliency", whole: Mapping[str, str] | None = None
     ) -> PruningPlan:
-        """Which structures are kept; decided by the main process, since latency is measured."""
-        budget, criterion = self.recipe.budget, self.recipe.criterion
-        compensates = criterion.compensates() and not self.work.read("plan")
-        curvature = self._curvature(graph) if compensates else None
+        """Which structures are kept, and what makes up for the others."""
+        criterion = self.recipe.criterion
+        measured, damping, losses = None, 0.0, {}
+        if criterion.compensates() and not self.work.read("plan"):
+            measured = curvature(self, graph)
+            damping, losses = self._damping(graph, measured, whole or ())
 
         def make() -> dict[str, Any]:
-            measure = self._seconds_of(graph) if budget.latency_s else None
-            plan = self._allocate(graph, saliency, budget.targets(), measure)
-            if curvature:
-                plan = self._compensated(graph, plan, *curvature)
+            plan = self._plan(graph, saliency, measured, damping)
             provenance = {
                 **plan.provenance,
                 "criterion": {"name": criterion.name, "options": criterion.options()},
                 "calibration": self.calibration,
                 **({"not_verified": dict(whole)} if whole else {}),
             }
+            if losses:
+                provenance["compensation"] |= {"held_out_losses": losses}
             base = {
                 "base_model": self.loaded.base_model,
                 "base_revision": self.loaded.base_revision,
             }
             return {"plan": dataclasses.replace(plan, provenance=provenance, **base).to_json()}
 
-        return PruningPlan.from_json(from_main(self.stage("plan", make)["plan"]))
+        return PruningPlan.from_json(self.stage("plan", make)["plan"])
 
-    def _curvature(self, graph: Graph) -> tuple[Groups, GaussNewton]:
-        """The matrix that ``sosp_i`` chooses by and compensation solves with, and of what it is."""
-        section, tensors = self.recipe.criterion, self.work.tensors("curvature")
-        groups = scorable_groups(self._chosen(graph), "sosp_i", self.recipe.structure.kinds)
-
-        def make() -> dict[str, Any]:
-            if self._data is None:
-                raise CriterionError(
-                    "criterion.compensate: what makes up for another cut is computed from the "
-                    "calibration data; give the data"
-                )
-            criterion = SospI(
-                **section.curvature(),
-                micro_batch_size=getattr(section, "micro_batch_size", None),
-                seed=self.recipe.seed,
-                process_sum=process_sum,
-            )
-            batches = OnDevice(self._calibration_batches(), "curvature")
-            found = criterion.measure(self.model, groups, batches)
-            gradient = torch.cat(list(found.gradient.values()))
-            whole = {"gradient": gradient, "matrix": found.matrix}
-            self._save(lambda: save_file(whole, tensors))
-            return {"loss": found.loss, "num_samples": found.num_samples, "exact": found.exact}
-
-        record, whole = self.stage("curvature", make, with_peak=True), load_file(tensors)
-        gradient = by_group(groups, whole["gradient"])
-        return groups, GaussNewton(gradient=gradient, matrix=whole["matrix"], **record)
-
-    def _compensated(
-        self, graph: Graph, plan: PruningPlan, groups: Groups, found: GaussNewton
+    def _plan(
+        self,
+        graph: Graph,
+        saliency: "Saliency",
+        measured: Curvature | None,
+        damping: float,
     ) -> PruningPlan:
-        fixed = {name: why for name in groups if (why := graph.fold_obstacle(name))}
-        for name, why in fixed.items():
-            logger.info("compensation: the gates of %s stay at 1: %s", name, why)
-        for name in plan.kept.keys() - groups.keys():
-            logger.info("compensation: nothing makes up for what goes from %s", name)
-        return compensated(
-            plan, groups, found.matrix, self.recipe.criterion.damping, fixed=fixed.keys()
-        )
+        """The main process's, since latency is measured."""
+        budget = self.recipe.budget
+        measure = self._seconds_of(graph) if budget.latency_s else None
+        plan = self._allocate(graph, saliency, budget.targets(), measure)
+        if measured and self.recipe.criterion.compensates():
+            plan = with_gates(graph, plan, measured, damping)
+        return PruningPlan.from_json(from_main(plan.to_json()))
+
+    def _damping(
+        self, graph: Graph, measured: Curvature, whole: Collection[str] = ()
+    ) -> tuple[float, dict[str, float]]:
+        """As the recipe says, or the best of some, with the losses of all."""
+        criterion = self.recipe.criterion
+        if criterion.damping != "auto":
+            return criterion.damping, {}
+        fixed = None if criterion.by_damping() else self.score(graph)
+
+        def decide(damping: float) -> PruningPlan:
+            saliency = fixed or self._scores(graph, measured, damping)
+            left = {name: scores for name, scores in saliency.items() if name not in whole}
+            return self._plan(graph, left, measured, damping)
+
+        losses = self.stage("damping", lambda: choose_damping(self, graph, decide))
+        return float(min(losses, key=lambda name: losses[name])), losses
 
     def _allocate(
         self,
@@ -343,10 +352,20 @@ class Stages:
             kinds=self.recipe.structure.kinds,
         )
 
-    def cut(self, graph: Graph, plan: PruningPlan) -> nn.Module:
-        """The smaller model; a cut that is not proved equal to a mask raises."""
+    def cut(
+        self, graph: Graph, plan: PruningPlan, verify: Literal["thorough", "fast"] | None = None
+    ) -> nn.Module:
+        """The smaller model; a cut that is not proved equal to a mask raises.
+
+        Cuts and proves on the CPU, where the traced inputs are and float32 means float32.
+        """
         set_seed(self.recipe.seed)
-        return self._cut(graph, plan, self.recipe.structure.verify)
+        device = self.accelerator.device
+        verify = verify or self.recipe.structure.verify
+        try:
+            return apply(self.model.cpu(), graph, plan, verify=verify).to(device)
+        finally:
+            self.model.to(device)
 
     def follow_up(self, pruned: nn.Module) -> tuple[dict[str, Any], list[dict[str, float]]]:
         """What follows a cut: metrics, norms re-estimated, fine-tuning; the loss curve of that.
@@ -368,7 +387,7 @@ class Stages:
         """Re-estimates BatchNorm statistics; whether there was anything to do."""
         if not self.recipe.finetune.recalibrate_norm or self._data is None:
             return False
-        return recalibrate_norm(pruned, self._calibration_batches()) > 0
+        return recalibrate_norm(pruned, self.calibration_batches()) > 0
 
     def _recover(self, pruned: nn.Module) -> list[dict[str, float]]:
         """Fine-tunes; the loss curve, empty where the recipe asks for none."""
@@ -400,7 +419,7 @@ class Stages:
                 num_workers=self._num_workers,
                 description=description,
             )
-            self._save(lambda: save_model(model, str(tensors)))
+            self.save(lambda: save_model(model, str(tensors)))
             return {"history": history}
 
         record = self.stage(stage, make)
@@ -411,19 +430,9 @@ class Stages:
         inputs = to_device(example_inputs(self.loaded, self.recipe.evaluate.latency_batch_size))
 
         def seconds(plan: PruningPlan) -> float:
-            return measure_latency([self._cut(graph, plan, "fast")], inputs, budget_s=0.3)[0]
+            return measure_latency([self.cut(graph, plan, "fast")], inputs, budget_s=0.3)[0]
 
         return seconds
-
-    def _cut(
-        self, graph: Graph, plan: PruningPlan, verify: Literal["thorough", "fast"]
-    ) -> nn.Module:
-        """Cuts and proves on the CPU, where the traced inputs are and float32 means float32."""
-        device = self.accelerator.device
-        try:
-            return apply(self.model.cpu(), graph, plan, verify=verify).to(device)
-        finally:
-            self.model.to(device)
 
     def stage(
         self, stage: str, make: Callable[[], dict[str, Any]], *, with_peak: bool = False
@@ -439,23 +448,28 @@ class Stages:
             record = self.work.write(stage, made, seconds, peak.grown_bytes() if peak else None)
         return record["made"]
 
-    def _save(self, write: Callable[[], None]) -> None:
+    def save(self, write: Callable[[], None]) -> None:
+        """The main process writes to the work folder, and all wait for it."""
         if is_main():
             make_folder(self.work.folder)
             write()
         wait_for_everyone()
 
-    def _calibration_batches(self) -> Sequence[Any]:
-        size = self._num_samples, self.recipe.criterion.batch_size
-        if size not in self._batches:
-            self._batches[size] = calibration_batches(
+    def calibration_batches(self, start: int = 0, stop: int | None = None) -> Sequence[Any]:
+        """This process's share of the calibration samples, or of those from start to stop."""
+        stop = self.num_samples if stop is None else stop
+        size = self.recipe.criterion.batch_size
+        if (start, stop, size) not in self._batches:
+            self._batches[start, stop, size] = calibration_batches(
                 self.train,
-                *size,
+                stop,
+                size,
+                start=start,
                 seed=self.recipe.seed,
                 rank=self.accelerator.process_index,
                 num_processes=self.accelerator.num_processes,
             )
-        return self._batches[size]
+        return self._batches[start, stop, size]
 
     def _split(self, data: OpenData, name: SplitName, augment: bool = False) -> Split:
         return load_split(data, name, self.loaded.processor, augment=augment)
@@ -465,7 +479,8 @@ class Stages:
         return self._split(self._data, "train", augment=True)
 
     @property
-    def _num_samples(self) -> int:
+    def num_samples(self) -> int:
+        """Calibration samples of all processes."""
         return min(self.recipe.criterion.num_samples, len(self.train))
 
     @property

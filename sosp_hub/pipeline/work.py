@@ -19,6 +19,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "dense": _MODEL,
     "dense_metrics": (*_MODEL, "evaluate"),
     "curvature": (*_MODEL, "structure", "criterion.curvature"),
+    "damping": _CUT,
     "saliency": (*_MODEL, "structure", "criterion.scores"),
     "plan": _CUT,
     "cut_metrics": (*_CUT, "evaluate"),
@@ -57,7 +58,14 @@ class WorkFolder:
         self._shared = shared
         data = recipe.criterion.model_dump(mode="json", include={"num_samples", "batch_size"})
         scores = {"name": recipe.criterion.name, **recipe.criterion.options()}
-        self._recipe["criterion.curvature"] = data | recipe.criterion.curvature()
+        auto = recipe.criterion.damping == "auto"
+        if auto:
+            best_for = [self._recipe["budget"], recipe.finetune.recalibrate_norm]
+            self._recipe["criterion"]["damping"] = f"auto, for {json.dumps(best_for)}"
+        if recipe.criterion.by_damping():
+            scores["damping"] = self._recipe["criterion"]["damping"]
+        parts = {"damping": "auto"} if auto else {}  # some samples are held out
+        self._recipe["criterion.curvature"] = data | recipe.criterion.curvature() | parts
         self._recipe["criterion.scores"] = data | scores
         self._records: dict[str, dict[str, Any]] = {}
         self._seconds: dict[str, float] = {}

@@ -1,10 +1,18 @@
 """The section ``criterion``: one for each criterion, with its options and their defaults."""
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sosp_hub.recipe.section import Count, Section, Share
+
+
+def _damping(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not (number and 0 < value < math.inf):
+        raise ValueError(f"got {value!r}; expected a number more than 0, or auto")
+    return value
 
 
 class CriterionSection(Section):
@@ -17,10 +25,10 @@ class CriterionSection(Section):
         description="fold gates that make up for the cut into the kept weights; "
         "null = with sosp_i's surgeon",
     )
-    damping: Annotated[float, Field(gt=0)] = Field(
+    damping: Annotated[float | Literal["auto"], BeforeValidator(_damping)] = Field(
         default=0.01,
         description="of the matrix that compensation solves with: added to its diagonal, as a "
-        "share of its mean",
+        "share of its mean; auto = the best on a quarter of the calibration samples, held out",
     )
 
     def options(self) -> dict[str, Any]:
@@ -31,6 +39,10 @@ class CriterionSection(Section):
     def compensates(self) -> bool:
         """Whether what is kept makes up for what is cut."""
         return bool(self.compensate)
+
+    def by_damping(self) -> bool:
+        """Whether the scores depend on the damping."""
+        return False
 
     def curvature(self) -> dict[str, Any]:
         """How the matrix of ``sosp_i`` and of compensation is measured."""
@@ -90,6 +102,10 @@ class SospISection(GateSection):
     def compensates(self) -> bool:
         """By default where the order of removal counts on it."""
         return self.selection == "surgeon" if self.compensate is None else self.compensate
+
+    def by_damping(self) -> bool:
+        """The order of a surgeon does."""
+        return self.selection == "surgeon"
 
     def curvature(self) -> dict[str, Any]:
         """As this section says."""

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import sosp_hub
 from sosp_hub.criteria.sosp_i import SospI
-from sosp_hub.pipeline import stages
+from sosp_hub.pipeline import compensation, stages
 from sosp_hub.prune import main
 
 RECIPE = """
@@ -74,9 +74,47 @@ def test_the_surgeon_and_its_compensation_share_one_matrix(recipe, tmp_path, mon
     assert "done again because of that: saliency, plan" in said
 
 
+@pytest.mark.parametrize("keys", [["criterion.name=sosp_i", "criterion.selection=surgeon"], []])
+def test_damping_is_chosen_on_samples_that_are_held_out(recipe, tmp_path, monkeypatch, keys):
+    seen = {"matrix": set(), "loss": set()}
+    measure, evaluate = SospI.measure, compensation.evaluate
+
+    def ids(batches):
+        return {row.numpy().tobytes() for inputs, _ in batches for row in inputs}
+
+    def measured(self, model, groups, batches):
+        seen["matrix"] |= ids(batches)
+        return measure(self, model, groups, batches)
+
+    def evaluated(model, batches, metrics):
+        seen["loss"] |= ids(batches)
+        return evaluate(model, batches, metrics)
+
+    monkeypatch.setattr(SospI, "measure", measured)
+    monkeypatch.setattr(compensation, "evaluate", evaluated)
+    monkeypatch.setattr(compensation, "DAMPINGS", (0.01, 1.0, 100.0))
+    assert main([str(recipe), "criterion.damping=auto", *keys]) == 0
+    assert [len(seen["matrix"]), len(seen["loss"])] == [18, 6]
+    assert not seen["matrix"] & seen["loss"]
+    report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())
+    told = report["plan"]["provenance"]["compensation"]
+    losses = told["held_out_losses"]
+    assert losses.keys() == {"0.01", "1", "100"}
+    assert losses[f"{told['damping']:g}"] == min(losses.values())
+    assert len(set(losses.values())) == 3
+    given = [f"criterion.damping={told['damping']}", "--overwrite"]
+    if not keys:  # with the matrix of all samples, so the same order but other gates
+        order = load_file(tmp_path / "out" / "saliency.safetensors")
+        assert main([str(recipe), *given]) == 0
+        again = load_file(tmp_path / "out" / "saliency.safetensors")
+        assert all(again[name].equal(scores) for name, scores in order.items())
+
+
 def test_layers_cannot_be_made_up_for(recipe, capsys):
     keys = ["structure.kinds=[layer]", "criterion.name=random"]
     assert main([str(recipe), *keys]) == 2
     assert "criterion.compensate: nothing makes up for a whole layer" in capsys.readouterr().err
     assert main([str(recipe), "criterion.gate=weight"]) == 2
     assert "criterion.gate: activation" in capsys.readouterr().err
+    assert main([str(recipe), "criterion.damping=auto", "criterion.num_samples=3"]) == 2
+    assert "there are 3; raise criterion.num_samples" in capsys.readouterr().err

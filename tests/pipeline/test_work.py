@@ -63,12 +63,12 @@ def test_the_same_recipe_goes_on_with_everything(folder):
         (
             {"finetune": {"epochs": 3}},
             ("finetune.epochs", (10, 3)),
-            ["dense", "dense_metrics", "curvature", "saliency", "plan", "cut_metrics"],
+            ["dense", "dense_metrics", "curvature", "damping", "saliency", "plan", "cut_metrics"],
         ),
         (
             {"evaluate": {"metrics": ["loss"]}},
             ("evaluate.metrics", (None, ["loss"])),
-            ["dense", "curvature", "saliency", "plan", "final"],
+            ["dense", "curvature", "damping", "saliency", "plan", "final"],
         ),
         ({"output": {"figures": False}}, None, list(STAGES)),
     ],
