@@ -1,8 +1,9 @@
 """Weight magnitude."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
+import torch
 from torch import nn
 
 from sosp_hub.criteria.registry import HasGroups, Needs, register
@@ -20,8 +21,14 @@ class Magnitude:
 
     Paper: Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, arXiv 1608.08710, which
     takes the L1 norm of a filter; ours is the L2 norm, over all filters that are cut together.
+
+    Attributes:
+        normalize: ``mean`` divides the norms of a group by their mean, so that layers of larger
+            weights are not spared for that alone where all are ranked together (the paper ranks
+            within a layer).
     """
 
+    normalize: Literal["none", "mean"] = "none"
     name: ClassVar[str] = "magnitude"
     paper: ClassVar[str] = "arXiv 1608.08710"
     needs: ClassVar[Needs] = "nothing"
@@ -33,5 +40,8 @@ class Magnitude:
         for name, group in graph.groups.items():
             rows = (slices(member, weight) for member, weight in filters(model, group))
             squares = ((row.square().sum(1), index) for row, index in rows)
-            saliency[name] = sum_by_structure(group, squares).sqrt()
+            norms = sum_by_structure(group, squares).sqrt()
+            if self.normalize == "mean":
+                norms = norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
+            saliency[name] = norms
         return saliency

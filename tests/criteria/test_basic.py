@@ -89,6 +89,14 @@ def test_magnitude_of_a_head_takes_all_its_rows():
     assert_close(found["heads"], rows.sqrt(), relative=1e-12)
 
 
+def test_magnitude_over_the_mean_of_its_group():
+    toy = residual()
+    found = score(toy.model, toy.graph, [], "magnitude", normalize="mean")
+    norms = toy.model.one.weight.flatten(1).norm(dim=1)
+    assert_close(found["inner"], norms * len(norms) / norms.sum(), relative=1e-12)
+    assert_close(found["stream"].mean().item(), 1.0, relative=1e-12)
+
+
 def test_random_follows_the_seed():
     toy = perceptron()
     one = score(toy.model, toy.graph, [], "random", seed=1)
