@@ -59,7 +59,7 @@ default_cfgs = generate_default_cfgs({f"cifar_resnet{depth}": _config() for dept
 
 def _build(depth: int, pretrained: bool, **kwargs: Any) -> CifarResNet:
     num_blocks = (depth - 2) // 6
-    options = {"layers": (num_blocks,) * 3, "num_classes": 10, **kwargs}
+    options = {"layers": (num_blocks,) * 3, **kwargs}
     return build_model_with_cfg(CifarResNet, f"cifar_resnet{depth}", pretrained, **options)
 
 
