@@ -1,11 +1,14 @@
 """What every verb that runs a recipe does with its command line."""
 
 import argparse
+import json
 import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sosp_hub.errors import SospHubError
 from sosp_hub.recipe.schema import Verb
@@ -66,11 +69,23 @@ def run_command(
     except SospHubError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        _tell_launcher(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _tell_launcher(message: str) -> None:
+    """Leaves a message where ``torchrun`` looks for the cause; it ends its own report with it.
+
+    Only so is an error seen that another process than the first has alone.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        info = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": info}))
 
 
 def log_to_terminal() -> None:

@@ -44,6 +44,15 @@ def test_a_killed_process_ends_the_run():
     assert "Signal 9 (SIGKILL)" in done.stderr
 
 
+def test_the_launcher_ends_with_the_cause():
+    """Its report is long; the last lines say what to change."""
+    done = launch(1, "sosp_hub.prune", str(QUICKSTART), "budget.macs=2", timeout=120)
+    assert done.returncode != 0
+    cause = done.stderr.rpartition("Root Cause")[2]
+    assert "budget.macs" in cause
+    assert "at most 1" in cause
+
+
 def test_a_process_whose_partner_is_gone_stops_waiting():
     """Without a launcher that ends all processes: the connection itself tells."""
     with socket.socket() as free:
