@@ -22,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run(options: argparse.Namespace, command: str) -> None:
         if not options.given:
-            parser.error("the path of a recipe is missing, such as recipes/studies/NAME.yaml")
+            parser.error(
+                "the path of a recipe is missing, such as "
+                "recipes/studies/expand_resnet20_fashion_mnist.yaml"
+            )
         recipe = load_recipe(options.given[0], options.given[1:], "expand")
         log_to_terminal()
         from sosp_hub.pipeline.expand import (

@@ -127,6 +127,9 @@ class MagnitudeSection(CriterionSection):
     name: Literal["magnitude"] = Field(
         default="magnitude", description="L2 norm of a structure's weights"
     )
+    normalize: Literal["none", "mean"] = Field(
+        default="none", description="mean = over the mean of the norms in the same group"
+    )
 
 
 class RandomSection(CriterionSection):
