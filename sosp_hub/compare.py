@@ -21,9 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run(options: argparse.Namespace, command: str) -> None:
         if not options.given:
-            parser.error(
-                "the path of a recipe is missing, such as recipes/studies/resnet20_fashion_mnist.yaml"
-            )
+            parser.error("give the path of a recipe: recipes/studies/resnet20_fashion_mnist.yaml")
         recipe = load_recipe(options.given[0], options.given[1:], "compare")
         log_to_terminal()
         from sosp_hub.pipeline.compare import compare  # torch, which a faulty recipe need not

@@ -22,10 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run(options: argparse.Namespace, command: str) -> None:
         if not options.given:
-            parser.error(
-                "the path of a recipe is missing, such as "
-                "recipes/studies/expand_resnet20_fashion_mnist.yaml"
-            )
+            example = "recipes/studies/expand_resnet20_fashion_mnist.yaml"
+            parser.error(f"give the path of a recipe, such as {example}")
         recipe = load_recipe(options.given[0], options.given[1:], "expand")
         log_to_terminal()
         from sosp_hub.pipeline.expand import (
