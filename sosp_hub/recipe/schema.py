@@ -276,7 +276,7 @@ class ExpandSection(Section):
         description="new structures are copies, or random and not yet read; exact both ways",
     )
     train: TrainSection | None = Field(
-        default=None, description="training after widening; null = as `model.train`"
+        default=None, description="training after widening, keys as there; null = `model.train`"
     )
     keep: Annotated[tuple[Share, ...], Field(strict=False)] = Field(
         default=(),
