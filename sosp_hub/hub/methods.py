@@ -93,6 +93,11 @@ def method(name: str, options: Mapping[str, Any]) -> Method | None:
                 "sum over inputs j of s of (mean over rows i of |W_ij|) * sqrt(mean of x_j^2)",
                 f"W are the weights that read the structure, x what they read{_scaled(options)}.",
             )
+        case "flap":
+            return Method(
+                "sum over inputs j of s of Var(x_j) * ||W_:j||^2",
+                f"W are the weights that read the structure, x what they read{_scaled(options)}.",
+            )
         case "grasp":
             return Method("(H g)_s", f"{gate}, H the Hessian of that loss in the same gates.")
         case "hap":
@@ -114,7 +119,9 @@ def method(name: str, options: Mapping[str, Any]) -> Method | None:
                 "layer's own in language models.",
             )
         case "magnitude":
-            return Method("||w_s||_2", "w are the weights of the structure; no data is used.")
+            over = " / mean over the group" * (options.get("normalize") == "mean")
+            what = "w are the weights of the structure; no data is used."
+            return Method(f"||w_s||_2{over}", what)
         case "random":
             return Method("uniform", "The control: neither data nor weights are looked at.")
     return None
