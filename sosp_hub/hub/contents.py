@@ -41,7 +41,8 @@ def check_folder(folder: Path, secret: str | None = None) -> None:
         raise HubError(f"{folder}: no such folder; give the output folder of a run")
     read_checkpoint(folder)
     names = local_files(folder)
-    if not any(name.endswith(".safetensors") and name != "saliency.safetensors" for name in names):
+    scores = ("saliency.safetensors", "curvature.safetensors")
+    if not any(name.endswith(".safetensors") and name not in scores for name in names):
         raise HubError(
             f"{folder}: there are no weights (model.safetensors); "
             "write the folder with sosp_hub.save_pretrained(model, folder)"

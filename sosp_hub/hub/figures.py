@@ -3,6 +3,7 @@
 Every function draws from plain data into a matplotlib figure; pyplot's global state is not touched.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from sosp_hub.hub.facts import STAGES, format_metric, is_share, overall_metrics
@@ -69,8 +71,18 @@ class Picture:
             self.draw().savefig(file, format=kind, dpi=160, metadata=metadata)
 
 
-def pictures(report: Mapping[str, Any], saliency: Mapping[str, NDArray[Any]]) -> list[Picture]:
-    """The pictures that this report has the data for; what was not measured is not drawn."""
+def pictures(
+    report: Mapping[str, Any],
+    saliency: Mapping[str, NDArray[Any]],
+    folder: Path | None = None,
+) -> list[Picture]:
+    """The pictures that this report has the data for; what was not measured is not drawn.
+
+    Args:
+        report: What ``sosp_report.json`` holds.
+        saliency: One float per structure and group.
+        folder: Where ``curvature.safetensors`` is, for runs that measured correlations.
+    """
     found = []
     groups = report.get("groups") or []
     kept = (report.get("plan") or {}).get("kept") or {}
@@ -92,6 +104,16 @@ def pictures(report: Mapping[str, Any], saliency: Mapping[str, NDArray[Any]]) ->
                 "Saliency per layer",
                 "Each dot is one structure; on the right the distribution over all groups.",
                 lambda: draw_saliency(scored, saliency, kept),
+            )
+        )
+    path = folder / "curvature.safetensors" if folder is not None else None
+    if path is not None and path.is_file():
+        found.append(
+            Picture(
+                "correlation",
+                "Correlation of structures",
+                "How far two structures change the output alike; lines are between groups.",
+                lambda: _draw_curvature(path, groups),
             )
         )
     metrics = report.get("metrics") or {}
@@ -124,7 +146,7 @@ def write_figures(
     """
     folder = Path(folder)
     scores = read_saliency(folder) if saliency is None else saliency
-    found = pictures(report, scores)
+    found = pictures(report, scores, folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for picture in found:
         picture.save(folder / "figures" / f"{picture.name}.png")
@@ -137,6 +159,16 @@ def read_saliency(folder: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         return {}
     return load_file(path)
+
+
+def _draw_curvature(path: Path, groups: Sequence[Mapping[str, Any]]) -> Figure:
+    """The matrix that a run leaves beside its report, with its groups as the report has them."""
+    from sosp_hub.hub.matrices import draw_correlation  # which draws with what is here
+
+    with safe_open(path, "np") as file:
+        names = json.loads(file.metadata()["about"])["groups"]
+        by_name = {group["name"]: group for group in groups}
+        return draw_correlation(file.get_tensor("matrix"), [by_name[name] for name in names])
 
 
 def draw_widths(groups: Sequence[Mapping[str, Any]], floors: Iterable[str] = ()) -> Figure:

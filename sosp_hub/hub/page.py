@@ -57,7 +57,7 @@ def write_page(folder: str | Path) -> Path:
         headline=facts.headline,
         tiles=facts.costs,
         tables=_tables(facts),
-        drawn=pictures(report, read_saliency(folder)),
+        drawn=pictures(report, read_saliency(folder), folder),
         parts=_parts(facts),
     )
     return _write(folder / "report.html", page)

@@ -1,10 +1,13 @@
 """What is kept makes up for what is cut: the matrix of a run, its damping, and a plan's gates."""
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sosp_hub.criteria.compensation import compensated
 from sosp_hub.criteria.registry import scorable_groups
@@ -21,6 +24,7 @@ from sosp_hub.structure.groups import Groups
 if TYPE_CHECKING:
     from sosp_hub.pipeline.stages import Stages
 
+MOST_BYTES = 100_000_000  # of a matrix that is kept with the result: 3,500 structures
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """What ``damping: auto`` tries."""
 
@@ -35,10 +39,13 @@ class Curvature(NamedTuple):
 def curvature(stages: "Stages", graph: Graph) -> Curvature:
     """The matrix that ``sosp_i`` chooses by and compensation solves with.
 
-    With ``damping: auto`` it is measured on three quarters of the calibration samples.
+    With ``damping: auto`` it is measured on three quarters of the calibration samples. What an
+    earlier run left needs no data.
     """
     recipe, tensors = stages.recipe, stages.work.tensors("curvature")
     groups = scorable_groups(stages.chosen(graph), "sosp_i", recipe.structure.kinds)
+    if stages.scores is not None and stages.scores.curvature is not None:
+        return _read(stages.scores.curvature, groups)
 
     def make() -> dict[str, Any]:
         section = recipe.criterion
@@ -51,12 +58,41 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
         batches = OnDevice(_parts(stages)[0], "curvature")
         found = criterion.measure(stages.model, groups, batches)
         whole = {"gradient": torch.cat(list(found.gradient.values())), "matrix": found.matrix}
-        stages.save(lambda: save_file(whole, tensors))
-        return {"loss": found.loss, "num_samples": found.num_samples, "exact": found.exact}
+        about = {"loss": found.loss, "num_samples": found.num_samples, "exact": found.exact}
+        about["groups"] = {name: group.size for name, group in groups.items()}
+        stages.save(lambda: save_file(whole, tensors, {"about": json.dumps(about)}))
+        return {}
 
-    record, whole = stages.stage("curvature", make, with_peak=True), load_file(tensors)
-    gradient = by_group(groups, whole["gradient"])
-    return Curvature(groups, GaussNewton(gradient=gradient, matrix=whole["matrix"], **record))
+    stages.stage("curvature", make, with_peak=True)
+    return _read(tensors, groups)
+
+
+def _read(path: Path, groups: Groups) -> Curvature:
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        gradient, matrix = file.get_tensor("gradient"), file.get_tensor("matrix")
+    if about.pop("groups") != {name: group.size for name, group in groups.items()}:
+        raise CriterionError(
+            f"{path}: the matrix is of other groups than this model has; run the recipe again"
+        )
+    found = GaussNewton(gradient=by_group(groups, gradient), matrix=matrix, **about)
+    return Curvature(groups, found)
+
+
+def stored_curvature(stages: "Stages") -> Path | None:
+    """The file of the matrix that this run used, to be kept with its result; None if too large."""
+    criterion = stages.recipe.criterion
+    if not (criterion.compensates() or criterion.name == "sosp_i"):
+        return None
+    used = stages.scores.curvature if stages.scores is not None else None
+    if used is None and stages.work.read("curvature"):
+        used = stages.work.tensors("curvature")
+    if used and (size := used.stat().st_size) > MOST_BYTES:
+        logger.info(
+            "%s of %.1f GB is not kept: another budget needs the data again", used.name, size / 1e9
+        )
+        return None
+    return used
 
 
 def with_gates(graph: Graph, plan: PruningPlan, measured: Curvature, damping: float) -> PruningPlan:
@@ -100,7 +136,7 @@ def _parts(stages: "Stages") -> tuple[Sequence[Any], Sequence[Any]]:
     if not stages.has_data:
         raise CriterionError(
             "criterion.compensate: what makes up for another cut is computed from the "
-            "calibration data; give the data"
+            "calibration data, since no curvature.safetensors was kept; give the data"
         )
     num = stages.num_samples
     if stages.recipe.criterion.damping != "auto":

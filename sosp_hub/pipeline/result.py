@@ -23,7 +23,7 @@ from sosp_hub.hub.facts import scrub
 from sosp_hub.hub.licence import copy_licence_files
 from sosp_hub.hub.page import write_page
 from sosp_hub.pipeline.place import put
-from sosp_hub.pipeline.scores import SALIENCY
+from sosp_hub.pipeline.scores import CURVATURE, SALIENCY
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import PushSection, Recipe
@@ -48,6 +48,7 @@ def write_result(
     history: list[dict[str, float]],
     calibration: Mapping[str, Any],
     base: Mapping[str, Any],
+    curvature: Path | None,
     keep_dense: bool,
     seconds: Mapping[str, float],
     draft: Path,
@@ -98,9 +99,12 @@ def write_result(
     )
     if keep_dense:
         save_pretrained(loaded.model, draft / DENSE)
-    scores = draft / SALIENCY
-    save_file(saliency, scores)
-    scores.chmod((draft / "config.json").stat().st_mode)  # safetensors lets only the owner read
+    save_file(saliency, draft / SALIENCY)
+    if curvature is not None:
+        shutil.copyfile(curvature, draft / CURVATURE)
+    for file in (SALIENCY, CURVATURE)[: 1 + (curvature is not None)]:
+        mode = (draft / "config.json").stat().st_mode
+        (draft / file).chmod(mode)  # safetensors lets only the owner read
     if recipe.model.path is not None:
         copy_licence_files(Path(recipe.model.path).expanduser(), draft)
     render_card(draft, figures=recipe.output.figures)

@@ -10,6 +10,7 @@ from sosp_hub.distributed import (
     wait_for_everyone,
 )
 from sosp_hub.errors import HubError
+from sosp_hub.pipeline.compensation import stored_curvature
 from sosp_hub.pipeline.place import check_place
 from sosp_hub.pipeline.result import check_push, publish, write_result
 from sosp_hub.pipeline.scores import Scores
@@ -77,6 +78,7 @@ def run(
             history=history,
             calibration=stages.calibration,
             base=stages.base,
+            curvature=stored_curvature(stages),
             keep_dense=stages.made_dense and recipe.output.keep_dense,
             seconds=work.seconds(),
             draft=work.folder / "result" / output.name,

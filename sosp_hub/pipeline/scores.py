@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sosp_hub.types import Saliency
 
 SALIENCY = "saliency.safetensors"
+CURVATURE = "curvature.safetensors"
 _FREE = ("budget", "data", "evaluate", "finetune", "output", "push")
 _FREE_KEYS = ("model.id", "model.path", "model.revision", "structure.verify")
 
@@ -32,6 +33,7 @@ class Scores:
         saliency: Its scores.
         calibration: What they were made with, for the report.
         base: What its report says of the dense model.
+        damping: What it compensated with.
     """
 
     folder: Path
@@ -39,6 +41,13 @@ class Scores:
     saliency: "Saliency"
     calibration: Mapping[str, Any]
     base: Mapping[str, Any]
+    damping: float | None = None
+
+    @property
+    def curvature(self) -> Path | None:
+        """Where the matrix is that it compensated with, if that was kept."""
+        path = self.folder / CURVATURE
+        return path if path.is_file() else None
 
     @property
     def has_dense(self) -> bool:
@@ -114,7 +123,9 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
             f"--from-scores: {folder / SALIENCY} is damaged ({error}); run the recipe again"
         ) from error
     base = {key: value for key, value in (report.get("base") or {}).items() if value is not None}
-    return Scores(folder, recipe, saliency, report.get("calibration") or {}, base)
+    told = (report.get("plan") or {}).get("provenance", {}).get("compensation") or {}
+    calibration = report.get("calibration") or {}
+    return Scores(folder, recipe, saliency, calibration, base, told.get("damping"))
 
 
 def _check(folder: Path, made: Recipe, overrides: Sequence[str]) -> None:

@@ -321,6 +321,8 @@ class Stages:
     ) -> tuple[float, dict[str, float]]:
         """As the recipe says, or the best of some, with the losses of all."""
         criterion = self.recipe.criterion
+        if self.scores is not None and self.scores.damping:
+            return self.scores.damping, {}
         if criterion.damping != "auto":
             return criterion.damping, {}
         fixed = None if criterion.by_damping() else self.score(graph)

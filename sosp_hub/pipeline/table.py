@@ -86,6 +86,7 @@ def _drops(drops: Sequence[Row]) -> Table:
 _FILES = {
     "README.md": "model card",
     "config.json": "configuration",
+    "curvature.safetensors": "correlations of structures",
     "dense": "the dense model, for --from-scores",
     "figures": "kept widths, saliency, recovery",
     "model.safetensors": "weights",

@@ -74,6 +74,34 @@ def test_the_surgeon_and_its_compensation_share_one_matrix(recipe, tmp_path, mon
     assert "done again because of that: saliency, plan" in said
 
 
+def test_another_budget_is_compensated_without_data(recipe, tmp_path, monkeypatch, capsys):
+    keys = ["criterion.name=sosp_i", "criterion.selection=surgeon", "output.figures=true"]
+    assert main([str(recipe), *keys]) == 0
+    out = tmp_path / "out"
+    assert (out / "figures" / "correlation.png").is_file()
+    assert "Correlation of structures" in (out / "report.html").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "open_data", None)
+        assert main(["--from-scores", str(out), "budget.structures=0.5"]) == 0
+    recut = tmp_path / "out-structures-0.5"
+    assert (recut / "curvature.safetensors").is_file()
+    found = json.loads((recut / "sosp_report.json").read_text())["plan"]
+    keys += ["budget.structures=0.5", f"output.dir={tmp_path / 'again'}"]
+    assert main([str(recipe), *keys]) == 0
+    plan = json.loads((tmp_path / "again" / "sosp_report.json").read_text())["plan"]
+    assert found["gates"] == plan["gates"] != {}
+    assert found["kept"] == plan["kept"]
+    (recut / "curvature.safetensors").unlink()
+    assert main(["--from-scores", str(recut), "budget.structures=0.4"]) == 2
+    assert "no curvature.safetensors was kept; give the data" in capsys.readouterr().err
+
+
+def test_a_large_matrix_is_not_kept(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(compensation, "MOST_BYTES", 1000)
+    assert main([str(recipe)]) == 0
+    assert not (tmp_path / "out" / "curvature.safetensors").exists()
+
+
 @pytest.mark.parametrize("keys", [["criterion.name=sosp_i", "criterion.selection=surgeon"], []])
 def test_damping_is_chosen_on_samples_that_are_held_out(recipe, tmp_path, monkeypatch, keys):
     seen = {"matrix": set(), "loss": set()}
