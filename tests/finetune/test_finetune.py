@@ -55,6 +55,23 @@ def test_it_learns_and_leaves_the_model_in_eval_mode():
     assert (model(points.points).argmax(1) == points.labels).float().mean() > 0.9
 
 
+def test_a_part_of_the_samples_is_the_same_part_in_each_epoch_and_another_for_each_seed():
+    seen = {}
+
+    class Noted(Points):
+        def __getitems__(self, indices):
+            seen.setdefault(seed, []).extend(indices)
+            return super().__getitems__(indices)
+
+    for seed in (0, 1):
+        history = finetune(net(), Noted(64), config(num_samples=24), seed=seed)
+        assert history[-1]["step"] == 2 * 3
+    assert {len(set(indices)) for indices in seen.values()} == {24}
+    assert set(seen[0]) != set(seen[1])
+    history = finetune(net(), Points(8), config(num_samples=24))
+    assert history[-1]["step"] == 2
+
+
 @pytest.mark.parametrize(
     "keys",
     [
