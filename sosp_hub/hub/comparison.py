@@ -117,6 +117,7 @@ def _grids(compared: Compared) -> list[Grid]:
 
 
 _KEPT = ("macs", "params")
+_UNEQUAL = 0.05  # share of the MACs, between criteria at one budget, that has to be said
 _WIDTH = 160  # of a table that is not shown in a terminal
 
 
@@ -144,6 +145,13 @@ def _notes(compared: Compared) -> Iterator[str]:
         "MACs, parameters and latency (one forward pass, measured in turn with the dense model): "
         "the share that is left. Scoring: seconds and peak memory above what the process held."
     )
+    for budget in compared.budgets:
+        macs = [compared.kept(criterion, budget, "macs").mean for criterion in compared.criteria]
+        if max(macs) - min(macs) > _UNEQUAL:
+            yield (
+                f"With {budget} the criteria keep from {min(macs):.0%} to {max(macs):.0%} of the "
+                "MACs: its table does not compare at equal cost, the plots over MACs do."
+            )
     floors = [
         f"{criterion} at {budget} ({found.mean:.1f} groups)"
         for budget in compared.budgets

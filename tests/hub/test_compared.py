@@ -131,6 +131,16 @@ def test_the_files_hold_every_cell(tmp_path):
     assert page.count("data:image/svg+xml") == 3
 
 
+def test_criteria_that_keep_unequal_costs_are_told(tmp_path):
+    found = results({"a": [0.5, 0.6], "b": [0.1, 0.1]})
+    write_comparison(found, tmp_path, figures=False)
+    assert "equal cost" not in (tmp_path / "table.md").read_text()
+    for one in found["cells"][:2]:
+        one["cost"]["after"]["macs"] = 60
+    write_comparison(found, tmp_path, figures=False)
+    assert "from 50% to 60% of the MACs" in (tmp_path / "table.md").read_text()
+
+
 def test_without_figures_there_is_no_page(tmp_path):
     write_comparison(results({"a": [0.5]}), tmp_path, figures=False)
     names = {path.name for path in tmp_path.iterdir()}
