@@ -52,13 +52,12 @@ def cells_of(recipe: Recipe) -> tuple[list[Cell], list[str]]:
         if made is not None:
             criteria.append((_criterion_label(entry), made, changes))
     for number, entry in enumerate(section.budgets or [base.get("budget", {})]):
-        changes = {"budget": {**rest, **entry}}
-        made, found = _recipe(
-            {**base, "criterion": {"name": "random"}, **changes}, f"compare.budgets.{number}"
-        )
+        any_criterion = {"criterion": {"name": "random"}, "budget": {**rest, **entry}}
+        made, found = _recipe({**base, **any_criterion}, f"compare.budgets.{number}")
         faults += found
-        if made is not None:
-            budgets.append((_budget_label(made, entry), made, changes))
+        if made is not None:  # whole, since a criterion may have another default
+            whole = {"budget": made.budget.model_dump(mode="json")}
+            budgets.append((_budget_label(made, entry), made, whole))
     faults += _repeated("criteria", [(label, _scored(made)) for label, made, _ in criteria])
     faults += _repeated("budgets", [(label, made.budget) for label, made, _ in budgets])
     faults += _repeated("seeds", [(str(seed), seed) for seed in section.seeds])

@@ -56,6 +56,11 @@ def test_a_cell_for_each_criterion_budget_and_seed(tmp_path):
 def test_what_is_left_out_is_the_recipes_own(tmp_path):
     cells, _ = cells_of(load(tmp_path, {"criteria": ["lamp"]}, budget={"params": 0.3}))
     assert [(cell.budget, cell.seed) for cell in cells] == [("params 0.3", s) for s in range(3)]
+    sglp = {"name": "sglp", "kinds": ["layer"]}  # which decides for itself, in a run of its own
+    cells, _ = cells_of(load(tmp_path, {"criteria": ["lamp", sglp], "seeds": [0]}))
+    assert [(cell.budget, cell.recipe.budget.targets()) for cell in cells] == [
+        ("macs 0.5", {"macs": 0.5})
+    ] * 2
     only = load(tmp_path, {"criteria": ["lamp"]}, ["compare.seeds=[4]", "compare.criteria=[eap]"])
     assert [(c.criterion, c.seed) for c in cells_of(only)[0]] == [("eap", 4)]
     assert cells_of(load_recipe(write(tmp_path, MINIMAL))) == ([], [])
