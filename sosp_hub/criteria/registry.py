@@ -177,9 +177,17 @@ def scorable_groups(
     """The groups that ``score`` gives a score with these kinds.
 
     Raises:
-        CriterionError: None is of these kinds, or the criterion cannot score one.
+        CriterionError: An unknown kind, none of the kinds, or one that the criterion cannot score.
     """
     scorable = scorable_kinds(criterion)
+    if isinstance(kinds, str):
+        raise CriterionError(f"kinds={kinds!r}: write a list of kinds, such as [{kinds!r}]")
+    for kind in kinds or ():
+        if kind not in get_args(Kind):
+            raise CriterionError(
+                f"unknown kind {kind!r}{_nearest(str(kind), get_args(Kind))}; "
+                f"there are {', '.join(get_args(Kind))}"
+            )
     if kinds is None:
         kinds = DEFAULT_KINDS if set(DEFAULT_KINDS) <= set(scorable) else scorable
     chosen = {name: group for name, group in graph.groups.items() if group.kind in kinds}

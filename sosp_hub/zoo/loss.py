@@ -110,7 +110,9 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     if _is_shifted(logits, labels):
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     _check_labels(logits, labels)
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
 
 
 def _is_shifted(logits: Tensor, labels: Tensor) -> bool:

@@ -110,6 +110,10 @@ def test_kinds():
     with pytest.raises(CriterionError, match=r"cannot score the kinds neuron; it scores layer"):
         score(toy.model, graph, [toy.batch], "block_influence", kinds=["neuron", "layer"])
     assert set(score(toy.model, graph, [], "random", kinds=["neuron", "layer"])) == {"a", "b", "n"}
+    with pytest.raises(CriterionError, match=r"unknown kind 'neurons' \(did you mean 'neuron'\?\)"):
+        score(toy.model, graph, [], "random", kinds=["head", "neurons"])
+    with pytest.raises(CriterionError, match=r"kinds='neuron': write a list .* \['neuron'\]"):
+        score(toy.model, graph, [], "random", kinds="neuron")
     with pytest.raises(CriterionError, match="kinds head; it has layer, neuron"):
         score(toy.model, graph, [toy.batch], kinds=["head"])
 

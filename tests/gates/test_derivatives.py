@@ -229,6 +229,49 @@ def test_a_step_that_rounds_away_is_refused():
         )
 
 
+class _Int8Product(torch.autograd.Function):
+    """A kernel of quantised weights: one derivative by the activations, and no second."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        return x @ (weight.to(x) * scale).T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        return grad @ (weight.to(grad) * scale), None, None
+
+
+class _Int8Linear(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return _Int8Product.apply(x, self.weight, self.scale)
+
+
+def test_quantised_weights_are_scored_by_differences(caplog):
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.GELU(), torch.nn.Linear(5, 3))
+    coarse = torch.nn.Sequential(_Int8Linear(plain[0]), torch.nn.GELU(), _Int8Linear(plain[2]))
+    with torch.no_grad():
+        for one, other in ((plain[0], coarse[0]), (plain[2], coarse[2])):
+            one.weight.copy_(other.weight * other.scale)
+            one.bias.zero_()
+    groups = {"n": group("n", "neuron", 5, [("2", -1, None)])}
+    batches = [(torch.randn(20, 4), torch.arange(20) % 3)]
+    expected = hessian_product(plain, groups, batches, protocol())
+    with caplog.at_level("INFO"):
+        found = hessian_product(coarse, groups, batches, protocol(), mode="auto")
+    assert "differences instead of exact" in caplog.text
+    assert_close(found.gradient, expected.gradient, relative=1e-3)
+    assert_close(found.second, expected.second, relative=1e-2)
+
+
 def test_batch_of_one():
     toy = perceptron(num_samples=1)
     assert hessian_product(toy.model, toy.groups, [toy.batch], protocol()).num_samples == 1

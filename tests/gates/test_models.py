@@ -51,11 +51,14 @@ def test_sums_are_derivatives_along_the_ones(case):
 
 
 @pytest.mark.parametrize("case", with_trait("gqa"), ids=str)
-@pytest.mark.parametrize("mode", ["exact", "differences"])
-def test_bfloat16_weights_rank_structures_alike(case, mode):
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [(torch.bfloat16, "exact"), (torch.bfloat16, "differences"), (torch.float16, "differences")],
+)
+def test_weights_of_16_bits_rank_structures_alike(case, dtype, mode):
     model, batch = case.model(), case.batch(4)
     graph = sosp_hub.trace(model, case.inputs())
     fine = score(model, graph, [batch], mode="exact")
-    coarse = score(model.bfloat16(), graph, [batch], mode=mode)
+    coarse = score(model.to(dtype), graph, [batch], mode=mode)
     ranks = [torch.cat(list(s.values())).argsort().argsort().double() for s in (fine, coarse)]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.98

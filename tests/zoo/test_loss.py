@@ -28,6 +28,13 @@ def test_images_and_labels():
     assert batch_loss(model, ((images,), labels)).value == loss.value
 
 
+def test_a_loss_is_as_precise_as_its_logits_and_at_least_float32():
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model = torch.nn.Linear(4, 3).to(dtype)
+        loss = batch_loss(model, (torch.randn(5, 4, dtype=dtype), torch.arange(5) % 3))
+        assert loss.value.dtype == torch.promote_types(dtype, torch.float32)
+
+
 @pytest.mark.parametrize("ignored", [0, 3])
 def test_tokens_of_a_language_model(llama, ignored):
     tokens = torch.randint(10, (2, 7))
