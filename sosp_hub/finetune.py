@@ -7,7 +7,7 @@ the step alone, so that a run that was killed and continued ends as one that was
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from sosp_hub.distributed import (
     to_device,
 )
 from sosp_hub.errors import DataError, ModelError
-from sosp_hub.recipe.schema import FinetuneSection, TrainSection
+from sosp_hub.recipe.schema import FinetuneSection
+from sosp_hub.recipe.training import TrainSection
 from sosp_hub.zoo.loss import batch_loss
 
 _POINTS = 100  # of the loss curve, at most
@@ -46,6 +47,8 @@ def finetune(
     seed: int = 0,
     num_workers: int = 0,
     description: str = "fine-tune",
+    penalty: Callable[[], Tensor] | None = None,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> list[dict[str, float]]:
     """Trains ``model`` in place and leaves it in eval mode.
 
@@ -59,6 +62,9 @@ def finetune(
         seed: Order of the samples, dropout and augmentation.
         num_workers: Processes that load data.
         description: In front of the progress bar.
+        penalty: Added to each loss; the loss curve is without it.
+        after_epoch: Gets the number of epochs that are done, before any state is kept; the model
+            may be in eval mode afterwards.
 
     Returns:
         The loss curve: ``step``, ``epoch``, ``loss``, ``learning_rate`` of each point.
@@ -112,7 +118,7 @@ def finetune(
                             target = batch_loss(teacher, batch).logits
                         follow = _distillation(loss.logits, target, batch, config.temperature)
                         value = (1 - config.distill) * value + config.distill * follow
-                    accelerator.backward(value)
+                    accelerator.backward(value if penalty is None else value + penalty())
                     if accelerator.sync_gradients and config.max_grad_norm is not None:
                         accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
                     optimizer.step()
@@ -129,6 +135,9 @@ def finetune(
                     losses.clear()
                 else:
                     advance()
+                if after_epoch and step % steps_per_epoch == 0:
+                    after_epoch(step // steps_per_epoch)
+                    model.train()
                 if save:
                     saved.save(step, history)
                 if step == total:

@@ -30,3 +30,18 @@ class Split(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         """A batch of one sample."""
         return self.__getitems__([index])
+
+
+class Part(Split):
+    """Some samples of a split, in the given order."""
+
+    def __init__(self, split: Split, indices: Sequence[int]) -> None:
+        self.split, self.indices = split, indices
+        self.num_labels, self.class_names = split.num_labels, split.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """The batch of these samples."""
+        return self.split.__getitems__([self.indices[i] for i in indices])

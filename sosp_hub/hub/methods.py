@@ -65,11 +65,14 @@ def method(name: str, options: Mapping[str, Any]) -> Method | None:
                 "||w_s||^2 / (sum over j of the group with ||w_j|| >= ||w_s|| of ||w_j||^2)",
                 "w are the weights of the structure; no data is used.",
             )
-        case "scp_score":
+        case "scp_score" | "scp":
             return Method(
                 "c0 - Phi((t - beta_s) / (|gamma_s| + 1e-8))",
                 "beta and gamma are of the BatchNorm in front of the structure's ReLU, so Phi is "
-                "the probability that it is off; no data is used.",
+                "the probability that it is off"
+                + (
+                    "; the model was trained with masks." if name == "scp" else "; no data is used."
+                ),
             )
         case "fpgm":
             words = "w are the weights of the structure; no data is used"

@@ -60,6 +60,7 @@ def run(
         graph = stages.trace()
     stages.train_dense()
     dense = stages.measure("dense_metrics", stages.model)
+    stages.train_masks(graph)
     saliency = stages.score(graph)
     plan, pruned = stages.plan_and_cut(graph, saliency)
     found, history = stages.follow_up(pruned)

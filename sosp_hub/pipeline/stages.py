@@ -32,11 +32,15 @@ from sosp_hub.errors import TraceError, VerificationError
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.pipeline.compensation import Curvature, choose_damping, curvature, with_gates
+from sosp_hub.pipeline.masking import train_with_masks
 from sosp_hub.pipeline.memory import PeakMemory
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.work import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
-from sosp_hub.recipe.schema import Recipe, TrainSection
+from sosp_hub.recipe.criteria import ScpSection
+from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.training import TrainSection
+from sosp_hub.soft_masks import SoftMasks
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
 from sosp_hub.structure.trace import trace
@@ -172,8 +176,8 @@ class Stages:
         """Whether the dense weights are of this run's own making, so that nobody else has them."""
         if self.scores is not None:
             return self.scores.has_dense
-        model = self.recipe.model
-        return self.loaded.new_head or not model.pretrained or bool(model.train)
+        model, trains = self.recipe.model, self.recipe.criterion.name == "scp"
+        return self.loaded.new_head or not model.pretrained or bool(model.train) or trains
 
     @property
     def base(self) -> dict[str, Any]:
@@ -198,6 +202,31 @@ class Stages:
                 )
             return
         self._trained("dense", self.model, config, "train dense")
+
+    def train_masks(self, graph: Graph) -> None:
+        """Trains the model on with masks, where the criterion is such a training."""
+        criterion, tensors = self.recipe.criterion, self.work.tensors("masked")
+        if not isinstance(criterion, ScpSection) or self.scores is not None:
+            return
+        groups = scorable_groups(graph, criterion.name, self.recipe.structure.kinds)
+
+        def make() -> dict[str, Any]:
+            config = criterion.train
+            made = train_with_masks(
+                SoftMasks(self.model, groups, criterion.t, criterion.c0, config.k, config.tau),
+                self.train,
+                self._augmented() if config.augment else self.train,
+                config,
+                state=self.work.training_state("masked"),
+                accelerator=self.accelerator,
+                seed=self.recipe.seed,
+                num_workers=self._num_workers,
+            )
+            self._save(lambda: save_model(self.model, str(tensors)))
+            return made
+
+        self._stage("masked", make)
+        load_model(self.model, tensors)
 
     def measure(self, stage: str, model: nn.Module) -> dict[str, Any]:
         """Metrics on the test split; none without data."""

@@ -18,6 +18,7 @@ _CUT = (*_MODEL, "structure", "criterion", "budget")
 STAGES: Mapping[str, tuple[str, ...]] = {
     "dense": _MODEL,
     "dense_metrics": (*_MODEL, "evaluate"),
+    "masked": (*_MODEL, "structure", "criterion.scores"),
     "curvature": (*_MODEL, "structure", "criterion.curvature"),
     "damping": _CUT,
     "saliency": (*_MODEL, "structure", "criterion.scores"),
@@ -58,6 +59,7 @@ class WorkFolder:
         self._shared = shared
         data = recipe.criterion.model_dump(mode="json", include={"num_samples", "batch_size"})
         scores = {"name": recipe.criterion.name, **recipe.criterion.options()}
+        scores |= recipe.criterion.model_dump(mode="json", include={"train"})
         auto = recipe.criterion.damping == "auto"
         if auto:
             best_for = [self._recipe["budget"], recipe.finetune.recalibrate_norm]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from sosp_hub.recipe.section import Count, Section, Share
+from sosp_hub.recipe.training import MaskTrainSection
 
 
 def _damping(value: Any) -> Any:
@@ -169,6 +170,25 @@ class ScpScoreSection(CriterionSection):
     )
 
 
+class ScpSection(CriterionSection):
+    """BatchNorm and ReLU, after a training with masks that decides how much goes."""
+
+    name: Literal["scp"] = Field(default="scp", description="trains with masks, then as scp_score")
+    t: float = Field(default=0.05, description="below this a channel counts as off")
+    c0: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.95, description="probability of being off above which a channel goes"
+    )
+    train: MaskTrainSection = Field(
+        default=MaskTrainSection(),
+        description="keys as in model.train, from its result on, and: sparsity, k, tau, held_out, "
+        "select_from",
+    )
+
+    def options(self) -> dict[str, Any]:
+        """What scores after the training."""
+        return {"t": self.t, "c0": self.c0}
+
+
 class LampSection(CriterionSection):
     """Magnitude that compares between layers; needs no data."""
 
@@ -278,6 +298,7 @@ CRITERIA = (
     RandomSection,
     FisherSection,
     ScpScoreSection,
+    ScpSection,
     LampSection,
     FpgmSection,
     ActivationSection,
@@ -298,6 +319,7 @@ AnyCriterion = Annotated[
     | RandomSection
     | FisherSection
     | ScpScoreSection
+    | ScpSection
     | LampSection
     | FpgmSection
     | ActivationSection

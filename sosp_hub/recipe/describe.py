@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from sosp_hub.recipe.criteria import CRITERIA, CriterionSection
-from sosp_hub.recipe.schema import FinetuneSection, Recipe, TrainSection
+from sosp_hub.recipe.criteria import CRITERIA, CriterionSection, ScpSection
+from sosp_hub.recipe.schema import FinetuneSection, Recipe
 from sosp_hub.recipe.section import Section
+from sosp_hub.recipe.training import MaskTrainSection, TrainSection
 
 _NAMES = {
     bool: "true or false",
@@ -36,6 +37,8 @@ def _blocks() -> Iterator[list[str]]:
                     f"  name: {criterion.model_fields['name'].default}",
                     *_rows(criterion, skip=CriterionSection),
                 ]
+                if criterion is ScpSection:
+                    yield ["    train:   (and all keys of model.train)", *_rows(MaskTrainSection)]
         elif section := _section(field.annotation):
             skip = TrainSection if section is FinetuneSection else None
             note = f"   ({field.description}; default: null)" if field.description else ""

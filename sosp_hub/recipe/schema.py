@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sosp_hub.recipe.criteria import AnyCriterion, SospHSection
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
+from sosp_hub.recipe.training import TrainSection
 from sosp_hub.types import DEFAULT_KINDS, Kind, Library, Task
 
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
@@ -13,48 +14,7 @@ _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
 Verb = Literal["prune", "compare", "expand"]
 BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
 _DEPTH = ("block_influence", "sglp")
-_DECIDING = ("sglp",)
-
-
-class TrainSection(Section):
-    """How to train: the dense model before pruning (``model.train``) and the cut one after."""
-
-    epochs: Annotated[int, Field(ge=0)] = Field(
-        default=10, description="passes over the train split; 0 = no training"
-    )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        default=1e-3, description="peak learning rate"
-    )
-    optimizer: Literal["adamw", "sgd"] = Field(
-        default="adamw", description="sgd has Nesterov momentum"
-    )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="of sgd")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        default=0.01, description="not applied to biases and norms"
-    )
-    batch_size: Count = Field(default=64, description="samples of one step on one process")
-    gradient_accumulation: Count = Field(default=1, description="batches of one optimizer step")
-    schedule: Literal["cosine", "constant"] = Field(
-        default="cosine", description="after the warm-up"
-    )
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.05, description="share of all steps"
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="classification only"
-    )
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        default=1.0, description="gradient clipping; null = none"
-    )
-    augment: bool = Field(
-        default=False, description="images: random horizontal flip and shift by up to 1/8"
-    )
-    save_every_steps: Count | None = Field(
-        default=None, description="resumable state every so many steps; null = each epoch"
-    )
-    num_samples: Count | None = Field(
-        default=None, description="samples of the train split that are used; null = all"
-    )
+_DECIDING = ("scp", "sglp")
 
 
 class ModelSection(Section):
@@ -159,7 +119,7 @@ class BudgetSection(Section):
     )
     threshold: float | None = Field(
         default=None,
-        description="no share: what scores less goes; 0 alone is the default of sglp",
+        description="no share: what scores less goes; 0 alone is the default of scp and sglp",
     )
     keep_at_least: Share = Field(
         default=0.1, description="floor of each group, as a share of it; at least one stays"
@@ -350,6 +310,11 @@ class Recipe(Section):
                 f"criterion.name: {name} scores whole layers and cannot score "
                 f"{', '.join(kind for kind in kinds if kind != 'layer')}; "
                 "write structure.kinds: [layer]"
+            )
+        if self.criterion.compensates() and name == "scp":
+            raise ValueError(
+                "criterion.compensate: what scp cuts is silent already and leaves nothing to make "
+                "up for; leave it out"
             )
         if self.criterion.compensates() and "layer" in kinds:
             raise ValueError(

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.finetune import finetune, recalibrate_norm
-from sosp_hub.recipe.schema import FinetuneSection, TrainSection
+from sosp_hub.recipe.schema import FinetuneSection
+from sosp_hub.recipe.training import TrainSection
 from tests.compare import assert_close
 
 

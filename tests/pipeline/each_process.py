@@ -15,7 +15,7 @@ from sosp_hub.data.loading import calibration_batches, make_loader
 from sosp_hub.distributed import from_main, make_accelerator, process_state, process_sum
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import finetune, recalibrate_norm
-from sosp_hub.recipe.schema import TrainSection
+from sosp_hub.recipe.training import TrainSection
 from sosp_hub.structure.trace import trace
 
 NUM_SAMPLES = 23

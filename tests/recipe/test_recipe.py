@@ -255,7 +255,7 @@ def test_the_schema_offers_each_criterion_as_it_is():
     given_by_score = {"loss_fn", "seed", "process_sum", "curvature"}
     of_all = set(CriterionSection.model_fields)
     for section in CRITERIA:
-        own = section.model_fields.keys() - {"name", *of_all}
+        own = section.model_fields.keys() - {"name", "train", *of_all}
         fields = dataclasses.fields(known[section.model_fields["name"].default])
         theirs = {field.name: field.default for field in fields if field.name not in given_by_score}
         shared = {"damping": 0.01} if "damping" in theirs else {}

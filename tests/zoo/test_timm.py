@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import DataError, HubError, ModelError
-from sosp_hub.recipe.schema import TrainSection
+from sosp_hub.recipe.training import TrainSection
 from sosp_hub.zoo.load import example_inputs, load_model
 from sosp_hub.zoo.origin import origin_on_hub
 from tests.compare import assert_close

@@ -1,0 +1,238 @@
+"""Masks of SCP: written out once more, hard ones equal to a cut, and trained from a recipe."""
+
+import copy
+import json
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sosp_hub.zoo.timm
+from sosp_hub.allocation import allocate
+from sosp_hub.criteria.registry import score
+from sosp_hub.finetune import finetune
+from sosp_hub.pipeline.masking import _Best
+from sosp_hub.prune import main
+from sosp_hub.recipe.training import TrainSection
+from sosp_hub.soft_masks import SoftMasks, off_probability
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import apply
+from tests.compare import assert_close
+from tests.criteria.test_scp_score import Dense, normal, stack
+from tests.finetune.test_finetune import Points
+
+assert sosp_hub.zoo.timm  # registers the CIFAR ResNets
+
+
+def spread(model):
+    """BatchNorms with many channels that are off, many that are on, and some in between."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator))
+                module.bias.copy_(torch.randn(module.bias.shape, generator=generator))
+                module.running_var.fill_(0.02)  # so that what is off in most places is on in some
+    return model
+
+
+def masks_of(model, x, **options):
+    return SoftMasks(model, trace(model, (x,)).groups, **options)
+
+
+def test_a_training_mask_is_the_relaxed_sample_written_out():
+    model, x = spread(stack(nn.BatchNorm2d(4))).double().train(), torch.randn(2, 3, 8, 8).double()
+    masks = masks_of(model, x, t=0.1, c0=0.7, k=5.0, tau=0.8)
+    norm = copy.deepcopy(model[1])
+    with masks.installed():
+        torch.manual_seed(5)
+        found = model(x)
+    found.square().sum().backward()
+    torch.manual_seed(5)
+    noise = torch.rand(4).clamp(1e-6, 1 - 1e-6).logit()
+    cdf = torch.special.ndtr((0.1 - norm.bias.float()) / (norm.weight.float().abs() + 1e-8))
+    p = torch.sigmoid(5.0 * (cdf - 0.7))
+    logits = torch.stack([p.log(), (1 - p).log() + noise])  # the noise of the second less the first
+    keep = torch.softmax(logits / 0.8, 0)[1].double().view(1, -1, 1, 1)
+    expected = model[3:](keep * F.relu(norm(model[0](x))))
+    assert_close(found, expected, relative=1e-6)
+    expected.square().sum().backward()
+    for mine, theirs in ((model[1].weight, norm.weight), (model[1].bias, norm.bias)):
+        assert_close(mine.grad, theirs.grad, relative=1e-5)
+
+
+def test_a_channel_is_sampled_as_often_as_its_probability_says():
+    model, x = stack(nn.BatchNorm2d(4)).train(), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        model[1].weight.fill_(1.0)
+        model[1].bias.copy_(torch.tensor([-1.6, -1.62, -1.9, 0.5]))
+    before = model[1].running_mean.clone()
+    times, runs = torch.zeros(4), 2000
+    with masks_of(model, x).installed(), torch.no_grad():
+        for _ in range(runs):
+            model[1].running_mean.copy_(before)
+            model(x)
+            times += model[1].running_mean != before  # moves for sampled channels alone
+    p = [1 / (1 + math.exp(-20 * (normal(b, 1) - 0.95))) for b in (-1.6, -1.62, -1.9, 0.5)]
+    for share, probability in zip((times / runs).tolist(), p, strict=True):
+        deviation = math.sqrt(probability * (1 - probability) / runs)
+        assert abs(share - (1 - probability)) < 4 * deviation + 1e-6
+
+
+def test_statistics_of_sampled_channels_move_as_ever():
+    model, x = spread(stack(nn.BatchNorm2d(4))).train(), torch.randn(4, 3, 8, 8)
+    model[1].bias.data = torch.tensor([-9.0, 9.0, -9.0, 9.0])
+    plain = copy.deepcopy(model)
+    plain(x)
+    before = copy.deepcopy(model[1])
+    with masks_of(model, x, k=1000.0).installed():
+        model(x)
+    for name in ("running_mean", "running_var"):
+        found, moved, old = (getattr(norm, name) for norm in (model[1], plain[1], before))
+        assert_close(found, torch.stack([old[0], moved[1], old[2], moved[3]]), relative=0)
+    assert not model[1]._forward_hooks
+    assert not model[1]._forward_pre_hooks
+
+
+def test_the_penalty():
+    model, x = spread(Dense()), torch.randn(2, 3, 8, 8)
+    expected = sum(
+        (norm.bias + 2 * norm.weight.abs()).sum().item() * 0.3 for norm in (model.one, model.two)
+    )
+    expected += 0.25 * sum(norm.weight.square().sum().item() for norm in (model.one, model.two))
+    assert masks_of(model, x).penalty(0.3, 0.5).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "size"),
+    [
+        (lambda: stack(nn.BatchNorm2d(4), nn.BatchNorm2d(4)), 8),
+        (Dense, 8),  # channels that are off in one of two pairs
+        (lambda: timm.create_model("cifar_resnet20"), 16),
+        (lambda: timm.create_model("mobilenetv2_035", num_classes=5), 32),
+    ],
+    ids=["plain", "dense", "resnet", "mobilenet"],
+)
+def test_a_physical_cut_equals_the_model_with_hard_masks(build, size):
+    model, x = spread(build()).eval(), torch.randn(3, 3, size, size)
+    masks, c0 = masks_of(model, x, c0=0.6), 0.6
+    graph = trace(model, (x,))
+    wanted = {name for name, group in graph.groups.items() if group.rectified}
+    with masks.installed(), torch.no_grad():
+        masked = model(x)
+    with torch.no_grad():
+        assert (masked - model(x)).abs().max() > 1e-3
+    number = masks.harden_()
+    assert number > 0
+    assert masks.harden_() == number
+    with torch.no_grad():
+        assert_close(model(x), masked, relative=1e-6)
+    saliency = score(model, graph, [], "scp", c0=c0)
+    assert set(saliency) == wanted
+    plan = allocate(graph, saliency, threshold=0.0, keep_at_least=1e-6)
+    lost = sum(plan.sizes[name] - len(kept) for name, kept in plan.kept.items())
+    assert lost > 0
+    pruned = apply(model, graph, plan)
+    with torch.no_grad():
+        assert_close(pruned(x), masked, relative=1e-5)
+
+
+def test_only_channels_that_every_reader_sees_behind_a_pair_have_masks():
+    model, x = timm.create_model("cifar_resnet20").eval(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.zero_()
+                module.bias.fill_(-1.0)
+    masks_of(model, x).harden_()
+    silent = {name for name, p in model.named_parameters() if name.endswith("bias") and not p.any()}
+    assert {name.rpartition(".")[0] for name in silent} == {
+        f"layer{i}.{j}.bn1" for i in (1, 2, 3) for j in range(3)
+    }
+    assert off_probability(torch.tensor(-1.0), torch.tensor(0.0), 0.05) == 1
+
+
+# ------------------------------------------------------------------------------------ training
+def test_the_penalty_is_trained_and_epochs_are_told():
+    torch.manual_seed(0)
+    model, told = nn.Linear(2, 2), []
+    config = TrainSection(epochs=3, batch_size=8, learning_rate=0.1, optimizer="sgd")
+    history = finetune(
+        model, Points(16), config,
+        penalty=lambda: 50 * model.bias.square().sum(),
+        after_epoch=lambda epoch: told.append((epoch, model.training)) or model.eval(),
+    )  # fmt: skip
+    assert told == [(1, True), (2, True), (3, True)]
+    assert history[0]["loss"] < 5  # without the penalty
+    torch.manual_seed(0)
+    plain = nn.Linear(2, 2)
+    finetune(plain, Points(16), config)
+    assert (plain.bias - model.bias).abs().max() > 1e-3
+
+
+def test_the_best_epoch_survives_a_kill(tmp_path):
+    model = nn.Linear(1, 1)
+
+    def offer(*pairs):
+        for epoch, loss in pairs:
+            model.weight.data.fill_(float(epoch))
+            _Best(model, tmp_path).offer(epoch, loss)
+        found = _Best(model, tmp_path).load()
+        assert model.weight.item() == found["epoch"]
+        return found["epoch"]
+
+    assert offer((5, 2.0), (6, 1.0), (7, 3.0)) == 6
+    assert offer((7, 3.0), (8, 0.9)) == 8  # epoch 7 again, after a kill
+    assert offer((6, 5.0), (7, 4.0), (8, 4.5)) == 7  # begun again from before what was known
+
+
+RECIPE = """
+model:
+  library: timm
+  id: cifar_resnet20
+  task: image-classification
+  pretrained: false
+  train: {epochs: 1, learning_rate: 3.0e-3, batch_size: 32}
+data: {id: sklearn/digits, num_train: 200, num_test: 50}
+criterion:
+  name: scp
+  c0: 0.3
+  train: {epochs: 2, learning_rate: 0.05, batch_size: 30, sparsity: 2.0e-2}
+finetune: {epochs: 0, recalibrate_norm: false}
+evaluate: {metrics: [accuracy, loss], latency: false}
+output: {dir: OUTPUT, figures: false}
+"""
+
+
+def test_from_a_recipe(tmp_path, monkeypatch):
+    path, output = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(RECIPE.replace("OUTPUT", str(output)))
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sosp_hub.pipeline.stages.score", stop)
+        assert main([str(path)]) != 0
+    record = json.loads((tmp_path / "out.partial" / "masked.json").read_text())["made"]
+    assert record["num_held_out"] == 20
+    assert record["epoch"] == 2
+    assert record["num_off"] > 0
+    assert main([str(path)]) == 0  # goes on behind the training
+    report = json.loads((output / "sosp_report.json").read_text())
+    assert list(report["metrics"]) == ["dense", "cut", "final"]
+    assert report["plan"]["provenance"]["budget"] == {"threshold": 0.0}
+    kept = {name: len(kept) for name, kept in report["plan"]["kept"].items()}
+    assert sum(report["plan"]["sizes"][name] - number for name, number in kept.items()) > 0
+    assert report["cost"]["after"]["macs"] < report["cost"]["before"]["macs"]
+
+
+def test_a_training_without_samples_is_refused(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    text = RECIPE.replace("OUTPUT", str(tmp_path / "out"))
+    path.write_text(text.replace("sparsity", "held_out: 0.999, sparsity"))
+    assert main([str(path)]) == 2
+    assert "criterion.train.held_out: 0.999 of 200 samples" in capsys.readouterr().err
