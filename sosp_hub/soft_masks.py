@@ -7,6 +7,7 @@ since how probably a channel is masked follows from the BatchNorm in front of it
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class SoftMasks:
     def installed(self) -> Iterator[None]:
         """The model runs with masks; running statistics move for sampled channels alone."""
         with ExitStack() as stack:
-            for name, masked in self._positions().items():
+            for name, masked in self._positions.items():
                 before, after = self._hooks(masked)
                 norm = self.model.get_submodule(name)
                 stack.callback(norm.register_forward_pre_hook(before).remove)
@@ -80,7 +81,7 @@ class SoftMasks:
         """
         scales = [m.weight for m in self.model.modules() if isinstance(m, _BatchNorm) and m.affine]
         total = 0.5 * weight_decay * torch.stack([gamma.square().sum() for gamma in scales]).sum()
-        for name, masked in self._positions().items():
+        for name, masked in self._positions.items():
             gamma, beta = self._parameters(name)
             mask = masked.to(beta.device)
             total = total + sparsity * (beta + 2 * gamma.abs())[mask].sum()
@@ -94,7 +95,7 @@ class SoftMasks:
             Number of channels of BatchNorms that are off now.
         """
         number = 0
-        for name, masked in self._positions().items():
+        for name, masked in self._positions.items():
             gamma, beta = self._parameters(name)
             off = masked.to(beta.device) & ~self._stays(beta, gamma)
             gamma[off] = 0
@@ -109,6 +110,7 @@ class SoftMasks:
         weight, bias = (self.model.get_parameter(f"{name}.{part}") for part in ("weight", "bias"))
         return weight, bias
 
+    @cached_property
     def _positions(self) -> dict[str, Tensor]:
         """For each BatchNorm of a pair which of its channels have masks."""
         positions: dict[str, Tensor] = {}
