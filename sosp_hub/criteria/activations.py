@@ -52,7 +52,8 @@ class Seen(NamedTuple):
                 f"group {self.group.name!r} ({self.group.kind}): its structures have different "
                 "numbers of positions; score it with a criterion on gates, such as `taylor`"
             )
-        parts = self.rows[..., order.to(self.rows.device)]
+        plain = torch.equal(order, torch.arange(self.rows.shape[-1]))
+        parts = self.rows if plain else self.rows[..., order.to(self.rows.device)]
         return parts.unflatten(-1, (self.group.size, each)).permute(2, 0, 1, 3)
 
 
