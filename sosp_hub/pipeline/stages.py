@@ -208,7 +208,7 @@ class Stages:
         criterion, tensors = self.recipe.criterion, self.work.tensors("masked")
         if not isinstance(criterion, ScpSection) or self.scores is not None:
             return
-        groups = scorable_groups(graph, criterion.name, self.recipe.structure.kinds)
+        groups = scorable_groups(self._chosen(graph), criterion.name, self.recipe.structure.kinds)
 
         def make() -> dict[str, Any]:
             config = criterion.train
@@ -225,7 +225,7 @@ class Stages:
             self._save(lambda: save_model(self.model, str(tensors)))
             return made
 
-        self._stage("masked", make)
+        self.stage("masked", make)
         load_model(self.model, tensors)
 
     def measure(self, stage: str, model: nn.Module) -> dict[str, Any]:

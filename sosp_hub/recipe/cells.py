@@ -49,7 +49,13 @@ def cells_of(recipe: Recipe) -> tuple[list[Cell], list[str]]:
             changes["structure"] = {**base.get("structure", {}), "kinds": entry["kinds"]}
         made, found = _recipe({**base, **changes}, f"compare.criteria.{number}")
         faults += found
-        if made is not None:
+        if made is not None and made.criterion.name == "scp":
+            faults.append(
+                f"compare.criteria.{number}: scp trains the model, which is then another than the "
+                "one that the other criteria score; write scp_score, or run scp with "
+                "python -m sosp_hub.prune"
+            )
+        elif made is not None:
             criteria.append((_criterion_label(entry), made, changes))
     for number, entry in enumerate(section.budgets or [base.get("budget", {})]):
         any_criterion = {"criterion": {"name": "random"}, "budget": {**rest, **entry}}

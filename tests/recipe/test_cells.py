@@ -78,6 +78,7 @@ def test_a_comparison_survives_being_written(tmp_path):
 @pytest.mark.parametrize(
     ("compare", "words"),
     [
+        ({"criteria": ["scp", "lamp"]}, ["compare.criteria.0", "scp_score", "sosp_hub.prune"]),
         ({"criteria": ["tailor"]}, ["compare.criteria.0.name", "'tailor'", "`taylor`"]),
         ({"criteria": [3]}, ["compare.criteria.0", "got 3", "keys"]),
         ({"criteria": []}, ["compare.criteria", "at least one"]),
