@@ -208,7 +208,7 @@ class Stages:
         criterion, tensors = self.recipe.criterion, self.work.tensors("masked")
         if not isinstance(criterion, ScpSection) or self.scores is not None:
             return
-        groups = scorable_groups(self._chosen(graph), criterion.name, self.recipe.structure.kinds)
+        groups = scorable_groups(self.chosen(graph), criterion.name, self.recipe.structure.kinds)
 
         def make() -> dict[str, Any]:
             config = criterion.train
@@ -222,7 +222,7 @@ class Stages:
                 seed=self.recipe.seed,
                 num_workers=self._num_workers,
             )
-            self._save(lambda: save_model(self.model, str(tensors)))
+            self.save(lambda: save_model(self.model, str(tensors)))
             return made
 
         self.stage("masked", make)
