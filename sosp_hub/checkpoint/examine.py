@@ -18,11 +18,9 @@ from sosp_hub.checkpoint import headers
 from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.io import PLAN, model_class
+from sosp_hub.checkpoint.readers import Reader, readers
 from sosp_hub.checkpoint.record import KEY, parse_delta
 from sosp_hub.errors import CheckpointError, HubError
-
-_PACKED = 256  # values of a row that GGUF's K-quants pack together
-_LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "deci"}
 
 
 @dataclass(frozen=True)
@@ -46,21 +44,6 @@ class Layer:
     params: int
     macs: int | None
     bytes: int
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Something that could load the checkpoint without this package.
-
-    Attributes:
-        name: What.
-        loads: Whether it does; None = it cannot be said from here.
-        why: The constraint that breaks, or what to mind.
-    """
-
-    name: str
-    loads: bool | None
-    why: str
 
 
 @dataclass
@@ -116,7 +99,7 @@ def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHead
     with _as_checkpoint_error():
         model = _build(folder, config, is_timm, dense=False).eval()
         dense = _build(folder, config, is_timm, dense=True).eval() if delta else None
-    sample, macs = _count_macs(model)
+    sample, macs, obstacle = _count_macs(model)
     dense_macs = _count_macs(dense)[1] if dense is not None else {}
     found = Findings(
         source,
@@ -134,7 +117,15 @@ def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHead
     }
     if dense is not None:
         found.totals |= {"dense_params": _num_params(dense), "dense_macs": dense_macs.get("")}
-    found.readers = list(_readers(found, config))
+    found.readers = list(
+        readers(
+            model,
+            dense,
+            library="timm" if is_timm else "transformers",
+            num_bytes=found.totals["bytes"] or 0,
+            obstacle=obstacle,
+        )
+    )
     return found
 
 
@@ -180,35 +171,37 @@ def _as_checkpoint_error() -> Iterator[None]:
         ) from error
 
 
-def _count_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
-    """Shapes of one sample, and multiply-accumulates for it by module; ``""`` is the model."""
+def _count_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]:
+    """Shapes of one sample, multiply-accumulates for it by module, and why there are none.
+
+    ``""`` is the whole model.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         return _count_fake_macs(to_fake(model))
 
 
-def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int]]:
+def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]:
     inputs = made_up_inputs(model)
     if inputs is None:
-        return "", {}
+        return "", {}, "its config does not say how its inputs look"
     named = inputs.items() if isinstance(inputs, dict) else [("input", each) for each in inputs]
-    sizes = [f"{name} {list(value.shape[1:])}" for name, value in named]
+    sizes = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in named)
     batch = next(value.shape[0] for _, value in named if isinstance(value, Tensor))
     try:
         experts = {torch.ops.aten._grouped_mm: _grouped_flops}
         with FlopCounterMode(display=False, custom_mapping=experts) as counter:
             model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    except Exception:  # noqa: BLE001 - code that reads values cannot be followed without data
-        return ", ".join(sizes), {}
+    except Exception as error:  # noqa: BLE001 - code that reads values
+        (line, *_) = str(error).strip().splitlines() or [""]
+        return sizes, {}, f"{type(error).__name__}: {line}"
     root = type(model).__name__
     found = {
         name.removeprefix(root).removeprefix("."): sum(flops.values()) // (2 * batch)
         for name, flops in counter.get_flop_counts().items()
         if name != "Global"
     }
-    return ", ".join(sizes), {
-        "": sum(counter.get_flop_counts()["Global"].values()) // (2 * batch),
-        **found,
-    }
+    found[""] = sum(counter.get_flop_counts()["Global"].values()) // (2 * batch)
+    return sizes, found, None
 
 
 def _grouped_flops(rows: tuple[int, ...], weights: tuple[int, ...], *_: Any, **__: Any) -> int:
@@ -272,35 +265,6 @@ def _as_stored(model: Any) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, state)
-
-
-def _readers(found: Findings, config: Mapping[str, Any]) -> Iterator[Reader]:
-    if found.tier == "native":
-        yield Reader(found.library, True, "a plain config says all")
-    else:
-        yield Reader(found.library, False, "stops at the delta; `import sosp_hub` first")
-    yield Reader(
-        "ONNX, torch.export", None, "export from the loaded model: sosp_hub.checkpoint.export"
-    )
-    if found.library != "transformers":
-        return
-    widths = [layer for layer in found.layers if layer.kind in ("Linear", "Conv1D")]
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
-    odd = [layer.name for layer in widths if any(size % 2 for size in layer.shape)]
-    if found.tier == "delta":
-        yield Reader(
-            "vLLM", False, "needs one width for all layers; prune with budget.uniform: true"
-        )
-    elif odd or (isinstance(heads, int) and heads % 2):
-        what = f"{odd[0]} is odd" if odd else f"{heads} heads or KV groups are odd"
-        yield Reader("vLLM", None, f"as transformers does, but not with tensor parallel 2: {what}")
-    else:
-        yield Reader("vLLM", None, "as transformers does; tensor parallel 2 divides")
-    if config.get("model_type") in _LLAMA_LIKE:
-        uneven = [layer.name for layer in widths if layer.shape[-1] % _PACKED]
-        form = "plain" if found.tier == "native" else "arch deci, one width a layer"
-        mind = f"; rows of {uneven[0]} are no multiple of {_PACKED}: no K-quants" if uneven else ""
-        yield Reader("GGUF (llama.cpp)", None, f"after conversion, {form}{mind}")
 
 
 def _num_params(model: nn.Module) -> int:

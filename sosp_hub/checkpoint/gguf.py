@@ -61,7 +61,7 @@ def to_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None) -> Path:
         import gguf
     except ImportError as error:
         raise CheckpointError(f"GGUF: {error}; pip install gguf") from error
-    _check(model)
+    check(model)
     arrays = dict(_tensors(model))
     writer = gguf.GGUFWriter(str(path), ARCHITECTURE)
     _describe(writer, model)
@@ -82,8 +82,13 @@ def to_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None) -> Path:
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def _check(model: Any) -> None:
-    """Refuses what ``deci`` would compute otherwise, or not at all."""
+def check(model: Any) -> None:
+    """Refuses what ``deci`` would compute otherwise, or not at all; looks at no weight.
+
+    Raises:
+        ModelError: A model of another family.
+        CheckpointError: llama.cpp has no form for a layer.
+    """
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
     if family not in _FAMILIES or not hasattr(model, "lm_head"):
