@@ -246,12 +246,23 @@ def _cost_rows(
     ]
     for measured, words, key, show in (
         (latency, "Latency of one forward pass", "seconds", _seconds),
-        (memory, "Peak memory of one forward pass", "bytes", _bytes),
+        (memory, _memory_words(memory), "bytes", _bytes),
     ):
         pair = [(measured.get(when) or {}).get(key) for when in ("before", "after")]
         if pair[0] and pair[1]:
             rows.append(Row(words, show(pair[0]), show(pair[1]), _percent(pair[1] / pair[0] - 1)))
     return tuple(rows)
+
+
+def _memory_words(memory: Mapping[str, Any]) -> str:
+    """What the peak is of; weights and inputs are in it."""
+    after = memory.get("after") or {}
+    words = ["Peak memory of one forward pass"]
+    if after.get("batch"):
+        words.append(f"batch of {after['batch']}")
+    if after.get("dtype"):
+        words.append(str(after["dtype"]).removeprefix("torch."))
+    return ", ".join(words)
 
 
 def _metric_rows(

@@ -22,6 +22,7 @@ from sosp_hub.hub.contents import DENSE
 from sosp_hub.hub.facts import scrub
 from sosp_hub.hub.licence import copy_licence_files
 from sosp_hub.hub.page import write_page
+from sosp_hub.pipeline.memory import forward_peak
 from sosp_hub.pipeline.place import put
 from sosp_hub.pipeline.scores import CURVATURE, SALIENCY
 from sosp_hub.plan import PruningPlan
@@ -64,6 +65,7 @@ def write_result(
         "metrics": dict(metrics),
         "cost": costs(graph, plan),
         "latency": latency_of(recipe, loaded, pruned) if recipe.evaluate.latency else {},
+        "peak_memory": peak_memory_of(recipe, loaded, pruned),
         "groups": [
             {
                 "name": group.name,
@@ -173,6 +175,17 @@ def latency_of(
     }
     before, after = measure_latency([loaded.model.eval(), pruned.eval()], inputs, budget_s)
     return {"before": {"seconds": before, **stated}, "after": {"seconds": after, **stated}}
+
+
+def peak_memory_of(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[str, Any]:
+    """Bytes in tensors at the height of a forward pass before and after, and for what inputs."""
+    batch = recipe.evaluate.latency_batch_size
+    inputs = to_device(example_inputs(loaded, batch))
+    models = {"before": loaded.model.eval(), "after": pruned.eval()}
+    stated = {"batch": batch, "dtype": recipe.model.dtype, "hardware": _hardware()}
+    return {
+        when: {"bytes": forward_peak(model, inputs), **stated} for when, model in models.items()
+    }
 
 
 def versions() -> dict[str, str]:

@@ -51,6 +51,10 @@ def _costs(report: Mapping[str, Any]) -> Table:
         times = [report["latency"][when]["seconds"] for when in ("before", "after")]
         label = f"latency, batch of {report['latency']['after']['batch']}"
         table.add_row(label, _seconds(times[0]), _seconds(times[1]), _percent(*times))
+    if report.get("peak_memory"):
+        peaks = [report["peak_memory"][when]["bytes"] for when in ("before", "after")]
+        label = f"peak memory, batch of {report['peak_memory']['after']['batch']}"
+        table.add_row(label, _bytes(peaks[0]), _bytes(peaks[1]), _percent(*peaks))
     return table
 
 

@@ -67,6 +67,12 @@ def test_a_run_leaves_a_smaller_model_with_all_that_belongs_to_it(finished):
         assert found["accuracy"]["stderr"] > 0
     before, after = report["cost"]["before"], report["cost"]["after"]
     assert 0.4 < after["macs"] / before["macs"] <= 0.5
+    peak = {when: found["bytes"] for when, found in report["peak_memory"].items()}
+    assert after["bytes"] < peak["after"] < peak["before"]
+    assert (
+        "| Peak memory of one forward pass, batch of 1, float32 |"
+        in (output / "README.md").read_text()
+    )
     weights = load_file(output / "model.safetensors")
     in_file = sum(t.numel() for name, t in weights.items() if "running" not in name)
     in_file -= sum(t.numel() for name, t in weights.items() if "num_batches" in name)
