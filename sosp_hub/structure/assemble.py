@@ -15,6 +15,8 @@ from sosp_hub.structure.ties import settle
 from sosp_hub.types import Kind
 
 Reads = dict[tuple[str, int], dict[str, Axis]]
+Summed = set[tuple[str, int]]
+
 """Axes along which a parameter is summed over, by (parameter, atom id) and the module whose code
 does it.
 """
@@ -37,7 +39,7 @@ def assemble(
     tied = settle(terms.constraints, terms.leaks, terms.comparisons)
     places = _places(tensors)
     parameters = {name for name, parameter in model.named_parameters(remove_duplicate=False)}
-    reads = _reads(terms)
+    reads, summed = _reads(terms), _summed(terms, model)
     behind = behind_pairs(model, terms.steps)
     numbers: dict[int, Group] = {}
     names: set[str] = set()
@@ -45,21 +47,21 @@ def assemble(
         if atom.pinned or not any(tensor in parameters for tensor, _ in members):
             continue
         kind = _kind(atom, members, tensors)
-        name = _name(atom, members, tensors, reads, kind, names)
+        name = _name(atom, members, tensors, reads, summed, kind, names)
         names.add(name)
         found = tuple(
             Member(
                 tensor,
                 dim,
                 index_of(tensors[tensor][dim], atom),
-                _is_read(reads, tensor, dim, atom, tensors),
+                _is_read(reads, summed, tensor, dim, atom, tensors),
             )
             for tensor, dim in members
         )
         if kind == "expert":
             sites = tuple(expert_sites(atom, members, tensors, reads))
         else:
-            sites = tuple(_sites(model, atom, members, tensors, reads, entries))
+            sites = tuple(_sites(model, atom, members, tensors, reads, summed, entries))
         multiple = atom.multiple if atom.size % atom.multiple == 0 else 1
         numbers[atom.id] = Group(
             name, kind, atom.size, found, sites, tuple(atom.inexact), (), multiple,
@@ -151,13 +153,29 @@ def _reads(terms: Terms) -> Reads:
     return reads
 
 
-def _is_read(reads: Reads, tensor: str, dim: int, atom: Atom, tensors: dict[str, Axes]) -> bool:
+def _summed(terms: Terms, model: nn.Module) -> Summed:
+    """Dimensions of parameters that a read sums over, by their stride: views keep it."""
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    return {
+        (read.tensor, dim)
+        for read in terms.reads
+        if read.tensor in held
+        for dim, stride in enumerate(held[read.tensor].stride())
+        if stride == read.stride
+    }
+
+
+def _is_read(
+    reads: Reads, summed: Summed, tensor: str, dim: int, atom: Atom, tensors: dict[str, Axes]
+) -> bool:
     """Whether this dimension is summed over; a square weight has the atom twice."""
     if (tensor, atom.id) not in reads:
         return False
     holders = [d for d, axis in enumerate(tensors[tensor]) if any(a is atom for a in atoms(axis))]
     if len(holders) == 1:
         return True
+    if sum((tensor, holder) in summed for holder in holders) == 1:
+        return (tensor, dim) in summed
     wanted = [[a.id for a in atoms(axis)] for axis in reads[tensor, atom.id].values()]
     matching = [d for d in holders if [a.id for a in atoms(tensors[tensor][d])] in wanted]
     return dim == (matching[-1] if matching else holders[-1])
@@ -202,11 +220,14 @@ def _name(
     members: list[tuple[str, int]],
     tensors: dict[str, Axes],
     reads: Reads,
+    summed: Summed,
     kind: Kind,
     taken: set[str],
 ) -> str:
     makers = [
-        n for n, d in members if len(tensors[n]) > 1 and not _is_read(reads, n, d, atom, tensors)
+        n
+        for n, d in members
+        if len(tensors[n]) > 1 and not _is_read(reads, summed, n, d, atom, tensors)
     ]
     tensor = (makers or [members[0][0]])[0]
     stem = tensor.rpartition(".")[0] or tensor
@@ -222,6 +243,7 @@ def _sites(
     members: list[tuple[str, int]],
     tensors: dict[str, Axes],
     reads: Reads,
+    summed: Summed,
     entries: dict[str, Axes],
 ) -> list[Site]:
     sites: list[Site] = []
@@ -231,7 +253,7 @@ def _sites(
         return sites
     modules = dict(model.named_modules())
     for tensor, dim in members:
-        if not _is_read(reads, tensor, dim, atom, tensors):
+        if not _is_read(reads, summed, tensor, dim, atom, tensors):
             continue
         for reader in reads[tensor, atom.id]:
             at = _input_dim(modules[reader])

@@ -40,6 +40,7 @@ class Read:
     tensor: str
     axis: Axis
     module: str
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ class Terms:
             )
         self.axes[tensor] = (*axes,)  # a tuple of its own: by it a tensor is followed
 
-    def read(self, operand: Tensor, axis: Axis) -> None:
+    def read(self, operand: Tensor, axis: Axis, dim: int) -> None:
         """Remembers that a parameter, or a view of one, is summed over along ``axis``."""
         name = self.source.get(operand)
         if name is not None:
-            self.reads.append(Read(name, axis, self.modules[-1]))
+            self.reads.append(Read(name, axis, self.modules[-1], operand.stride(dim)))
 
     def use(self, tensor: Tensor) -> None:
         """Remembers that the running module's code computes with what other modules gave."""

@@ -9,8 +9,10 @@ from torch import nn
 
 from sosp_hub.errors import TraceError
 from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import apply
 from tests.cases import CASES
 from tests.compare import assert_close
+from tests.structure.oracles import gated, half, run
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 RESNET = next(case for case in CASES if case.name == "test_resnet")
@@ -164,3 +166,27 @@ def test_names_say_where_a_group_is_made():
     for name, group in graph.groups.items():
         assert name == group.name
         assert name.rpartition(":")[2].partition("#")[0] == group.kind
+
+
+class BlocksGateTheirInput(nn.Module):
+    """A square weight of blocks: it sums over its middle dimension, its last one gates the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.blocks = nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, x):
+        h = self.before(x).unflatten(-1, (self.blocks.shape[0], -1))
+        gates = torch.bmm(h.movedim(1, 0), self.blocks).movedim(0, 1).sigmoid()
+        return self.after((h * gates).flatten(1))
+
+
+def test_gates_of_a_square_weight_sit_where_it_is_summed_over():
+    torch.manual_seed(0)
+    model, x = BlocksGateTheirInput().eval(), torch.randn(2, 5)
+    graph = trace(model, (x,))
+    assert {group.kind for group in graph.groups.values()} <= {"neuron", "channel"}  # no experts
+    plan = half(graph, lambda group: group.exact)
+    assert len(plan.kept) == 2
+    assert_close(run(apply(model, graph, plan), graph), gated(model, graph, plan))

@@ -22,8 +22,10 @@ from sosp_hub.structure.terms import Terms
 def _contract(terms: Terms, left: Tensor, one: Axis, right: Tensor, two: Axis, what: str) -> None:
     unify(one, two, f"{what} in {terms.where}")
     if not terms.is_parameter(right):
-        terms.read(left, one)
-    terms.read(right, two)  # alone where both are parameters: a gate acts once
+        terms.read(left, one, -1)
+    terms.read(
+        right, two, -2 if right.dim() > 1 else -1
+    )  # alone where both are parameters: a gate acts once
     if not terms.is_parameter(left) and not terms.is_parameter(right):
         mark(one, "contracted")
 
@@ -46,7 +48,8 @@ def _bmm(terms: Terms, op: Operation) -> None:
     (batch, rows, inner), (batch_too, other, columns) = terms.of(left), terms.of(right)
     unify(batch, batch_too, f"a batched product in {terms.where}")
     _contract(terms, left, inner, right, other, "a batched product")
-    mark(batch, "expert" if terms.is_parameter(left) or terms.is_parameter(right) else "head")
+    if not terms.is_parameter(left) and not terms.is_parameter(right):
+        mark(batch, "head")  # blocks of a weight are experts only where a router picks them
     result = [batch, rows, columns]
     if op.name == "baddbmm":
         broadcast(terms, [tuple(result), terms.of(op.tensor)], op.name)
