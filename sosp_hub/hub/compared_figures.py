@@ -1,6 +1,8 @@
 """The plots of a comparison: quality over cost, and how alike criteria rank."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -10,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
+from sosp_hub.errors import HubError
 from sosp_hub.hub.compared import Compared
-from sosp_hub.hub.facts import is_share
+from sosp_hub.hub.facts import is_share, read_recipe
 from sosp_hub.hub.figures import INK, MUTED, Picture, bare, new_figure
 
 _COSTS = (("macs", "MACs"), ("params", "parameters"))
@@ -41,6 +44,32 @@ def comparison_pictures(compared: Compared) -> list[Picture]:
         for number, one in enumerate(compared.results["rank_correlations"])
     ]
     return found
+
+
+def study_picture(folder: Path, report: Mapping[str, Any]) -> Picture | None:
+    """Quality over MACs from ``compare/results.json`` beside a run; None of another model.
+
+    Args:
+        folder: Of the run. ``python -m sosp_hub.compare`` writes the file.
+        report: Of the run.
+
+    Raises:
+        HubError: The file is damaged.
+    """
+    path = folder / "compare" / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        compared = Compared(json.loads(path.read_text(encoding="utf-8")))
+        model = read_recipe(str(report.get("recipe") or "")).get("model") or {}
+        if compared.results["model"] != model.get("id"):
+            return None
+        return comparison_pictures(compared)[0]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise HubError(
+            f"{path}: these are not the results of a comparison ({type(error).__name__}: {error}); "
+            f"copy results.json from the output of python -m sosp_hub.compare, or take it away"
+        ) from error
 
 
 def draw_pareto(compared: Compared, what: str, words: str) -> Figure:

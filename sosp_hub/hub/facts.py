@@ -94,7 +94,7 @@ def collect(report: Mapping[str, Any]) -> Facts:
     """Everything a card says, from a report whose keys may be missing."""
     base = report.get("base") or {}
     recipe_text = str(report.get("recipe") or "")
-    recipe = _parse_recipe(recipe_text)
+    recipe = read_recipe(recipe_text)
     data, model = recipe.get("data") or {}, recipe.get("model") or {}
     metrics = report.get("metrics") or {}
     cost = report.get("cost") or {}
@@ -384,7 +384,8 @@ def _data_words(data: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
     return scrub(str(data.get("id") or calibration.get("data") or ""))
 
 
-def _parse_recipe(text: str) -> dict[str, Any]:
+def read_recipe(text: str) -> dict[str, Any]:
+    """The recipe in a report, as it was written; empty where it cannot be read."""
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -81,8 +81,11 @@ def pictures(
     Args:
         report: What ``sosp_report.json`` holds.
         saliency: One float per structure and group.
-        folder: Where ``curvature.safetensors`` is, for runs that measured correlations.
+        folder: Where ``curvature.safetensors`` is, for runs that measured correlations, and
+            ``compare/results.json``, where there is a study of the same model.
     """
+    from sosp_hub.hub.compared_figures import study_picture  # which draws with what is here
+
     found = []
     groups = report.get("groups") or []
     kept = (report.get("plan") or {}).get("kept") or {}
@@ -126,7 +129,8 @@ def pictures(
                 lambda: draw_recovery(metrics),
             )
         )
-    return found
+    study = study_picture(folder, report) if folder is not None else None
+    return [*found, study] if study is not None else found
 
 
 def write_figures(

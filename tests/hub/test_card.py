@@ -16,6 +16,7 @@ from sosp_hub.hub.matrices import draw_cka, draw_correlation
 from sosp_hub.recipe.criteria import CRITERION_NAMES
 from tests.hub import reports
 from tests.hub.conftest import make_folder
+from tests.hub.test_compared import results
 
 
 @pytest.fixture
@@ -339,3 +340,39 @@ def test_facts_are_made_from_metrics_that_are_not_finite(image):
     facts = collect(json.loads((image / "sosp_report.json").read_text()))
     assert facts.metrics[1][1][1] == "inf"
     render(image, figures=True)
+
+
+# ------------------------------------------------------------------------------- a study beside it
+def put_study(folder, text):
+    (folder / "compare").mkdir()
+    (folder / "compare" / "results.json").write_text(text)
+
+
+@pytest.mark.parametrize(("model", "drawn"), [("cifar_resnet20", True), ("another", False)])
+def test_the_curve_of_a_study_of_the_same_model_is_drawn(image, model, drawn):
+    study = {**results({"a": [0.5, 0.7], "b": [0.6, 0.8]}), "model": model}
+    put_study(image, json.dumps(study))
+    card = render(image, figures=True)
+    assert ("figures/pareto_macs.png" in card) is drawn
+    assert (image / "figures" / "pareto_macs.png").is_file() is drawn
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": "cifar_resnet20"}'])
+def test_a_damaged_study_is_named(image, text):
+    put_study(image, text)
+    with pytest.raises(HubError, match=r"results\.json: .*not the results of a comparison"):
+        render(image, figures=True)
+
+
+def test_peak_memory_is_told_with_batch_and_type(image):
+    def measured(report):
+        stated = {"batch": 8, "dtype": "float32", "hardware": "Example CPU"}
+        report["peak_memory"] = {
+            "before": {"bytes": 4_000_000, **stated},
+            "after": {"bytes": 2_500_000, **stated},
+        }
+
+    card = render(changed(image, measured))
+    row = "| Peak memory of one forward pass, batch of 8, float32 | 4 MB | 2.5 MB |"
+    assert row in card
+    assert "latency, peak memory" not in card
