@@ -4,7 +4,17 @@ from typing import Any
 
 from torch import nn
 
-from sosp_hub.structure.axes import Atom, Axis, Prod, Sum, atoms, index_of, resolve, size_of
+from sosp_hub.structure.axes import (
+    Atom,
+    Axis,
+    Prod,
+    Sum,
+    atoms,
+    index_of,
+    is_fixed,
+    resolve,
+    size_of,
+)
 from sosp_hub.structure.experts import expert_sites
 from sosp_hub.structure.graph import Graph, Pinned
 from sosp_hub.structure.groups import Group, Member, Site
@@ -103,7 +113,11 @@ def assemble(
 
 
 def _tensors(model: nn.Module, terms: Terms) -> tuple[dict[str, Axes], dict[str, tuple[str, ...]]]:
-    """Axes by first name, and the further names of shared tensors."""
+    """Axes by first name, and the further names of shared tensors.
+
+    A buffer that the pass made anew in another shape is a cache, not part of the model, where
+    nothing of it can be cut.
+    """
     first: dict[int, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}
     tensors: dict[str, Axes] = {}
@@ -111,6 +125,8 @@ def _tensors(model: nn.Module, terms: Terms) -> tuple[dict[str, Axes], dict[str,
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]:
+        if name in terms.refilled and all(is_fixed(axis) for axis in terms.of(tensor)):
+            continue
         known = first.setdefault(id(tensor), name)
         if known == name:
             tensors[name] = terms.of(tensor)

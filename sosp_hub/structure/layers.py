@@ -10,12 +10,15 @@ from sosp_hub.structure.axes import Axis, atoms, is_fixed, size_of
 from sosp_hub.structure.groups import Group
 from sosp_hub.structure.terms import Axes
 
+Uses = Mapping[tuple[str, int], Iterable[str]]
+"""The modules whose code computes with a result, by the module that made it and its position."""
+
 
 def layer_groups(
     model: nn.Module,
     entries: Mapping[str, Axes],
     exits: Mapping[str, Axes],
-    uses: Mapping[str, Iterable[str]],
+    uses: Uses,
 ) -> tuple[dict[str, Group], dict[str, str]]:
     """One group for each list of like modules of which at least two keep their stream.
 
@@ -27,7 +30,8 @@ def layer_groups(
 
     Returns:
         The groups, and for other stacks why none of their layers can be left out: each layer but
-        the last one must give its result to the next one alone.
+        the last one must give its result to the next one alone, and what a layer gives besides it
+        must be for nobody.
     """
     groups: dict[str, Group] = {}
     reasons: dict[str, str] = {}
@@ -51,6 +55,10 @@ def layer_groups(
             )
         if len(layers) < 2:
             continue
+        layers = tuple(layer for layer in layers if not _gives_more(layer, uses))
+        if len(layers) < 2:
+            reasons[name] = "more than the first result of one of its layers is used"
+            continue
         elsewhere = _used_elsewhere(
             [f"{inside}{child}" for child, _ in stack.named_children()], uses
         )
@@ -62,10 +70,20 @@ def layer_groups(
     return groups, reasons
 
 
-def _used_elsewhere(children: Sequence[str], uses: Mapping[str, Iterable[str]]) -> str | None:
+def _gives_more(layer: str, uses: Uses) -> bool:
+    """Whether code outside of a layer uses anything but the first result that it makes."""
+    return any(
+        module == layer
+        and position
+        and any(not f"{user}.".startswith(f"{layer}.") for user in users)
+        for (module, position), users in uses.items()
+    )
+
+
+def _used_elsewhere(children: Sequence[str], uses: Uses) -> str | None:
     """What but the next one uses the result of a module of a stack, in words."""
     for child, following in itertools.pairwise(children):
-        for user in uses.get(child, ()):
+        for user in uses.get((child, 0), ()):
             if not f"{user}.".startswith(f"{following}."):
                 around = f"{child}.".startswith(f"{user}." if user else "")
                 return (

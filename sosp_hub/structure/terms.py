@@ -68,7 +68,8 @@ class Terms:
     steps: list[Step] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
     results: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    uses: dict[str, dict[str, None]] = field(default_factory=dict)
+    uses: dict[tuple[str, int], dict[str, None]] = field(default_factory=dict)
+    refilled: set[str] = field(default_factory=set)
     mixes: bool = False
     picked: Axis | None = None
     counts: bool = False
@@ -110,8 +111,8 @@ class Terms:
 
     def use(self, tensor: Tensor) -> None:
         """Remembers that the running module's code computes with what other modules gave."""
-        for module in self.results.get(tensor) or ():
-            self.uses.setdefault(module, {}).setdefault(self.modules[-1])
+        for result in self.results.get(tensor) or ():
+            self.uses.setdefault(result, {}).setdefault(self.modules[-1])
 
     def is_parameter(self, tensor: Tensor) -> bool:
         """Whether a tensor is a parameter or a mere rearrangement of one."""

@@ -160,6 +160,7 @@ def _watch(
         terms.axes[tensor] = tuple(
             fixed(int(size), "an input of the model has this size") for size in tensor.shape
         )
+    shapes = {name: buffer.shape for name, buffer in twin.named_buffers()}
     entries: dict[str, Axes] = {}
     exits: dict[str, Axes] = {}
     handles = list(_watch_modules(twin, terms, entries, exits))
@@ -176,6 +177,7 @@ def _watch(
         _FAKE_LOG.disabled = False
         for handle in handles:
             handle.remove()
+    terms.refilled = {n for n, b in twin.named_buffers() if b.shape != shapes.get(n)}
     for tensor in output_tensors(wanted_outputs(result, wanted)):
         terms.use(tensor)
         for axis in terms.of(tensor):
@@ -201,12 +203,15 @@ def _watch_modules(
             if args and isinstance(args[0], Tensor):
                 entries[name] = terms.of(args[0])
 
-        def leave(_: nn.Module, _args: Any, result: Any, name: str = name) -> None:
+        def leave(_: nn.Module, args: Any, kwargs: Any, result: Any, name: str = name) -> None:
             terms.modules.pop()
-            first = next(iter(output_tensors(result)), None)
-            if first is not None:
-                exits[name] = terms.of(first)
-                terms.results[first] = (*(terms.results.get(first) or ()), name)
+            given = {id(tensor) for tensor in rules.tensors((args, kwargs))}
+            for position, tensor in enumerate(output_tensors(result)):
+                if position == 0:
+                    exits[name] = terms.of(tensor)
+                elif id(tensor) in given:  # handed on as it is
+                    continue
+                terms.results[tensor] = (*(terms.results.get(tensor) or ()), (name, position))
 
         yield module.register_forward_pre_hook(enter)
-        yield module.register_forward_hook(leave)
+        yield module.register_forward_hook(leave, with_kwargs=True)

@@ -329,3 +329,26 @@ def test_arguments_of_another_type_are_named(verb, change, words):
     with pytest.raises(PlanError, match=words):
         verb(model, **given)
     assert model[0].out_features == 6
+
+
+class Positions(nn.Module):
+    """Its buffer takes the shape of what comes in, as ConViT's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 5)
+        self.register_buffer("places", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x):
+        if self.places.shape[0] != x.shape[1]:
+            self.places = torch.linspace(0, 1, x.shape[1])[:, None]
+        return self.down(self.up(x + self.places).relu())
+
+
+def test_a_buffer_that_the_pass_fills_anew_does_not_tell_models_apart():
+    model, inputs = fill(Positions().eval()), (torch.randn(2, 4, 5),)
+    graph = trace(model, inputs)
+    plan = half(graph, exact)
+    before = run(apply(model, graph, plan), graph)
+    call(model, (torch.randn(2, 7, 5),))
+    assert_close(run(apply(model, graph, plan), graph), before)

@@ -43,6 +43,31 @@ class Outer(nn.Module):
         return x + self.blocks(x).tanh()
 
 
+class Pair(Inner):
+    """A layer that makes two results, and hands on what it was given for the others."""
+
+    def forward(self, x, second):
+        x = super().forward(x)
+        return x, x.tanh() * second, second
+
+
+class PairTower(nn.Module):
+    """``used``: which of the further results of its layers counts."""
+
+    def __init__(self, used):
+        super().__init__()
+        self.config = Config("a", 3)
+        self.layers = nn.ModuleList(Pair() for _ in range(3))
+        self.used = used
+
+    def forward(self, x):
+        second = x.sigmoid()
+        for layer in self.layers:
+            x, *more = layer(x, second)
+            second = more[self.used]
+        return x * second
+
+
 class Tower(nn.Module):
     """``taken``: the layer whose result counts; ``between``: the parent works between layers."""
 
@@ -115,6 +140,16 @@ def test_a_stack_stays_whole_where_more_than_its_last_result_counts(tower):
     (reason,) = graph.undroppable.values()
     assert "not of the last one alone" in reason
     assert "undroppable: layers of towers.0.layers: the code around it" in str(graph)
+
+
+def test_a_layer_whose_further_results_count_stays():
+    """The next layer uses what it makes (as do CoaT's, EfficientViM's and TNT's), or not."""
+    _, graph = traced(PairTower(used=0))
+    assert not layers_of(graph)
+    assert "more than the first result" in str(graph)
+    model, graph = traced(PairTower(used=1))
+    plan = plan_of(graph, {"towers.0.layers:layer": (1,)})
+    assert_close(run(apply(model, graph, plan), graph), gated(model, graph, plan))
 
 
 def test_a_stack_whose_results_are_collected_but_not_used_can_lose_layers():
