@@ -121,7 +121,7 @@ def _styles(compared: Compared) -> dict[str, dict[str, Any]]:
         number = plain.setdefault(rest, len(plain))
         styles[one["label"]] = {
             "color": colours[(2 * number) % 20 + (number // 10) % 2],
-            "marker": _MARKERS[number % len(_MARKERS)],
+            "marker": _MARKERS[(number + number // 20) % len(_MARKERS)],
             "markersize": 4,
             "linewidth": 2.0 if one["name"].startswith("sosp") else 1.1,
             "linestyle": ":" if one.get("compensate") else "-",

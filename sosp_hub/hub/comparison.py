@@ -117,6 +117,7 @@ def _grids(compared: Compared) -> list[Grid]:
 
 
 _KEPT = ("macs", "params")
+_NAMED = 4  # criteria that are clearly behind a leader, the nearest; results.json has them all
 _UNEQUAL = 0.05  # share of the MACs, between criteria at one budget, that has to be said
 _WIDTH = 160  # of a table that is not shown in a terminal
 
@@ -152,14 +153,12 @@ def _notes(compared: Compared) -> Iterator[str]:
                 f"With {budget} the criteria keep from {min(macs):.0%} to {max(macs):.0%} of the "
                 "MACs: its table does not compare at equal cost, the plots over MACs do."
             )
-    floors = [
-        f"{criterion} at {budget} ({found.mean:.1f} groups)"
-        for budget in compared.budgets
-        for criterion in compared.criteria
-        if (found := compared.of(criterion, budget, lambda cell: cell["floors"])) and found.mean
-    ]
+    floors = sum(cell["floors"] > 0 for cell in results["cells"])
     if floors:
-        yield f"Floors, ties or rounding kept more than the scores alone: {', '.join(floors)}."
+        yield (
+            f"In {floors} of {len(results['cells'])} cells a floor, a tie or rounding kept more of "
+            "some group than the scores alone."
+        )
     latency = results["cells"][0]["latency"]
     if latency:
         on = latency["after"]
@@ -190,7 +189,8 @@ def _lead(leads: list[Difference]) -> str:
     near = [f"{found.worse} ({found})" for found in leads if not found.is_real]
     parts = []
     if real:
-        parts.append(f"by more than the seed spread over {', '.join(real)}")
+        rest = f" and {len(real) - _NAMED} more" if len(real) > _NAMED else ""
+        parts.append(f"by more than the seed spread over {', '.join(real[:_NAMED])}{rest}")
     if near:
         parts.append(f"within the seed spread over {', '.join(near)}")
     return f"{leads[0].better} leads {'; '.join(parts)}."

@@ -141,6 +141,17 @@ def test_criteria_that_keep_unequal_costs_are_told(tmp_path):
     assert "from 50% to 60% of the MACs" in (tmp_path / "table.md").read_text()
 
 
+def test_of_many_that_are_clearly_behind_the_nearest_are_named(tmp_path):
+    found = results({name: [0.1 * place] * 2 for place, name in enumerate("abcdefg")})
+    found["cells"][0]["floors"] = 2
+    write_comparison(found, tmp_path, figures=False)
+    table = (tmp_path / "table.md").read_text()
+    assert "over f (+10 ± 0 points), e (" in table
+    assert ", c (+40 ± 0 points) and 2 more." in table
+    assert "In 1 of 14 cells a floor" in table
+    assert len(json.loads((tmp_path / "results.json").read_text())["differences"]) == 6
+
+
 def test_without_figures_there_is_no_page(tmp_path):
     write_comparison(results({"a": [0.5]}), tmp_path, figures=False)
     names = {path.name for path in tmp_path.iterdir()}
