@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import fnmatch
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.registry import scorable_groups, scorable_kinds, score
+from sosp_hub.criteria.registry import scorable_groups, score
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
 from sosp_hub.distributed import (
@@ -28,10 +27,11 @@ from sosp_hub.distributed import (
     to_device,
     wait_for_everyone,
 )
-from sosp_hub.errors import TraceError, VerificationError
+from sosp_hub.errors import VerificationError
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.pipeline.compensation import Curvature, choose_damping, curvature, with_gates
+from sosp_hub.pipeline.eligible import eligible_groups
 from sosp_hub.pipeline.masking import train_with_masks
 from sosp_hub.pipeline.memory import PeakMemory
 from sosp_hub.pipeline.scores import Scores
@@ -130,21 +130,9 @@ class Stages:
 
     def check(self, graph: Graph) -> None:
         """Refuses kinds that the model does not have and a budget that cannot be met."""
-        kinds = self.recipe.structure.kinds
-        if not self.groups(graph):
-            there = sorted(
-                {group.kind for group in graph.groups.values()}
-                & set(scorable_kinds(self.recipe.criterion.name))
-            )
-            raise TraceError(
-                f"{self.recipe.model.id}: nothing in it can be cut as {', '.join(kinds)}; "
-                + (
-                    f"it has {', '.join(there)}: write structure.kinds: [{', '.join(there)}]"
-                    if there
-                    else "no structure of it can be cut at all; choose another model"
-                )
-            )
-        able = scorable_groups(self.chosen(graph), self.recipe.criterion.name, kinds)
+        able = scorable_groups(
+            self.chosen(graph), self.recipe.criterion.name, self.recipe.structure.kinds
+        )
         targets = self.recipe.budget.targets()
         targets.pop("latency_s", None)  # is measured, and takes its time
         if targets:
@@ -153,19 +141,7 @@ class Stages:
 
     def groups(self, graph: Graph) -> dict[str, Group]:
         """The groups that may be cut."""
-        section = self.recipe.structure
-        found = {n: group for n, group in graph.groups.items() if group.kind in section.kinds}
-        for pattern in section.only or ():
-            if found and not fnmatch.filter(found, pattern):
-                raise TraceError(
-                    f"structure.only: {pattern!r} is no group of {self.recipe.model.id}; its "
-                    f"groups of these kinds are {', '.join(list(found)[:20])}"
-                )
-        return {
-            name: group
-            for name, group in found.items()
-            if section.only is None or any(fnmatch.fnmatchcase(name, p) for p in section.only)
-        }
+        return eligible_groups(graph, self.recipe)
 
     def chosen(self, graph: Graph) -> Graph:
         """The graph with the groups that may be cut alone."""
