@@ -45,6 +45,18 @@ def process_sum(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
+def process_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, one behind the other."""
+    state = process_state()
+    lengths = torch.zeros(state.num_processes, dtype=torch.float64)
+    lengths[state.process_index] = len(rows)
+    lengths = process_sum(lengths).long().tolist()
+    whole = rows.new_zeros(sum(lengths), *rows.shape[1:])
+    start = sum(lengths[: state.process_index])
+    whole[start : start + len(rows)] = rows
+    return process_sum(whole)
+
+
 def to_device(batch: Any) -> Any:
     """A batch on the device of this process."""
     return send_to_device(batch, process_state().device)

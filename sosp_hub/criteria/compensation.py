@@ -4,10 +4,9 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from sosp_hub.criteria.elimination import compensation
-from sosp_hub.derivatives import by_group
+from sosp_hub.derivatives import Matrix, by_group
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.groups import Groups
 
@@ -15,7 +14,7 @@ from sosp_hub.structure.groups import Groups
 def compensated(
     plan: PruningPlan,
     groups: Groups,
-    matrix: Tensor,
+    matrix: Matrix,
     damping: float = 0.01,
     *,
     fixed: Collection[str] = (),

@@ -103,7 +103,7 @@ def make_criterion(name: str, **options: Any) -> Criterion:
     return known[name](**options)
 
 
-_COMMON = {"loss_fn", "seed", "process_sum", "curvature"}
+_COMMON = {"loss_fn", "seed", "process_sum", "process_rows", "curvature"}
 
 
 def _check_option(name: str, option: str, value: Any, kind: Any) -> None:

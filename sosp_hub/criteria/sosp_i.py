@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.criteria.elimination import Floors, greedy_order, surgeon_order
+from sosp_hub.criteria.elimination import Floors, absolute_row_sums, greedy_order, surgeon_order
 from sosp_hub.criteria.registry import HasGroups, Needs, register
 from sosp_hub.derivatives import GaussNewton, Protocol, by_group, gauss_newton
 from sosp_hub.errors import CriterionError
@@ -16,8 +16,6 @@ from sosp_hub.structure.groups import Group, Groups
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn, Saliency
-
-MAX_STRUCTURES = 20_000  # a matrix of float64 that fits into 3.2 GB
 
 
 @register
@@ -47,6 +45,7 @@ class SospI:
         seed: Of the drawn labels.
         loss_fn: Loss of (logits, labels).
         process_sum: Sum over processes.
+        process_rows: Rows of all processes, where there are so few that they are exchanged.
         curvature: What ``measure`` returned for the same groups; no data is needed then.
     """
 
@@ -61,6 +60,7 @@ class SospI:
     seed: int = 0
     loss_fn: "LossFn | None" = None
     process_sum: Callable[[Tensor], Tensor] | None = None
+    process_rows: Callable[[Tensor], Tensor] | None = None
     curvature: GaussNewton | None = None
     name: ClassVar[str] = "sosp_i"
     paper: ClassVar[str] = "arXiv 2110.11395"
@@ -85,17 +85,17 @@ class SospI:
 
     def measure(self, model: nn.Module, groups: Groups, batches: "Batches") -> GaussNewton:
         """The matrix, from which every selection and ``compensated`` follow without more data."""
-        num = sum(group.size for group in groups.values())
-        if num > MAX_STRUCTURES:
-            raise CriterionError(
-                f"criterion 'sosp_i': {num} structures need a matrix of {num**2 * 8 / 1e9:.0f} GB; "
-                f"score fewer kinds (`kinds=`, up to {MAX_STRUCTURES} structures), or use `sosp_h`"
-            )
         return gauss_newton(
             model,
             groups,
             batches,
-            Protocol(self.loss_fn, self.gate, self.micro_batch_size, self.process_sum),
+            Protocol(
+                self.loss_fn,
+                self.gate,
+                self.micro_batch_size,
+                self.process_sum,
+                self.process_rows,
+            ),
             loss=self.loss,
             max_classes=self.max_classes,
             num_draws=self.num_draws,
@@ -105,7 +105,7 @@ class SospI:
     def _scores(self, groups: Groups, found: GaussNewton) -> Tensor:
         gradient = torch.cat([found.gradient[name] for name in groups])
         if self.selection == "row_sum":
-            return gradient.abs() + found.matrix.abs().sum(1) / 2
+            return gradient.abs() + absolute_row_sums(found.matrix) / 2
         floors = Floors([group.size for group in groups.values()], self.keep_at_least)
         if self.selection == "surgeon":
             order = surgeon_order(found.matrix, floors, self.damping)

@@ -8,6 +8,7 @@ tokens) give the answer of one process and one batch.
 
 from sosp_hub.derivatives.average import Protocol, is_sharded, num_samples, split_batch
 from sosp_hub.derivatives.gauss_newton import GaussNewton, gauss_newton
+from sosp_hub.derivatives.gram import LowRank, Matrix
 from sosp_hub.derivatives.hessian import (
     GateDerivatives,
     Mode,
@@ -21,6 +22,8 @@ from sosp_hub.derivatives.rows import by_group
 __all__ = [
     "GateDerivatives",
     "GaussNewton",
+    "LowRank",
+    "Matrix",
     "Mode",
     "Protocol",
     "batch_squares",

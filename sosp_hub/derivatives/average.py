@@ -29,12 +29,14 @@ class Protocol:
         gate: What a gate multiplies.
         micro_batch_size: Most samples of one pass; None = whole batches.
         process_sum: Sum of a tensor over all processes; None = this is the only one.
+        process_rows: The rows of all processes, one behind the other.
     """
 
     loss_fn: "LossFn | None" = None
     gate: GateKind = "activation"
     micro_batch_size: int | None = None
     process_sum: Callable[[Tensor], Tensor] | None = None
+    process_rows: Callable[[Tensor], Tensor] | None = None
 
 
 DEFAULT = Protocol()
@@ -66,7 +68,7 @@ def average(
     groups: Groups,
     batches: "Batches",
     protocol: Protocol,
-    num_dims: list[int],
+    num_totals: int,
     step: Callable[[Gates, Any, list[Tensor]], Seen],
 ) -> Average:
     """The mean of what ``step`` adds up, over all processes, in one exchange of numbers.
@@ -75,7 +77,7 @@ def average(
     too, so that all processes raise and none waits for the others.
     """
     num_structures = sum(group.size for group in groups.values())
-    totals = [torch.zeros((num_structures,) * n, dtype=torch.float64) for n in num_dims]
+    totals = [torch.zeros(num_structures, dtype=torch.float64) for _ in range(num_totals)]
     counts = torch.zeros(4 + len(groups), dtype=torch.float64)
     sharded = is_sharded(model)
     with torch.enable_grad(), gated(model, groups, protocol.gate) as gates:

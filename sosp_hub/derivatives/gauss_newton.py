@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average, num_samples
+from sosp_hub.derivatives.gram import Gram, Matrix
 from sosp_hub.derivatives.rows import by_group, gradient_by, row, used
 from sosp_hub.gates import Gates
 from sosp_hub.structure.groups import Groups
@@ -24,14 +25,15 @@ class GaussNewton(NamedTuple):
         loss: The mean loss.
         num_samples: Samples that were seen.
         gradient: The gate gradient of each group.
-        matrix: Structures x structures, float64, positive semidefinite.
+        matrix: Structures x structures, float64, positive semidefinite; ``LowRank`` where there
+            were few samples.
         exact: Whether labels were summed over; otherwise they were drawn from the model.
     """
 
     loss: float
     num_samples: int
     gradient: "Saliency"
-    matrix: Tensor
+    matrix: Matrix
     exact: bool
 
 
@@ -65,7 +67,7 @@ def gauss_newton(
         seed: Of the drawn labels.
     """
     generator = torch.Generator().manual_seed(seed)
-    exact = True
+    exact, gram = True, Gram(_size(groups), alone=protocol.process_sum is None)
 
     def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
         nonlocal exact
@@ -78,15 +80,19 @@ def gauss_newton(
         else:
             factors = _drawn_factors(found.logits, _labels(batch), num_draws, generator)
         rows = [row(gradient_by(f, gates, retain_graph=True), gates, 1) for f in factors]
-        stacked = torch.cat(rows)  # added last: a batch that runs out of memory leaves no trace
-        totals[0] += row(gradient, gates, found.weight).sum(0)
-        totals[1].addmm_(stacked.T, stacked)
+        whole, summed = torch.cat(rows), row(gradient, gates, found.weight).sum(0)
+        gram.add(whole)  # last: a batch that runs out of memory leaves no trace
+        totals[0] += summed
         return Seen(found.value.item(), found.weight, used(gradient))
 
-    mean = average(model, groups, batches, protocol, [1, 2], step)
-    return GaussNewton(
-        mean.loss, mean.num_samples, by_group(groups, mean.totals[0]), mean.totals[1], exact
-    )
+    mean = average(model, groups, batches, protocol, 1, step)
+    matrix = gram.mean(mean.weight, protocol.process_sum, protocol.process_rows)
+    gradient = by_group(groups, mean.totals[0])
+    return GaussNewton(mean.loss, mean.num_samples, gradient, matrix, exact)
+
+
+def _size(groups: Groups) -> int:
+    return sum(group.size for group in groups.values())
 
 
 def _class_factors(logits: Tensor, loss: str) -> Iterator[Tensor]:

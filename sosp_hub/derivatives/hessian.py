@@ -55,7 +55,7 @@ def gate_gradient(
         totals[0] += gradient
         return seen
 
-    mean = average(model, groups, batches, protocol, [1], step)
+    mean = average(model, groups, batches, protocol, 1, step)
     return GateDerivatives(*mean[:3], by_group(groups, mean.totals[0]), {})
 
 
@@ -105,7 +105,7 @@ def hessian_product(
                 exact = False
         return _add_differences(model, gates, batch, protocol, vector, eps, totals)
 
-    mean = average(model, groups, batches, protocol, [1, 1], step)
+    mean = average(model, groups, batches, protocol, 2, step)
     gradient, product = (by_group(groups, total) for total in mean.totals)
     return GateDerivatives(*mean[:3], gradient, product)
 
@@ -125,7 +125,7 @@ def batch_squares(
         totals[1] += gradient.square() / max(seen.weight, 1)
         return seen
 
-    mean = average(model, groups, batches, protocol, [1, 1], step)
+    mean = average(model, groups, batches, protocol, 2, step)
     gradient, square = (by_group(groups, total) for total in mean.totals)
     return GateDerivatives(*mean[:3], gradient, square)
 
@@ -146,7 +146,7 @@ def sample_squares(
         totals[1] += rows.square().sum(0)
         return seen
 
-    mean = average(model, groups, batches, protocol, [1, 1], step)
+    mean = average(model, groups, batches, protocol, 2, step)
     gradient, square = mean.totals[0], mean.totals[1] * (mean.weight / mean.num_samples)
     return GateDerivatives(*mean[:3], by_group(groups, gradient), by_group(groups, square))
 

@@ -172,7 +172,9 @@ def _draw_curvature(path: Path, groups: Sequence[Mapping[str, Any]]) -> Figure:
     with safe_open(path, "np") as file:
         names = json.loads(file.metadata()["about"])["groups"]
         by_name = {group["name"]: group for group in groups}
-        return draw_correlation(file.get_tensor("matrix"), [by_name[name] for name in names])
+        factor = file.get_tensor("factor") if "factor" in file.keys() else None  # noqa: SIM118
+        matrix = file.get_tensor("matrix") if factor is None else factor.T @ factor
+        return draw_correlation(matrix, [by_name[name] for name in names])
 
 
 def draw_widths(groups: Sequence[Mapping[str, Any]], floors: Iterable[str] = ()) -> Figure:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from sosp_hub.criteria.compensation import compensated
 from sosp_hub.criteria.registry import scorable_groups
 from sosp_hub.criteria.sosp_i import SospI
-from sosp_hub.derivatives import GaussNewton, by_group
-from sosp_hub.distributed import OnDevice, logger, process_sum
+from sosp_hub.derivatives import GaussNewton, LowRank, by_group
+from sosp_hub.distributed import OnDevice, logger, process_rows, process_sum
 from sosp_hub.errors import CriterionError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import recalibrate_norm
@@ -54,10 +54,15 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
             micro_batch_size=getattr(section, "micro_batch_size", None),
             seed=recipe.seed,
             process_sum=process_sum,
+            process_rows=process_rows,
         )
         batches = OnDevice(_parts(stages)[0], "curvature")
         found = criterion.measure(stages.model, groups, batches)
-        whole = {"gradient": torch.cat(list(found.gradient.values())), "matrix": found.matrix}
+        whole = {"gradient": torch.cat(list(found.gradient.values()))}
+        if isinstance(found.matrix, LowRank):
+            whole["factor"] = found.matrix.factor
+        else:
+            whole["matrix"] = found.matrix
         about = {"loss": found.loss, "num_samples": found.num_samples, "exact": found.exact}
         about["groups"] = {name: group.size for name, group in groups.items()}
         stages.save(lambda: save_file(whole, tensors, {"about": json.dumps(about)}))
@@ -70,12 +75,14 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
 def _read(path: Path, groups: Groups) -> Curvature:
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])
-        gradient, matrix = file.get_tensor("gradient"), file.get_tensor("matrix")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no dict
     if about.pop("groups") != {name: group.size for name, group in groups.items()}:
         raise CriterionError(
             f"{path}: the matrix is of other groups than this model has; run the recipe again"
         )
-    found = GaussNewton(gradient=by_group(groups, gradient), matrix=matrix, **about)
+    gradient = by_group(groups, tensors["gradient"])
+    matrix = LowRank(tensors["factor"]) if "factor" in tensors else tensors["matrix"]
+    found = GaussNewton(gradient=gradient, matrix=matrix, **about)
     return Curvature(groups, found)
 
 

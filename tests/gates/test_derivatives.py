@@ -1,14 +1,18 @@
 """Gate derivatives against dense Hessians, finite changes and the weights' own Hessian."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.functional import hessian, hvp
 
 from sosp_hub.derivatives import (
+    LowRank,
     Protocol,
     gate_gradient,
     gauss_newton,
+    gram,
     hessian_product,
     sample_squares,
 )
@@ -330,6 +334,37 @@ def test_gauss_newton_equals_explicit_jacobians(make):
     squared = gauss_newton(toy.model, toy.groups, parts, protocol(), loss="squared")
     expected = _explicit_gauss_newton(toy, lambda share: torch.eye(3, dtype=torch.float64))
     assert_close(squared.matrix, expected, relative=1e-10)
+
+
+def test_few_rows_are_kept_and_many_are_summed_up(monkeypatch):
+    """Whatever is held, it is the same matrix."""
+    rows = [torch.randn(2, 8, dtype=torch.float64) for _ in range(3)]
+    held, expected = gram.Gram(8), torch.zeros(8, 8, dtype=torch.float64)
+    for number, row in enumerate(rows):
+        held.add(row)
+        expected += row.T @ row
+        found = copy.deepcopy(held).mean(5, None, None)
+        assert isinstance(found, LowRank) == (number < 2)
+        assert_close(found.dense() if number < 2 else found, expected / 5, relative=1e-12)
+    monkeypatch.setattr(gram, "MOST_NUMBERS", 8 * 8 - 1)
+    held = gram.Gram(8)
+    for row in rows:
+        held.add(row)
+    found = held.mean(5, None, None)  # too many structures for a matrix
+    assert_close(found.dense(), expected / 5, relative=1e-12)
+    with pytest.raises(CriterionError, match=r"8 structures times 8 rows .* fewer samples"):
+        held.add(rows[0])
+
+
+def test_few_rows_of_several_processes_are_put_together():
+    ours, theirs = torch.randn(2, 2, 16, dtype=torch.float64)
+    both = torch.cat([ours, theirs])
+    held = gram.Gram(16, alone=False)
+    held.add(ours)
+    found = held.mean(3, lambda num: num + 2, lambda mine: torch.cat([mine, theirs]))
+    assert_close(found.dense(), both.T @ both / 3, relative=1e-12)
+    whole = held.mean(3, lambda mine: mine + (2 if mine.ndim == 0 else theirs.T @ theirs), None)
+    assert_close(whole, both.T @ both / 3, relative=1e-12)
 
 
 def test_drawn_labels_give_the_gauss_newton_matrix_in_the_mean():
