@@ -103,6 +103,8 @@ def _offline_advice(what: str, name: str) -> str:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     link: BaseException | None = error
-    while link is not None:
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:  # causes may go round in a circle
+        seen.add(id(link))
         yield link
         link = link.__cause__ or link.__context__

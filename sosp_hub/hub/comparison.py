@@ -66,9 +66,9 @@ def brief(results: Mapping[str, Any], output: Path) -> None:
         for row in grid.rows:
             table.add_row(*row)
         console.print(table)
-    console.print(f"{output}/", style="bold", highlight=False)
+    console.out(f"{output}/", style="bold", highlight=False)
     for path in sorted(output.iterdir()):
-        console.print(f"  {path.name}", highlight=False)
+        console.out(f"  {path.name}", highlight=False)
 
 
 def _headline(compared: Compared) -> str:

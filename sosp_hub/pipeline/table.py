@@ -15,7 +15,8 @@ def show_result(report: Mapping[str, Any], output: Path) -> None:
     """Prints the before/after tables and the files of a finished run."""
     console = Console()
     console.print(_costs(report))
-    console.print(_metrics(report["metrics"]))
+    if overall_metrics(report["metrics"]):  # cut from stored scores, nothing may be measured
+        console.print(_metrics(report["metrics"]))
     drops = collect(report).drops
     if drops:
         console.print(_drops(drops))
@@ -25,13 +26,13 @@ def show_result(report: Mapping[str, Any], output: Path) -> None:
             f"{told['largest_gate']:.2f}: they make up for the cut\n",
             highlight=False,
         )
-    console.print(f"{output}/", style="bold", highlight=False)
+    console.out(f"{output}/", style="bold", highlight=False)
     for path in sorted(output.iterdir()):
         what = _FILES.get(path.name, "weights" if path.suffix == ".safetensors" else "")
         size = f"{_bytes(path.stat().st_size):>9}" if path.is_file() else " " * 9
         name = path.name + ("/" if path.is_dir() else "")
-        console.print(f"  {name:<24}{size}  {what}", highlight=False)
-    console.print(f'\nLoad it: sosp_hub.from_pretrained("{output}")', highlight=False)
+        console.out(f"  {name:<24}{size}  {what}", highlight=False)
+    console.out(f'\nLoad it: sosp_hub.from_pretrained("{output}")', highlight=False)
 
 
 def _costs(report: Mapping[str, Any]) -> Table:
@@ -71,9 +72,7 @@ def _metrics(metrics: Mapping[str, Any]) -> Table:
     table.add_row(
         "change", *[_change(name, metrics["dense"][name], metrics["final"][name]) for name in names]
     )
-    if names:
-        num = metrics["final"][names[0]]["n"]
-        table.caption = f"n = {num:,}; ± one standard error"
+    table.caption = f"n = {metrics['final'][names[0]]['n']:,}; ± one standard error"
     return table
 
 

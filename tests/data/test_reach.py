@@ -43,6 +43,14 @@ def test_unknown_repository_is_told_from_a_dead_line():
         raise OSError("wrapped") from RepositoryNotFoundError("404")
 
 
+def test_causes_that_go_round_in_a_circle():
+    """The hub's client raises again what it caught: a `from` may name an error of its own tail."""
+    first, second = OSError("first"), OSError("second")
+    first.__context__, second.__cause__ = second, first
+    with pytest.raises(OSError, match="first"), reach.reaching_hub("data", "me/mine"):
+        raise first
+
+
 def test_path_that_does_not_exist(tmp_path):
     with pytest.raises(DataError) as error:
         open_data(DataSection(path=str(tmp_path / "a/b/c.csv")), "causal-lm")
