@@ -1,5 +1,6 @@
 """From a finished trace to the graph: groups, their names, and where their gates sit."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -14,13 +15,15 @@ from sosp_hub.structure.axes import (
     is_fixed,
     resolve,
     size_of,
+    unify,
 )
 from sosp_hub.structure.experts import expert_sites
 from sosp_hub.structure.graph import Graph, Pinned
 from sosp_hub.structure.groups import Group, Member, Site
+from sosp_hub.structure.ints import expr_atoms
 from sosp_hub.structure.layers import layer_groups
 from sosp_hub.structure.rectified import behind_pairs, rectified
-from sosp_hub.structure.terms import Axes, Terms
+from sosp_hub.structure.terms import Axes, Constraint, Terms
 from sosp_hub.structure.ties import settle
 from sosp_hub.types import Kind
 
@@ -48,6 +51,7 @@ def assemble(
             _pin_repeated(axis)
     tied = settle(terms.constraints, terms.leaks, terms.comparisons)
     places = _places(tensors)
+    _join_tied(terms.constraints, places, tied)
     parameters = {name for name, parameter in model.named_parameters(remove_duplicate=False)}
     reads, summed = _reads(terms), _summed(terms, model)
     behind = behind_pairs(model, terms.steps)
@@ -158,6 +162,22 @@ def _places(tensors: dict[str, Axes]) -> dict[Atom, list[tuple[str, int]]]:
                 if atom.size > 1:
                     places.setdefault(atom.id, (atom, []))[1].append((name, dim))
     return dict(places.values())
+
+
+def _join_tied(
+    constraints: Sequence[Constraint],
+    places: dict[Atom, list[tuple[str, int]]],
+    tied: dict[int, int],
+) -> None:
+    """Makes an axis of activations alone, such as of copies, that of the group it is tied to."""
+    held = {tied.get(atom.id, atom.id): atom for atom in reversed(places) if not atom.pinned}
+    for constraint in constraints:
+        for atom in (*atoms(constraint.axis), *expr_atoms(constraint.expr)):
+            group = held.get(tied.get(atom.id, atom.id))
+            if group is not None and atom not in places:
+                group.barred |= atom.barred
+                atom.roles.clear()  # a group's kind is what its weights are
+                unify(atom, group, constraint.where)
 
 
 def _reads(terms: Terms) -> Reads:

@@ -151,11 +151,11 @@ class Terms:
 
     def take(self, number: int, axis: Axis) -> None:
         """The code picks so many positions of this axis at once."""
-        self.hold(Op(">=", axis, number))
+        self.hold(Op(">=", axis, number), f"whether {number} of them can be picked")
 
-    def hold(self, comparison: Op) -> None:
+    def hold(self, comparison: Op, what: str = "a comparison") -> None:
         """The code goes the way it goes because this is true."""
-        self.comparisons.append(Constraint(comparison, UNIT, f"a comparison in {self.where}"))
+        self.comparisons.append(Constraint(comparison, UNIT, f"{what} in {self.where}"))
 
     def constrain(self, value: Any, axis: Axis, what: str) -> None:
         """A size argument and the axis it describes."""

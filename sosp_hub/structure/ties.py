@@ -160,7 +160,7 @@ def bar_counts(
 ) -> bool:
     """Rules out, on the atoms, counts with which a comparison would come out otherwise.
 
-    A repeat factor may well become one: code that repeats asks for that, and both ways are right.
+    A repeat factor may well become one where the code asks whether it is: both ways are right.
 
     Returns:
         Whether atoms were pinned, since no other count was left or several counts decide together.
@@ -172,10 +172,11 @@ def bar_counts(
             continue
         bound = _bound(comparison, constraints)
         involved = [a for c in (comparison, *bound) for a in (*atoms(c.axis), *expr_atoms(c.expr))]
+        asks_for_one = isinstance(comparison.expr, Op) and comparison.expr.right == 1
         loose = {
             find(atom.id): atom
             for atom in involved
-            if not atom.pinned and "copies" not in atom.roles
+            if not atom.pinned and not (asks_for_one and "copies" in atom.roles)
         }
 
         flips = partial(_flips, comparison, bound, find)

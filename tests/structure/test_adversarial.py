@@ -199,6 +199,30 @@ class LoopOverHeads(Between):
         return torch.cat([pieces[:, :, i] * (i + 1) for i in range(self.heads)], -1)
 
 
+class CopiesForHeads(Between):
+    """Weights are given back once for each head, and nobody takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 3
+
+    def trick(self, x):
+        x = x.view(2, 4, self.heads, -1)
+        self.use(x.new_ones(2, 4, 1).expand(2, 4, self.heads))
+        return x.flatten(2)
+
+    def use(self, copies):
+        return copies.relu()
+
+
+class SumOfCopies(CopiesForHeads):
+    """As many ones as heads, summed: the number of heads as a value."""
+
+    def trick(self, x):
+        x = x.view(2, 4, self.heads, -1)
+        return x.flatten(2) * x.new_ones(2, 4, 1).expand(2, 4, self.heads).sum(-1, keepdim=True)
+
+
 class LoopOverChunks(Between):
     def __init__(self):
         super().__init__()
@@ -571,6 +595,8 @@ TRICKS = (
     Trick(ChecksItsSize, "cut", (12,)),
     Trick(AnotherLayout, "cut", (8, 12)),
     Trick(LoopOverHeads, "cut", (4,)),
+    Trick(CopiesForHeads, "cut", (3, 4)),
+    Trick(SumOfCopies, "cut", (3, 4)),  # the heads are no exact group
     Trick(LoopOverChunks, "cut", (4, 4, 4)),
     Trick(CachesATensor, "cut", (12,)),
     Trick(CachesByKey, "cut", (12,)),

@@ -109,6 +109,17 @@ def test_fewer_experts_than_are_chosen_are_refused():
     assert min(plan.num_kept().values()) == 2
 
 
+def test_a_group_of_experts_offers_as_many_as_are_picked_of_it():
+    """Two of each group of four are asked for before groups are chosen."""
+    model, graph = build("deepseek_v3")
+    (name,) = of_experts(graph)
+    assert (graph.groups[name].size, graph.groups[name].barred) == (4, {1})
+    for number in (2, 3):
+        apply(model, graph, plan_of(graph, {name: tuple(range(number))}))
+    with pytest.raises(PlanError, match=r"must not keep 1 of its 4"):
+        apply(model, graph, plan_of(graph, {name: (2,)}))
+
+
 def test_layers_that_keep_different_numbers_leave_the_config_alone():
     model, graph = build("mixtral")
     name, other = of_experts(graph)

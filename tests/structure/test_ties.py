@@ -218,3 +218,9 @@ def test_a_repeat_factor_may_become_one():
     copies = Atom(4, roles={"copies"})
     settle([says(HEADS, copies)], (), [true(">", HEADS, 1)])
     assert not copies.barred
+
+
+def test_copies_among_which_a_choice_is_made_are_not_too_few():
+    """scores.view(-1, groups, -1).topk(2), after a mask of the groups was expanded to it."""
+    copies = Atom(4, roles={"copies"})
+    assert check([says(HEADS, copies)], [copies], [true(">=", HEADS, 2)]) == 3
