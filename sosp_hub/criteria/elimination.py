@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sosp_hub.derivatives import LowRank, Matrix
 
-BLOCK = 64  # structures whose rows are computed at once
+BLOCK = 64  # eliminations between two updates of a whole inverse
+ROWS = 1024  # of a matrix of low rank, computed at once
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,15 @@ class _Open:
         self.blocked = self._left[self._group] <= 0
         self.num = int(self._left.clamp(min=0).sum())
 
-    def cheapest(self, cost: Float[Tensor, " structures"], num: int = 1) -> list[int]:
-        """The structures that cost least, in that order."""
-        return cost.masked_fill(self.blocked, torch.inf).topk(num, largest=False).indices.tolist()
-
-    def take(self, chosen: int) -> None:
-        """Closes one, and the rest of its group where that has come to its floor."""
+    def take_cheapest(self, cost: Float[Tensor, " structures"]) -> int:
+        """Closes the structure that costs least, and its group where that comes to its floor."""
+        chosen = int(cost.masked_fill(self.blocked, torch.inf).argmin())
         group = self._group[chosen]
         self._left[group] -= 1
         self.blocked[chosen] = True
         if self._left[group] == 0:
             self.blocked |= self._group == group
+        return chosen
 
 
 def greedy_order(
@@ -70,22 +69,18 @@ def greedy_order(
     structures that make up for each other's loss go together.
     """
     cost = matrix.diagonal() / 2 + (0 if gradient is None else gradient.abs())
-    left, order, rows = _Open(floors), [], dict[int, Tensor]()
-    while len(order) < left.num:
-        (s,) = left.cheapest(cost)
-        if s not in rows:
-            near = left.cheapest(cost, min(BLOCK, len(cost)))
-            rows = dict(zip(near, matrix[near], strict=True))
-        cost = cost + (rows[s] if gradient is None else rows[s].abs())
-        left.take(s)
-        order.append(s)
+    left, order = _Open(floors), []
+    for _ in range(left.num):
+        order.append(left.take_cheapest(cost))
+        row = matrix[order[-1]]
+        cost = cost + (row if gradient is None else row.abs())
     return order
 
 
 def absolute_row_sums(matrix: Matrix) -> Float[Tensor, " structures"]:
     """``sum_s' abs(Q_ss')`` of each ``s``."""
-    blocks = torch.arange(len(matrix)).split(1024)
-    return torch.cat([matrix[block.tolist()].abs().sum(1) for block in blocks])
+    blocks = torch.arange(len(matrix)).split(ROWS)
+    return torch.cat([matrix[block].abs().sum(1) for block in blocks])
 
 
 def surgeon_order(matrix: Matrix, floors: Floors, damping: float = 0.01) -> list[int]:
@@ -102,28 +97,15 @@ def surgeon_order(matrix: Matrix, floors: Floors, damping: float = 0.01) -> list
     size = _damping(matrix, damping)
     low_rank = isinstance(matrix, LowRank)
     inverse = _LowRankInverse(matrix, size) if low_rank else _Inverse(matrix, size)
-    diagonal, gates = inverse.diagonal(), matrix.diagonal().new_ones(len(matrix))
-    left, order = _Open(floors), []
-    while len(order) < left.num:
-        near = left.cheapest(gates.square() / diagonal, min(BLOCK, len(gates)))
-        inverse.prepare(near)
-        pending = gates.new_empty(len(near), len(gates))  # A = inverse - pending' pending
-        gone: list[int] = []
-        while len(order) + len(gone) < left.num and len(gone) < len(near):
-            (s,) = left.cheapest(gates.square() / diagonal)
-            row = inverse.row(s)
-            if row is None:
-                break
-            before = pending[: len(gone)]
-            column = row - before[:, s] @ before
-            gates -= gates[s] / column[s] * column
-            pending[len(gone)] = column / column[s].sqrt()
-            diagonal -= pending[len(gone)].square()
-            gates[s], diagonal[s] = 0.0, 1.0
-            left.take(s)
-            gone.append(s)
-        order += gone
-        inverse.remove(gone, pending[: len(gone)])
+    diagonal = inverse.diagonal()
+    gates, left, order = torch.ones_like(diagonal), _Open(floors), []
+    for _ in range(left.num):
+        s = left.take_cheapest(gates.square() / diagonal)
+        column = inverse.remove(s)
+        gates -= gates[s] / column[s] * column
+        diagonal -= column.square() / column[s]
+        gates[s], diagonal[s] = 0.0, 1.0
+        order.append(s)
     return order
 
 
@@ -132,18 +114,22 @@ class _Inverse:
 
     def __init__(self, matrix: Tensor, damping: float) -> None:
         self._inverse = (matrix + damping * torch.eye(len(matrix)).to(matrix)).inverse()
+        self._pending = self._inverse.new_empty(BLOCK, len(matrix))  # minus pending' pending
+        self._num = 0
 
     def diagonal(self) -> Tensor:
         return self._inverse.diagonal().clone()
 
-    def prepare(self, near: list[int]) -> None:
-        """All rows are there."""
-
-    def row(self, s: int) -> Tensor | None:
-        return self._inverse[s]
-
-    def remove(self, gone: list[int], pending: Tensor) -> None:  # noqa: ARG002 they are 0 in it
-        self._inverse.addmm_(pending.T, pending, alpha=-1)
+    def remove(self, s: int) -> Tensor:
+        """The column of a structure, which is then gone."""
+        before = self._pending[: self._num]
+        column = self._inverse[s] - before[:, s] @ before
+        self._pending[self._num] = column / column[s].sqrt()
+        self._num += 1
+        if self._num == BLOCK:
+            self._inverse.addmm_(self._pending.T, self._pending, alpha=-1)
+            self._num = 0
+        return column
 
 
 class _LowRankInverse:
@@ -151,28 +137,24 @@ class _LowRankInverse:
 
     def __init__(self, matrix: LowRank, damping: float) -> None:
         self._factor, self._damping = matrix.factor.clone(), damping
-        self._small = self._factor @ self._factor.T
-        self._small.diagonal().add_(damping)
+        small = self._factor @ self._factor.T
+        small.diagonal().add_(damping)
+        self._small_inverse = torch.cholesky_inverse(torch.linalg.cholesky(small))
 
     def diagonal(self) -> Tensor:
-        half = torch.linalg.solve_triangular(self._root(), self._factor, upper=False)
-        return (1 - half.square().sum(0)) / self._damping
+        inner = (self._factor * (self._small_inverse @ self._factor)).sum(0)
+        return (1 - inner) / self._damping
 
-    def prepare(self, near: list[int]) -> None:
-        rows = -torch.cholesky_solve(self._factor[:, near], self._root()).T @ self._factor
-        rows[range(len(near)), near] += 1
-        self._rows = dict(zip(near, rows / self._damping, strict=True))
-
-    def row(self, s: int) -> Tensor | None:
-        return self._rows.get(s)
-
-    def remove(self, gone: list[int], pending: Tensor) -> None:  # noqa: ARG002 follows from B
-        columns = self._factor[:, gone]
-        self._small.addmm_(columns, columns.T, alpha=-1)
-        self._factor[:, gone] = 0.0
-
-    def _root(self) -> Tensor:
-        return torch.linalg.cholesky(self._small)
+    def remove(self, s: int) -> Tensor:
+        """The column of a structure, which is then gone."""
+        own = self._factor[:, s].clone()
+        moved = self._small_inverse @ own
+        left = 1 - own @ moved
+        column = -(moved @ self._factor)
+        column[s] = left
+        self._small_inverse.addr_(moved, moved, alpha=1 / left.item())
+        self._factor[:, s] = 0.0
+        return column / self._damping
 
 
 def compensation(

@@ -1,10 +1,10 @@
 """Sums of outer products of rows: as a matrix, or as the rows where those are fewer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sosp_hub.errors import CriterionError
@@ -25,9 +25,9 @@ class LowRank:
     def __len__(self) -> int:
         return self.factor.shape[1]
 
-    def __getitem__(self, indices: Sequence[int]) -> Float[Tensor, "some structures"]:
-        """Rows of the matrix."""
-        return self.factor[:, indices].T @ self.factor
+    def __getitem__(self, index: int | Int[Tensor, " some"]) -> Float[Tensor, "*some structures"]:
+        """A row of the matrix, or some."""
+        return self.factor.T[index] @ self.factor
 
     def diagonal(self) -> Float[Tensor, " structures"]:
         """As of a matrix."""

@@ -36,6 +36,7 @@ KIND_COLOURS = {
     "layer": "#6b7280",
 }
 MOST_NAMED_GROUPS = 26  # more rows than this are drawn as columns without names
+MOST_DRAWN = 2000  # structures of a picture of pairs; of more, every second, third, ...
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "svg.hashsalt": "sosp_hub",
@@ -172,9 +173,13 @@ def _draw_curvature(path: Path, groups: Sequence[Mapping[str, Any]]) -> Figure:
     with safe_open(path, "np") as file:
         names = json.loads(file.metadata()["about"])["groups"]
         by_name = {group["name"]: group for group in groups}
-        factor = file.get_tensor("factor") if "factor" in file.keys() else None  # noqa: SIM118
-        matrix = file.get_tensor("matrix") if factor is None else factor.T @ factor
-        return draw_correlation(matrix, [by_name[name] for name in names])
+        if "factor" in file.keys():  # noqa: SIM118 no dict
+            factor = file.get_tensor("factor")
+            step = -(-factor.shape[1] // MOST_DRAWN)
+            matrix = factor[:, ::step].T @ factor[:, ::step]
+        else:
+            matrix, step = file.get_tensor("matrix"), 1
+    return draw_correlation(matrix, [by_name[name] for name in names], step)
 
 
 def draw_widths(groups: Sequence[Mapping[str, Any]], floors: Iterable[str] = ()) -> Figure:

@@ -19,12 +19,15 @@ from sosp_hub.hub.figures import (
 )
 
 
-def draw_correlation(matrix: NDArray[Any], groups: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_correlation(
+    matrix: NDArray[Any], groups: Sequence[Mapping[str, Any]], step: int = 1
+) -> Figure:
     """Correlation between all structures as SOSP-I sees it: Q'_ij / sqrt(Q'_ii Q'_jj).
 
     Args:
         matrix: Gauss-Newton matrix in gate space, structures in the order of the groups.
         groups: Groups with their sizes.
+        step: The matrix is of every so many structures.
     """
     size = np.sqrt(np.clip(np.diag(matrix), 0, None))
     correlation = (
@@ -35,7 +38,7 @@ def draw_correlation(matrix: NDArray[Any], groups: Sequence[Mapping[str, Any]]) 
     figure = new_figure(6.4, 5.6)
     axes = figure.subplots()
     image = axes.imshow(correlation, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    edges = np.cumsum([0, *(group["size"] for group in groups)])
+    edges = np.cumsum([0, *(group["size"] for group in groups)]) / step
     for edge in edges[1:-1]:
         axes.axhline(edge - 0.5, color="white", linewidth=0.6)
         axes.axvline(edge - 0.5, color="white", linewidth=0.6)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.numpy import save_file
 
 from sosp_hub.errors import HubError
 from sosp_hub.hub.card import render_card
 from sosp_hub.hub.facts import collect
+from sosp_hub.hub.figures import pictures
 from sosp_hub.hub.markers import BEGIN, END
 from sosp_hub.hub.matrices import draw_cka, draw_correlation
 from sosp_hub.recipe.criteria import CRITERION_NAMES
@@ -324,6 +326,19 @@ def test_the_correlation_map_has_a_unit_diagonal_and_keeps_signs():
     shown = figure.axes[0].images[0].get_array()
     expected = [[1, 0, 0.5**0.5], [0, 1, -(0.5**0.5)], [0.5**0.5, -(0.5**0.5), 1]]
     np.testing.assert_allclose(shown, expected, atol=1e-12)
+
+
+def test_of_many_structures_the_correlation_map_shows_some(tmp_path, monkeypatch):
+    monkeypatch.setattr("sosp_hub.hub.figures.MOST_DRAWN", 4)
+    groups = [{"name": "a:neuron", "size": 6}, {"name": "b:neuron", "size": 4}]
+    factor = np.random.default_rng(0).normal(size=(2, 10))
+    about = {"about": json.dumps({"groups": {group["name"]: group["size"] for group in groups}})}
+    save_file({"factor": factor}, tmp_path / "curvature.safetensors", about)
+    (found,) = [p for p in pictures({"groups": groups}, {}, tmp_path) if p.name == "correlation"]
+    axes = found.draw().axes[0]
+    unit = factor[:, [0, 3, 6, 9]] / np.linalg.norm(factor[:, [0, 3, 6, 9]], axis=0)
+    np.testing.assert_allclose(axes.images[0].get_array(), unit.T @ unit, atol=1e-12)
+    assert {line.get_xdata()[0] for line in axes.lines} >= {1.5}  # between the second and the third
 
 
 def test_a_structure_without_effect_correlates_with_nothing():
