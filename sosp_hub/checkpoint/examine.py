@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sosp_hub.checkpoint import headers
+from sosp_hub.checkpoint.bounds import check_counts
 from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.io import PLAN, model_class
@@ -92,6 +93,7 @@ def examine(path_or_id: str | Path, *, revision: str | None = None) -> Findings:
 
 def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHeader]) -> Findings:
     config = headers.read_json(folder / headers.CONFIG)
+    check_counts(config, tensors)
     is_timm = "architecture" in config and "model_type" not in config
     args = config.get("model_args")
     record = config.get(KEY) if not is_timm else isinstance(args, Mapping) and args.get("delta")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sosp_hub.checkpoint import headers
+from sosp_hub.checkpoint.bounds import check_counts, is_widened, outgrows_files
 from sosp_hub.checkpoint.folder import replaced_folder
 from sosp_hub.checkpoint.record import KEY
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError
@@ -123,7 +124,8 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
         return apply_plan_file(folder, **kwargs)
     config = headers.read_json(folder / headers.CONFIG)
     tensors = headers.read_tensors(folder)
-    if _is_widened(config):
+    check_counts(config, tensors)
+    if is_widened(config) or (not kwargs and outgrows_files(config, tensors)):
         from sosp_hub.checkpoint.examine import misfits
 
         if fault := next(misfits(folder, config, tensors), None):
@@ -137,14 +139,6 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
     except Exception as error:  # a library meets damaged files with whatever error comes first
         what = _first_misfit(folder, config, tensors) or f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path_or_id}: {what}") from error
-
-
-def _is_widened(config: Mapping[str, Any]) -> bool:
-    """Whether a delta makes anything larger than a plain config would."""
-    args = config.get("model_args")
-    record = config.get(KEY) or (args.get("delta") if isinstance(args, Mapping) else None)
-    sections = [record.get(key) for key in ("base", "head")] if isinstance(record, Mapping) else []
-    return any(isinstance(each, Mapping) and "growth" in each for each in sections)
 
 
 def library_of(model: nn.Module) -> str:
@@ -234,7 +228,10 @@ def _load_transformers(
                 f"model class of transformers {transformers.__version__}; pass model_class="
             )
         cls = transformers.AutoModel
-    model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
+    from sosp_hub.checkpoint import transformers as adapter
+
+    with adapter.checked():
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
     if config.get(KEY) is not None:
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, info.get(what) or ())):

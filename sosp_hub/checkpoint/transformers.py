@@ -6,6 +6,7 @@ adapters.
 """
 
 import contextlib
+import contextvars
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from sosp_hub.checkpoint.shrink import APPLIED, shrink
 from sosp_hub.errors import CheckpointError
 
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
+_CHECKED: contextvars.ContextVar[bool] = contextvars.ContextVar("checked", default=False)
 
 
 def hook() -> None:
@@ -145,6 +147,17 @@ def enabled() -> Iterator[None]:
             unhook()
 
 
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Hooks on, and models without a delta are checked as well, before memory is taken for them."""
+    token = _CHECKED.set(True)
+    try:
+        with enabled():
+            yield
+    finally:
+        _CHECKED.reset(token)
+
+
 def _post_init(self: PreTrainedModel) -> None:
     shrink(self)
     _ORIGINALS["post_init"](self)
@@ -191,7 +204,27 @@ def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) ->
                 f"the checkpoint holds a pruned {base}, "
                 f"which a {type(model).__name__} does not contain"
             )
-    return _ORIGINALS["_load_pretrained_model"](model, *args, **kwargs)
+    loaded = _ORIGINALS["_load_pretrained_model"](model, *args, **kwargs)
+    if record is not None or _CHECKED.get():
+        _refuse_invented(model, loaded[0])
+    return loaded
+
+
+def _refuse_invented(model: nn.Module, info: Any) -> None:
+    """Stops before transformers makes the tensors that the files do not hold, however large."""
+    for name, held, built in sorted(info.mismatched_keys):
+        raise CheckpointError(
+            f"tensor {name!r}: the files hold {list(held)}, the config builds {list(built)}"
+        )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    missing = {name: sizes.get(name, 0) for name in info.missing_keys if name not in tied}
+    if sum(missing.values()) > sum(sizes.values()) / 2:
+        largest = max(missing, key=lambda name: missing[name])
+        raise CheckpointError(
+            f"tensor {largest!r}: the config builds {missing[largest]:,} numbers, no file holds "
+            f"them; more than half of the model is missing"
+        )
 
 
 if hooks.is_enabled():

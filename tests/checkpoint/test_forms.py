@@ -22,8 +22,9 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from tests.checkpoint import cuts
+from tests.checkpoint.mutations import RECORD
 from tests.checkpoint.test_families import output
-from tests.checkpoint.test_hostile import HOSTILE, RECORD, put
+from tests.checkpoint.test_hostile import HOSTILE, put
 from tests.compare import assert_close
 
 SCHEMA = json.loads(
