@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.axes import Atom, Axis, Prod, Sum, atoms, resolve
@@ -25,6 +26,7 @@ class Cost:
     bytes: int
 
 
+Quantity = Literal["macs", "params", "bytes"]
 Symbol = str | tuple["Monomial", ...]
 """A group's name, or a sum of products."""
 Monomial = tuple[int, tuple[Symbol, ...]]
@@ -35,7 +37,7 @@ class CostModel:
     """The costs of a graph as polynomials in the numbers of kept structures."""
 
     def __init__(self, graph: Graph) -> None:
-        self._names = {atom.id: name for name, atom in graph.atoms.items()}
+        self._names = {graph.atoms[name].id: name for name in graph.groups if name in graph.atoms}
         self._graph = graph
         self._layers = {
             f"{layer}.": (f"{name}[{i}]",)
@@ -128,3 +130,28 @@ def cost(
     if plan is None:
         return CostModel(graph)(counts)
     return CostModel(graph)(plan.num_kept(), plan.kept)
+
+
+def unit_costs(graph: Graph, quantity: Quantity) -> dict[str, tuple[float, ...]]:
+    """What the dense model saves without one structure, for each structure of each group.
+
+    In units of the mean over all structures of the graph's groups. One that saves nothing, or
+    next to nothing, counts as a thousandth of that mean.
+
+    Args:
+        graph: What ``trace`` found.
+        quantity: What is saved; all structures of a group save the same, layers each their own.
+    """
+    model = CostModel(graph)
+    dense = getattr(model(), quantity)
+    saved: dict[str, list[int]] = {}
+    for name, group in graph.groups.items():
+        if group.layers:
+            rests = [[i for i in range(group.size) if i != gone] for gone in range(group.size)]
+            costs = [model({name: len(rest)}, {name: rest}) for rest in rests]
+        else:
+            costs = [model({name: group.size - 1})] * group.size
+        saved[name] = [dense - getattr(cost, quantity) for cost in costs]
+    every = [value for values in saved.values() for value in values]
+    mean = max(sum(every) / len(every), 1e-30)
+    return {n: tuple(max(value / mean, 1e-3) for value in values) for n, values in saved.items()}

@@ -17,6 +17,7 @@ from sosp_hub.derivatives import LowRank, Matrix
 
 BLOCK = 64  # eliminations between two updates of a whole inverse
 ROWS = 1024  # of a matrix of low rank, computed at once
+Units = Float[Tensor, " structures"] | None
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,15 @@ class Floors:
 class _Open:
     """The structures that may still go."""
 
-    def __init__(self, floors: Floors) -> None:
+    def __init__(self, floors: Floors, units: Units) -> None:
+        self._units = 1.0 if units is None else units
         self._left, self._group = floors.removable(), floors.group()
         self.blocked = self._left[self._group] <= 0
         self.num = int(self._left.clamp(min=0).sum())
 
     def take_cheapest(self, cost: Float[Tensor, " structures"]) -> int:
         """Closes the structure that costs least, and its group where that comes to its floor."""
-        chosen = int(cost.masked_fill(self.blocked, torch.inf).argmin())
+        chosen = int((cost / self._units).masked_fill(self.blocked, torch.inf).argmin())
         group = self._group[chosen]
         self._left[group] -= 1
         self.blocked[chosen] = True
@@ -60,16 +62,20 @@ class _Open:
 
 
 def greedy_order(
-    matrix: Matrix, floors: Floors, gradient: Float[Tensor, " structures"] | None = None
+    matrix: Matrix,
+    floors: Floors,
+    gradient: Float[Tensor, " structures"] | None = None,
+    units: Units = None,
 ) -> list[int]:
     """Removes one structure after the other, each time the one that adds least.
 
     With ``gradient``, least ``abs(g_s) + 1/2 abs(Q_ss) + sum over removed s' of abs(Q_ss')``: the
     set saliency of SOSP-I. Without, least ``1/2 Q_ss + sum over removed s' of Q_ss'``, with signs:
-    structures that make up for each other's loss go together.
+    structures that make up for each other's loss go together. With ``units``, least per unit that
+    is saved.
     """
     cost = matrix.diagonal() / 2 + (0 if gradient is None else gradient.abs())
-    left, order = _Open(floors), []
+    left, order = _Open(floors, units), []
     for _ in range(left.num):
         order.append(left.take_cheapest(cost))
         row = matrix[order[-1]]
@@ -83,7 +89,9 @@ def absolute_row_sums(matrix: Matrix) -> Float[Tensor, " structures"]:
     return torch.cat([matrix[block].abs().sum(1) for block in blocks])
 
 
-def surgeon_order(matrix: Matrix, floors: Floors, damping: float = 0.01) -> list[int]:
+def surgeon_order(
+    matrix: Matrix, floors: Floors, damping: float = 0.01, units: Units = None
+) -> list[int]:
     """Optimal Brain Surgeon over the gates of all layers: each removal moves all other gates.
 
     With ``A = (Q + lambda)^-1`` and gates ``m``, all 1: removes the ``s`` of least
@@ -93,12 +101,13 @@ def surgeon_order(matrix: Matrix, floors: Floors, damping: float = 0.01) -> list
         matrix: ``Q``.
         floors: What stays in each group.
         damping: ``lambda``, as a share of the mean of the diagonal.
+        units: What each structure saves; least per unit goes then.
     """
     size = _damping(matrix, damping)
     low_rank = isinstance(matrix, LowRank)
     inverse = _LowRankInverse(matrix, size) if low_rank else _Inverse(matrix, size)
     diagonal = inverse.diagonal()
-    gates, left, order = torch.ones_like(diagonal), _Open(floors), []
+    gates, left, order = torch.ones_like(diagonal), _Open(floors, units), []
     for _ in range(left.num):
         s = left.take_cheapest(gates.square() / diagonal)
         column = inverse.remove(s)

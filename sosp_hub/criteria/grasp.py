@@ -47,6 +47,7 @@ class Grasp:
     name: ClassVar[str] = "grasp"
     paper: ClassVar[str] = "arXiv 2002.07376"
     needs: ClassVar[Needs] = "labels"
+    signed: ClassVar[bool] = True
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
         """The data is gone through twice: ``g`` is the gradient of the mean over all of it."""

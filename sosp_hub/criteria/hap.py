@@ -54,6 +54,7 @@ class Hap:
     name: ClassVar[str] = "hap"
     paper: ClassVar[str] = "arXiv 2101.08940"
     needs: ClassVar[Needs] = "labels"
+    signed: ClassVar[bool] = True
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
         """All processes draw the same vectors."""

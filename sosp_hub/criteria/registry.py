@@ -5,13 +5,16 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
 
+import torch
 from torch import Tensor, nn
 
 import sosp_hub.criteria
+from sosp_hub.cost import Quantity, unit_costs
 from sosp_hub.errors import CriterionError
+from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
 from sosp_hub.types import DEFAULT_KINDS, Kind
 
@@ -36,10 +39,11 @@ class HasGroups(Protocol):
 class Criterion(Protocol):
     """A way to score structures. A dataclass whose fields are its options; its file has its name.
 
-    The fields ``loss_fn``, ``seed`` and ``process_sum``, where a criterion has them, are filled by
-    ``score``. A class attribute ``kinds`` lists the kinds of structures that it can score; without
-    it they are all but whole layers. Where it cannot score every group of these, a static method
-    ``able(group)`` tells which, and ``scores_only`` says it in words; the others have no score.
+    The fields ``loss_fn``, ``seed``, ``process_sum`` and ``units``, where a criterion has them, are
+    filled by ``score``. A class attribute ``kinds`` lists the kinds of structures that it can
+    score; without it they are all but whole layers. Where it cannot score every group of these, a
+    static method ``able(group)`` tells which, and ``scores_only`` says it in words; the others have
+    no score. A class attribute ``signed`` says that scores may be negative.
 
     Attributes:
         name: Name in recipes and in ``score``.
@@ -103,7 +107,7 @@ def make_criterion(name: str, **options: Any) -> Criterion:
     return known[name](**options)
 
 
-_COMMON = {"loss_fn", "seed", "process_sum", "process_rows", "curvature"}
+_COMMON = {"loss_fn", "seed", "process_sum", "process_rows", "curvature", "units"}
 
 
 def _check_option(name: str, option: str, value: Any, kind: Any) -> None:
@@ -132,6 +136,7 @@ def score(
     kinds: tuple[str, ...] | list[str] | None = None,
     seed: int = 0,
     process_sum: Callable[[Tensor], Tensor] | None = None,
+    per: Quantity | None = None,
     **options: Any,
 ) -> "Saliency":
     """How much each structure matters.
@@ -146,6 +151,9 @@ def score(
             layers where the criterion scores those alone.
         seed: Of everything random.
         process_sum: Sum of a tensor over all processes, where each has its own batches.
+        per: What matters is then divided by what a structure costs, in units of the mean structure
+            (`sosp_hub.cost.unit_costs`), so that a budget of this quantity is met at the least
+            loss. An order of removal takes the least loss per unit first.
         **options: Options of the criterion.
 
     Returns:
@@ -165,10 +173,50 @@ def score(
     has = {field.name for field in fields(known)} if known else set()  # pyright: ignore[reportArgumentType]
     wanted = {name: value for name, value in common.items() if name in has}
     method = make_criterion(criterion, **wanted, **options)
+    check_per(criterion, per, options)
     groups = scorable_groups(graph, criterion, kinds)
     if getattr(method, "gate", None) == "activation":
         groups = _with_sites(groups, criterion)
-    return _checked(method.saliency(model, _Groups(groups), batches), groups, criterion)
+    units = _units(graph, groups, per)
+    if "units" in has:
+        method = make_criterion(criterion, **wanted, **options, units=units)
+    saliency = _checked(method.saliency(model, _Groups(groups), batches), groups, criterion)
+    if units is None or "units" in has:
+        return saliency
+    return {name: scores / units[name].to(scores.dtype) for name, scores in saliency.items()}
+
+
+def check_per(criterion: str, per: str | None, options: Mapping[str, Any]) -> None:
+    """Refuses to divide scores that are no amounts, or by what is no cost.
+
+    Raises:
+        CriterionError: Says what to write instead.
+    """
+    if per is None:
+        return
+    if per not in get_args(Quantity):
+        raise CriterionError(f"per={per!r}, expected one of {', '.join(get_args(Quantity))}")
+    method = make_criterion(criterion, **options)
+    divides = f"criterion {criterion!r}: per={per} divides scores by what a structure costs, and"
+    if getattr(method, "standardize", False):
+        raise CriterionError(
+            f"{divides} standardised ones count from their mean; write standardize: false, or "
+            "leave out per"
+        )
+    if getattr(method, "signed", False):
+        raise CriterionError(
+            f"{divides} these have a sign; leave out per, or use a criterion of amounts, such as "
+            "taylor, fisher, sosp_h or sosp_i"
+        )
+
+
+def _units(graph: HasGroups, groups: Groups, per: Quantity | None) -> "Saliency | None":
+    if per is None:
+        return None
+    if not isinstance(graph, Graph):
+        raise CriterionError(f"per={per}: costs need what trace(...) returns as the graph")
+    costs = unit_costs(replace(graph, groups=dict(groups)), per)
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in costs.items()}
 
 
 def scorable_groups(

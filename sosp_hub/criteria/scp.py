@@ -42,6 +42,7 @@ class Scp:
     name: ClassVar[str] = "scp"
     paper: ClassVar[str] = "arXiv 2007.03938"
     needs: ClassVar[Needs] = "labels"
+    signed: ClassVar[bool] = True
     scores_only: ClassVar[str] = "read through a BatchNorm and the ReLU directly behind it"
 
     @staticmethod

@@ -40,6 +40,7 @@ class ScpScore:
     name: ClassVar[str] = "scp_score"
     paper: ClassVar[str] = "arXiv 2007.03938"
     needs: ClassVar[Needs] = "nothing"
+    signed: ClassVar[bool] = True
     scores_only: ClassVar[str] = "read through a BatchNorm and the ReLU directly behind it"
 
     @staticmethod

@@ -110,6 +110,7 @@ class Sglp:
     name: ClassVar[str] = "sglp"
     paper: ClassVar[str] = "arXiv 2410.14720"
     needs: ClassVar[Needs] = "labels"
+    signed: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("layer",)
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":

@@ -47,6 +47,7 @@ class SospI:
         process_sum: Sum over processes.
         process_rows: Rows of all processes, where there are so few that they are exchanged.
         curvature: What ``measure`` returned for the same groups; no data is needed then.
+        units: What each structure of each group costs; least loss per unit goes first then.
     """
 
     selection: Literal["row_sum", "greedy", "signed", "surgeon"] = "row_sum"
@@ -62,6 +63,7 @@ class SospI:
     process_sum: Callable[[Tensor], Tensor] | None = None
     process_rows: Callable[[Tensor], Tensor] | None = None
     curvature: GaussNewton | None = None
+    units: "Saliency | None" = None
     name: ClassVar[str] = "sosp_i"
     paper: ClassVar[str] = "arXiv 2110.11395"
     needs: ClassVar[Needs] = "labels"
@@ -104,15 +106,16 @@ class SospI:
 
     def _scores(self, groups: Groups, found: GaussNewton) -> Tensor:
         gradient = torch.cat([found.gradient[name] for name in groups])
+        units = torch.cat([self.units[name] for name in groups]) if self.units else None
         if self.selection == "row_sum":
-            return gradient.abs() + absolute_row_sums(found.matrix) / 2
+            scores = gradient.abs() + absolute_row_sums(found.matrix) / 2
+            return scores if units is None else scores / units
         floors = Floors([group.size for group in groups.values()], self.keep_at_least)
         if self.selection == "surgeon":
-            order = surgeon_order(found.matrix, floors, self.damping)
+            order = surgeon_order(found.matrix, floors, self.damping, units)
         else:
-            order = greedy_order(
-                found.matrix, floors, gradient if self.selection == "greedy" else None
-            )
+            first = gradient if self.selection == "greedy" else None
+            order = greedy_order(found.matrix, floors, first, units)
         scores = torch.full_like(gradient, len(order))
         scores[order] = torch.arange(len(order), dtype=scores.dtype)
         return scores

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.registry import scorable_groups, score
+from sosp_hub.criteria.registry import check_per, scorable_groups, score
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
 from sosp_hub.distributed import (
@@ -130,9 +130,9 @@ class Stages:
 
     def check(self, graph: Graph) -> None:
         """Refuses kinds that the model does not have and a budget that cannot be met."""
-        able = scorable_groups(
-            self.chosen(graph), self.recipe.criterion.name, self.recipe.structure.kinds
-        )
+        criterion = self.recipe.criterion
+        check_per(criterion.name, criterion.per, criterion.options())
+        able = scorable_groups(self.chosen(graph), criterion.name, self.recipe.structure.kinds)
         targets = self.recipe.budget.targets()
         targets.pop("latency_s", None)  # is measured, and takes its time
         if targets:
@@ -256,6 +256,7 @@ class Stages:
             kinds=self.recipe.structure.kinds,
             seed=self.recipe.seed,
             process_sum=process_sum,
+            per=self.recipe.criterion.per,
             **options,
         )
 
@@ -292,7 +293,11 @@ class Stages:
             plan = self._plan(graph, saliency, measured, damping)
             provenance = {
                 **plan.provenance,
-                "criterion": {"name": criterion.name, "options": criterion.options()},
+                "criterion": {
+                    "name": criterion.name,
+                    "options": criterion.options(),
+                    **({"per": criterion.per} if criterion.per else {}),
+                },
                 "calibration": self.calibration,
                 **({"not_verified": dict(whole)} if whole else {}),
             }

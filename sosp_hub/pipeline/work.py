@@ -59,7 +59,7 @@ class WorkFolder:
         self._shared = shared
         data = recipe.criterion.model_dump(mode="json", include={"num_samples", "batch_size"})
         scores = {"name": recipe.criterion.name, **recipe.criterion.options()}
-        scores |= recipe.criterion.model_dump(mode="json", include={"train"})
+        scores |= recipe.criterion.model_dump(mode="json", include={"train", "per"})
         auto = recipe.criterion.damping == "auto"
         if auto:
             best_for = [self._recipe["budget"], recipe.finetune.recalibrate_norm]

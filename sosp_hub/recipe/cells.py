@@ -117,6 +117,8 @@ def _words(entry: Mapping[str, Any], but: Sequence[str]) -> Iterator[str]:
             continue
         if isinstance(value, bool):
             yield key if value else f"{key}=false"
+        elif key == "per":
+            yield f"per {value}"
         elif isinstance(value, list | tuple):
             yield "+".join(map(str, value))
         else:

@@ -21,6 +21,11 @@ class CriterionSection(Section):
 
     num_samples: Count = Field(default=1024, description="calibration samples, over all processes")
     batch_size: Count = Field(default=32, description="calibration samples of one step")
+    per: Literal["macs", "params", "bytes"] | None = Field(
+        default=None,
+        description="scores are divided by what a structure costs, for a budget of that; "
+        "null = as they are",
+    )
     compensate: bool | None = Field(
         default=None,
         description="fold gates that make up for the cut into the kept weights; "

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sosp_hub.cost import Cost, CostModel, cost
+from sosp_hub.cost import Cost, CostModel, cost, unit_costs
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import call, trace
 from sosp_hub.surgery.apply import cut
@@ -123,3 +123,26 @@ def test_batches_do_not_matter():
     (case,) = [case for case in CASES if case.name == "llama"]
     model = case.model()
     assert len({cost(trace(model, case.inputs(n), outputs="logits")) for n in (2, 3, 5)}) == 1
+
+
+@pytest.mark.parametrize("quantity", ["macs", "params", "bytes"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "llama"])
+def test_a_unit_costs_what_a_cut_of_it_alone_saves(name, quantity):
+    case = next(case for case in CASES if case.name == name)
+    model, graph = prepared(case)
+    tied = {name for tie in graph.ties for name in tie}
+    dense = getattr(measured(model, case.inputs(), 2), quantity)
+    saved = {}
+    for group in graph.groups.values():
+        if group.size > 1 and group.multiple == 1 and group.name not in tied:
+            plan = PruningPlan({group.name: tuple(range(group.size - 1))}, {group.name: group.size})
+            pruned = cut(case.model().requires_grad_(False), graph, plan)
+            saved[group.name] = dense - getattr(measured(pruned, case.inputs(), 2), quantity)
+    units = unit_costs(graph, quantity)
+    assert len(saved) > 1
+    first = next(iter(saved))
+    for group, value in saved.items():
+        assert units[group][-1] / units[first][-1] == pytest.approx(value / saved[first])
+        assert len(units[group]) == graph.groups[group].size
+    every = [unit for values in units.values() for unit in values]
+    assert sum(every) / len(every) == pytest.approx(1, rel=1e-2)

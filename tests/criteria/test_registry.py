@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sosp_hub.cost import unit_costs
 from sosp_hub.criteria.registry import (
+    check_per,
     criteria,
     make_criterion,
     register,
@@ -44,6 +46,46 @@ def test_every_criterion_scores_every_structure_and_leaves_the_model(name):
     assert_close(dict(toy.model.state_dict()), dict(before), relative=0)
     assert toy.model.training
     assert all(parameter.requires_grad for parameter in toy.model.parameters())
+
+
+def _may_be_divided(name):
+    return not hasattr(criteria()[name], "signed") and not hasattr(
+        make_criterion(name), "standardize"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in WIDTH if _may_be_divided(name)])
+def test_scores_per_cost(name):
+    """Amounts are divided; an order of removal has its own test, where orders are."""
+    case = next(case for case in CASES if case.name == "test_resnet")
+    model, batch = case.model(), (case.inputs()[0], torch.tensor([1, 2]))
+    graph = trace(model, case.inputs())
+    found = score(model, graph, [batch], name)
+    units = unit_costs(graph, "macs")
+    expected = {key: scores / torch.tensor(units[key]) for key, scores in found.items()}
+    assert all(bool((scores >= 0).all()) for scores in found.values())
+    assert len({unit for values in units.values() for unit in values}) > 2
+    assert_close(score(model, graph, [batch], name, per="macs"), expected, relative=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in WIDTH if not _may_be_divided(name)])
+def test_scores_that_are_no_amounts_are_not_divided(name):
+    case = next(case for case in CASES if case.name == "test_resnet")
+    with pytest.raises(CriterionError, match=r"have a sign|standardize: false"):
+        check_per(name, "macs", {})
+    model = case.model()
+    with pytest.raises(CriterionError, match="divides scores"):
+        score(model, trace(model, case.inputs()), [], name, per="macs")
+    if hasattr(make_criterion(name), "standardize"):
+        check_per(name, "macs", {"standardize": False})
+
+
+def test_costs_need_the_graph_and_a_known_quantity():
+    toy = residual()
+    with pytest.raises(CriterionError, match=r"per=macs: costs need what trace"):
+        score(toy.model, toy.graph, [], "magnitude", per="macs")
+    with pytest.raises(CriterionError, match="expected one of macs, params, bytes"):
+        score(toy.model, toy.graph, [], "magnitude", per="flops")
 
 
 @pytest.mark.parametrize("name", sorted(set(WIDTH) - {"random", "hap"}))  # these draw

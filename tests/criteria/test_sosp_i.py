@@ -39,8 +39,13 @@ def test_row_sums_by_hand():
     assert_close(found, toy.split(toy.gradient().abs() + q.abs().sum(1) / 2), relative=1e-9)
 
 
+UNITS = [None, torch.tensor([4.0, 0.3, 1.0, 2.0, 0.5, 3.0, 0.1], dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("units", UNITS, ids=["", "per unit"])
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_greedy_takes_the_least_growth_of_the_set_saliency(with_gradient):
+def test_greedy_takes_the_least_growth_of_the_set_saliency(with_gradient, units):
+    units = units[:6] if units is not None else None
     matrix, gradient = _matrix(6), torch.randn(6, dtype=torch.float64)
     q = matrix.abs() if with_gradient else matrix
 
@@ -48,11 +53,15 @@ def test_greedy_takes_the_least_growth_of_the_set_saliency(with_gradient):
         first = gradient[chosen].abs().sum() if with_gradient else 0
         return first + q[chosen][:, chosen].sum() / 2
 
+    def growth(chosen, s):
+        grown = saliency([*chosen, s]) - saliency(chosen)
+        return grown if units is None else grown / units[s]
+
     expected: list[int] = []
     for _ in range(5):
         rest = [s for s in range(6) if s not in expected]
-        expected.append(min(rest, key=lambda s: saliency([*expected, s])))
-    order = greedy_order(matrix, Floors([6], 0.0), gradient if with_gradient else None)
+        expected.append(min(rest, key=lambda s: growth(expected, s)))
+    order = greedy_order(matrix, Floors([6], 0.0), gradient if with_gradient else None, units)
     assert order == expected
 
 
@@ -67,15 +76,21 @@ def _best_gates(matrix, removed, damping):
     return gates, change @ damped @ change / 2
 
 
+@pytest.mark.parametrize("units", UNITS, ids=["", "per unit"])
 @pytest.mark.parametrize("rank", [None, 3])
-def test_surgeon_takes_the_least_loss_after_compensation(rank, monkeypatch):
+def test_surgeon_takes_the_least_loss_after_compensation(rank, units, monkeypatch):
     monkeypatch.setattr("sosp_hub.criteria.elimination.BLOCK", 2)
     matrix = _matrix(7, rank)
+
+    def growth(chosen, s):
+        before, after = (_best_gates(matrix, c, 0.05)[1] for c in (chosen, [*chosen, s]))
+        return after - before if units is None else (after - before) / units[s]
+
     expected: list[int] = []
     for _ in range(6):
         rest = [s for s in range(7) if s not in expected]
-        expected.append(min(rest, key=lambda s: _best_gates(matrix, [*expected, s], 0.05)[1]))
-    assert surgeon_order(matrix, Floors([7], 0.0), damping=0.05) == expected
+        expected.append(min(rest, key=lambda s: growth(expected, s)))
+    assert surgeon_order(matrix, Floors([7], 0.0), damping=0.05, units=units) == expected
 
 
 def test_compensation_is_the_best_set_of_gates():

@@ -252,7 +252,7 @@ def test_the_schema_offers_each_criterion_as_it_is():
     registry = pytest.importorskip("sosp_hub.criteria.registry")
     known = registry.criteria()
     assert set(CRITERION_NAMES) == set(known)
-    given_by_score = {"loss_fn", "seed", "process_sum", "process_rows", "curvature"}
+    given_by_score = {"loss_fn", "seed", "process_sum", "process_rows", "curvature", "units"}
     of_all = set(CriterionSection.model_fields)
     for section in CRITERIA:
         own = section.model_fields.keys() - {"name", "train", *of_all}
