@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -191,7 +191,8 @@ def _draw_parameters(compared: Compared) -> Figure:
             before, dense.mean, yerr=dense.std or 0.0, capsize=2, fillstyle="none", **style
         )
     if is_share(name):
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel("parameters")
     axes.set_ylabel(name.replace("_", " "))
     axes.legend(frameon=False)
