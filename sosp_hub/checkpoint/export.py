@@ -4,9 +4,10 @@
 llama.cpp see `sosp_hub.checkpoint.gguf`.
 """
 
+import contextlib
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sosp_hub.checkpoint import proof
 from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.modules import own_config
 from sosp_hub.errors import CheckpointError, ModelError
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
@@ -68,21 +70,24 @@ def to_onnx(model: nn.Module, path: str | Path, inputs: Inputs | None = None) ->
     """
     args, kwargs = _arguments(model, inputs)
     try:
-        torch.onnx.export(
-            model.eval(),
-            args,
-            str(path),
-            kwargs=kwargs,
-            dynamo=True,
-            dynamic_shapes=_any_batch(args, kwargs),
-            external_data=False,
-            verbose=False,
-        )
+        with _plain_experts(model):
+            torch.onnx.export(
+                model.eval(),
+                args,
+                str(path),
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=_any_batch(args, kwargs),
+                external_data=False,
+                verbose=False,
+            )
     except ImportError as error:
         raise CheckpointError(f"ONNX: {error}; pip install onnx onnxscript") from error
     except Exception as error:
         raise CheckpointError(
-            f"ONNX: torch cannot export {type(model).__name__}: {error}"
+            f"ONNX: torch cannot export {type(model).__name__} "
+            f"({_last_cause(error)}); export.to_archive writes a torch.export archive, and "
+            f"sosp_hub.save_pretrained what transformers and timm load"
         ) from error
     return Path(path)
 
@@ -105,7 +110,10 @@ def to_archive(model: nn.Module, path: str | Path, inputs: Inputs | None = None)
         )
         torch.export.save(program, str(path))
     except Exception as error:
-        raise CheckpointError(f"torch cannot export {type(model).__name__}: {error}") from error
+        raise CheckpointError(
+            f"torch cannot export {type(model).__name__} ({_last_cause(error)}); "
+            f"sosp_hub.save_pretrained writes what transformers and timm load"
+        ) from error
     return Path(path)
 
 
@@ -117,6 +125,32 @@ def _arguments(model: nn.Module, inputs: Inputs | None) -> tuple[tuple[Any, ...]
         caches = hasattr(getattr(model, "config", None), "use_cache")
         return (), {**inputs, **({"use_cache": False} if caches else {})}
     return tuple(inputs), {}
+
+
+@contextlib.contextmanager
+def _plain_experts(model: nn.Module) -> Iterator[None]:
+    """Products of gathered weights in a mixture of experts: grouped ones are no part of ONNX.
+
+    The model gets back what it had.
+    """
+    name = "_experts_implementation_internal"
+    configs = {id(each): each for module in model.modules() if (each := own_config(module))}
+    before = [(each, vars(each)[name]) for each in configs.values() if vars(each).get(name)]
+    try:
+        for each, _ in before:
+            setattr(each, name, "batched_mm")
+        yield
+    finally:
+        for each, was in before:
+            setattr(each, name, was)
+
+
+def _last_cause(error: BaseException) -> str:
+    """First line of what went wrong in the first place; torch's exporter wraps it many times."""
+    while (cause := error.__cause__) is not None:
+        error = cause
+    (line, *_) = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {line}"
 
 
 def _any_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -185,20 +185,45 @@ def test_archive_runs_in_torch_alone(tmp_path):
     assert_close(load_file(tmp_path / "y.safetensors")["y"], output(model, (x,)), relative=1e-5)
 
 
+def samples(inputs, num):
+    if isinstance(inputs, dict):
+        return {name: value[:num] for name, value in inputs.items()}
+    return tuple(value[:num] for value in inputs)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["test_resnet", "bert"])
+@pytest.mark.parametrize("name", ["test_resnet", "bert", "mixtral", "mamba"])
 def test_onnx_runs_in_onnxruntime(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model = cuts.pruned(name) if name in cuts.FAMILIES else cuts.pruned_timm(name)
     inputs = made_up_inputs(model)
+    implementation = getattr(getattr(model, "config", None), "_experts_implementation", None)
     session = runtime.InferenceSession(export.to_onnx(model, tmp_path / "model.onnx"))
-    values = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
-    feed = {
-        entry.name: value.numpy() for entry, value in zip(session.get_inputs(), values, strict=True)
-    }
-    (answer, *_) = session.run(None, feed)
-    assert_close(torch.from_numpy(answer), output(model, inputs), relative=1e-5)
+    if isinstance(inputs, dict):  # other tokens than those it was exported with: other experts
+        inputs |= {"input_ids": (inputs["input_ids"] * 7 + 5) % 96}
+    for num in (2, 1):
+        few = samples(inputs, num)
+        values = few.values() if isinstance(few, dict) else few
+        names = [entry.name for entry in session.get_inputs()]
+        feed = {name: value.numpy() for name, value in zip(names, values, strict=True)}
+        (answer, *_) = session.run(None, feed)
+        assert_close(torch.from_numpy(answer), output(model, few), relative=1e-5)
+    if name == "mixtral":
+        assert model.config._experts_implementation == implementation, "left as it was"
+
+
+class _Choosy(torch.nn.Module):
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_cannot_export_says_what_can_be_done(tmp_path):
+    with pytest.raises(CheckpointError, match=r"export _Choosy \(.*to_archive.*save_pretrained"):
+        export.to_onnx(_Choosy(), tmp_path / "model.onnx", (torch.ones(2, 3),))
+    with pytest.raises(CheckpointError, match=r"export _Choosy \(.*save_pretrained"):
+        export.to_archive(_Choosy(), tmp_path / "model.pt2", (torch.ones(2, 3),))
 
 
 def test_onnx_says_what_is_missing(tmp_path, monkeypatch):
