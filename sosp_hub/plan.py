@@ -24,10 +24,12 @@ class PruningPlan:
             needed to apply it.
         gates: For groups whose kept structures make up for the removed ones: a factor for each
             kept structure, folded into the weights that read it.
+        shifts: For biases of layers that have read removed structures: what is added to each of
+            their values, before any of them is cut.
 
     Raises:
         PlanError: Indices that are unsorted, repeated or out of range, a group that is left empty,
-            or gates that do not fit their group.
+            gates that do not fit their group, or numbers that are not finite.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -36,9 +38,10 @@ class PruningPlan:
     base_revision: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     gates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    shifts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("kept", "gates"):
+        for name in ("kept", "gates", "shifts"):
             lists = {group: tuple(values) for group, values in getattr(self, name).items()}
             object.__setattr__(self, name, lists)
         object.__setattr__(self, "sizes", dict(self.sizes))
@@ -49,13 +52,24 @@ class PruningPlan:
             _check_indices(name, kept, self.sizes[name])
         for name, gates in self.gates.items():
             _check_gates(name, gates, len(self.kept.get(name, ())))
+        for name, values in self.shifts.items():
+            _check_finite(f"the shift of {name!r}", values)
 
     def num_kept(self) -> dict[str, int]:
         """Number of kept structures of each listed group."""
         return {name: len(kept) for name, kept in self.kept.items()}
 
     def compose(self, second: "PruningPlan") -> "PruningPlan":
-        """The one plan that equals applying this plan and then ``second`` to its result."""
+        """The one plan that equals applying this plan and then ``second`` to its result.
+
+        Raises:
+            PlanError: The second plan does not fit the first one's result, or shifts biases.
+        """
+        if second.shifts:
+            raise PlanError(
+                f"plan: the second plan shifts {next(iter(second.shifts))!r}, of which the first "
+                "may have left a part; apply one after the other"
+            )
         for name, kept in self.kept.items():
             if name in second.sizes and second.sizes[name] != len(kept):
                 raise PlanError(
@@ -74,7 +88,9 @@ class PruningPlan:
             chosen = second.kept.get(name, range(len(one)))
             gates[name] = tuple(one[i] * factor for i, factor in zip(chosen, two, strict=True))
         provenance = {"steps": [dict(self.provenance), dict(second.provenance)]}
-        return PruningPlan(kept, sizes, self.base_model, self.base_revision, provenance, gates)
+        return PruningPlan(
+            kept, sizes, self.base_model, self.base_revision, provenance, gates, self.shifts
+        )
 
     def to_json(self) -> str:
         """The plan as JSON text; ``from_json`` gives the same plan back."""
@@ -85,6 +101,7 @@ class PruningPlan:
             "sizes": self.sizes,
             "kept": {name: list(kept) for name, kept in self.kept.items()},
             "gates": {name: list(gates) for name, gates in self.gates.items()},
+            "shifts": {name: list(values) for name, values in self.shifts.items()},
             "provenance": dict(self.provenance),
         }
         return json.dumps(record, indent=1)
@@ -113,6 +130,7 @@ class PruningPlan:
                 base_revision=record.get("base_revision"),
                 provenance=record.get("provenance", {}),
                 gates=record.get("gates", {}),
+                shifts=record.get("shifts", {}),
             )
         except (KeyError, AttributeError, TypeError) as error:
             raise PlanError(
@@ -194,6 +212,10 @@ def _check_gates(name: str, gates: Sequence[float], num_kept: int) -> None:
         raise PlanError(
             f"plan: group {name!r} keeps {num_kept} structures but has {len(gates)} gates"
         )
-    wrong = [gate for gate in gates if not isinstance(gate, int | float) or not isfinite(gate)]
+    _check_finite(f"gates of group {name!r}", gates)
+
+
+def _check_finite(what: str, numbers: Sequence[float]) -> None:
+    wrong = [n for n in numbers if not isinstance(n, int | float) or not isfinite(n)]
     if wrong:
-        raise PlanError(f"plan: gates of group {name!r} must be finite numbers, got {wrong[0]!r}")
+        raise PlanError(f"plan: {what} must be finite numbers, got {wrong[0]!r}")

@@ -29,12 +29,12 @@ class Flap:
     AAAI 2024, arXiv 2312.11983, which standardises scores within each layer, as here, and so finds
     the width of every layer in one ranking of all.
 
-    Differs from the paper: no bias compensation (the mean of what goes, times its weights, added to
-    the bias of the layer that reads it). A plan holds kept indices and factors, and the layers of
-    language models have no bias to hold a constant. Re-estimated BatchNorm statistics
-    (``finetune.recalibrate_norm``) do the same where a BatchNorm follows, and ``compensate`` makes
-    up for the cut by factors. The variance is over all tokens, padding left out; weights that read
-    the same group in several places are averaged.
+    Differs from the paper: bias compensation (the mean of what goes, times its weights, added to
+    the bias of the layer that reads it) is ``criterion.compensate_bias``, off by default and there
+    for every criterion; no layer gets a bias that had none, as in most language models. Where a
+    BatchNorm follows, re-estimated statistics (``finetune.recalibrate_norm``) do the same;
+    ``compensate`` makes up for the cut by factors. The variance is over all tokens, padding left
+    out; weights that read the same group in several places are averaged.
 
     Attributes:
         standardize: Mean 0 and standard deviation 1 within each group.

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sosp_hub.criteria.compensation import compensated
+from sosp_hub.criteria.compensation import Means, compensated, means_at_biases, shifted
 from sosp_hub.criteria.registry import scorable_groups
 from sosp_hub.criteria.sosp_i import SospI
 from sosp_hub.derivatives import GaussNewton, LowRank, by_group
@@ -114,6 +114,36 @@ def with_gates(graph: Graph, plan: PruningPlan, measured: Curvature, damping: fl
     )
 
 
+def made_up_for(
+    stages: "Stages",
+    graph: Graph,
+    plan: PruningPlan,
+    measured: Curvature | None,
+    damping: float,
+    means: Means | None,
+) -> PruningPlan:
+    """The plan with gates and shifts of biases, as the recipe asks for."""
+    if measured and stages.recipe.criterion.compensates():
+        plan = with_gates(graph, plan, measured, damping)
+    return plan if means is None else shifted(plan, stages.model, graph, means)
+
+
+def bias_means(stages: "Stages", graph: Graph) -> Means | None:
+    """What can be folded into biases, where the recipe asks for it; a log line says how much."""
+    if not stages.recipe.criterion.compensate_bias:
+        return None
+    _check_data(stages, "compensate_bias", "")
+    groups, batches = stages.groups(graph), OnDevice(stages.calibration_batches(), "means")
+    means = means_at_biases(stages.model, graph, groups, batches, process_sum)
+    logger.info(
+        "compensate_bias: constants of %d of %d groups can be folded; layers that read the others "
+        "have no bias, or pad with zeros",
+        len(means),
+        len(groups),
+    )
+    return means
+
+
 def choose_damping(
     stages: "Stages", graph: Graph, decide: Callable[[float], PruningPlan]
 ) -> dict[str, float]:
@@ -140,11 +170,7 @@ def choose_damping(
 
 def _parts(stages: "Stages") -> tuple[Sequence[Any], Sequence[Any]]:
     """Calibration batches to measure on, and those held out."""
-    if not stages.has_data:
-        raise CriterionError(
-            "criterion.compensate: what makes up for another cut is computed from the "
-            "calibration data, since no curvature.safetensors was kept; give the data"
-        )
+    _check_data(stages, "compensate", ", since no curvature.safetensors was kept")
     num = stages.num_samples
     if stages.recipe.criterion.damping != "auto":
         return stages.calibration_batches(0, num), ()
@@ -156,3 +182,11 @@ def _parts(stages: "Stages") -> tuple[Sequence[Any], Sequence[Any]]:
         )
     rest = num - held_out
     return stages.calibration_batches(0, rest), stages.calibration_batches(rest, num)
+
+
+def _check_data(stages: "Stages", key: str, why: str) -> None:
+    if not stages.has_data:
+        raise CriterionError(
+            f"criterion.{key}: what makes up for another cut is computed from the calibration "
+            f"data{why}; give the data"
+        )

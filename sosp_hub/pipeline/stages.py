@@ -30,7 +30,7 @@ from sosp_hub.distributed import (
 from sosp_hub.errors import VerificationError
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.finetune import finetune, recalibrate_norm
-from sosp_hub.pipeline.compensation import Curvature, choose_damping, curvature, with_gates
+from sosp_hub.pipeline import compensation
 from sosp_hub.pipeline.eligible import eligible_groups
 from sosp_hub.pipeline.masking import train_with_masks
 from sosp_hub.pipeline.memory import PeakMemory
@@ -227,7 +227,7 @@ class Stages:
         tensors = self.work.tensors("saliency")
         measured = damping = None
         if self.recipe.criterion.name == "sosp_i" and not self.work.read("saliency"):
-            measured = curvature(self, graph)
+            measured = compensation.curvature(self, graph)
             if self.recipe.criterion.by_damping():
                 damping, _ = self._damping(graph, measured)
 
@@ -241,7 +241,7 @@ class Stages:
         return load_file(tensors)
 
     def _scores(
-        self, graph: Graph, measured: Curvature | None, damping: float | None
+        self, graph: Graph, measured: compensation.Curvature | None, damping: float | None
     ) -> "Saliency":
         options = self.recipe.criterion.options()
         if measured:
@@ -286,18 +286,15 @@ class Stages:
         criterion = self.recipe.criterion
         measured, damping, losses = None, 0.0, {}
         if criterion.compensates() and not self.work.read("plan"):
-            measured = curvature(self, graph)
+            measured = compensation.curvature(self, graph)
             damping, losses = self._damping(graph, measured, whole or ())
 
         def make() -> dict[str, Any]:
-            plan = self._plan(graph, saliency, measured, damping)
+            means = compensation.bias_means(self, graph)
+            plan = self._plan(graph, saliency, measured, damping, means)
             provenance = {
                 **plan.provenance,
-                "criterion": {
-                    "name": criterion.name,
-                    "options": criterion.options(),
-                    **({"per": criterion.per} if criterion.per else {}),
-                },
+                "criterion": criterion.told(),
                 "calibration": self.calibration,
                 **({"not_verified": dict(whole)} if whole else {}),
             }
@@ -315,19 +312,19 @@ class Stages:
         self,
         graph: Graph,
         saliency: "Saliency",
-        measured: Curvature | None,
+        measured: compensation.Curvature | None,
         damping: float,
+        means: compensation.Means | None,
     ) -> PruningPlan:
         """The main process's, since latency is measured."""
         budget = self.recipe.budget
         measure = self._seconds_of(graph) if budget.latency_s else None
         plan = self._allocate(graph, saliency, budget.targets(), measure)
-        if measured and self.recipe.criterion.compensates():
-            plan = with_gates(graph, plan, measured, damping)
+        plan = compensation.made_up_for(self, graph, plan, measured, damping, means)
         return PruningPlan.from_json(from_main(plan.to_json()))
 
     def _damping(
-        self, graph: Graph, measured: Curvature, whole: Collection[str] = ()
+        self, graph: Graph, measured: compensation.Curvature, whole: Collection[str] = ()
     ) -> tuple[float, dict[str, float]]:
         """As the recipe says, or the best of some, with the losses of all."""
         criterion = self.recipe.criterion
@@ -336,13 +333,14 @@ class Stages:
         if criterion.damping != "auto":
             return criterion.damping, {}
         fixed = None if criterion.by_damping() else self.score(graph)
+        means = compensation.bias_means(self, graph)
 
         def decide(damping: float) -> PruningPlan:
             saliency = fixed or self._scores(graph, measured, damping)
             left = {name: scores for name, scores in saliency.items() if name not in whole}
-            return self._plan(graph, left, measured, damping)
+            return self._plan(graph, left, measured, damping, means)
 
-        losses = self.stage("damping", lambda: choose_damping(self, graph, decide))
+        losses = self.stage("damping", lambda: compensation.choose_damping(self, graph, decide))
         return float(min(losses, key=lambda name: losses[name])), losses
 
     def _allocate(

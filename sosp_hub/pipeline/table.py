@@ -26,6 +26,8 @@ def show_result(report: Mapping[str, Any], output: Path) -> None:
             f"{told['largest_gate']:.2f}: they make up for the cut\n",
             highlight=False,
         )
+    if told := report["plan"]["provenance"].get("shifted_biases"):
+        console.print(f"{told} biases shifted by the mean of what was cut\n", highlight=False)
     console.out(f"{output}/", style="bold", highlight=False)
     for path in sorted(output.iterdir()):
         what = _FILES.get(path.name, "weights" if path.suffix == ".safetensors" else "")

@@ -37,10 +37,21 @@ class CriterionSection(Section):
         "share of its mean; auto = the best on a quarter of the calibration samples, held out",
     )
 
+    compensate_bias: bool = Field(
+        default=False,
+        description="fold the mean of what is cut into the biases of the layers that have read it, "
+        "where they have one",
+    )
+
     def options(self) -> dict[str, Any]:
         """The options of this criterion alone, those that are set."""
         shared = {"name", *CriterionSection.model_fields}
         return self.model_dump(exclude=shared, exclude_none=True)
+
+    def told(self) -> dict[str, Any]:
+        """What a plan says of where its scores come from."""
+        named = self.model_dump(include={"name", "per"}, exclude_none=True)
+        return {**named, "options": self.options()}
 
     def compensates(self) -> bool:
         """Whether what is kept makes up for what is cut."""

@@ -316,11 +316,15 @@ class Recipe(Section):
                 "criterion.compensate: what scp cuts is silent already and leaves nothing to make "
                 "up for; leave it out"
             )
-        if self.criterion.compensates() and "layer" in kinds:
-            raise ValueError(
-                "criterion.compensate: nothing makes up for a whole layer; leave it out, or leave "
-                "layer out of structure.kinds"
-            )
+        for key, asked in (
+            ("compensate", self.criterion.compensates()),
+            ("compensate_bias", self.criterion.compensate_bias),
+        ):
+            if asked and "layer" in kinds:
+                raise ValueError(
+                    f"criterion.{key}: nothing makes up for a whole layer; leave it out, or leave "
+                    "layer out of structure.kinds"
+                )
         if self.criterion.compensates() and getattr(self.criterion, "gate", None) == "weight":
             raise ValueError(
                 "criterion.compensate: gates are folded where activations are read; write "

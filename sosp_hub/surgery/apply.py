@@ -25,8 +25,8 @@ def apply(
 ) -> nn.Module:
     """A new, smaller model of the same class; the given model stays as it is.
 
-    Gates of the plan are folded into the weights that read the kept structures, so that the result
-    needs no extra parameter.
+    Gates of the plan are folded into the weights that read the kept structures, and its shifts into
+    the biases of those layers, so that the result needs no extra parameter.
 
     Args:
         model: The model that ``graph`` was traced from.
@@ -38,7 +38,7 @@ def apply(
 
     Raises:
         PlanError: The plan was made for another model, breaks a tie, has gates that no weight
-            of their own reads, or is no plan.
+            of their own reads or shifts of what is no bias, or is no plan.
         VerificationError: The cut model does not compute what the masked model computes; its
             ``groups`` are those where it goes wrong.
     """
@@ -47,12 +47,12 @@ def apply(
     check_model(model, graph)
     if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError("the model has no weights (meta device): give verify='fast', or load them")
-    dense = fold(copy.deepcopy(model), graph, plan) if plan.gates else model
+    dense = fold(copy.deepcopy(model), graph, plan) if plan.gates or plan.shifts else model
     return verified_cut(dense, graph, plan, thorough=verify == "thorough", cut=cut)
 
 
 def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
-    """Multiplies, in place, the weights that read each gated structure by its gate."""
+    """Multiplies, in place, the weights that read gated structures, and shifts biases."""
     with torch.no_grad():
         for name, gates in plan.gates.items():
             group = graph.groups[name]
@@ -66,6 +66,15 @@ def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
                 scale = torch.where(index >= 0, factors[index.clamp(min=0)], 1.0)
                 shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
                 weight.mul_(scale.to(weight).view(shape))
+        for name, values in plan.shifts.items():
+            sizes = [size_of(axis) for axis in graph.tensors.get(name, ())]
+            if sizes != [len(values)]:
+                raise PlanError(
+                    f"plan: a shift of {len(values)} values for {name!r}, which is "
+                    f"{sizes if sizes else 'no tensor'} here; it was made for another model"
+                )
+            bias = get_tensor(model, name)
+            bias.add_(torch.tensor(values, dtype=torch.float64).to(bias))
     return model
 
 

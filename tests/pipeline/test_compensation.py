@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import sosp_hub
 from sosp_hub.criteria.sosp_i import SospI
 from sosp_hub.pipeline import compensation, stages
 from sosp_hub.prune import main
+from tests.compare import assert_close
 
 RECIPE = """
 model: {library: timm, id: cifar_resnet20, task: image-classification, pretrained: false}
@@ -146,3 +148,22 @@ def test_layers_cannot_be_made_up_for(recipe, capsys):
     assert "criterion.gate: activation" in capsys.readouterr().err
     assert main([str(recipe), "criterion.damping=auto", "criterion.num_samples=3"]) == 2
     assert "there are 3; raise criterion.num_samples" in capsys.readouterr().err
+
+
+def test_constants_are_folded_into_biases(recipe, tmp_path, capsys):
+    keys = ["model.id=test_vit", "structure.kinds=[neuron]", "criterion.name=flap"]
+    keys += ["criterion.compensate_bias=true", "criterion.compensate=false"]
+    assert main([str(recipe), *keys]) == 0
+    said = capsys.readouterr()
+    found = json.loads((tmp_path / "out" / "sosp_report.json").read_text())["plan"]
+    num = len(found["kept"])
+    assert f"{num} biases shifted by the mean of what was cut" in said.out
+    assert found["shifts"].keys() == {f"blocks.{i}.mlp.fc2.bias" for i in range(num)}
+    with_shifts = load_file(tmp_path / "out" / "model.safetensors")
+    plan = sosp_hub.PruningPlan.from_json(json.dumps(found))
+    assert main([str(recipe), "--overwrite", *keys, "criterion.compensate_bias=false"]) == 0
+    without = load_file(tmp_path / "out" / "model.safetensors")
+    shifted = {k: without[k].double() + torch.tensor(v).double() for k, v in plan.shifts.items()}
+    assert_close({k: with_shifts[k].double() for k in shifted}, shifted, relative=1e-6)
+    assert main([str(recipe), *keys, "structure.kinds=[layer]", "criterion.name=random"]) == 2
+    assert "criterion.compensate_bias: nothing makes up for a whole" in capsys.readouterr().err
