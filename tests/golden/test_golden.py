@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent
 VERSIONS = {"timm": timm.__version__, "transformers": transformers.__version__}
 CHOSEN = (
     "mixtral", "bloom", "gpt_neox", "phi3", "mamba", "t5", "whisper", "swin", "convnext",
+    "llava",
 )  # fmt: skip
 
 
