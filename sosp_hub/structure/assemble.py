@@ -75,7 +75,9 @@ def assemble(
         if kind == "expert":
             sites = tuple(expert_sites(atom, members, tensors, reads))
         else:
-            sites = tuple(_sites(model, atom, members, tensors, reads, summed, entries))
+            sites = tuple(
+                _sites(model, atom, members, tensors, reads, summed, entries, terms.normalised)
+            )
         multiple = atom.multiple if atom.size % atom.multiple == 0 else 1
         numbers[atom.id] = Group(
             name, kind, atom.size, found, sites, tuple(atom.inexact), (), multiple,
@@ -109,6 +111,7 @@ def assemble(
         | {name: buffer.element_size() for name, buffer in model.named_buffers()},
         parameters=frozenset(parameters & tensors.keys()),
         buffers=frozenset(model.state_dict().keys() & tensors.keys() - parameters),
+        normalised=frozenset(terms.normalised),
         example_inputs=inputs,
         outputs=outputs,
         num_params=sum(parameter.numel() for parameter in sizes.values()),
@@ -281,6 +284,7 @@ def _sites(
     reads: Reads,
     summed: Summed,
     entries: dict[str, Axes],
+    normalised: set[str],
 ) -> list[Site]:
     sites: list[Site] = []
     if (
@@ -296,6 +300,8 @@ def _sites(
             entry = entries.get(reader, ())
             if at is not None and entry and any(a is atom for a in atoms(entry[at])):
                 sites.append(Site(reader, None, at, index_of(entry[at], atom)))
+            elif tensor in normalised:  # to scale it is no gate
+                return []
             else:
                 sites.append(Site(None, tensor, dim, index_of(tensors[tensor][dim], atom)))
     return sites

@@ -45,6 +45,7 @@ class Graph:
         item_bytes: Bytes of one element of each tensor.
         parameters: Names of the tensors that are parameters.
         buffers: Names of the buffers that a checkpoint stores.
+        normalised: Parameters that are divided by a norm of themselves before they are used.
         example_inputs: The inputs that were traced.
         outputs: Names of the outputs that matter; None = all.
     """
@@ -62,6 +63,7 @@ class Graph:
     item_bytes: dict[str, int]
     parameters: frozenset[str]
     buffers: frozenset[str]
+    normalised: frozenset[str]
     example_inputs: object
     outputs: tuple[str, ...] | None = None
     undroppable: Mapping[str, str] = field(default_factory=dict)
@@ -101,6 +103,8 @@ class Graph:
         places = {site.weight or f"{site.module}.weight" for site in sites}
         if not places or places != {member.tensor for member in self.readers(name)}:
             return "no weight reads it"
+        for tensor in sorted(places & self.normalised):
+            return f"{tensor!r} is normalised before it reads"
         shared = [tensor for tensor in sorted(places) if self.aliases.get(tensor)]
         return f"{shared[0]!r} is tied to another weight" if shared else None
 

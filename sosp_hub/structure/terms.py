@@ -70,6 +70,7 @@ class Terms:
     results: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     uses: dict[tuple[str, int], dict[str, None]] = field(default_factory=dict)
     refilled: set[str] = field(default_factory=set)
+    normalised: set[str] = field(default_factory=set)
     mixes: bool = False
     picked: Axis | None = None
     counts: bool = False

@@ -59,6 +59,8 @@ def _follow_shapes(module: nn.Module) -> None:
     if isinstance(module, nn.MultiheadAttention):
         _follow_attention(module)
     weight = getattr(module, "weight", None)
+    if weight is None:
+        weight = getattr(module, "running_mean", None)  # a norm without scales
     if not hasattr(weight, "shape") or weight is None:
         return
     shape = tuple(weight.shape)
@@ -68,7 +70,9 @@ def _follow_shapes(module: nn.Module) -> None:
     elif isinstance(module, nn.modules.conv._ConvTransposeNd):
         found = {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
     elif isinstance(module, nn.modules.conv._ConvNd):
-        found = {"out_channels": shape[0], "in_channels": shape[1] * module.groups}
+        depthwise = shape[1] == 1 and module.groups == module.out_channels  # which nobody has read
+        groups = shape[0] if depthwise else module.groups
+        found = {"out_channels": shape[0], "in_channels": shape[1] * groups, "groups": groups}
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         found = {"num_features": shape[0]}
     elif isinstance(module, nn.GroupNorm):

@@ -96,6 +96,9 @@ def why_not(graph: Graph, name: str, *, equal: bool = False) -> str | None:
         return f"{tied!r} reads it and is tied to another weight"
     if not readers or not group.sites:
         return "not only weights read it"
+    for tensor in readers:
+        if tensor in graph.normalised:
+            return f"{tensor!r} is normalised before it reads"
     if group.reasons and not equal:
         return f"{group.reasons[0]}; copy all its structures equally often, with init='net2net'"
     return None

@@ -176,17 +176,30 @@ def test_a_name_is_given_once():
         register(Another)
 
 
-def test_groups_without_a_place_for_a_gate_stay_whole(caplog):
-    """A standardised weight reads most channels of an NFNet: a gate there would be normalised."""
-    case = next(case for case in CASES if case.name == "test_nfnet")
+def _taylor(name, *kinds):
+    """A model's groups of some kinds, and their scores."""
+    case = next(case for case in CASES if case.name == name)
     model = case.model()
     (pictures,) = case.inputs()
     batches = [(pictures, torch.zeros(len(pictures), dtype=torch.long))]
     graph = trace(model, (pictures,))
+    groups = {name: group for name, group in graph.groups.items() if group.kind in kinds}
+    return groups, score(model, graph, batches, "taylor", kinds=kinds)
+
+
+def test_groups_without_a_place_for_a_gate_stay_whole(caplog):
+    """Queries and keys are read by one another, the hidden layers of an MLP by a weight."""
     with caplog.at_level("INFO"):
-        saliency = score(model, graph, batches, "taylor", kinds=["channel"])
-    channels = {name: group for name, group in graph.groups.items() if group.kind == "channel"}
-    assert set(saliency) == {name for name, group in channels.items() if group.sites}
-    assert len(saliency) < len(channels)
+        groups, saliency = _taylor("test_vit", "head_dim", "neuron")
+    assert set(saliency) == {name for name, group in groups.items() if group.sites}
+    assert 0 < len(saliency) < len(groups)
     (told,) = [r.message for r in caplog.records if "stay whole" in r.message]
-    assert "downsample.conv:channel" in told
+    assert next(name for name in groups if name not in saliency) in told
+
+
+def test_what_standardised_weights_read_has_gates():
+    """Almost all of an NFNet."""
+    groups, saliency = _taylor("test_nfnet", "channel")
+    assert set(saliency) == set(groups)
+    assert len(groups) > 20
+    assert saliency["stem.conv1:channel"].min() > 0

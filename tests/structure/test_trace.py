@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from sosp_hub.errors import TraceError
+from sosp_hub.errors import PlanError, TraceError
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
+from sosp_hub.surgery.widen import widen
 from tests.cases import CASES
 from tests.compare import assert_close
 from tests.structure.oracles import gated, half, run
@@ -190,3 +192,43 @@ def test_gates_of_a_square_weight_sit_where_it_is_summed_over():
     plan = half(graph, lambda group: group.exact)
     assert len(plan.kept) == 2
     assert_close(run(apply(model, graph, plan), graph), gated(model, graph, plan))
+
+
+class Standardised(nn.Conv2d):
+    """As in NFNet and BiT: the weight has mean 0 and variance 1 before it is used."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.weight.shape[0], -1)
+        weight = F.batch_norm(flat, None, None, training=True, eps=1e-6).reshape_as(self.weight)
+        return F.conv2d(x, weight)
+
+
+class OfNoLayer(nn.Module):
+    """The same, where no layer's input can be gated."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.weight = nn.Conv2d(*sizes).weight
+
+    forward = Standardised.forward
+
+
+@pytest.mark.parametrize("kind", [Standardised, OfNoLayer])
+def test_a_weight_that_is_standardised_reads_and_is_no_place_for_a_gate(kind):
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), kind(6, 3, 1)).eval()
+    graph = trace(model, (torch.randn(2, 2, 4, 4),))
+    group = graph.groups["0:channel"]
+    assert (group.kind, group.size, group.exact) == ("channel", 6, False)
+    assert [(member.tensor, member.dim) for member in group.members if member.reads] == [
+        ("1.weight", 1)
+    ]
+    gated_at = [(site.module, site.weight, site.dim) for site in group.sites]
+    assert gated_at == ([("1", None, 1)] if kind is Standardised else [])
+    assert graph.fold_obstacle(group.name) == (
+        "'1.weight' is normalised before it reads" if gated_at else "no weight reads it"
+    )
+    pruned = apply(model, graph, half(graph))
+    assert pruned[1].weight.shape == (3, 3, 1, 1)
+    twice = {group.name: (2,) * 6}
+    with pytest.raises(PlanError, match="normalised before it" if gated_at else "not only weights"):
+        widen(model, graph, twice, verify="fast")

@@ -15,7 +15,7 @@ from sosp_hub.structure.axes import (
 )
 from sosp_hub.structure.rules.registry import (
     Operation,
-    carry_source,
+    carry_normalised,
     dims_of,
     elementwise,
     position_of,
@@ -168,6 +168,7 @@ def _batch_norm(terms: Terms, op: Operation) -> None:
         for dim, axis in enumerate(axes):
             if dim != 1:
                 terms.mix(axis, "statistics are taken over it")
+        carry_normalised(terms, op.tensor, result)  # a standardised weight
     terms.set(result, axes)
     for extra in op.out[1:]:
         if isinstance(extra, Tensor):
@@ -225,4 +226,4 @@ def _weight_norm(terms: Terms, op: Operation) -> None:
     weight, norms = op.out
     terms.set(weight, direction)
     terms.set(norms, length)
-    carry_source(terms, op.tensor, weight)
+    carry_normalised(terms, op.tensor, weight)

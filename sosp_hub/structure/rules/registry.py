@@ -174,6 +174,14 @@ def carry_source(terms: Terms, tensor: Tensor, out: Any) -> None:
             terms.source[result] = name
 
 
+def carry_normalised(terms: Terms, tensor: Tensor, out: Tensor) -> None:
+    """A parameter divided by a norm of itself still reads, but to scale it changes nothing."""
+    carry_source(terms, tensor, out)
+    name = terms.source.get(tensor)
+    if name is not None:
+        terms.normalised.add(name)
+
+
 # Operations that hand on the values of their first argument, in another order or shape.
 _CARRIERS = frozenset(
     [
