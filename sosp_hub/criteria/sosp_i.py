@@ -35,7 +35,9 @@ class SospI:
         selection: ``row_sum``: ``abs(g) + 1/2 sum_s' abs(Q_ss')``; ``greedy``: one after the other,
             least set saliency first; ``signed``: greedy with the signs of ``Q``; ``surgeon``: the
             same where the other gates move to make up for each removal.
-        damping: Of the surgeon: added to ``Q``'s diagonal, as a share of its mean.
+        damping: Of the surgeon: added to ``Q``'s diagonal, as a share of its mean. Where samples
+            are few, the eigenvalues that are not 0 are larger than that mean, by structures over
+            rows (of samples times classes or draws): 0.01 or 1 is then hardly any damping.
         keep_at_least: Share of each group that no order removes.
         loss: Which curvature of the loss by the logits.
         max_classes: Up to so many classes are summed over; above, labels are drawn from the model.
