@@ -166,7 +166,11 @@ def notes(facts: Facts, data: ModelCardData) -> list[str]:
     """What a reader has to be told because it is not known."""
     found = []
     if data.get("license") is None:
-        reason = "its base model's card names none" if facts.base_model else "no licence was set"
+        reason = (
+            "no card of its base model was found that names one"
+            if facts.base_model
+            else "no licence was set"
+        )
         found.append(
             f"The licence of this model is unknown: {reason}. "
             "Set `license:` at the top of this file."

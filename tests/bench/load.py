@@ -1,6 +1,13 @@
 """How long a pruned checkpoint takes to load, against a dense one of as many bytes; and imports.
 
 Run: ``python tests/bench/load.py [MB]``. Prints CPU seconds, and the ratio of pairs taken in turn.
+
+Measured with 104 MB of float32 (a Llama of 12 unequal layers, one thread, beside other jobs on two
+cores; 2026-11-22, e5487a3), median ratio of three runs of 9, 30 and 30 pairs:
+`AutoModelForCausalLM` 1.04, 1.09, 1.07; `sosp_hub.from_pretrained` 1.07, 1.08, 1.10 (of the least
+times 1.11, 1.14, 1.10). That is 3 to 5 ms more, of which reading the headers, parsing the delta and
+applying it take 1.3 ms.
+`timm.create_model` of a ViT-B with half of its neurons: 0.37, as no random numbers are drawn first.
 """
 
 import statistics
