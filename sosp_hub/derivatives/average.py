@@ -43,11 +43,12 @@ DEFAULT = Protocol()
 
 
 class Seen(NamedTuple):
-    """The mean loss of a batch, what it averages over, and which groups it depends on."""
+    """The mean loss of a batch, what it averages over, which groups it depends on, and rows."""
 
     loss: float
     weight: int
     used: list[bool]
+    rows: Tensor | None = None
 
 
 _Step = Callable[[Any, list[Tensor]], Seen]
@@ -70,8 +71,12 @@ def average(
     protocol: Protocol,
     num_totals: int,
     step: Callable[[Gates, Any, list[Tensor]], Seen],
+    keep: Callable[[Tensor], None] = lambda _: None,
 ) -> Average:
     """The mean of what ``step`` adds up, over all processes, in one exchange of numbers.
+
+    ``keep`` gets the rows that a step saw, once for each batch: a process that goes through one
+    again while others are not done keeps nothing of it.
 
     Faults of the data (no batch, a loss that is not finite, gates without effect) are exchanged
     too, so that all processes raise and none waits for the others.
@@ -88,6 +93,8 @@ def average(
             finite = math.isfinite(seen.loss)
             share = [seen.weight, num_samples(batch), seen.loss * seen.weight, not finite]
             counts += torch.tensor(share + seen.used, dtype=torch.float64)
+            if seen.rows is not None:
+                keep(seen.rows)
             if not finite and not sharded:
                 break
     sums = [counts, *totals]

@@ -81,11 +81,10 @@ def gauss_newton(
             factors = _drawn_factors(found.logits, _labels(batch), num_draws, generator)
         rows = [row(gradient_by(f, gates, retain_graph=True), gates, 1) for f in factors]
         whole, summed = torch.cat(rows), row(gradient, gates, found.weight).sum(0)
-        gram.add(whole)  # last: a batch that runs out of memory leaves no trace
-        totals[0] += summed
-        return Seen(found.value.item(), found.weight, used(gradient))
+        totals[0] += summed  # last: a batch that runs out of memory leaves no trace
+        return Seen(found.value.item(), found.weight, used(gradient), whole)
 
-    mean = average(model, groups, batches, protocol, 1, step)
+    mean = average(model, groups, batches, protocol, 1, step, gram.add)
     matrix = gram.mean(mean.weight, protocol.process_sum, protocol.process_rows)
     gradient = by_group(groups, mean.totals[0])
     return GaussNewton(mean.loss, mean.num_samples, gradient, matrix, exact)

@@ -403,3 +403,17 @@ def test_gates_on_a_weight_have_no_samples():
     toy = attention(num_samples=3)
     with pytest.raises(CriterionError, match=r"down\.weight: .* neurons .* all samples share"):
         sample_squares(toy.model, toy.groups, [toy.batch])
+
+
+def test_rows_of_a_process_that_waits_for_others_count_once(monkeypatch):
+    toy = perceptron()
+    expected = gauss_newton(toy.model, toy.groups, [toy.batch], Protocol(F.cross_entropy)).matrix
+    monkeypatch.setattr("sosp_hub.derivatives.average.is_sharded", lambda _: True)
+    busy = iter([1.0, 1.0, 1.0, 0.0])  # two rounds more than this process has batches
+
+    def process_sum(numbers):
+        return torch.tensor([next(busy), 0.0]) if numbers.shape == (2,) else numbers
+
+    protocol = Protocol(F.cross_entropy, process_sum=process_sum)
+    found = gauss_newton(toy.model, toy.groups, [toy.batch], protocol).matrix
+    assert_close(found, expected, relative=1e-12)
