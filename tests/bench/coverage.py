@@ -290,8 +290,9 @@ def table(records: dict[str, Record], peers: dict[str, Record]) -> str:
         )
         theirs = Counter(peer["status"] for name, peer in peers.items() if name.startswith(library))
         if theirs:
-            told = ", ".join(f"{number} {status}" for status, number in theirs.most_common())
-            lines.append(f"Torch-Pruning: {told}.")
+            theirs["not run"] = len(mine) - theirs.total()
+            told = ", ".join(f"{number} {status}" for status, number in (+theirs).most_common())
+            lines += ["", f"Torch-Pruning: {told}."]
         lines += [
             "",
             "| model | groups | exact | cuttable | result | error | trace (s) | rest, why | peer |",
