@@ -166,7 +166,9 @@ def _check_card(folder: Path, report: Mapping[str, Any]) -> Check:
     ]
     if wrong:
         return Check("card", False, f"the card states another number: {', '.join(wrong)}")
-    return Check("card", True if stated else None, f"{len(stated)} metrics, as in the report")
+    return Check(
+        "card", True if stated else None, f"{', '.join(stated) or 'no metric'}, as in the report"
+    )
 
 
 def _check_size(model: nn.Module, report: Mapping[str, Any]) -> Check:
