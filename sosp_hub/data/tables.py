@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sosp_hub.errors import DataError
 
@@ -66,12 +66,18 @@ def _read_one(file: Path) -> "pa.Table":
             )
             return pyarrow.csv.read_csv(file, parse_options=dialect)
         case ".json":
-            return pa.Table.from_pylist(json.loads(file.read_text("utf-8")))
+            return pa.Table.from_pylist(_rows(json.loads(file.read_text("utf-8"))))
         case ".jsonl" | ".ndjson":
             lines = file.read_text("utf-8").split("\n")  # other line ends may stand inside a string
-            return pa.Table.from_pylist([json.loads(line) for line in lines if line.strip()])
+            return pa.Table.from_pylist(_rows([json.loads(line) for line in lines if line.strip()]))
         case _:
             return pa.table({"text": [file.read_text("utf-8")]})
+
+
+def _rows(found: Any) -> list[dict[str, Any]]:
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise ValueError('expected rows, each an object such as {"text": ...}; got other JSON')
+    return found
 
 
 def _belongs(file: Path, split: str) -> bool:
