@@ -17,8 +17,8 @@ from sosp_hub.checkpoint.delta import apply_section, diff
 from sosp_hub.checkpoint.record import Section, parse_delta
 from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
+from tests.checkpoint.mutations import RECORD
 from tests.checkpoint.test_families import output
-from tests.checkpoint.test_hostile import RECORD
 from tests.compare import assert_close
 
 TOKENS = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
