@@ -153,5 +153,5 @@ def unit_costs(graph: Graph, quantity: Quantity) -> dict[str, tuple[float, ...]]
             costs = [model({name: group.size - 1})] * group.size
         saved[name] = [dense - getattr(cost, quantity) for cost in costs]
     every = [value for values in saved.values() for value in values]
-    mean = max(sum(every) / len(every), 1e-30)
+    mean = max(sum(every), 1) / max(len(every), 1)
     return {n: tuple(max(value / mean, 1e-3) for value in values) for n, values in saved.items()}

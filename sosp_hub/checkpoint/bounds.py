@@ -13,6 +13,7 @@ from sosp_hub.errors import CheckpointError
 
 _ALWAYS_ALLOWED = 1000
 _LAYERS = re.compile(r"layer|depth|block|stage|expert")
+_NO_COUNTS = ("_size", "_id", "_index", "_token")
 _OTHERS = {KEY, "delta", "id2label", "label2id", "pretrained_cfg"}
 _LABELS = re.compile(r"label|num_classes")
 
@@ -28,7 +29,7 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader])
         key = path.rpartition(".")[2].lower()
         if _LABELS.search(key):
             most, said = largest, f"have no size above {largest}"
-        elif _LAYERS.search(key) and not key.endswith("_size"):
+        elif _LAYERS.search(key) and not key.endswith(_NO_COUNTS):
             most, said = len(tensors), f"hold {len(tensors)} tensors"
         else:
             continue

@@ -187,6 +187,13 @@ def test_timm_arguments_that_build_more_than_the_files_hold(key, value, words, t
         sosp_hub.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("key", ["block_size", "expert_token_id", "stage_token", "layer_index"])
+def test_large_numbers_that_count_nothing_are_no_fault(key, dense, tmp_path):
+    config = json.loads((dense / "config.json").read_text()) | {key: 10**6}
+    write(tmp_path, dense, "config.json", json.dumps(config))
+    assert getattr(sosp_hub.from_pretrained(tmp_path).config, key) == 10**6
+
+
 def test_every_loader_stops_before_it_makes_up_tensors(folder, config, tmp_path):
     write(tmp_path, folder, "config.json", json.dumps(put(config, ("head_dim",), 10**7)))
     with mutations.little_memory(), pytest.raises(CheckpointError, match="the files hold"):

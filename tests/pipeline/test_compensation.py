@@ -12,22 +12,13 @@ from sosp_hub.pipeline import compensation, stages
 from sosp_hub.prune import main
 from tests.compare import assert_close
 
-RECIPE = """
-model: {library: timm, id: cifar_resnet20, task: image-classification, pretrained: false}
-data: {id: sklearn/digits, num_train: 64, num_test: 32}
-criterion: {name: taylor, num_samples: 24, batch_size: 16, compensate: true}
-budget: {structures: 0.6}
-finetune: {epochs: 0, recalibrate_norm: false}
-evaluate: {metrics: [loss], latency: false}
-output: {dir: OUTPUT, figures: false}
-"""
-
 
 @pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.replace("OUTPUT", str(tmp_path / "out")))
-    return path
+def recipe(recipe):
+    """Of a run that compensates."""
+    text = recipe.read_text()
+    recipe.write_text(text.replace("batch_size: 16}", "batch_size: 16, compensate: true}"))
+    return recipe
 
 
 def test_any_criterion_is_compensated_for(recipe, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -11,30 +10,15 @@ from sosp_hub.cost import unit_costs
 from sosp_hub.prune import main
 from tests.compare import assert_close
 
-RECIPE = """
-model: {library: timm, id: cifar_resnet20, task: image-classification, pretrained: false}
-data: {id: sklearn/digits, num_train: 64, num_test: 32}
-criterion: {name: magnitude, per: macs}
-budget: {macs: 0.6}
-finetune: {epochs: 0, recalibrate_norm: false}
-evaluate: {metrics: [loss], latency: false}
-output: {dir: OUTPUT, figures: false}
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.replace("OUTPUT", str(tmp_path / "out")))
-    return path
+KEYS = ("criterion.name=magnitude", "criterion.per=macs")
 
 
 def test_what_is_stored_is_divided(recipe, tmp_path):
-    assert main([str(recipe)]) == 0
+    assert main([str(recipe), *KEYS]) == 0
     report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())
     assert report["plan"]["provenance"]["criterion"]["per"] == "macs"
     divided = load_file(tmp_path / "out" / "saliency.safetensors")
-    assert main([str(recipe), "--overwrite", "criterion.per=null"]) == 0
+    assert main([str(recipe), "--overwrite", *KEYS, "criterion.per=null"]) == 0
     report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())
     assert "per" not in report["plan"]["provenance"]["criterion"]
     plain = load_file(tmp_path / "out" / "saliency.safetensors")
@@ -47,6 +31,6 @@ def test_what_is_stored_is_divided(recipe, tmp_path):
 
 
 def test_signed_scores_are_refused_before_the_long_work(recipe, tmp_path, capsys):
-    assert main([str(recipe), "criterion.name=grasp", "model.train={epochs: 1000}"]) == 2
+    assert main([str(recipe), *KEYS, "criterion.name=grasp", "model.train={epochs: 1000}"]) == 2
     assert "these have a sign" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
