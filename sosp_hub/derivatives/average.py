@@ -188,7 +188,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 def num_samples(batch: Any) -> int:
     """Samples of a batch: the length of its first tensor."""
-    for tensor in _tensors(batch):
+    for tensor in tensors(batch):
         return len(tensor)
     raise DataError(f"a batch is a {type(batch).__name__} without a tensor; expected tensors")
 
@@ -201,12 +201,13 @@ def split_batch(batch: Any, most: int | None) -> list[Any]:
     return [_slice(batch, size, slice(start, start + most)) for start in range(0, size, most)]
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors of a batch, in their order."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping | tuple | list):
         for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
+            yield from tensors(part)
 
 
 def _slice(batch: Any, size: int, part: slice) -> Any:

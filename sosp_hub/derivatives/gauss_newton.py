@@ -1,13 +1,15 @@
 """The Gauss-Newton matrix of the loss by the gates."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average, num_samples
+from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average, num_samples, tensors
 from sosp_hub.derivatives.gram import Gram, Matrix
 from sosp_hub.derivatives.rows import by_group, gradient_by, row, used
 from sosp_hub.gates import Gates
@@ -64,9 +66,9 @@ def gauss_newton(
         loss: Which curvature ``R`` by the logits: ``diag(p) - pp'`` of the cross-entropy, or 1.
         max_classes: Up to so many classes are summed over; above, and for tokens, labels are drawn.
         num_draws: Labels drawn per sample.
-        seed: Of the drawn labels.
+        seed: Of the drawn labels. They depend on it and on the sample alone, so that they are the
+            same in whichever batch and process the sample is.
     """
-    generator = torch.Generator().manual_seed(seed)
     exact, gram = True, Gram(_size(groups), alone=protocol.process_sum is None)
 
     def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
@@ -78,7 +80,7 @@ def gauss_newton(
         if exact:
             factors = _class_factors(found.logits, loss)
         else:
-            factors = _drawn_factors(found.logits, _labels(batch), num_draws, generator)
+            factors = _drawn_factors(found.logits, batch, num_draws, seed)
         rows = [row(gradient_by(f, gates, retain_graph=True), gates, 1) for f in factors]
         whole, summed = torch.cat(rows), row(gradient, gates, found.weight).sum(0)
         totals[0] += summed  # last: a batch that runs out of memory leaves no trace
@@ -105,19 +107,47 @@ def _class_factors(logits: Tensor, loss: str) -> Iterator[Tensor]:
         yield (share[:, d].sqrt() * (logits[:, d] - mean)).sum()
 
 
-def _drawn_factors(
-    logits: Tensor, labels: Tensor | None, num_draws: int, generator: torch.Generator
-) -> Iterator[Tensor]:
+def _drawn_factors(logits: Tensor, batch: Any, num_draws: int, seed: int) -> Iterator[Tensor]:
     """The same with labels drawn from the model, at the tokens that have a label."""
-    counts = None
+    labels, counts = _labels(batch), None
     if labels is not None and logits.ndim == labels.ndim + 1 and labels.ndim > 1:
-        logits, counts = logits[:, :-1], labels[:, 1:] != IGNORED
-    log_share = logits.log_softmax(-1).flatten(0, -2)
-    share = log_share.detach().exp().cpu()
-    for _ in range(num_draws):
-        drawn = torch.multinomial(share, 1, generator=generator).to(log_share.device)
-        loss = -log_share.gather(1, drawn)[:, 0] / math.sqrt(num_draws)
-        yield (loss if counts is None else loss[counts.flatten()]).sum()
+        logits, counts = logits[:, :-1], (labels[:, 1:] != IGNORED).flatten(1)
+    log_share = logits.log_softmax(-1).reshape(len(logits), -1, logits.shape[-1])
+    chance = _chance(batch, log_share.shape[1], num_draws, seed).to(logits.device)
+    for drawn in _drawn(log_share.detach(), chance).split(1, -1):
+        loss = -log_share.gather(-1, drawn)[..., 0] / math.sqrt(num_draws)
+        yield (loss if counts is None else loss[counts]).sum()
+
+
+def _drawn(
+    log_share: Float[Tensor, "samples places classes"],
+    chance: Float[Tensor, "samples places draws"],
+) -> Int[Tensor, "samples places draws"]:
+    """The class at which the distribution function passes each number, a sample at a time."""
+    drawn = []
+    for own, points in zip(log_share, chance, strict=True):
+        below = own.double().exp().cumsum(-1)
+        drawn.append(torch.searchsorted(below, points * below[:, -1:], right=True))
+    return torch.stack(drawn).clamp(max=log_share.shape[-1] - 1)  # where logits are not finite
+
+
+def _chance(
+    batch: Any, num_places: int, num_draws: int, seed: int
+) -> Float[Tensor, "samples places draws"]:
+    """Numbers from 0 to 1, from the seed and each sample's own tensors without their padding."""
+    size, rows = num_samples(batch), []
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    parts = [part.cpu() for part in tensors(batch) if part.ndim and len(part) == size]
+    for n in range(size):
+        digest = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, signed=True))
+        for part in parts:
+            padded = mask is not None and part.shape == mask.shape
+            own = part[n][mask[n].cpu().bool()] if padded else part[n]
+            digest.update(own.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()))
+        shape = num_places, num_draws
+        rows.append(torch.rand(shape, generator=generator, dtype=torch.float64))
+    return torch.stack(rows)
 
 
 def _labels(batch: Any) -> Tensor | None:

@@ -379,6 +379,56 @@ def test_drawn_labels_give_the_gauss_newton_matrix_in_the_mean():
     assert_close(again.matrix, same.matrix, relative=0)
 
 
+@pytest.mark.parametrize("num_draws", [1, 3])
+def test_drawn_labels_are_the_samples_own(num_draws):
+    """However samples come in batches, and in whichever process."""
+    toy = perceptron()
+    inputs, labels = toy.batch
+    options = {"max_classes": 2, "seed": 5, "num_draws": num_draws}
+    whole = gauss_newton(toy.model, toy.groups, [toy.batch], protocol(), **options).matrix
+    order = torch.tensor([4, 0, 6, 5, 2, 3, 1])
+    parts = [(inputs[part], labels[part]) for part in order.split([1, 4, 2])]
+    found = gauss_newton(toy.model, toy.groups, parts, protocol(micro_batch_size=3), **options)
+    assert_close(found.matrix, whole, relative=1e-12)
+    other = gauss_newton(toy.model, toy.groups, parts, protocol(), **{**options, "seed": 6})
+    assert (other.matrix - whole).abs().max() > 0.01 * whole.abs().max()
+
+
+def test_padding_changes_no_drawn_label():
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 3)
+
+        def forward(self, input_ids, attention_mask):
+            mask = attention_mask.unsqueeze(-1)
+            x = (self.table(input_ids) * mask).sum(1) / mask.sum(1)
+            return {"logits": self.out(x)}
+
+    model, short = Mean().double(), torch.tensor([[3, 5, 2], [1, 1, 8]])
+    groups = {"n": group("n", "neuron", 4, [("out", -1, None)])}
+    labels = torch.tensor([0, 1])
+    padded = torch.tensor([[3, 5, 2, 0, 0], [1, 1, 8, 0, 0]])
+    found = [
+        gauss_newton(
+            model,
+            groups,
+            [{"input_ids": ids, "attention_mask": (ids > 0).double(), "labels": labels}],
+            protocol(),
+            max_classes=2,
+        ).matrix
+        for ids in (short, padded)
+    ]
+    assert_close(found[1].dense(), found[0].dense(), relative=1e-12)
+
+
+def test_a_loss_that_is_not_finite_is_told_before_labels_are_drawn():
+    toy = perceptron()
+    batches = [(toy.batch[0] * torch.nan, toy.batch[1])]
+    with pytest.raises(CriterionError, match="not finite"):
+        gauss_newton(toy.model, toy.groups, batches, protocol(), max_classes=2)
+
+
 def test_drawn_tokens_give_the_gauss_newton_matrix_in_the_mean():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.GELU(), torch.nn.Linear(4, 5))
     model.double()

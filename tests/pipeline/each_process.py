@@ -10,18 +10,29 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.registry import score
+from sosp_hub.criteria.compensation import compensated
+from sosp_hub.criteria.registry import make_criterion, score
 from sosp_hub.data.loading import calibration_batches, make_loader
-from sosp_hub.distributed import from_main, make_accelerator, process_state, process_sum
+from sosp_hub.distributed import (
+    from_main,
+    make_accelerator,
+    process_rows,
+    process_state,
+    process_sum,
+)
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.structure.trace import trace
 
 NUM_SAMPLES = 23
+DRAWN = {"max_classes": 2, "num_draws": 2, "seed": 5}
 SCORED = {
     "sosp_h": {"mode": "exact"},
     "sosp_i": {},
+    "sosp_i drawn": DRAWN,
+    "sosp_i surgeon": {"selection": "surgeon"},
+    "sosp_i surgeon drawn": {"selection": "surgeon", **DRAWN},
     "taylor": {},
     "fisher": {},
     "activation": {},
@@ -58,10 +69,17 @@ def scores(rank, world):
     batches = calibration_batches(points, 99, 4, rank=rank, num_processes=world)
     found = {}
     for name, options in SCORED.items():
-        saliency = score(model, graph, batches, name, process_sum=process_sum, **options)
+        criterion = name.partition(" ")[0]
+        if criterion == "sosp_i":
+            options = {**options, "process_rows": process_rows}
+        saliency = score(model, graph, batches, criterion, process_sum=process_sum, **options)
         plan = allocate(graph, saliency, params=0.5)
         values = {group: each.tolist() for group, each in saliency.items()}
         found[name] = {"scores": values, "kept": {g: list(k) for g, k in plan.kept.items()}}
+        if criterion == "sosp_i":
+            measure = make_criterion(criterion, process_sum=process_sum, **options).measure
+            matrix = measure(model, graph.groups, batches).matrix
+            found[name]["gates"] = compensated(plan, graph.groups, matrix, 0.1).gates
     return found
 
 
