@@ -141,8 +141,9 @@ def _chance(
     for n in range(size):
         digest = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, signed=True))
         for part in parts:
-            padded = mask is not None and part.shape == mask.shape
-            own = part[n][mask[n].cpu().bool()] if padded else part[n]
+            own = part[n]
+            if mask is not None and part.shape == mask.shape:
+                own = own[mask[n].cpu().bool()]
             digest.update(own.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()))
         shape = num_places, num_draws

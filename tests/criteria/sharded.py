@@ -18,6 +18,8 @@ SCORED = {
     "sosp_h auto": {"mode": "auto"},
     "taylor": {},
     "fisher": {},
+    "sosp_i drawn": {"num_draws": 2},
+    "sosp_i surgeon": {"selection": "surgeon"},
     "magnitude": {},
 }
 REFUSED = {"sosp_h": {"mode": "exact"}, "activation": {}}
