@@ -97,7 +97,14 @@ class GradientNorms:
     def _squares(self, model: nn.Module, weights: list[nn.Parameter], batch: Any) -> Tensor:
         """Squared norm of the gradient by each weight."""
         loss = batch_loss(model, batch, self.loss_fn).value
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        found = (
+            torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]
+        )
+        if all(gradient is None for gradient in found):
+            raise CriterionError(
+                "the loss does not depend on the weights of any layer that is scored: does the "
+                "output of these layers reach it?"
+            )
         squares = [torch.zeros(()) if g is None else g.double().square().sum() for g in found]
         return torch.stack([square.cpu().double() for square in squares])
 

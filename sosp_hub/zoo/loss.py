@@ -47,6 +47,8 @@ def batch_loss(
     labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
     if isinstance(batch, Mapping):
         inputs = dict(batch) if loss_fn is None else _without(batch, "labels")
+        if loss_fn is None:
+            _check_for_own_loss(model, batch)
         if _generates(model):
             inputs.setdefault("use_cache", False)
         output = model(**{name: _as_weights(value, model) for name, value in inputs.items()})
@@ -87,23 +89,41 @@ def check_batch(batch: Any) -> None:
         )
 
 
+def _check_for_own_loss(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """What a transformers model that computes its own loss does not say, or not in clear words."""
+    labels, config = batch["labels"], getattr(getattr(model, "module", model), "config", None)
+    sizes = {len(v) for v in _without(batch, "labels").values() if isinstance(v, Tensor) and v.ndim}
+    if sizes and len(labels) not in sizes:
+        raise DataError(f"a batch has {len(labels)} labels for {min(sizes)} inputs of the model")
+    if not labels.is_floating_point() and config is not None:
+        if _generates(model) and hasattr(config, "get_text_config"):
+            num_classes = getattr(config.get_text_config(), "vocab_size", None)
+        else:
+            num_classes = getattr(config, "num_labels", None)
+        if num_classes is not None and num_classes > 1:  # one output is a regression
+            _check_range(labels, num_classes)
+
+
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
     if len(labels) != len(logits):
         raise DataError(f"a batch has {len(labels)} labels for {len(logits)} outputs of the model")
-    if labels.is_floating_point():
-        if labels.shape != logits.shape:
-            raise DataError(
-                f"labels are {labels.dtype} of shape {list(labels.shape)}; expected class numbers "
-                f"as int64, or one probability for each of the {logits.shape[1]} classes"
-            )
-    elif labels.device.type == "cpu":  # elsewhere looking would wait for the device
-        counted = labels[labels != IGNORED]
-        odd = counted[(counted < 0) | (counted >= logits.shape[1])]
-        if len(odd):
-            raise DataError(
-                f"the label {odd[0].item()} does not fit a head with {logits.shape[1]} outputs; "
-                f"labels go from 0 to {logits.shape[1] - 1}"
-            )
+    if not labels.is_floating_point():
+        _check_range(labels, logits.shape[1])
+    elif labels.shape != logits.shape:
+        raise DataError(
+            f"labels are {labels.dtype} of shape {list(labels.shape)}; expected class numbers "
+            f"as int64, or one probability for each of the {logits.shape[1]} classes"
+        )
+
+
+def _check_range(labels: Tensor, num_classes: int) -> None:
+    """Before a loss is computed: on a GPU that would end the process, with no word of labels."""
+    odd = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_classes))]
+    if len(odd):
+        raise DataError(
+            f"the label {odd[0].item()} does not fit a head with {num_classes} outputs; "
+            f"labels go from 0 to {num_classes - 1}"
+        )
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

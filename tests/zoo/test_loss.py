@@ -109,3 +109,34 @@ def test_images_take_the_dtype_of_the_weights():
 def test_a_batch_that_gives_no_loss_is_described(batch, words):
     with pytest.raises(DataError, match=words):
         batch_loss(nn.Linear(6, 4), batch)
+
+
+@pytest.mark.parametrize(
+    ("head", "label", "words"),
+    [
+        ("LlamaForCausalLM", 999, r"label 999 .* head with 10 outputs; labels go from 0 to 9"),
+        ("LlamaForCausalLM", -1, "label -1 does not fit"),
+        ("BertForSequenceClassification", 3, "label 3 .* 3 outputs"),
+        ("BertForSequenceClassification", None, "2 labels for 4 inputs"),
+    ],
+)
+def test_labels_are_looked_at_before_the_model_computes_its_own_loss(save, head, label, words):
+    """On a GPU a wrong one ends the process; on a CPU its message names no head."""
+    model = save(head, **({"num_labels": 3} if "Sequence" in head else {}))[1]
+    tokens = torch.randint(10, (4, 6))
+    labels = tokens.clone() if "Causal" in head else torch.tensor([0, 2, -100, 1])
+    batch = {"input_ids": tokens, "labels": labels}
+    assert batch_loss(model, batch).value.isfinite()
+    if label is None:
+        batch["labels"] = labels[:2]
+    else:
+        labels[1] = label
+    with pytest.raises(DataError, match=words):
+        batch_loss(model, batch)
+
+
+def test_a_regression_has_no_classes(save):
+    model = save("BertForSequenceClassification", num_labels=1)[1]
+    batch = {"input_ids": torch.randint(10, (2, 6)), "labels": torch.tensor([0.5, 7.0])}
+    assert batch_loss(model, batch).value.isfinite()
+    assert batch_loss(model, {**batch, "labels": torch.tensor([0, 7])}).value.isfinite()
