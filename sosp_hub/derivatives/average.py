@@ -139,7 +139,7 @@ def _run(
             try:
                 seen = step(pending[0], totals)
             except RuntimeError as error:
-                if num_samples(pending[0]) == 1 or not _out_of_memory(error):
+                if num_samples(pending[0]) == 1 or not out_of_memory(error):
                     raise
             if seen is None:  # outside of `except`, which keeps the failed graph alive
                 most = -(-num_samples(pending[0]) // 2)
@@ -182,7 +182,8 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says that memory does not suffice."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

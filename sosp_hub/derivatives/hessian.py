@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average, is_sharded, num_samples
+from sosp_hub.derivatives.average import (
+    DEFAULT,
+    Protocol,
+    Seen,
+    average,
+    is_sharded,
+    num_samples,
+    out_of_memory,
+)
 from sosp_hub.derivatives.rows import by_group, first_order, gradient_by, row, used
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import Gates
@@ -23,7 +31,8 @@ logger = logging.getLogger("sosp_hub")
 
 Mode = Literal["exact", "differences", "auto"]
 """``exact``: double backward. ``differences``: central differences of the gradient, which need no
-second derivative of any kernel. ``auto``: exact, and differences where a kernel has none."""
+second derivative of any kernel. ``auto``: exact, and differences where a kernel has none or memory
+does not suffice for that of a single sample."""
 
 
 class GateDerivatives(NamedTuple):
@@ -99,7 +108,10 @@ def hessian_product(
             try:
                 return _add_exact(model, gates, batch, protocol, vector, totals)
             except (RuntimeError, NotImplementedError) as error:
-                if mode == "exact" or not _lacks_second_derivative(error):
+                least = num_samples(batch) == 1  # else smaller micro-batches are tried first
+                if mode == "exact" or not (
+                    _lacks_second_derivative(error) or (least and out_of_memory(error))
+                ):
                     raise
                 logger.info("differences instead of exact second derivatives: %s", error)
                 exact = False

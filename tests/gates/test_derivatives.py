@@ -186,6 +186,29 @@ def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
     assert "micro-batches of 2" in caplog.text
 
 
+def test_auto_takes_differences_where_one_sample_is_too_much(monkeypatch, caplog):
+    """Of the exact product, which takes the most memory; smaller micro-batches are tried first."""
+    toy = perceptron(num_samples=4)
+    expected = hessian_product(
+        toy.model, toy.groups, [toy.batch], protocol(), mode="differences", eps=1e-3
+    )
+    tried = []
+
+    def small_memory(model, gates, batch, *_):
+        tried.append(len(batch[1]))
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("sosp_hub.derivatives.hessian._add_exact", small_memory)
+    options = {"mode": "auto", "eps": 1e-3}
+    with caplog.at_level("INFO"):
+        found = hessian_product(toy.model, toy.groups, [toy.batch], protocol(), **options)
+    assert_close(found.second, expected.second, relative=1e-9)
+    assert tried == [4, 2, 1]
+    assert caplog.text.count("differences instead of exact second derivatives: no memory") == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        hessian_product(toy.model, toy.groups, [toy.batch], protocol(), mode="exact")
+
+
 class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
