@@ -8,6 +8,7 @@ forms. Everything else takes PyTorch's own path. Measured by ``tests/bench/salie
 
 import math
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -55,6 +56,19 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(max(rows, 1)) for tensor in tensors), strict=True)
 
 
+def _where_reached(backward: Callable) -> Callable:
+    """A backward that hands on nothing where nothing comes, because what follows has no derivative.
+
+    Zeros would hide that the loss does not depend on what is before.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * len(ctx.needs_input_grad) if grad is None else backward(ctx, grad)
+
+    return run
+
+
 # Linear maps --------------------------------------------------------------------------------------
 
 
@@ -65,10 +79,12 @@ class _LinearMap(Function):
     def forward(
         ctx: Any, x: Tensor, forward: Callable, transpose: Callable, linear: Callable
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.maps = transpose, linear
         return forward(x)
 
     @staticmethod
+    @_where_reached
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         transpose, linear = ctx.maps
         return _LinearMap.apply(grad, transpose, linear, transpose), None, None, None
@@ -159,6 +175,7 @@ class _Kinked(Function):
     def forward(
         ctx: Any, x: Tensor, forward: Callable, backward: Callable, inplace: bool
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         if inplace:
             ctx.mark_dirty(x)
         output = forward(x)
@@ -167,6 +184,7 @@ class _Kinked(Function):
         return output
 
     @staticmethod
+    @_where_reached
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         output, backward = ctx.saved_tensors[0].detach(), ctx.map
 
@@ -205,11 +223,13 @@ class _Pointwise(Function):
     def forward(
         ctx: Any, x: Tensor, forward: Callable, backward: Callable, second: Callable
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
         ctx.functions = backward, second
         return forward(x)
 
     @staticmethod
+    @_where_reached
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _PointwiseBackward.apply(*ctx.saved_tensors, grad, *ctx.functions), None, None, None
 
@@ -269,12 +289,14 @@ class _LayerNorm(Function):
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         output, mean, rstd = _aten.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x)
         ctx.constants = shape, weight, bias, mean, rstd
         return output
 
     @staticmethod
+    @_where_reached
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (
             _LayerNormBackward.apply(*ctx.saved_tensors, grad, *ctx.constants),
@@ -340,6 +362,7 @@ class _Attention(Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         score = (query @ key.mT).mul_(scale)
         share = (
             torch.softmax(score, -1) if bias is None else _aten._safe_softmax(score.add_(bias), -1)
@@ -349,6 +372,7 @@ class _Attention(Function):
         return share @ value
 
     @staticmethod
+    @_where_reached
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (
             *_AttentionBackward.apply(*ctx.saved_tensors, grad.contiguous(), ctx.scale),

@@ -23,7 +23,15 @@ def filters(model: nn.Module, group: Group) -> list[tuple[Member, Tensor]]:
 
 def slices(member: Member, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """The slices of a tensor as rows, float64 on the CPU, and the structure of each row."""
-    rows = _plain(tensor.detach(), member.tensor).movedim(member.dim, 0).flatten(1)
+    plain = _plain(tensor.detach(), member.tensor)
+    if member.dim >= plain.ndim or plain.shape[member.dim] != len(member.index):
+        raise CriterionError(
+            f"{member.tensor}: its shape is {list(plain.shape)}, and the graph has "
+            f"{len(member.index)} in dimension {member.dim}; give the model that was traced, or, "
+            "where weights are packed (quantised), a criterion that looks at the loss, such as "
+            "`taylor` or `sosp_h`"
+        )
+    rows = plain.movedim(member.dim, 0).flatten(1)
     rows = rows.to("cpu", torch.float64)
     index = torch.from_numpy(member.index)
     return rows[index >= 0], index[index >= 0]

@@ -122,8 +122,9 @@ def _check(weight: float, num_bad: float, unused: list[str]) -> None:
         more = f" and {len(unused) - 8} others" if len(unused) > 8 else ""
         raise CriterionError(
             f"the loss does not depend on the gates of {', '.join(map(repr, unused[:8]))}{more}: "
-            "does this part of the model run, and does its output reach the loss? Otherwise score "
-            "other kinds (`kinds=`)"
+            "does this part of the model run, and does its output reach the loss, through kernels "
+            "that have a derivative (some of quantised weights have none)? Otherwise score other "
+            "kinds (`kinds=`), or use `magnitude`"
         )
 
 

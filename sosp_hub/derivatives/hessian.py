@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -222,12 +223,18 @@ def _lacks_second_derivative(error: Exception) -> bool:
     return "is not implemented" in text or "once_differentiable" in text
 
 
+def _is_coarse(tensor: Tensor) -> bool:
+    """Whether it is a weight of at most 16 bits; kernels of whole numbers may round activations."""
+    return tensor.ndim > 1 and tensor.element_size() <= 2 and tensor.dtype != torch.bool
+
+
 def _step_size(model: nn.Module, eps: float | None) -> float:
     """Refuses a step that activations, as coarse as the weights, would round away."""
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     rounding = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
     if eps is None:
-        return 2.0**-4 if rounding > torch.finfo(torch.float32).eps else 2.0**-7
+        coarse = any(map(_is_coarse, chain(model.parameters(), model.buffers())))
+        return 2.0**-4 if coarse else 2.0**-7
     if not 4 * rounding <= eps < 1:
         raise CriterionError(
             f"eps={eps:g} must be under 1 and at least {4 * rounding:g}, where it stands out from "

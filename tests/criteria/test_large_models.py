@@ -105,10 +105,38 @@ def test_quantised_weights_are_scored_by_differences(graph, caplog):
     with caplog.at_level("INFO", logger="sosp_hub"):
         found = score(quantised, graph, BATCHES, "sosp_h")
     assert "differences instead of exact" in caplog.text
-    expected = score(rounded, graph, BATCHES, "sosp_h", mode="differences")
-    assert_close(found, expected, relative=1e-4)  # rounding, over twice a step of 2^-7
+    expected = score(rounded, graph, BATCHES, "sosp_h", mode="differences", eps=2**-4)
+    assert_close(found, expected, relative=1e-4)  # rounding, over twice a step of 2^-4
     with pytest.raises(RuntimeError, match="once_differentiable"):
         score(quantised, graph, BATCHES, "sosp_h", mode="exact")
+
+
+KERNELS = torch.library.Library("sosp_hub_tests", "DEF")
+KERNELS.define("without_derivative(Tensor x) -> Tensor")
+KERNELS.impl("without_derivative", lambda x: x.detach().clone(), "CPU")
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # what this is about
+@pytest.mark.parametrize(
+    ("criterion", "options"),
+    [("sosp_h", {"mode": m}) for m in ("exact", "differences", "auto")]
+    + [(name, {}) for name in ("sosp_i", "taylor", "fisher")],
+)
+def test_a_kernel_without_a_derivative_is_no_score_of_zero(criterion, options, graph):
+    """Such as those of dynamic quantisation."""
+    model, kernel = LLAMA.model(), torch.ops.sosp_hub_tests.without_derivative
+    model.model.norm.register_forward_hook(lambda module, args, output: kernel(output))
+    with pytest.raises(CriterionError, match=r"not depend on the gates .* that have a derivative"):
+        score(model, graph, BATCHES, criterion, **options)
+
+
+def test_packed_weights_have_no_magnitude(graph):
+    model = LLAMA.model()
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    weight.requires_grad_(False)
+    weight.data = weight.data.to(torch.uint8).view(-1, 1)
+    with pytest.raises(CriterionError, match=r"gate_proj.weight: its shape is \[6144, 1\].*packed"):
+        score(model, graph, [], "magnitude")
 
 
 def test_sharded_weights_are_scored_like_whole_ones(tmp_path):

@@ -299,6 +299,21 @@ def test_quantised_weights_are_scored_by_differences(caplog):
     assert_close(found.second, expected.second, relative=1e-2)
 
 
+def test_the_default_step_is_as_coarse_as_the_weights():
+    """Kernels of whole numbers round what comes in, so that a small step would be lost."""
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.GELU(), torch.nn.Linear(5, 3))
+    coarse = torch.nn.Sequential(plain[0], plain[1], _Int8Linear(plain[2]))
+    half = copy.deepcopy(plain).bfloat16()
+    groups = {"n": group("n", "neuron", 5, [("2", -1, None)])}
+    batches = [(torch.randn(20, 4), torch.arange(20) % 3)]
+    for model, eps in ((plain, 2**-7), (coarse, 2**-4), (half, 2**-4)):
+        found, expected = (
+            hessian_product(model, groups, batches, protocol(), mode="differences", eps=step).second
+            for step in (None, eps)
+        )
+        assert_close(found, expected, relative=0)
+
+
 def test_batch_of_one():
     toy = perceptron(num_samples=1)
     assert hessian_product(toy.model, toy.groups, [toy.batch], protocol()).num_samples == 1
