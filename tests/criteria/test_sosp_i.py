@@ -182,14 +182,17 @@ def test_a_compensated_plan_equals_the_gated_model(case):
     """Every second structure goes; what is cut and folded computes what the gated model does."""
     model, inputs = case.model(), case.inputs()
     graph = sosp_hub.trace(model, inputs)
-    tied = {name for tie in graph.ties for name in tie}
+    kinds = ("channel", "head", "kv_group", "neuron")
+    mixed = [tie for tie in graph.ties if any(graph.groups[n].kind not in kinds for n in tie)]
     groups = {
         name: g
         for name, g in graph.groups.items()
-        if g.kind in ("channel", "head", "neuron") and g.sites and g.exact and name not in tied
+        if g.kind in kinds and g.sites and g.exact and not any(name in tie for tie in mixed)
     }
+    assert ("kv_group" in {g.kind for g in groups.values()}) == ("gqa" in case.traits)
     matrix = _matrix(sum(g.size for g in groups.values()))
-    kept = {name: tuple(range(0, g.size, 2)) for name, g in list(groups.items())[1:]}
+    whole = next(name for name in groups if not any(name in tie for tie in graph.ties))
+    kept = {name: tuple(range(0, g.size, 2)) for name, g in groups.items() if name != whole}
     plan = PruningPlan(kept, {name: groups[name].size for name in kept})
     fixed = [name for name in groups if graph.fold_obstacle(name)]
     plan = compensated(plan, groups, matrix, 0.1, fixed=fixed)
