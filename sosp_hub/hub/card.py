@@ -213,6 +213,8 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
         words.append(f"{calibration['num_samples']:,} samples")
     if calibration.get("data"):
         words.append(f"of {scrub(str(calibration['data']))}")
+    if drawn := calibration.get("drawn_labels"):
+        words.append(f"with {drawn} label{'s' * (drawn > 1)} drawn from the model for each")
     if calibration.get("seed") is not None:
         words.append(f"(seed {calibration['seed']})")
     return " ".join(words)

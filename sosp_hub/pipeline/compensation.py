@@ -66,7 +66,7 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
         about = {"loss": found.loss, "num_samples": found.num_samples, "exact": found.exact}
         about["groups"] = {name: group.size for name, group in groups.items()}
         stages.save(lambda: save_file(whole, tensors, {"about": json.dumps(about)}))
-        return {}
+        return {} if found.exact else {"drawn_labels": criterion.num_draws}
 
     stages.stage("curvature", make, with_peak=True)
     return _read(tensors, groups)

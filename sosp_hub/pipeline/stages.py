@@ -118,7 +118,8 @@ class Stages:
         if self.scores is not None:
             return self.scores.calibration
         name = self._data.name if self._data else None
-        return {"data": name, "num_samples": self.num_samples, "seed": self.recipe.seed}
+        found = {"data": name, "num_samples": self.num_samples, "seed": self.recipe.seed}
+        return found | (self.work.read("curvature") or {}).get("made", {})
 
     def trace(self) -> Graph:
         """Finds the groups; refuses what cannot be cut so far before anything long begins."""

@@ -89,6 +89,18 @@ def test_another_budget_is_compensated_without_data(recipe, tmp_path, monkeypatc
     assert "no curvature.safetensors was kept; give the data" in capsys.readouterr().err
 
 
+def test_the_report_tells_how_many_labels_were_drawn(recipe, tmp_path):
+    keys = ["criterion.name=sosp_i", "criterion.max_classes=9", "criterion.num_draws=2"]
+    assert main([str(recipe), *keys, "criterion.compensate=null"]) == 0
+    report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())
+    told = {"data": "sklearn/digits", "num_samples": 24, "seed": 0, "drawn_labels": 2}
+    assert report["calibration"] == report["plan"]["provenance"]["calibration"] == told
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert (
+        "24 samples of sklearn/digits with 2 labels drawn from the model for each (seed 0)" in card
+    )
+
+
 def test_a_large_matrix_is_not_kept(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(compensation, "MOST_BYTES", 1000)
     assert main([str(recipe)]) == 0
