@@ -124,13 +124,14 @@ def from_main(value: Any) -> Any:
 
 
 class OnDevice:
-    """Batches that go to the device one by one, with a bar for each pass over them."""
+    """Batches that go to the device one by one, with a bar for each pass that is described."""
 
-    def __init__(self, batches: Sequence[Any], description: str) -> None:
+    def __init__(self, batches: Sequence[Any], description: str | None = None) -> None:
         self._batches, self._description = batches, description
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
-        return progress(map(to_device, self._batches), self._description, len(self._batches))
+        moved = map(to_device, self._batches)
+        return progress(moved, self._description, len(self)) if self._description else moved

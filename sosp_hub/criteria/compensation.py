@@ -1,22 +1,22 @@
 """What makes up for what a plan removes, whichever criterion chose it: gates, and constants."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sosp_hub.criteria.activations import ProcessSum, Seen, site_means
-from sosp_hub.criteria.elimination import compensation
-from sosp_hub.derivatives import Matrix, by_group
+from sosp_hub.criteria.elimination import compensation, damped_step
+from sosp_hub.derivatives import GaussNewton, Matrix, by_group
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches
+    from sosp_hub.types import Batches, Saliency
 
 Means = Mapping[str, Mapping[int, Tensor]]
 """Of each group, by the number of the site, the mean at each position."""
@@ -44,27 +44,103 @@ def compensated(
         damping: ``lambda``, as a share of the mean of the matrix's diagonal.
         fixed: Groups whose gates stay at 1.
     """
-    kept = {name: plan.kept.get(name, range(group.size)) for name, group in groups.items()}
-    masks = [torch.zeros(group.size, dtype=torch.bool) for group in groups.values()]
-    for name, mask in zip(groups, masks, strict=True):
-        mask[list(kept[name])] = True
-    still = [torch.full((g.size,), name in fixed) for name, g in groups.items()]
-    gates = compensation(matrix, torch.cat(masks), damping, torch.cat(still))
+    kept, _ = _in_a_row(plan, groups)
+    gates = compensation(matrix, kept, damping, _rows_of(fixed, groups))
+    return _with_gates(plan, groups, gates, fixed, {"damping": damping})
+
+
+def refined(
+    plan: PruningPlan,
+    groups: Groups,
+    measure: "Callable[[Saliency], GaussNewton]",
+    divergence: "Callable[[Saliency], float]",
+    num_steps: int = 1,
+    dampings: Collection[float] = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0),
+    *,
+    fixed: Collection[str] = (),
+) -> PruningPlan:
+    """The plan with gates moved on toward the dense model's outputs, where its own gates leave off.
+
+    Levenberg-Marquardt on ``KL(dense || pruned)`` over the kept gates: with ``g`` and ``Q`` its
+    gradient and Gauss-Newton matrix *at the plan's gates*, each step is ``-(Q_KK + lambda)^-1 g_K``
+    (and then no gate under 0). ``lambda`` is the one of least divergence on held-out samples; where
+    none lowers that, the gates stay and the steps end. The first step from a dense model would be
+    ``compensated``, whose matrix however is the dense model's (ours; labels take no part).
+
+    Args:
+        plan: Any criterion's plan, with gates or without.
+        groups: The groups whose gates move; among them all that the plan cuts.
+        measure: From gates to the gradient and the matrix there, on calibration data.
+        divergence: From gates to the divergence, on data that is held out.
+        num_steps: Most steps.
+        dampings: What is tried for ``lambda``, as shares of the mean of the matrix's diagonal.
+        fixed: Groups whose gates stay as they are.
+    """
+    kept, gates = _in_a_row(plan, groups)
+    free = kept & ~_rows_of(fixed, groups)
+    far = divergence(by_group(groups, gates))
+    steps = [{"divergence": far}]
+    for _ in range(num_steps):
+        found = measure(by_group(groups, gates))
+        pull = -torch.cat([found.gradient[name] for name in groups])
+        tried = {}
+        for damping in dampings:
+            moved = (gates + damped_step(found.matrix, pull, free, damping)).clamp(min=0)
+            far = divergence(by_group(groups, moved))
+            tried[damping] = far, moved
+        damping = min(tried, key=lambda damping: tried[damping][0])
+        far, moved = tried[damping]
+        if not far < steps[-1]["divergence"]:
+            break
+        gates = moved
+        steps.append({"divergence": far, "damping": damping})
+    return _with_gates(plan, groups, gates, fixed, {"steps": steps})
+
+
+def _in_a_row(plan: PruningPlan, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Of all structures of the groups: whether the plan keeps them, and their gates."""
+    kept, gates = [], []
+    for name, group in groups.items():
+        mask = torch.zeros(group.size, dtype=torch.bool)
+        mask[list(plan.kept.get(name, range(group.size)))] = True
+        values = mask.double()
+        values[mask] = torch.tensor(
+            plan.gates.get(name, [1.0] * int(mask.sum())), dtype=torch.double
+        )
+        kept.append(mask)
+        gates.append(values)
+    return torch.cat(kept), torch.cat(gates)
+
+
+def _rows_of(names: Collection[str], groups: Groups) -> Tensor:
+    """Whether each structure is of these groups."""
+    return torch.cat([torch.full((g.size,), name in names) for name, g in groups.items()])
+
+
+def _with_gates(
+    plan: PruningPlan,
+    groups: Groups,
+    gates: Tensor,
+    fixed: Collection[str],
+    story: Mapping[str, Any],
+) -> PruningPlan:
+    kept = {name: plan.kept.get(name, tuple(range(group.size))) for name, group in groups.items()}
+    values = {name: row[list(kept[name])] for name, row in by_group(groups, gates).items()}
     moved = {
-        name: tuple(values[list(kept[name])].tolist())
-        for name, values in by_group(groups, gates).items()
-        if name not in fixed and bool((values[list(kept[name])] != 1).any())
+        name: tuple(row.tolist())
+        for name, row in values.items()
+        if name not in fixed and bool((row != 1).any())
     }
     whole = {name: tuple(kept[name]) for name in moved if name not in plan.kept}
-    values = [value for gates in moved.values() for value in gates] or [1.0]
-    range_ = {"least_gate": min(values), "largest_gate": max(values)}
-    story = {"damping": damping, "groups": len(moved), **range_}
+    every = [value for row in moved.values() for value in row] or [1.0]
+    told = dict(plan.provenance.get("compensation") or {}) | dict(story)
+    told |= {"groups": len(moved), "least_gate": min(every), "largest_gate": max(every)}
     return replace(
         plan,
         kept={**plan.kept, **whole},
         sizes={**plan.sizes, **{name: len(indices) for name, indices in whole.items()}},
         gates=moved,
-        provenance={**plan.provenance, "compensation": story},
+        provenance={**plan.provenance, "compensation": told},
     )
 
 

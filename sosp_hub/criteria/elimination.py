@@ -177,17 +177,31 @@ def compensation(
     ``1 + (Q_KK + lambda)^-1 Q_KR 1``, the least ``(m - 1)' (Q + lambda) (m - 1)`` with the removed
     gates at 0, and then none under 0. Kept gates that are ``fixed`` are 1.
     """
-    free, size = kept if fixed is None else kept & ~fixed, _damping(matrix, damping)
+    free = kept if fixed is None else kept & ~fixed
     if isinstance(matrix, LowRank):
-        factor, lost = matrix.factor[:, free], matrix.factor[:, ~kept].sum(1)
+        pull = matrix.factor.T @ matrix.factor[:, ~kept].sum(1)
+    else:
+        pull = matrix[:, ~kept].sum(1)
+    return (kept + damped_step(matrix, pull, free, damping)).clamp(min=0)
+
+
+def damped_step(
+    matrix: Matrix,
+    pull: Float[Tensor, " structures"],
+    free: Bool[Tensor, " structures"],
+    damping: float,
+) -> Float[Tensor, " structures"]:
+    """``(Q + lambda)^-1 pull`` within the ``free`` structures; 0 for the others."""
+    size, step = _damping(matrix, damping), torch.zeros_like(pull)
+    if isinstance(matrix, LowRank):  # Woodbury, as in the surgeon
+        factor = matrix.factor[:, free]
         small = factor @ factor.T + size * torch.eye(len(factor)).to(factor)
-        moves = factor.T @ torch.linalg.solve(small, lost)
+        inside = factor.T @ torch.linalg.solve(small, factor @ pull[free])
+        step[free] = (pull[free] - inside) / size
     else:
         damped = matrix[free][:, free] + size * torch.eye(int(free.sum())).to(matrix)
-        moves = torch.linalg.solve(damped, matrix[free][:, ~kept].sum(1))
-    gates = kept.to(moves.dtype)
-    gates[free] = (1 + moves).clamp(min=0)
-    return gates
+        step[free] = torch.linalg.solve(damped, pull[free])
+    return step
 
 
 def _damping(matrix: Matrix, share: float) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sosp_hub.criteria.elimination import Floors, absolute_row_sums, greedy_order, surgeon_order
 from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.derivatives import GaussNewton, Protocol, by_group, gauss_newton
+from sosp_hub.derivatives import GaussNewton, Protocol, by_group, divergence, gauss_newton
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import GateKind
 from sosp_hub.structure.groups import Group, Groups
@@ -87,23 +87,35 @@ class SospI:
             )
         return by_group(graph.groups, self._scores(graph.groups, found))
 
-    def measure(self, model: nn.Module, groups: Groups, batches: "Batches") -> GaussNewton:
-        """The matrix, from which every selection and ``compensated`` follow without more data."""
+    def measure(
+        self, model: nn.Module, groups: Groups, batches: "Batches", at: "Saliency | None" = None
+    ) -> GaussNewton:
+        """The matrix, from which every selection and ``compensated`` follow without more data.
+
+        ``at`` other gates than 1 its gradient is that of ``divergence``.
+        """
         return gauss_newton(
             model,
             groups,
             batches,
-            Protocol(
-                self.loss_fn,
-                self.gate,
-                self.micro_batch_size,
-                self.process_sum,
-                self.process_rows,
-            ),
+            self._protocol,
             loss=self.loss,
             max_classes=self.max_classes,
             num_draws=self.num_draws,
             seed=self.seed,
+            at=at,
+        )
+
+    def divergence(
+        self, model: nn.Module, groups: Groups, batches: "Batches", at: "Saliency"
+    ) -> float:
+        """How far the model's outputs are from the dense model's with other gates."""
+        return divergence(model, groups, batches, at, self._protocol, loss=self.loss)
+
+    @property
+    def _protocol(self) -> Protocol:
+        return Protocol(
+            self.loss_fn, self.gate, self.micro_batch_size, self.process_sum, self.process_rows
         )
 
     def _scores(self, groups: Groups, found: GaussNewton) -> Tensor:

@@ -7,6 +7,7 @@ tokens) give the answer of one process and one batch.
 """
 
 from sosp_hub.derivatives.average import Protocol, is_sharded, num_samples, split_batch
+from sosp_hub.derivatives.divergence import divergence
 from sosp_hub.derivatives.gauss_newton import GaussNewton, gauss_newton
 from sosp_hub.derivatives.gram import LowRank, Matrix
 from sosp_hub.derivatives.hessian import (
@@ -28,6 +29,7 @@ __all__ = [
     "Protocol",
     "batch_squares",
     "by_group",
+    "divergence",
     "gate_gradient",
     "gauss_newton",
     "hessian_product",

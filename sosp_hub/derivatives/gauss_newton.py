@@ -10,11 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average, num_samples, tensors
+from sosp_hub.derivatives.divergence import counted, dense_logits, distance
 from sosp_hub.derivatives.gram import Gram, Matrix
 from sosp_hub.derivatives.rows import by_group, gradient_by, row, used
 from sosp_hub.gates import Gates
 from sosp_hub.structure.groups import Groups
-from sosp_hub.zoo.loss import IGNORED, batch_loss
+from sosp_hub.zoo.loss import batch_loss
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, Saliency
@@ -49,6 +50,7 @@ def gauss_newton(
     max_classes: int = 32,
     num_draws: int = 1,
     seed: int = 0,
+    at: "Saliency | None" = None,
 ) -> GaussNewton:
     """``mean_n J' R J`` with ``J`` the Jacobian of the logits by the gates.
 
@@ -68,14 +70,18 @@ def gauss_newton(
         num_draws: Labels drawn per sample.
         seed: Of the drawn labels. They depend on it and on the sample alone, so that they are the
             same in whichever batch and process the sample is.
+        at: The gates where derivatives are taken, of every group; the gradient is then that of
+            ``divergence``, and so is ``loss``. None = all 1, and the gradient of the loss.
     """
     exact, gram = True, Gram(_size(groups), alone=protocol.process_sum is None)
 
     def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
         nonlocal exact
-        gates.set_(1.0, num_samples=num_samples(batch))
+        dense = None if at is None else dense_logits(model, gates, batch, protocol)
+        gates.set_(at or 1.0, num_samples=num_samples(batch))
         found = batch_loss(model, batch, protocol.loss_fn)
-        gradient = gradient_by(found.value, gates, retain_graph=True)
+        value = found.value if dense is None else distance(found, dense, batch, loss)
+        gradient = gradient_by(value, gates, retain_graph=True)
         exact = found.logits.ndim == 2 and found.logits.shape[1] <= max_classes
         if exact:
             factors = _class_factors(found.logits, loss)
@@ -84,7 +90,7 @@ def gauss_newton(
         rows = [row(gradient_by(f, gates, retain_graph=True), gates, 1) for f in factors]
         whole, summed = torch.cat(rows), row(gradient, gates, found.weight).sum(0)
         totals[0] += summed  # last: a batch that runs out of memory leaves no trace
-        return Seen(found.value.item(), found.weight, used(gradient), whole)
+        return Seen(value.item(), found.weight, used(gradient), whole)
 
     mean = average(model, groups, batches, protocol, 1, step, gram.add)
     matrix = gram.mean(mean.weight, protocol.process_sum, protocol.process_rows)
@@ -109,14 +115,12 @@ def _class_factors(logits: Tensor, loss: str) -> Iterator[Tensor]:
 
 def _drawn_factors(logits: Tensor, batch: Any, num_draws: int, seed: int) -> Iterator[Tensor]:
     """The same with labels drawn from the model, at the tokens that have a label."""
-    labels, counts = _labels(batch), None
-    if labels is not None and logits.ndim == labels.ndim + 1 and labels.ndim > 1:
-        logits, counts = logits[:, :-1], (labels[:, 1:] != IGNORED).flatten(1)
+    logits, counts = counted(logits, batch)
     log_share = logits.log_softmax(-1).reshape(len(logits), -1, logits.shape[-1])
     chance = _chance(batch, log_share.shape[1], num_draws, seed).to(logits.device)
     for drawn in _drawn(log_share.detach(), chance).split(1, -1):
         loss = -log_share.gather(-1, drawn)[..., 0] / math.sqrt(num_draws)
-        yield (loss if counts is None else loss[counts]).sum()
+        yield (loss if counts is None else loss[counts.flatten(1)]).sum()
 
 
 def _drawn(
@@ -149,7 +153,3 @@ def _chance(
         shape = num_places, num_draws
         rows.append(torch.rand(shape, generator=generator, dtype=torch.float64))
     return torch.stack(rows)
-
-
-def _labels(batch: Any) -> Tensor | None:
-    return batch.get("labels") if isinstance(batch, Mapping) else batch[1]

@@ -166,7 +166,9 @@ class Compared:
 
     def _compensated(self) -> Iterator[tuple[str, str]]:
         def rest(one: Mapping[str, Any]) -> dict[str, Any]:
-            return {k: v for k, v in one.items() if k not in ("label", "compensate")}
+            return {
+                k: v for k, v in one.items() if k not in ("label", "compensate", "compensate_steps")
+            }
 
         criteria: Sequence[Mapping[str, Any]] = self.results["criteria"]
         for one in criteria:

@@ -117,7 +117,9 @@ def _styles(compared: Compared) -> dict[str, dict[str, Any]]:
     plain: dict[str, int] = {}
     styles = {}
     for one in compared.results["criteria"]:
-        rest = str({k: v for k, v in one.items() if k not in ("label", "compensate")})
+        rest = str(
+            {k: v for k, v in one.items() if k not in ("label", "compensate", "compensate_steps")}
+        )
         number = plain.setdefault(rest, len(plain))
         styles[one["label"]] = {
             "color": colours[(2 * number) % 20 + (number // 10) % 2],

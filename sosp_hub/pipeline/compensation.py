@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sosp_hub.criteria.compensation import Means, compensated, means_at_biases, shifted
+from sosp_hub.criteria.compensation import Means, compensated, means_at_biases, refined, shifted
 from sosp_hub.criteria.registry import scorable_groups
 from sosp_hub.criteria.sosp_i import SospI
 from sosp_hub.derivatives import GaussNewton, LowRank, by_group
@@ -18,6 +18,7 @@ from sosp_hub.errors import CriterionError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.plan import PruningPlan
+from sosp_hub.recipe.schema import Recipe
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Groups
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from sosp_hub.pipeline.stages import Stages
 
 MOST_BYTES = 100_000_000  # of a matrix that is kept with the result: 3,500 structures
-DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-"""What ``damping: auto`` tries."""
+DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)
+"""What ``damping: auto`` tries, and each of ``compensate_steps``."""
 
 
 class Curvature(NamedTuple):
@@ -48,16 +49,9 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
         return _read(stages.scores.curvature, groups)
 
     def make() -> dict[str, Any]:
-        section = recipe.criterion
-        criterion = SospI(
-            **section.curvature(),
-            micro_batch_size=getattr(section, "micro_batch_size", None),
-            seed=recipe.seed,
-            process_sum=process_sum,
-            process_rows=process_rows,
-        )
-        batches = OnDevice(_parts(stages)[0], "curvature")
-        found = criterion.measure(stages.model, groups, batches)
+        auto = recipe.criterion.damping == "auto"
+        batches = OnDevice(_parts(stages, hold_out=auto)[0], "curvature")
+        found = _sosp_i(recipe).measure(stages.model, groups, batches)
         whole = {"gradient": torch.cat(list(found.gradient.values()))}
         if isinstance(found.matrix, LowRank):
             whole["factor"] = found.matrix.factor
@@ -70,6 +64,18 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
 
     stages.stage("curvature", make, with_peak=True)
     return _read(tensors, groups)
+
+
+def _sosp_i(recipe: Recipe) -> SospI:
+    """What measures the matrix, whichever criterion scores."""
+    section = recipe.criterion
+    return SospI(
+        **section.curvature(),
+        micro_batch_size=getattr(section, "micro_batch_size", None),
+        seed=recipe.seed,
+        process_sum=process_sum,
+        process_rows=process_rows,
+    )
 
 
 def _read(path: Path, groups: Groups) -> Curvature:
@@ -104,13 +110,48 @@ def stored_curvature(stages: "Stages") -> Path | None:
 
 def with_gates(graph: Graph, plan: PruningPlan, measured: Curvature, damping: float) -> PruningPlan:
     """The plan with gates that make up for it; log lines say where there can be none."""
-    obstacles = {name: why for name in measured.groups if (why := graph.fold_obstacle(name))}
+    obstacles = _obstacles(graph, measured.groups)
     for name, why in obstacles.items():
         logger.info("compensation: the gates of %s stay at 1: %s", name, why)
     if alone := plan.kept.keys() - measured.groups.keys():
         logger.info("compensation: nothing makes up for what goes from %s", ", ".join(alone))
     return compensated(
         plan, measured.groups, measured.found.matrix, damping, fixed=obstacles.keys()
+    )
+
+
+def _obstacles(graph: Graph, groups: Groups) -> dict[str, str]:
+    return {name: why for name in groups if (why := graph.fold_obstacle(name))}
+
+
+def refine(stages: "Stages", graph: Graph, plan: PruningPlan, measured: Curvature) -> PruningPlan:
+    """The plan with its gates moved on, as many steps as the recipe asks for.
+
+    Measured on three quarters of the calibration samples, chosen on the others; each process has
+    its share.
+    """
+    num_steps, groups = stages.recipe.criterion.compensate_steps, measured.groups
+    if not num_steps:
+        return plan
+    if not stages.has_data:
+        logger.warning("compensate_steps: there is no data; the gates are those in closed form")
+        return plan
+    if alone := plan.kept.keys() - groups.keys():
+        logger.warning(
+            "compensate_steps: %s lose structures and have no gates; the other gates stay those "
+            "in closed form",
+            ", ".join(alone),
+        )
+        return plan
+    criterion, (batches, held_out) = _sosp_i(stages.recipe), _parts(stages, hold_out=True)
+    return refined(
+        plan,
+        groups,
+        lambda at: criterion.measure(stages.model, groups, OnDevice(batches, "step"), at),
+        lambda at: criterion.divergence(stages.model, groups, OnDevice(held_out), at),
+        num_steps,
+        DAMPINGS,
+        fixed=_obstacles(graph, groups).keys(),
     )
 
 
@@ -157,7 +198,7 @@ def choose_damping(
         graph: Of its model.
         decide: The plan with a damping.
     """
-    measured_on, held_out = _parts(stages)
+    measured_on, held_out = _parts(stages, hold_out=True)
     losses = {}
     for damping in DAMPINGS:
         pruned = stages.cut(graph, decide(damping), "fast")
@@ -168,19 +209,17 @@ def choose_damping(
     return losses
 
 
-def _parts(stages: "Stages") -> tuple[Sequence[Any], Sequence[Any]]:
-    """Calibration batches to measure on, and those held out."""
+def _parts(stages: "Stages", *, hold_out: bool) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Calibration batches to measure on, and those held out: none, or a quarter."""
     _check_data(stages, "compensate", ", since no curvature.safetensors was kept")
     num = stages.num_samples
-    if stages.recipe.criterion.damping != "auto":
-        return stages.calibration_batches(0, num), ()
-    held_out = num // 4
-    if not held_out:
+    rest = num - num // 4 if hold_out else num
+    if hold_out and rest == num:
         raise CriterionError(
-            f"criterion.damping: auto holds out a quarter of the calibration samples, and there "
-            f"are {num}; raise criterion.num_samples, or give a number"
+            "criterion.damping: auto, and criterion.compensate_steps, hold out a quarter of the "
+            f"calibration samples, and there are {num}; raise criterion.num_samples, or leave "
+            "these out"
         )
-    rest = num - held_out
     return stages.calibration_batches(0, rest), stages.calibration_batches(rest, num)
 
 

@@ -293,6 +293,8 @@ class Stages:
         def make() -> dict[str, Any]:
             means = compensation.bias_means(self, graph)
             plan = self._plan(graph, saliency, measured, damping, means)
+            if measured:
+                plan = compensation.refine(self, graph, plan, measured)
             provenance = {
                 **plan.provenance,
                 "criterion": criterion.told(),

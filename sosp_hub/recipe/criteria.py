@@ -36,7 +36,11 @@ class CriterionSection(Section):
         description="of the matrix that compensation solves with: added to its diagonal, as a "
         "share of its mean; auto = the best on a quarter of the calibration samples, held out",
     )
-
+    compensate_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="then so many steps move the gates on toward the dense model's outputs, each "
+        "with the matrix of the cut model; damping as with auto",
+    )
     compensate_bias: bool = Field(
         default=False,
         description="fold the mean of what is cut into the biases of the layers that have read it, "

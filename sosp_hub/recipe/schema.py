@@ -330,6 +330,16 @@ class Recipe(Section):
                 "criterion.compensate: gates are folded where activations are read; write "
                 "criterion.gate: activation, or compensate: false"
             )
+        if self.criterion.compensate_steps and self.criterion.compensate_bias:
+            raise ValueError(
+                "criterion.compensate_steps: its gates would not know of the constants that "
+                "compensate_bias folds; leave one of them out"
+            )
+        if self.criterion.compensate_steps and not self.criterion.compensates():
+            raise ValueError(
+                "criterion.compensate_steps: there are no gates to move; write compensate: true, "
+                "or leave it out"
+            )
         if name not in (*_DEPTH, "random") and "layer" in kinds:
             raise ValueError(
                 f"criterion.name: {name} cannot score the kind layer; "
