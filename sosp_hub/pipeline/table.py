@@ -23,9 +23,17 @@ def show_result(report: Mapping[str, Any], output: Path) -> None:
     if told := report["plan"]["provenance"].get("compensation"):
         console.print(
             f"gates of {told['groups']} groups folded, {told['least_gate']:.2f} to "
-            f"{told['largest_gate']:.2f}: they make up for the cut\n",
+            f"{told['largest_gate']:.2f}: they make up for the cut",
             highlight=False,
         )
+        if steps := told.get("steps"):
+            num = len(steps) - 1
+            console.print(
+                f"moved on in {num} step{'s' * (num != 1)}: divergence from the dense model on "
+                f"held-out samples {steps[0]['divergence']:.3g} to {steps[-1]['divergence']:.3g}",
+                highlight=False,
+            )
+        console.print()
     if told := report["plan"]["provenance"].get("shifted_biases"):
         console.print(f"{told} biases shifted by the mean of what was cut\n", highlight=False)
     console.out(f"{output}/", style="bold", highlight=False)

@@ -170,3 +170,67 @@ def test_constants_are_folded_into_biases(recipe, tmp_path, capsys):
     assert_close({k: with_shifts[k].double() for k in shifted}, shifted, relative=1e-6)
     assert main([str(recipe), *keys, "structure.kinds=[layer]", "criterion.name=random"]) == 2
     assert "criterion.compensate_bias: nothing makes up for a whole" in capsys.readouterr().err
+
+
+def test_gates_are_moved_on_and_the_report_tells_the_steps(recipe, tmp_path, monkeypatch, capsys):
+    seen = {"step": [], "held out": []}
+    measure, distance = SospI.measure, SospI.divergence
+
+    def ids(batches):
+        return {row.numpy().tobytes() for inputs, _ in batches for row in inputs}
+
+    def measured(self, model, groups, batches, at=None):
+        seen["step"] += [ids(batches)] if at is not None else []
+        return measure(self, model, groups, batches, at)
+
+    def apart(self, model, groups, batches, at):
+        seen["held out"].append(ids(batches))
+        return distance(self, model, groups, batches, at)
+
+    monkeypatch.setattr(SospI, "measure", measured)
+    monkeypatch.setattr(SospI, "divergence", apart)
+    monkeypatch.setattr(compensation, "DAMPINGS", (0.1, 10.0))
+    assert main([str(recipe)]) == 0
+    plain = json.loads((tmp_path / "out" / "sosp_report.json").read_text())["plan"]
+    assert not seen["step"]
+    assert main([str(recipe), "--overwrite", "criterion.compensate_steps=2"]) == 0
+    found = json.loads((tmp_path / "out" / "sosp_report.json").read_text())["plan"]
+    told = found["provenance"]["compensation"]
+    far = [step["divergence"] for step in told["steps"]]
+    assert 1 < len(far) <= 3
+    assert far == sorted(far, reverse=True)
+    assert told["damping"] == 0.01
+    assert found["kept"] == plain["kept"]
+    assert found["gates"].keys() == plain["gates"].keys()
+    assert found["gates"] != plain["gates"]
+    assert {len(part) for part in seen["step"]} == {18}
+    assert {len(part) for part in seen["held out"]} == {6}
+    assert not seen["step"][0] & seen["held out"][0]
+    words = f"moved on in {len(far) - 1} step"
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["criterion.compensate=false"], "there are no gates to move; write compensate: true"),
+        (["criterion.compensate_bias=true"], "would not know of the constants"),
+        (["criterion.num_samples=3"], "compensate_steps, hold out a quarter of the calibration"),
+        (["criterion.compensate_steps=-1"], "got -1; expected at least 0"),
+    ],
+)
+def test_steps_that_cannot_be_taken(recipe, capsys, keys, words):
+    assert main([str(recipe), "criterion.compensate_steps=2", *keys]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_data_the_gates_are_those_in_closed_form(recipe, tmp_path, monkeypatch, capsys):
+    keys = ["criterion.name=sosp_i", "criterion.selection=surgeon", "criterion.compensate_steps=1"]
+    assert main([str(recipe), *keys]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "open_data", None)
+        assert main(["--from-scores", str(tmp_path / "out"), "budget.structures=0.5"]) == 0
+    assert "there is no data; the gates are those in closed form" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out-structures-0.5" / "sosp_report.json").read_text())["plan"]
+    assert found["gates"]
+    assert "steps" not in found["provenance"]["compensation"]
