@@ -51,7 +51,8 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
     def make() -> dict[str, Any]:
         auto = recipe.criterion.damping == "auto"
         batches = OnDevice(_parts(stages, hold_out=auto)[0], "curvature")
-        found = _sosp_i(recipe).measure(stages.model, groups, batches)
+        criterion = _sosp_i(recipe)
+        found = criterion.measure(stages.model, groups, batches)
         whole = {"gradient": torch.cat(list(found.gradient.values()))}
         if isinstance(found.matrix, LowRank):
             whole["factor"] = found.matrix.factor
