@@ -100,14 +100,17 @@ def calibration_batches(
 ) -> Batches:
     """Batches of a seeded subset of ``train`` (loaded without ``augment``).
 
-    With several processes each gets its share of the same subset, none repeated; shares may differ
-    by one sample. ``start`` leaves out so many samples at the subset's front.
+    With several processes each gets its share of the same batches, none repeated, so that what is
+    computed batch by batch (statistics of norms, squares of a batch's gradient) does not depend on
+    how many there are; shares may differ by one batch. ``start`` leaves out so many samples at the
+    subset's front.
     """
     if num_samples > len(train):
         log.info("calibration: %d samples asked for, train has %d", num_samples, len(train))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    mine = order[start:num_samples][rank::num_processes]
-    return Batches(train, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)])
+    chosen = order[start:num_samples]
+    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    return Batches(train, batches[rank::num_processes])
 
 
 def _finished(batch: Any) -> Any:

@@ -34,6 +34,7 @@ SCORED = {
     "sosp_i surgeon": {"selection": "surgeon"},
     "sosp_i surgeon drawn": {"selection": "surgeon", **DRAWN},
     "taylor": {},
+    "taylor squared": {"form": "squared"},
     "fisher": {},
     "activation": {},
     "magnitude": {},
