@@ -6,7 +6,7 @@ low rank, nothing of its size is held: what is solved with is as large as ``B`` 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +42,18 @@ class Floors:
 
 
 class _Open:
-    """The structures that may still go."""
+    """The structures that may still go, besides those that are gone."""
 
-    def __init__(self, floors: Floors, units: Units) -> None:
-        self._units = 1.0 if units is None else units
-        self._left, self._group = floors.removable(), floors.group()
+    def __init__(self, floors: Floors, units: Units, gone: Sequence[int] = ()) -> None:
+        there = torch.ones(sum(floors.sizes), dtype=torch.bool)
+        there[list(gone)] = False
+        group = floors.group()
+        lost = group[~there].bincount(minlength=len(floors.sizes))
+        self._left, self._group = floors.removable().clamp(min=0) - lost, group[there]
+        self._units = 1.0 if units is None else units[there]
+        self.places = there.nonzero()[:, 0]
         self.blocked = self._left[self._group] <= 0
-        self.num = int(self._left.clamp(min=0).sum())
+        self.num = int(self._left.sum())
 
     def take_cheapest(self, cost: Float[Tensor, " structures"]) -> int:
         """Closes the structure that costs least, and its group where that comes to its floor."""
@@ -90,7 +95,12 @@ def absolute_row_sums(matrix: Matrix) -> Float[Tensor, " structures"]:
 
 
 def surgeon_order(
-    matrix: Matrix, floors: Floors, damping: float = 0.01, units: Units = None
+    matrix: Matrix,
+    floors: Floors,
+    damping: float = 0.01,
+    units: Units = None,
+    every: int | None = None,
+    again: Callable[[Tensor], tuple[Matrix, Tensor]] | None = None,
 ) -> list[int]:
     """Optimal Brain Surgeon over the gates of all layers: each removal moves all other gates.
 
@@ -102,20 +112,43 @@ def surgeon_order(
         floors: What stays in each group.
         damping: ``lambda``, as a share of the mean of the diagonal.
         units: What each structure saves; least per unit goes then.
+        every: So many removals go by one ``Q``; None = all.
+        again: From the gates so far to ``Q`` there, and the gradient of the divergence from the
+            dense model, down which the gates first take a damped step.
     """
-    size = _damping(matrix, damping)
-    low_rank = isinstance(matrix, LowRank)
-    inverse = _LowRankInverse(matrix, size) if low_rank else _Inverse(matrix, size)
-    diagonal = inverse.diagonal()
-    gates, left, order = torch.ones_like(diagonal), _Open(floors, units), []
-    for _ in range(left.num):
-        s = left.take_cheapest(gates.square() / diagonal)
-        column = inverse.remove(s)
-        gates -= gates[s] / column[s] * column
-        diagonal -= column.square() / column[s]
-        gates[s], diagonal[s] = 0.0, 1.0
-        order.append(s)
+    gates, order = torch.ones_like(matrix.diagonal()), list[int]()
+    while (left := _Open(floors, units, order)).num:
+        if order and again is not None:
+            matrix, gradient = again(gates)
+            free = torch.zeros(len(gates), dtype=torch.bool).index_fill(0, left.places, True)
+            gates = gates + damped_step(matrix, -gradient, free, damping)
+        removed, gates = _operate(matrix, gates, left, damping, every)
+        order += removed
     return order
+
+
+def _operate(
+    matrix: Matrix, gates: Tensor, left: _Open, damping: float, most: int | None
+) -> tuple[list[int], Tensor]:
+    """The next removals, and where all gates are then: none under 0."""
+    places = left.places
+    if isinstance(matrix, LowRank):
+        matrix = LowRank(matrix.factor[:, places])
+        inverse = _LowRankInverse(matrix, _damping(matrix, damping))
+    else:
+        matrix = matrix[places][:, places]
+        inverse = _Inverse(matrix, _damping(matrix, damping))
+    moved, diagonal, removed = gates[places].clamp(min=0), inverse.diagonal(), list[int]()
+    for _ in range(left.num if most is None else min(left.num, most)):
+        s = left.take_cheapest(moved.square() / diagonal)
+        column = inverse.remove(s)
+        moved -= moved[s] / column[s] * column
+        diagonal -= column.square() / column[s]
+        moved[s], diagonal[s] = 0.0, 1.0
+        removed.append(int(places[s]))
+    gates = torch.zeros_like(gates).index_copy_(0, places, moved.clamp(min=0))
+    gates[removed] = 0.0  # but for rounding they are
+    return removed, gates
 
 
 class _Inverse:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from sosp_hub.criteria.elimination import Floors, absolute_row_sums, greedy_order, surgeon_order
 from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.derivatives import GaussNewton, Protocol, by_group, divergence, gauss_newton
+from sosp_hub.derivatives import (
+    GaussNewton,
+    Matrix,
+    Protocol,
+    by_group,
+    divergence,
+    gauss_newton,
+)
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import GateKind
 from sosp_hub.structure.groups import Group, Groups
@@ -38,6 +45,8 @@ class SospI:
         damping: Of the surgeon: added to ``Q``'s diagonal, as a share of its mean. Where samples
             are few, the eigenvalues that are not 0 are larger than that mean, by structures over
             rows (of samples times classes or draws): 0.01 or 1 is then hardly any damping.
+        rescore_every: Of the surgeon: after so many removals the matrix is measured again, at the
+            gates so far (of these samples another pass each time); None = never.
         keep_at_least: Share of each group that no order removes.
         loss: Which curvature of the loss by the logits.
         max_classes: Up to so many classes are summed over; above, labels are drawn from the model.
@@ -54,6 +63,7 @@ class SospI:
 
     selection: Literal["row_sum", "greedy", "signed", "surgeon"] = "row_sum"
     damping: float = 0.01
+    rescore_every: int | None = None
     keep_at_least: float = 0.1
     loss: Literal["cross_entropy", "squared"] = "cross_entropy"
     max_classes: int = 32
@@ -85,7 +95,12 @@ class SospI:
                 f"criterion 'sosp_i': `curvature` is of {len(found.matrix)} structures, the groups "
                 f"have {num}; give what `measure` returned for the same kinds"
             )
-        return by_group(graph.groups, self._scores(graph.groups, found))
+
+        def again(gates: Tensor) -> tuple[Matrix, Tensor]:
+            there = self.measure(model, graph.groups, batches, by_group(graph.groups, gates))
+            return there.matrix, torch.cat(list(there.gradient.values()))
+
+        return by_group(graph.groups, self._scores(graph.groups, found, again))
 
     def measure(
         self, model: nn.Module, groups: Groups, batches: "Batches", at: "Saliency | None" = None
@@ -118,7 +133,12 @@ class SospI:
             self.loss_fn, self.gate, self.micro_batch_size, self.process_sum, self.process_rows
         )
 
-    def _scores(self, groups: Groups, found: GaussNewton) -> Tensor:
+    def _scores(
+        self,
+        groups: Groups,
+        found: GaussNewton,
+        again: Callable[[Tensor], tuple[Matrix, Tensor]],
+    ) -> Tensor:
         gradient = torch.cat([found.gradient[name] for name in groups])
         units = torch.cat([self.units[name] for name in groups]) if self.units else None
         if self.selection == "row_sum":
@@ -126,7 +146,8 @@ class SospI:
             return scores if units is None else scores / units
         floors = Floors([group.size for group in groups.values()], self.keep_at_least)
         if self.selection == "surgeon":
-            order = surgeon_order(found.matrix, floors, self.damping, units)
+            how = self.damping, units, self.rescore_every, again
+            order = surgeon_order(found.matrix, floors, *how)
         else:
             first = gradient if self.selection == "greedy" else None
             order = greedy_order(found.matrix, floors, first, units)

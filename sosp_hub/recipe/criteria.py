@@ -105,6 +105,10 @@ class SospISection(GateSection):
     selection: Literal["row_sum", "greedy", "signed", "surgeon"] = Field(
         default="row_sum", description="scores, or an order of removal (see the criterion)"
     )
+    rescore_every: Count | None = Field(
+        default=None,
+        description="of the surgeon: removals between two measurements of the matrix; null = one",
+    )
     keep_at_least: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="share of each group that no order removes"
     )

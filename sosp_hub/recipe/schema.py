@@ -330,6 +330,17 @@ class Recipe(Section):
                 "criterion.compensate: gates are folded where activations are read; write "
                 "criterion.gate: activation, or compensate: false"
             )
+        if getattr(self.criterion, "rescore_every", None):
+            if getattr(self.criterion, "selection", None) != "surgeon":
+                raise ValueError(
+                    "criterion.rescore_every: only the surgeon's gates move on the way; write "
+                    "selection: surgeon, or leave it out"
+                )
+            if self.criterion.damping == "auto":
+                raise ValueError(
+                    "criterion.rescore_every: with damping: auto the matrix would be measured "
+                    "anew for every damping; write a number, or leave one of them out"
+                )
         if self.criterion.compensate_steps and self.criterion.compensate_bias:
             raise ValueError(
                 "criterion.compensate_steps: its gates would not know of the constants that "

@@ -14,6 +14,7 @@ from sosp_hub.criteria.elimination import (
     surgeon_order,
 )
 from sosp_hub.criteria.registry import make_criterion, score
+from sosp_hub.criteria.sosp_i import SospI
 from sosp_hub.derivatives import LowRank, Protocol, gauss_newton
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import gated
@@ -91,6 +92,58 @@ def test_surgeon_takes_the_least_loss_after_compensation(rank, units, monkeypatc
         rest = [s for s in range(7) if s not in expected]
         expected.append(min(rest, key=lambda s: growth(expected, s)))
     assert surgeon_order(matrix, Floors([7], 0.0), damping=0.05, units=units) == expected
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_rescored_order_is_that_of_surgeries_on_what_is_left(every):
+    """Each piece by hand: a damped step down the gradient, then an order within what is left."""
+    toy, damping, asked = perceptron(), 0.05, []
+
+    def again(gates):
+        asked.append(gates)
+        at = toy.split(gates)
+        found = SospI(loss_fn=F.cross_entropy).measure(toy.model, toy.groups, [toy.batch], at)
+        return found.matrix, torch.cat(list(found.gradient.values()))
+
+    matrix, _ = again(torch.ones(8).double())
+    asked.clear()
+    found = surgeon_order(matrix, Floors([5, 3], 0.0), damping, every=every, again=again)
+    gates, expected = torch.ones(8).double(), []
+    while len(expected) < 6:
+        rest = [s for s in range(8) if s not in expected]
+        if expected:
+            assert_close(asked.pop(0), gates, relative=1e-9)
+            matrix, gradient = again(gates)
+            asked.pop()
+            size = damping * matrix.diagonal().mean() * torch.eye(len(rest)).double()
+            step = torch.linalg.solve(matrix[rest][:, rest] + size, gradient[rest])
+            gates[rest] -= step
+            gates = gates.clamp(min=0)
+        mean = matrix[rest][:, rest].diagonal().mean()
+        damped = matrix + damping * mean * torch.eye(8).double()
+        start, gone = gates.clone(), []
+        for _ in range(min(every, 6 - len(expected))):
+            left = [s for s in rest if s not in gone]
+            full = [g for g in (range(5), range(5, 8)) if len(set(g) & set(left)) == 1]
+            able = [s for s in left if not any(s in g for g in full)]
+            losses = {s: _moved(damped, start, rest, [*gone, s])[1] for s in able}
+            gone.append(min(losses, key=losses.get))
+        gates = _moved(damped, start, rest, gone)[0].clamp(min=0)
+        expected += gone
+    assert found == expected
+    assert not asked
+
+
+def _moved(damped, start, rest, gone):
+    """Gates nearest to ``start`` in the damped quadratic with some at 0, and what that costs."""
+    kept = [s for s in rest if s not in gone]
+    change = torch.zeros_like(start)
+    change[gone] = -start[gone]
+    right = -damped[kept][:, gone] @ change[gone]
+    change[kept] = torch.linalg.solve(damped[kept][:, kept], right)
+    gates = start + change
+    gates[gone] = 0.0
+    return gates, (change @ damped @ change / 2).item()
 
 
 def test_compensation_is_the_best_set_of_gates():

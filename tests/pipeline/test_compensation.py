@@ -217,6 +217,16 @@ def test_gates_are_moved_on_and_the_report_tells_the_steps(recipe, tmp_path, mon
         (["criterion.compensate_bias=true"], "would not know of the constants"),
         (["criterion.num_samples=3"], "compensate_steps, hold out a quarter of the calibration"),
         (["criterion.compensate_steps=-1"], "got -1; expected at least 0"),
+        (["criterion.name=sosp_i", "criterion.rescore_every=2"], "write selection: surgeon, or"),
+        (
+            [
+                "criterion.name=sosp_i",
+                "criterion.selection=surgeon",
+                "criterion.rescore_every=2",
+                "criterion.damping=auto",
+            ],
+            "measured anew for every damping",
+        ),
     ],
 )
 def test_steps_that_cannot_be_taken(recipe, capsys, keys, words):
@@ -234,3 +244,26 @@ def test_without_data_the_gates_are_those_in_closed_form(recipe, tmp_path, monke
     found = json.loads((tmp_path / "out-structures-0.5" / "sosp_report.json").read_text())["plan"]
     assert found["gates"]
     assert "steps" not in found["provenance"]["compensation"]
+
+
+def test_the_surgeon_measures_again_on_the_way(recipe, tmp_path, monkeypatch):
+    num, measure = [], SospI.measure
+
+    def measured(self, model, groups, batches, at=None):
+        num.append(0 if at is None else sum(int((part == 0).sum()) for part in at.values()))
+        return measure(self, model, groups, batches, at)
+
+    monkeypatch.setattr(SospI, "measure", measured)
+    keys = ["criterion.name=sosp_i", "criterion.selection=surgeon"]
+    assert main([str(recipe), *keys]) == 0
+    assert num == [0]
+    first = load_file(tmp_path / "out" / "saliency.safetensors")
+    num.clear()
+    assert main([str(recipe), "--overwrite", *keys, "criterion.rescore_every=30"]) == 0
+    assert num[0] == 0
+    assert len(num) == -(-sum(int((s != s.max()).sum()) for s in first.values()) // 30)
+    assert all(zeros >= 30 * pieces for pieces, zeros in enumerate(num))
+    found = load_file(tmp_path / "out" / "saliency.safetensors")
+    front = {(name, i) for name, s in first.items() for i in range(len(s)) if s[i] < 30}
+    assert front == {(name, i) for name, s in found.items() for i in range(len(s)) if s[i] < 30}
+    assert any(not found[name].equal(scores) for name, scores in first.items())
