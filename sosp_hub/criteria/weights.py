@@ -23,30 +23,29 @@ def filters(model: nn.Module, group: Group) -> list[tuple[Member, Tensor]]:
 
 def slices(member: Member, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """The slices of a tensor as rows, float64 on the CPU, and the structure of each row."""
-    plain = _plain(tensor.detach(), member.tensor)
-    if member.dim >= plain.ndim or plain.shape[member.dim] != len(member.index):
-        raise CriterionError(
-            f"{member.tensor}: its shape is {list(plain.shape)}, and the graph has "
-            f"{len(member.index)} in dimension {member.dim}; give the model that was traced, or, "
-            "where weights are packed (quantised), a criterion that looks at the loss, such as "
-            "`taylor` or `sosp_h`"
-        )
-    rows = plain.movedim(member.dim, 0).flatten(1)
+    rows = _plain(member, tensor.detach()).movedim(member.dim, 0).flatten(1)
     rows = rows.to("cpu", torch.float64)
     index = torch.from_numpy(member.index)
     return rows[index >= 0], index[index >= 0]
 
 
-def _plain(tensor: Tensor, name: str) -> Tensor:
+def _plain(member: Member, tensor: Tensor) -> Tensor:
     """The values of a weight that is quantised or spread over processes."""
+    otherwise = "choose a criterion that looks at the loss, such as `taylor` or `sosp_h`"
     if tensor.is_meta:
         raise CriterionError(
-            f"{name}: its values are not in memory (offloaded); keep it there (device_map), or "
-            "choose a criterion that looks at the loss, such as `taylor` or `sosp_h`"
+            f"{member.tensor}: its values are not in memory (offloaded); keep it there "
+            f"(device_map), or {otherwise}"
         )
     for whole in ("full_tensor", "dequantize"):
         if type(tensor) is not Tensor and hasattr(tensor, whole):
             tensor = getattr(tensor, whole)()
+    if member.dim >= tensor.ndim or tensor.shape[member.dim] != len(member.index):
+        raise CriterionError(
+            f"{member.tensor}: its shape is {list(tensor.shape)}, and the graph has "
+            f"{len(member.index)} in dimension {member.dim}; give the model that was traced, or, "
+            f"where weights are packed (quantised), {otherwise}"
+        )
     return tensor
 
 
@@ -77,8 +76,9 @@ def reading(
         for member in group.members:
             fits = member.reads and np.array_equal(member.index, site.index)
             if fits and member.tensor == f"{site.module}.weight":
-                weight = parameters[member.tensor].detach().movedim(member.dim, 0)
-                found[number] = measure(weight.flatten(1).double()).cpu()
+                weight = _plain(member, parameters[member.tensor].detach())
+                rows = weight.movedim(member.dim, 0).flatten(1)
+                found[number] = measure(rows.double()).cpu()
     return found
 
 

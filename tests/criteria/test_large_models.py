@@ -58,8 +58,9 @@ def test_offloaded_weights_are_scored_like_those_in_memory(make, mode, graph, tm
 
 def test_what_needs_offloaded_weights_themselves_says_so(graph, tmp_path):
     model = on_disk(tmp_path)
-    with pytest.raises(CriterionError, match=r"weight.*offloaded.*taylor"):
-        score(model, graph, BATCHES, "magnitude")
+    for criterion in ("magnitude", "fpgm", "lamp", "flap", "wanda_sp"):
+        with pytest.raises(CriterionError, match=r"weight.*offloaded.*taylor"):
+            score(model, graph, BATCHES, criterion)
     with pytest.raises(CriterionError, match=r"weight.*offloaded or sharded"):
         score(model, graph, BATCHES, "taylor", gate="weight")
 
@@ -135,7 +136,9 @@ def test_packed_weights_have_no_magnitude(graph):
     weight = model.model.layers[0].mlp.gate_proj.weight
     weight.requires_grad_(False)
     weight.data = weight.data.to(torch.uint8).view(-1, 1)
-    with pytest.raises(CriterionError, match=r"gate_proj.weight: its shape is \[6144, 1\].*packed"):
+    with pytest.raises(
+        CriterionError, match=r"gate_proj\.weight: its shape is \[6144, 1\].*packed"
+    ):
         score(model, graph, [], "magnitude")
 
 

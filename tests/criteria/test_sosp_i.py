@@ -164,12 +164,13 @@ def test_compensation_is_the_best_set_of_gates():
 )
 @pytest.mark.parametrize("block", [1, 3, 256])
 def test_low_rank_gives_the_order_of_the_matrix(order, block, monkeypatch):
-    matrix = _low_rank(40, 5)
-    matrix.factor[:, ::4] = 0.0  # dead structures, which cost the same
-    matrix.factor[:, ::3] *= 1e-4
+    few, more = _low_rank(40, 5), _low_rank(40, 12)
+    few.factor[:, ::4] = 0.0  # dead structures, which cost the same
+    few.factor[:, ::3] *= 1e-4
     monkeypatch.setattr("sosp_hub.criteria.elimination.BLOCK", block)
-    assert order(matrix) == order(matrix.dense())
-    assert sorted(order(matrix)) != order(matrix)
+    for matrix in (few, more):
+        assert order(matrix) == order(matrix.dense())
+        assert sorted(order(matrix)) != order(matrix)
 
 
 def test_low_rank_gives_the_sums_and_gates_of_the_matrix():

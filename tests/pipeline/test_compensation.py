@@ -267,3 +267,14 @@ def test_the_surgeon_measures_again_on_the_way(recipe, tmp_path, monkeypatch):
     front = {(name, i) for name, s in first.items() for i in range(len(s)) if s[i] < 30}
     assert front == {(name, i) for name, s in found.items() for i in range(len(s)) if s[i] < 30}
     assert any(not found[name].equal(scores) for name, scores in first.items())
+
+
+def test_fewer_samples_than_asked_for_are_said(recipe, tmp_path, capsys):
+    """And one sample is enough."""
+    keys = ["criterion.compensate=false", "data.num_train=9"]
+    assert main([str(recipe), *keys]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "criterion.num_samples is 24; the train split has 9 samples, all are used" in said
+    report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())
+    assert report["calibration"]["num_samples"] == 9
+    assert main([str(recipe), *keys, "criterion.num_samples=1", "--overwrite"]) == 0
