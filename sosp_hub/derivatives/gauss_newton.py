@@ -141,13 +141,14 @@ def _chance(
     """Numbers from 0 to 1, from the seed and each sample's own tensors without their padding."""
     size, rows = num_samples(batch), []
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = None if mask is None else mask.cpu().bool()
     parts = [part.cpu() for part in tensors(batch) if part.ndim and len(part) == size]
     for n in range(size):
         digest = hashlib.blake2b(digest_size=8, key=seed.to_bytes(8, signed=True))
         for part in parts:
             own = part[n]
             if mask is not None and part.shape == mask.shape:
-                own = own[mask[n].cpu().bool()]
+                own = own[mask[n]]
             digest.update(own.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()))
         shape = num_places, num_draws
