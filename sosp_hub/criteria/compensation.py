@@ -64,8 +64,7 @@ def refined(
     Levenberg-Marquardt on ``KL(dense || pruned)`` over the kept gates: with ``g`` and ``Q`` its
     gradient and Gauss-Newton matrix *at the plan's gates*, each step is ``-(Q_KK + lambda)^-1 g_K``
     (and then no gate under 0). ``lambda`` is the one of least divergence on held-out samples; where
-    none lowers that, the gates stay and the steps end. The first step from a dense model would be
-    ``compensated``, whose matrix however is the dense model's (ours; labels take no part).
+    none lowers that, the gates stay and the steps end. Labels take no part (ours).
 
     Args:
         plan: Any criterion's plan, with gates or without.
