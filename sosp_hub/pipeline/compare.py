@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sosp_hub.distributed import is_main, logger, wait_for_everyone
 from sosp_hub.hub.comparison import brief, write_comparison
 from sosp_hub.hub.facts import format_metric, scrub
+from sosp_hub.pipeline import decide
 from sosp_hub.pipeline.place import check_place, put
 from sosp_hub.pipeline.ranks import rank_correlations
 from sosp_hub.pipeline.result import costs, latency_of, versions
@@ -78,11 +79,11 @@ def _run(cells: Sequence[Cell], folder: Path) -> None:
     base = Stages(cells[0].recipe, _work(folder, cells[0]))
     graph = base.trace()
     for cell in cells:
-        base.turned_to(cell.recipe, base.work).check(graph)
+        decide.check(base.turned_to(cell.recipe, base.work), graph)
     base.train_dense()
     base.measure("dense_metrics", base.model)
     for cell in {cell.criterion: cell for cell in cells}.values():
-        base.turned_to(cell.recipe, _work(folder, cell)).score(graph)
+        decide.score(base.turned_to(cell.recipe, _work(folder, cell)), graph)
     for cell in cells:
         work = _work(folder, cell)
         if work.read("cell") is None:
@@ -97,7 +98,7 @@ def _run(cells: Sequence[Cell], folder: Path) -> None:
 
 def _row(stages: Stages, graph: Graph) -> dict[str, Any]:
     """Everything that is measured in one cell."""
-    plan, pruned = stages.plan_and_cut(graph, stages.score(graph))
+    plan, pruned = decide.plan_and_cut(stages, graph, decide.score(stages, graph))
     metrics, _ = stages.follow_up(pruned)
     recipe = stages.recipe
     groups = {name: group.size for name, group in stages.groups(graph).items()}

@@ -17,6 +17,7 @@ from sosp_hub.distributed import is_main, logger, wait_for_everyone
 from sosp_hub.errors import BudgetError
 from sosp_hub.hub.expanded import VARIANTS, brief, write_expansion
 from sosp_hub.hub.facts import format_metric, overall_metrics, scrub
+from sosp_hub.pipeline import decide
 from sosp_hub.pipeline.growth import (
     bottlenecks,
     factor_of_equal_size,
@@ -90,8 +91,8 @@ class _Seed:
         graph = base.trace()
         base.train_dense()
         dense = base.measure("dense_metrics", base.model)
-        saliency = base.score(graph)
-        plan = base.plan(graph, saliency)
+        saliency = decide.score(base, graph)
+        plan = decide.plan(base, graph, saliency)
         groups = base.groups(graph)
         obstacles = {name: why for name in groups if (why := why_not(graph, name))}
         for name, why in obstacles.items():
@@ -163,7 +164,7 @@ class _Seed:
 
     def _row(self, stages: Stages, graph: Graph, saved: bool) -> dict[str, Any]:
         """Everything that is measured at one budget; the first expanded model is kept."""
-        plan = stages.plan(graph, stages.score(graph))
+        plan = decide.plan(stages, graph, decide.score(stages, graph))
         pruned = stages.cut(graph, plan)
         metrics, _ = stages.follow_up(pruned)
         if saved and is_main():

@@ -10,6 +10,7 @@ from sosp_hub.distributed import (
     wait_for_everyone,
 )
 from sosp_hub.errors import HubError
+from sosp_hub.pipeline import decide
 from sosp_hub.pipeline.compensation import stored_curvature
 from sosp_hub.pipeline.place import check_place
 from sosp_hub.pipeline.result import check_push, publish, write_result
@@ -61,8 +62,8 @@ def run(
     stages.train_dense()
     dense = stages.measure("dense_metrics", stages.model)
     stages.train_masks(graph)
-    saliency = stages.score(graph)
-    plan, pruned = stages.plan_and_cut(graph, saliency)
+    saliency = decide.score(stages, graph)
+    plan, pruned = decide.plan_and_cut(stages, graph, saliency)
     found, history = stages.follow_up(pruned)
     metrics: dict[str, Any] = {"dense": dense, **found}
     metrics.setdefault("final", list(found.values())[-1])

@@ -3,34 +3,27 @@
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 
-from sosp_hub.allocation import allocate
-from sosp_hub.criteria.registry import check_per, scorable_groups, score
+from sosp_hub.criteria.registry import scorable_groups
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
 from sosp_hub.distributed import (
-    OnDevice,
-    from_main,
     is_main,
     logger,
     make_accelerator,
-    process_sum,
     progress,
-    to_device,
     wait_for_everyone,
 )
-from sosp_hub.errors import VerificationError
-from sosp_hub.evaluate import evaluate, measure_latency
+from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import finetune, recalibrate_norm
-from sosp_hub.pipeline import compensation
+from sosp_hub.pipeline import decide
 from sosp_hub.pipeline.eligible import eligible_groups
 from sosp_hub.pipeline.masking import train_with_masks
 from sosp_hub.pipeline.memory import PeakMemory
@@ -49,7 +42,7 @@ from sosp_hub.zoo.load import example_inputs
 from sosp_hub.zoo.load import load_model as load_from_zoo
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Saliency
+    pass
 
 
 class Stages:
@@ -125,20 +118,9 @@ class Stages:
         """Finds the groups; refuses what cannot be cut so far before anything long begins."""
         inputs = example_inputs(self.loaded)
         graph = trace(self.model, inputs, outputs=self.recipe.structure.outputs)
-        self.check(graph)
+        decide.check(self, graph)
         self.model.to(self.accelerator.device)
         return graph
-
-    def check(self, graph: Graph) -> None:
-        """Refuses kinds that the model does not have and a budget that cannot be met."""
-        criterion = self.recipe.criterion
-        check_per(criterion.name, criterion.per, criterion.options())
-        able = scorable_groups(self.chosen(graph), criterion.name, self.recipe.structure.kinds)
-        targets = self.recipe.budget.targets()
-        targets.pop("latency_s", None)  # is measured, and takes its time
-        if targets:
-            equal = {name: torch.ones(group.size) for name, group in able.items()}
-            self._allocate(graph, equal, targets)
 
     def groups(self, graph: Graph) -> dict[str, Group]:
         """The groups that may be cut."""
@@ -221,150 +203,6 @@ class Stages:
 
         return self.stage(stage, make)
 
-    def score(self, graph: Graph) -> "Saliency":
-        """Saliency of every structure that may go."""
-        if self.scores is not None:
-            return self.scores.saliency
-        tensors = self.work.tensors("saliency")
-        measured = damping = None
-        if self.recipe.criterion.name == "sosp_i" and not self.work.read("saliency"):
-            measured = compensation.curvature(self, graph)
-            if self.recipe.criterion.by_damping():
-                damping, _ = self._damping(graph, measured)
-
-        def make() -> dict[str, Any]:
-            saliency = self._scores(graph, measured, damping)
-            whole = {name: scores.contiguous() for name, scores in saliency.items()}
-            self.save(lambda: save_file(whole, tensors))
-            return {}
-
-        self.stage("saliency", make, with_peak=True)
-        return load_file(tensors)
-
-    def _scores(
-        self, graph: Graph, measured: compensation.Curvature | None, damping: float | None
-    ) -> "Saliency":
-        options = self.recipe.criterion.options()
-        if measured:
-            options["curvature"] = measured.found
-        if damping:
-            options["damping"] = damping
-        return score(
-            self.model,
-            self.chosen(graph),
-            OnDevice(self.calibration_batches(), "score"),
-            criterion=self.recipe.criterion.name,
-            kinds=self.recipe.structure.kinds,
-            seed=self.recipe.seed,
-            process_sum=process_sum,
-            per=self.recipe.criterion.per,
-            **options,
-        )
-
-    def plan_and_cut(self, graph: Graph, saliency: "Saliency") -> tuple[PruningPlan, nn.Module]:
-        """A plan, and the smaller model that is proved equal to a mask.
-
-        Where that fails for some groups, they stay whole and another plan is made of the rest.
-        """
-        left, whole = dict(saliency), dict[str, str]()
-        while True:
-            try:
-                plan = self.plan(graph, left, whole)
-                with self.work.timed("cut"):
-                    return plan, self.cut(graph, plan)
-            except VerificationError as failure:
-                found = [name for name in failure.groups if left.pop(name, None) is not None]
-                if not found or not left:
-                    raise
-                logger.warning("%s stays whole, and the plan is made anew: %s", found, failure)
-                whole |= dict.fromkeys(found, str(failure))
-                self.work.forget("plan")
-
-    def plan(
-        self, graph: Graph, saliency: "Saliency", whole: Mapping[str, str] | None = None
-    ) -> PruningPlan:
-        """Which structures are kept, and what makes up for the others."""
-        criterion = self.recipe.criterion
-        measured, damping, losses = None, 0.0, {}
-        if criterion.compensates() and not self.work.read("plan"):
-            measured = compensation.curvature(self, graph)
-            damping, losses = self._damping(graph, measured, whole or ())
-
-        def make() -> dict[str, Any]:
-            means = compensation.bias_means(self, graph)
-            plan = self._plan(graph, saliency, measured, damping, means)
-            if measured:
-                plan = compensation.refine(self, graph, plan, measured)
-            provenance = {
-                **plan.provenance,
-                "criterion": criterion.told(),
-                "calibration": self.calibration,
-                **({"not_verified": dict(whole)} if whole else {}),
-            }
-            if losses:
-                provenance["compensation"] |= {"held_out_losses": losses}
-            base = {
-                "base_model": self.loaded.base_model,
-                "base_revision": self.loaded.base_revision,
-            }
-            return {"plan": dataclasses.replace(plan, provenance=provenance, **base).to_json()}
-
-        return PruningPlan.from_json(self.stage("plan", make)["plan"])
-
-    def _plan(
-        self,
-        graph: Graph,
-        saliency: "Saliency",
-        measured: compensation.Curvature | None,
-        damping: float,
-        means: compensation.Means | None,
-    ) -> PruningPlan:
-        """The main process's, since latency is measured."""
-        budget = self.recipe.budget
-        measure = self._seconds_of(graph) if budget.latency_s else None
-        plan = self._allocate(graph, saliency, budget.targets(), measure)
-        plan = compensation.made_up_for(self, graph, plan, measured, damping, means)
-        return PruningPlan.from_json(from_main(plan.to_json()))
-
-    def _damping(
-        self, graph: Graph, measured: compensation.Curvature, whole: Collection[str] = ()
-    ) -> tuple[float, dict[str, float]]:
-        """As the recipe says, or the best of some, with the losses of all."""
-        criterion = self.recipe.criterion
-        if self.scores is not None and self.scores.damping:
-            return self.scores.damping, {}
-        if criterion.damping != "auto":
-            return criterion.damping, {}
-        fixed = None if criterion.by_damping() else self.score(graph)
-        means = compensation.bias_means(self, graph)
-
-        def decide(damping: float) -> PruningPlan:
-            saliency = fixed or self._scores(graph, measured, damping)
-            left = {name: scores for name, scores in saliency.items() if name not in whole}
-            return self._plan(graph, left, measured, damping, means)
-
-        losses = self.stage("damping", lambda: compensation.choose_damping(self, graph, decide))
-        return float(min(losses, key=lambda name: losses[name])), losses
-
-    def _allocate(
-        self,
-        graph: Graph,
-        saliency: "Saliency",
-        targets: dict[str, float],
-        measure: Callable[[PruningPlan], float] | None = None,
-    ) -> PruningPlan:
-        budget = self.recipe.budget
-        return allocate(
-            graph,
-            saliency,
-            measure=measure,
-            **targets,
-            keep_at_least=budget.keep_at_least,
-            round_to=budget.round_to,
-            uniform=budget.uniform,
-            kinds=self.recipe.structure.kinds,
-        )
-
     def cut(
         self, graph: Graph, plan: PruningPlan, verify: Literal["thorough", "fast"] | None = None
     ) -> nn.Module:
@@ -438,14 +276,6 @@ class Stages:
         record = self.stage(stage, make)
         load_model(model, tensors)  # read on the CPU, copied to where the model is
         return record["history"]
-
-    def _seconds_of(self, graph: Graph) -> Callable[[PruningPlan], float]:
-        inputs = to_device(example_inputs(self.loaded, self.recipe.evaluate.latency_batch_size))
-
-        def seconds(plan: PruningPlan) -> float:
-            return measure_latency([self.cut(graph, plan, "fast")], inputs, budget_s=0.3)[0]
-
-        return seconds
 
     def stage(
         self, stage: str, make: Callable[[], dict[str, Any]], *, with_peak: bool = False

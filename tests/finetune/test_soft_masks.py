@@ -215,7 +215,7 @@ def test_from_a_recipe(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sosp_hub.pipeline.stages.score", stop)
+        patch.setattr("sosp_hub.criteria.registry.score", stop)
         assert main([str(path)]) != 0
     record = json.loads((tmp_path / "out.partial" / "masked.json").read_text())["made"]
     assert record["num_held_out"] == 20
