@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Group, Groups, Site
-from sosp_hub.twice import pieces
+from sosp_hub.twice import Smooth, pieces, pieces_with_scratch, smooth_source
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ def _gate_first_input(gates: Gates, vectors: list[_GateVector]) -> Callable[...,
         x = args[0] if name is None else kwargs[name]
         for vector in vectors:
             gate = vector.read(gates, x)
-            x = _UnitGate.apply(x, gate) if gates.are_one else (x * gate).to(x.dtype)
+            x = _unit_gate(x, gate) if gates.are_one else (x * gate).to(x.dtype)
         return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
     return hook
@@ -279,6 +280,13 @@ def _scaled_weights(
             homes[name][name.rpartition(".")[2]] = parameter
 
 
+def _unit_gate(x: Tensor, gate: Tensor) -> Tensor:
+    source = smooth_source(x)
+    if source is None:
+        return _UnitGate.apply(x, gate)
+    return _SmoothUnitGate.apply(source[0], gate, x.detach(), source[1])
+
+
 class _UnitGate(Function):
     """``x * gate`` where the gate is 1: nothing to compute but the derivatives."""
 
@@ -310,6 +318,7 @@ class _UnitGateBackward(Function):
         x, grad = ctx.saved_tensors
         grad_x = grad_gate = grad_grad = None
         if gate_dot is not None:
+            gate_dot = None if _all_one(gate_dot) else gate_dot
             grad_x, grad_grad = _scale(grad, gate_dot), _scale(x, gate_dot)
         if dot is not None:
             grad_gate = _sum_product(grad, dot, *ctx.gate)
@@ -317,14 +326,68 @@ class _UnitGateBackward(Function):
         return grad_x, grad_gate, grad_grad
 
 
+class _SmoothUnitGate(Function):
+    """``f(x) * gate`` where the gate is 1 and ``f`` smooth.
+
+    As one operation, since ``f(x)`` is cheaper to make again than to keep, and so is what the two
+    derivatives by ``f(x)`` and by ``x`` would wait for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, output: Tensor, smooth: Smooth) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        ctx.smooth_gate = smooth
+        ctx.set_materialize_grads(False)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:  # what reads it has no derivative
+            return None, None, None, None
+        grads = _SmoothUnitGateBackward.apply(*ctx.saved_tensors, grad, ctx.smooth_gate)
+        return *grads, None, None
+
+
+class _SmoothUnitGateBackward(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, grad: Tensor, smooth: Smooth
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, grad)
+        ctx.constants = smooth, gate.shape, gate.dtype
+        return smooth.backward(grad, x), _sum_product(smooth.value(x), grad, *ctx.constants[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dot: Tensor, gate_dot: Tensor) -> tuple[Tensor | None, ...]:
+        smooth, shape, dtype = ctx.constants
+        dim = next((i for i, size in enumerate(shape) if size > 1), len(shape) - 1)
+        gate = torch.Size((1, *shape[dim:]))
+        factor = None if _all_one(gate_dot) else gate_dot.view(gate)
+        results, sums = (dot.new_empty(dot.shape), dot.new_empty(dot.shape)), []
+        rows = (t.reshape(-1, *t.shape[dim:]) for t in (*ctx.saved_tensors, dot, *results))
+        for scratch, x, grad, dot, grad_x, grad_grad in pieces_with_scratch(*rows):
+            value, slope, second = smooth.derivatives(x, *scratch)
+            torch.mul(second.mul_(dot).add_(_scale(slope, factor)), grad, out=grad_x)
+            torch.add(slope.mul_(dot), _scale(value, factor), out=grad_grad)
+            sums.append(_sum_product(slope, grad, gate, dtype))
+        return results[0], _sum(sums).view(shape), results[1], None
+
+
 def _sum_product(a: Tensor, b: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     parts = pieces(a, b) if shape[0] == 1 else [(a, b)]
-    sums = [(x.to(dtype) * y.to(dtype)).sum_to_size(shape) for x, y in parts]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    return _sum([(x.to(dtype) * y.to(dtype)).sum_to_size(shape) for x, y in parts])
 
 
-def _scale(x: Tensor, factor: Tensor) -> Tensor:
-    """``x * factor``, for nothing where a look at the factors is free and they are all 1."""
-    if factor.device.type == "cpu" and bool((factor == 1).all()):
-        return x
-    return (x * factor).to(x.dtype)
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _all_one(factor: Tensor) -> bool:
+    """Whether all are 1, where a look at them is free."""
+    return factor.device.type == "cpu" and bool((factor == 1).all())
+
+
+def _scale(x: Tensor, factor: Tensor | None) -> Tensor:
+    """``x * factor``; None = the factors are all 1."""
+    return x if factor is None else (x * factor).to(x.dtype)

@@ -6,10 +6,11 @@ stored and no weight term computed. Smooth activations, LayerNorm and attention 
 forms. Everything else takes PyTorch's own path. Measured by ``tests/bench/saliency.py``.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +49,20 @@ def _constant(*tensors: Tensor | None) -> bool:
     )
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
     """Slices of the first dimension, so small on a CPU that what is made of them stays in cache."""
     first, rows = tensors[0], len(tensors[0])
     if first.device.type == "cpu":
-        rows = max(1, PIECE * rows // max(1, first.numel()))
+        rows = max(1, PIECE // share * rows // max(1, first.numel()))
     return zip(*(tensor.split(max(rows, 1)) for tensor in tensors), strict=True)
+
+
+def pieces_with_scratch(*tensors: Tensor) -> Iterator[tuple[list[Tensor], *tuple[Tensor, ...]]]:
+    """As ``pieces``, smaller, each with four tensors like its first to write on."""
+    scratch = []
+    for parts in pieces(*tensors, share=4):
+        scratch = scratch or [torch.empty_like(parts[0]) for _ in range(4)]
+        yield [tensor[: len(parts[0])] for tensor in scratch], *parts
 
 
 def _where_reached(backward: Callable) -> Callable:
@@ -216,64 +225,94 @@ def _relu6(x: Tensor, inplace: bool = False) -> Tensor | None:
 # Smooth activations -------------------------------------------------------------------------------
 
 
-class _Pointwise(Function):
-    """A smooth elementwise function, given with its fused backward and its second derivative."""
+class Smooth(NamedTuple):
+    """A smooth elementwise function.
 
+    Attributes:
+        value: The function.
+        backward: Its backward, of (gradient, input).
+        derivatives: Itself, its first and its second derivative of the first argument, in three of
+            the four tensors that follow.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    derivatives: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class _Pointwise(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, forward: Callable, backward: Callable, second: Callable
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, smooth: Smooth) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
-        ctx.functions = backward, second
-        return forward(x)
+        ctx.smooth = smooth
+        return smooth.value(x)
 
     @staticmethod
     @_where_reached
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _PointwiseBackward.apply(*ctx.saved_tensors, grad, *ctx.functions), None, None, None
+        return _PointwiseBackward.apply(*ctx.saved_tensors, grad, ctx.smooth), None
 
 
 class _PointwiseBackward(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grad: Tensor, backward: Callable, second: Callable) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grad: Tensor, smooth: Smooth) -> Tensor:
         ctx.save_for_backward(x, grad)
-        ctx.functions = backward, second
-        return backward(grad, x)
+        ctx.function = smooth
+        return smooth.backward(grad, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dot: Tensor) -> tuple[Tensor | None, ...]:
-        x, grad = ctx.saved_tensors
-        backward, second = ctx.functions
-        grad_x = torch.empty_like(x)
-        for out, *parts in pieces(grad_x, x, grad, dot):
-            torch.mul(second(parts[0]).mul_(parts[1]), parts[2], out=out)
-        return grad_x, backward(dot, x), None, None
+        inputs = *ctx.saved_tensors, dot
+        results = _empty(dot), _empty(dot)
+        flat = (tensor.flatten() for tensor in (*inputs, *results))
+        for scratch, x, grad, dot, grad_x, grad_grad in pieces_with_scratch(*flat):
+            _, slope, second = ctx.function.derivatives(x, *scratch)
+            torch.mul(second.mul_(grad), dot, out=grad_x)
+            torch.mul(slope, dot, out=grad_grad)
+        return *results, None
+
+
+def smooth_source(output: Tensor) -> tuple[Tensor, Smooth] | None:
+    """What ``output`` is the smooth function of, so that it need not be kept."""
+    node: Any = output.grad_fn
+    smooth = getattr(node, "smooth", None)
+    return None if smooth is None else (node.saved_tensors[0], smooth)
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
     if approximate != "none" or not x.requires_grad:
         return None
-    return _Pointwise.apply(x, F.gelu, _aten.gelu_backward, _gelu_second)
+    return _Pointwise.apply(x, Smooth(F.gelu, _aten.gelu_backward, _gelu_derivatives))
 
 
-def _gelu_second(x: Tensor) -> Tensor:
-    """``(2 - x^2) phi(x)`` with ``phi`` the normal density, in few passes over the memory."""
-    factor = torch.addcmul(x.new_tensor(2), x, x, value=-1)
-    log_scale = x.new_tensor(-1 - 0.5 * math.log(2 * math.pi))
-    return torch.add(log_scale, factor, alpha=0.5).exp_().mul_(factor)
+def _gelu_derivatives(
+    x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x Phi(x)`` with the normal distribution ``Phi``, in few passes over the memory."""
+    square = torch.mul(x, x, out=a)
+    log_scale = x.new_tensor(-0.5 * math.log(2 * math.pi))
+    density = torch.add(log_scale, square, alpha=-0.5, out=b).exp_()
+    below = torch.mul(x, math.sqrt(0.5), out=c).erf_().add_(1).mul_(0.5)
+    slope = torch.addcmul(below, x, density, out=d)
+    return below.mul_(x), slope, square.neg_().add_(2).mul_(density)
 
 
 def _silu(x: Tensor, inplace: bool = False) -> Tensor | None:
     if inplace or not x.requires_grad:
         return None
-    return _Pointwise.apply(x, F.silu, _aten.silu_backward, _silu_second)
+    return _Pointwise.apply(x, Smooth(F.silu, _aten.silu_backward, _silu_derivatives))
 
 
-def _silu_second(x: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(x)
-    return (1 - 2 * sigmoid).mul_(x).add_(2).mul_(sigmoid).mul_(1 - sigmoid)
+def _silu_derivatives(
+    x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    sigmoid = torch.sigmoid(x, out=a)
+    value = torch.mul(x, sigmoid, out=b)
+    rest = torch.sub(1, sigmoid, out=c)
+    slope = torch.addcmul(sigmoid, value, rest, out=d)
+    return value, slope, sigmoid.addcmul_(sigmoid, value, value=-1).add_(slope).mul_(rest)
 
 
 # LayerNorm ----------------------------------------------------------------------------------------
@@ -316,23 +355,26 @@ class _LayerNormBackward(Function):
         result = _aten.native_layer_norm_backward(
             grad, x, shape, mean, rstd, weight, bias, [True, False, False]
         )[0]
-        ctx.save_for_backward(x, grad, result)
+        ctx.save_for_backward(x, grad)
         ctx.constants = constants
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dot: Tensor) -> tuple[Tensor | None, ...]:
-        x, grad, projected_grad = ctx.saved_tensors
+        x, grad = ctx.saved_tensors
         shape, weight, _, mean, rstd = ctx.constants
         dims = tuple(range(-len(shape), 0))
         unit = (x - mean).mul_(rstd)
         if weight is not None:
             grad = grad * weight
-        # The Jacobian is symmetric: what it makes of `dot` is one more backward without weights.
-        projected_dot = _aten.native_layer_norm_backward(
-            dot, x, shape, mean, rstd, None, None, [True, False, False]
-        )[0]
+        # The Jacobian is symmetric: what it makes of a tensor is a backward without weights.
+        projected_dot, projected_grad = (
+            _aten.native_layer_norm_backward(
+                tensor, x, shape, mean, rstd, None, None, [True, False, False]
+            )[0]
+            for tensor in (dot, grad)
+        )
         grad_unit = (grad * unit).mean(dims, keepdim=True)
         dot_unit = (dot * unit).mean(dims, keepdim=True)
         cross = (grad * projected_dot).mean(dims, keepdim=True)
@@ -358,24 +400,32 @@ def _layer_norm(
 
 
 class _Attention(Function):
+    """All have the shape ``(samples, heads, positions, features)``.
+
+    The shares are kept where that takes no more than query, key, value and their gradient do;
+    between many positions they are made again where they are used.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        score = (query @ key.mT).mul_(scale)
-        share = (
-            torch.softmax(score, -1) if bias is None else _aten._safe_softmax(score.add_(bias), -1)
-        )
+        output = value.new_empty(*query.shape[:3], value.shape[3])
+        share = None
+        if key.shape[2] <= 4 * query.shape[3]:
+            share = query.new_empty(*query.shape[:3], key.shape[2])
         ctx.save_for_backward(query, key, value, share)
-        ctx.scale = scale
-        return share @ value
+        ctx.constants = bias, scale
+        for q, k, v, shift, p, out in _blocks(query, key, value, bias, share, output):
+            torch.bmm(_share(q, k, shift, scale, p), v, out=out)
+        return output
 
     @staticmethod
     @_where_reached
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (
-            *_AttentionBackward.apply(*ctx.saved_tensors, grad.contiguous(), ctx.scale),
+            *_AttentionBackward.apply(*ctx.saved_tensors, grad, *ctx.constants),
             None,
             None,
         )
@@ -390,38 +440,85 @@ class _AttentionBackward(Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        share: Tensor,
+        share: Tensor | None,
         grad: Tensor,
+        bias: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_score = _aten._softmax_backward_data(grad @ value.mT, share, -1, share.dtype)
-        ctx.save_for_backward(query, key, value, share, grad, grad_score)
-        ctx.scale = scale
-        return (grad_score @ key).mul_(scale), (grad_score.mT @ query).mul_(scale), share.mT @ grad
+        ctx.save_for_backward(query, key, value, share, grad)
+        ctx.constants = bias, scale
+        results = _empty(query), _empty(key), _empty(value)
+        tensors = (query, key, value, bias, share, grad, *results)
+        for q, k, v, shift, p, g, q_grad, k_grad, v_grad in _blocks(*tensors):
+            if share is None:
+                p = _share(q, k, shift, scale)
+            torch.bmm(p.mT, g, out=v_grad)
+            score_grad = torch._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype)
+            torch.bmm(score_grad, k, out=q_grad).mul_(scale)
+            torch.bmm(score_grad.mT, q, out=k_grad).mul_(scale)
+        return results
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, query_dot: Tensor, key_dot: Tensor, value_dot: Tensor
     ) -> tuple[Tensor | None, ...]:
-        query, key, value, share, grad, grad_score = ctx.saved_tensors
-        query_dot, key_dot = (
-            (query_dot * ctx.scale).contiguous(),
-            (key_dot * ctx.scale).contiguous(),
-        )
-        score_dot = (query_dot @ key.mT).add_(query @ key_dot.mT)
-        score_dot.sub_((score_dot * share).sum(-1, keepdim=True))
-        share_dot = share * score_dot
-        grad_score_dot = score_dot.mul_(grad_score).addcmul_(share, grad @ value_dot.mT)
-        grad_score_dot.addcmul_(share, grad_score_dot.sum(-1, keepdim=True), value=-1)
-        return (
-            (grad_score_dot @ key).mul_(ctx.scale).add_(grad_score @ key_dot),
-            (grad_score_dot.mT @ query).mul_(ctx.scale).add_(grad_score.mT @ query_dot),
-            share_dot.mT @ grad,
-            None,
-            (share_dot @ value).add_(share @ value_dot),
-            None,
-        )
+        query, key, value, share, grad = ctx.saved_tensors
+        bias, scale = ctx.constants
+        results = _empty(query), _empty(key), _empty(value), _empty(grad)
+        tensors = (query, key, value, bias, share, grad, query_dot, key_dot, value_dot, *results)
+        for q, k, v, shift, p, g, q_dot, k_dot, v_dot, *out in _blocks(*tensors):
+            if share is None:
+                p = _share(q, k, shift, scale)
+            q_dot, k_dot = q_dot * scale, k_dot * scale
+            # Deviations from the mean over the keys, weighted by their shares.
+            score_dot = _deviation(torch.bmm(q_dot, k.mT).baddbmm_(q, k_dot.mT), p)
+            value_grad = _deviation(torch.bmm(g, v.mT), p)
+            share_dot = p * score_dot
+            torch.bmm(share_dot.mT, g, out=out[2])
+            torch.bmm(share_dot, v, out=out[3]).baddbmm_(p, v_dot)
+            score_grad_dot = score_dot.mul_(value_grad).baddbmm_(g, v_dot.mT)
+            score_grad_dot = torch._softmax_backward_data(score_grad_dot, p, -1, p.dtype)
+            score_grad = value_grad.mul_(p)
+            torch.bmm(score_grad_dot, k, out=out[0]).mul_(scale).baddbmm_(score_grad, k_dot)
+            torch.bmm(score_grad_dot.mT, q, out=out[1]).mul_(scale).baddbmm_(score_grad.mT, q_dot)
+        return (*results[:3], None, results[3], None, None)
+
+
+def _blocks(query: Tensor, key: Tensor, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Some heads, one behind the other, whose scores stay in a CPU's cache; elsewhere all."""
+    samples, heads, rows = query.shape[:3]
+    most = samples * heads
+    if query.device.type == "cpu":
+        most = max(1, PIECE // (rows * key.shape[2]))
+
+    def split(tensor: Tensor) -> Iterator[Tensor]:
+        for sample in tensor.split(max(1, most // heads)):
+            yield from sample.flatten(0, 1).split(most)
+
+    absent = itertools.repeat(None)
+    tensors = query, key, *tensors
+    return zip(*(absent if t is None else split(t) for t in tensors), strict=False)
+
+
+def _share(
+    query: Tensor, key: Tensor, bias: Tensor | None, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """How much of each value a query takes."""
+    score = torch.bmm(query * scale, key.mT)
+    if bias is None:
+        return torch.softmax(score, -1, out=out)
+    share = _aten._safe_softmax(score.add_(bias), -1)
+    return share if out is None else out.copy_(share)
+
+
+def _deviation(x: Tensor, share: Tensor) -> Tensor:
+    """``x`` less its mean over the last dimension, weighted by the shares; written over ``x``."""
+    return x.sub_((x * share).sum(-1, keepdim=True))
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _attention(
@@ -449,10 +546,18 @@ def _attention(
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     if query.shape[:-2] != key.shape[:-2] or query.shape[:-2] != value.shape[:-2]:
         return None
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    return _Attention.apply(
-        query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale
+    if attn_mask is not None:
+        attn_mask = _four_dimensional(attn_mask.expand(*query.shape[:-1], key.shape[-2]))
+    output = _Attention.apply(
+        *map(_four_dimensional, (query, key, value)),
+        attn_mask,
+        query.shape[-1] ** -0.5 if scale is None else scale,
     )
+    return output.view(*query.shape[:-1], value.shape[-1])
+
+
+def _four_dimensional(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 4 else tensor.reshape(-1, *tensor.shape[-3:])
 
 
 _REWRITES: dict[Any, Callable[..., Tensor | None]] = {

@@ -6,10 +6,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sosp_hub.errors import CriterionError
-from sosp_hub.gates import gated
+from sosp_hub.gates import _unit_gate, gated
+from sosp_hub.twice import CheapSecondDerivatives
 from tests.compare import assert_close
 from tests.gates.toys import TOYS, group, perceptron, residual
 
@@ -163,3 +165,44 @@ def test_the_rows_of_a_sample_follow_each_other():
         gates.set_(1.0, num_samples=3)
         with pytest.raises(CriterionError, match="1: 3 samples with own gates are not found"):
             model(x)
+
+
+def _derivatives(function, x, size, dim, after, apply):
+    torch.manual_seed(0)
+    x = x.clone().requires_grad_()
+    gate = torch.ones([size if d == dim else 1 for d in range(x.ndim)], dtype=x.dtype)
+    gate.requires_grad_()
+    output = apply(after(function(x)), gate)
+    scalar = (output * torch.randn_like(output)).sum() + output.pow(3).sum()
+    first = torch.autograd.grad(scalar, (x, gate), create_graph=True)
+    second = [
+        torch.autograd.grad(first, (x, gate), directions, retain_graph=True)
+        for directions in (
+            (torch.randn_like(x), torch.randn_like(gate)),
+            (torch.zeros_like(x), torch.ones_like(gate)),
+        )
+    ]
+    return output, *first, *second[0], *second[1]
+
+
+@pytest.mark.parametrize("after", ["as it is", "doubled in place", "turned"])
+@pytest.mark.parametrize(("shape", "dim"), [((2, 7, 5), 2), ((3, 4, 2, 6), 1), ((5,), 0)])
+@pytest.mark.parametrize("function", [F.gelu, F.silu], ids=["gelu", "silu"])
+def test_a_unit_gate_after_a_smooth_function(function, shape, dim, after, monkeypatch):
+    monkeypatch.setattr("sosp_hub.twice.PIECE", 40)
+    change = {"as it is": lambda y: y, "doubled in place": lambda y: y.mul_(2)}.get(after)
+    change = change or (lambda y: y.flip(0))
+    nodes = []
+
+    def unit_gate(y, gate):
+        output = _unit_gate(y, gate)
+        nodes.append(type(output.grad_fn).__name__)
+        return output
+
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = _derivatives(function, x, shape[dim], dim, change, torch.mul)
+    with CheapSecondDerivatives():
+        found = _derivatives(function, x, shape[dim], dim, change, unit_gate)
+    assert nodes == ["_SmoothUnitGateBackward" if after == "as it is" else "_UnitGateBackward"]
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, relative=1e-10, what=after)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sosp_hub import twice
 from sosp_hub.twice import _REWRITES, CheapSecondDerivatives
 from tests.compare import assert_close
 
@@ -45,8 +46,9 @@ CASES = {
     ),
     "layer_norm_plain": (F.layer_norm, (2, 3, 5), lambda x: (x, (3, 5))),
     "gelu": (F.gelu, (3, 4), lambda x: (x,)),
+    "gelu_strided": (F.gelu, (5, 2, 6), lambda x: (x.transpose(0, 2),)),
     "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), (3, 4), lambda x: (x,)),
-    "silu": (F.silu, (3, 4), lambda x: (x,)),
+    "silu": (F.silu, (5, 12), lambda x: (x,)),
     "relu": (F.relu, (3, 4), lambda x: (x,)),
     "relu_inplace": (lambda x: F.relu(x * 2, inplace=True), (3, 4), lambda x: (x,)),
     "relu6": (lambda x: F.relu6(x * 5), (9, 4), lambda x: (x,)),
@@ -56,6 +58,22 @@ CASES = {
         F.scaled_dot_product_attention,
         (3, 2, 2, 5, 4),
         lambda x: (*x[:2], x[2][..., :3]),
+    ),
+    "attention_of_many": (  # more positions than what is kept of the shares
+        F.scaled_dot_product_attention,
+        (3, 2, 3, 9, 2),
+        lambda x: x.unbind(),
+    ),
+    "attention_of_many_masked": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        (3, 2, 3, 9, 2),
+        lambda x: x.transpose(2, 3).reshape(3, 2, 9, 3, 2).transpose(2, 3).unbind(),
+    ),
+    "attention_without_samples": (F.scaled_dot_product_attention, (3, 2, 5, 4), tuple),
+    "attention_of_five_dimensions": (
+        F.scaled_dot_product_attention,
+        (3, 2, 1, 3, 5, 4),
+        lambda x: (*x, torch.ones(3, 5, 5).tril().bool()),
     ),
     "attention_causal": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
@@ -97,8 +115,10 @@ def _derivatives(function, x, make):
     return output, first, second
 
 
+@pytest.mark.parametrize("piece", [twice.PIECE, 50], ids=["whole", "pieces"])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_pytorch(name):
+def test_equals_pytorch(name, piece, monkeypatch):
+    monkeypatch.setattr(twice, "PIECE", piece)
     function, shape, make = CASES[name]
     x = _random(*shape)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
