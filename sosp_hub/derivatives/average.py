@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,10 +83,10 @@ def average(
     too, so that all processes raise and none waits for the others.
     """
     num_structures = sum(group.size for group in groups.values())
-    totals = [torch.zeros(num_structures, dtype=torch.float64) for _ in range(num_totals)]
-    counts = torch.zeros(4 + len(groups), dtype=torch.float64)
     sharded = is_sharded(model)
-    with torch.enable_grad(), gated(model, groups, protocol.gate) as gates:
+    with _plain_autograd(model), gated(model, groups, protocol.gate) as gates:
+        totals = [torch.zeros(num_structures, dtype=torch.float64) for _ in range(num_totals)]
+        counts = torch.zeros(4 + len(groups), dtype=torch.float64)
         run = _run_in_step if sharded else _run
         for batch, seen in run(batches, protocol, partial(step, gates), totals):
             if not seen.weight:  # no label that counts
@@ -105,6 +106,18 @@ def average(
     weight, samples, loss, num_bad, *used = counts.tolist()
     _check(weight, num_bad, [name for name, count in zip(groups, used, strict=True) if not count])
     return Average(loss / weight, int(weight), int(samples), [total / weight for total in totals])
+
+
+@contextmanager
+def _plain_autograd(model: nn.Module) -> Iterator[None]:
+    """Gradients in the dtype of the weights, whatever context the caller is in."""
+    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"} or {"cpu"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _check(weight: float, num_bad: float, unused: list[str]) -> None:

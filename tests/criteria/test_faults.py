@@ -117,3 +117,19 @@ def test_modes_are_switched_and_said(graph, caplog):
         found = score(model, graph, [LLAMA.batch(2)], "taylor")
     assert "train mode" in caplog.text
     assert_close(found, score(LLAMA.model(), graph, [LLAMA.batch(2)], "taylor"), relative=1e-6)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference", "autocast"],
+)
+@pytest.mark.parametrize("name", ["sosp_h", "sosp_i", "fisher"])
+def test_the_callers_context_changes_no_derivative(name, context):
+    case = next(case for case in CASES if case.name == "test_resnet")
+    model, batch = case.model(), case.batch(2)
+    graph = trace(model, case.inputs())
+    expected = score(model, graph, [batch], name)
+    with context():
+        found = score(model, graph, [batch], name)
+    assert_close(found, expected, relative=0)
