@@ -206,3 +206,21 @@ def test_a_unit_gate_after_a_smooth_function(function, shape, dim, after, monkey
     assert nodes == ["_SmoothUnitGateBackward" if after == "as it is" else "_UnitGateBackward"]
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, relative=1e-10, what=after)
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("function", [F.gelu, torch.tanh], ids=["gelu", "tanh"])
+def test_a_unit_gate_whose_reader_has_no_derivative_gets_none(function):
+    x, gate = torch.randn(2, 3).requires_grad_(), torch.ones(1, 3).requires_grad_()
+    with CheapSecondDerivatives():
+        read = _WithoutDerivative.apply(_unit_gate(function(x), gate))
+    assert torch.autograd.grad(read.sum(), (x, gate), allow_unused=True) == (None, None)
