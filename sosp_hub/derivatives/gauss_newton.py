@@ -117,7 +117,7 @@ def _drawn_factors(logits: Tensor, batch: Any, num_draws: int, seed: int) -> Ite
     """The same with labels drawn from the model, at the tokens that have a label."""
     logits, counts = counted(logits, batch)
     log_share = logits.log_softmax(-1).reshape(len(logits), -1, logits.shape[-1])
-    chance = _chance(batch, log_share.shape[1], num_draws, seed).to(logits.device)
+    chance = _chance(batch, log_share.shape[1], num_draws, seed)
     for drawn in _drawn(log_share.detach(), chance).split(1, -1):
         loss = -log_share.gather(-1, drawn)[..., 0] / math.sqrt(num_draws)
         yield (loss if counts is None else loss[counts.flatten(1)]).sum()
@@ -128,11 +128,13 @@ def _drawn(
     chance: Float[Tensor, "samples places draws"],
 ) -> Int[Tensor, "samples places draws"]:
     """The class at which the distribution function passes each number, a sample at a time."""
+    place = "cpu" if log_share.device.type == "mps" else log_share.device  # that has no float64
     drawn = []
-    for own, points in zip(log_share, chance, strict=True):
-        below = own.double().exp().cumsum(-1)
+    for own, points in zip(log_share, chance.to(place), strict=True):
+        below = own.to(place, torch.float64).exp().cumsum(-1)
         drawn.append(torch.searchsorted(below, points * below[:, -1:], right=True))
-    return torch.stack(drawn).clamp(max=log_share.shape[-1] - 1)  # where logits are not finite
+    most = log_share.shape[-1] - 1  # beyond it where logits are not finite
+    return torch.stack(drawn).clamp(max=most).to(log_share.device)
 
 
 def _chance(
