@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.compensation import compensated
+from sosp_hub.criteria.compensation import compensated, refined
 from sosp_hub.criteria.registry import make_criterion, score
 from sosp_hub.data.loading import calibration_batches, make_loader
 from sosp_hub.distributed import (
@@ -33,6 +34,7 @@ SCORED = {
     "sosp_i drawn": DRAWN,
     "sosp_i surgeon": {"selection": "surgeon"},
     "sosp_i surgeon drawn": {"selection": "surgeon", **DRAWN},
+    "sosp_i surgeon rescored": {"selection": "surgeon", "rescore_every": 4},
     "taylor": {},
     "taylor squared": {"form": "squared"},
     "fisher": {},
@@ -78,9 +80,12 @@ def scores(rank, world):
         values = {group: each.tolist() for group, each in saliency.items()}
         found[name] = {"scores": values, "kept": {g: list(k) for g, k in plan.kept.items()}}
         if criterion == "sosp_i":
-            measure = make_criterion(criterion, process_sum=process_sum, **options).measure
-            matrix = measure(model, graph.groups, batches).matrix
-            found[name]["gates"] = compensated(plan, graph.groups, matrix, 0.1).gates
+            made = make_criterion(criterion, process_sum=process_sum, **options)
+            each = model, graph.groups, batches
+            plan = compensated(plan, graph.groups, made.measure(*each).matrix, 0.1)
+            found[name]["gates"] = plan.gates
+            measures = partial(made.measure, *each), partial(made.divergence, *each)
+            found[name]["moved on"] = refined(plan, graph.groups, *measures, 2).gates
     return found
 
 
