@@ -181,7 +181,8 @@ def _words(compared: Compared) -> Iterator[str]:
                 yield f"{budget}, {title}: {_lead(leads)}"
             changes = compared.compensations(budget, stage)
             if changes:
-                yield f"{budget}, {title}: compensation changes {_changes(changes)}."
+                against = "against the same without compensation"
+                yield f"{budget}, {title}, {against}: {_changes(changes)}."
 
 
 def _lead(leads: list[Difference]) -> str:
@@ -198,7 +199,7 @@ def _lead(leads: list[Difference]) -> str:
 
 def _changes(changes: list[Difference]) -> str:
     return ", ".join(
-        f"{found.worse} by {found}{'' if found.is_real else ' (within the seed spread)'}"
+        f"{found.better} {found}{'' if found.is_real else ' (within the seed spread)'}"
         for found in changes
     )
 

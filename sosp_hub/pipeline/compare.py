@@ -164,6 +164,7 @@ def _scoring(work: WorkFolder, recipe: Recipe) -> dict[str, Any]:
     criterion = recipe.criterion
     names = ["saliency"]
     names += ["curvature"] * (criterion.name == "sosp_i" or criterion.compensates())
+    names += ["plan"] * (criterion.compensate_steps > 0)
     records = [record for name in names if (record := work.read(name)) is not None]
     peaks = [record["peak_bytes"] for record in records if record["peak_bytes"] is not None]
     seconds = sum(record["seconds"] for record in records)

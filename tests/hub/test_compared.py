@@ -125,7 +125,7 @@ def test_the_files_hold_every_cell(tmp_path):
     assert "| a | 60.0 ± 10.0 % | 50.0% | 40.0% |" in table
     assert table.index("| a |") < table.index("| b compensate |") < table.index("| b |")
     assert "a leads by more than the seed spread over b (+49.7 ± 9.5 points); within" in table
-    assert "compensation changes b by +49" in table
+    assert "against the same without compensation: b compensate +49" in table
     page = (tmp_path / "report.html").read_text()
     assert "a leads by more than the seed spread" in page
     assert page.count("data:image/svg+xml") == 3
