@@ -46,6 +46,7 @@ class Facts:
         stages: Labels of the stages that were measured.
         metrics: For each metric its name, its value at each stage and the number of samples.
         removed: For each kind of structure: how many of how many remain, in how many groups.
+        made_up: What was folded into the kept weights to make up for the cut.
         floors: Groups where the floor stopped the cut.
         worse: Sentences about what got worse.
         drops: Classes that lost most: class, before, after, change.
@@ -64,6 +65,7 @@ class Facts:
     stages: tuple[str, ...]
     metrics: tuple[tuple[str, tuple[str, ...], str], ...]
     removed: tuple[str, ...]
+    made_up: tuple[str, ...]
     floors: tuple[str, ...]
     inexact: int
     worse: tuple[str, ...]
@@ -101,6 +103,7 @@ def collect(report: Mapping[str, Any]) -> Facts:
     groups = report.get("groups") or []
     base_model = hub_id(base.get("model"))
     task = report.get("task") or model.get("task")
+    provenance = (report.get("plan") or {}).get("provenance") or {}
     unit = "test tokens" if task == "causal-lm" else "test samples"
     worse, drops = _what_got_worse(metrics, report.get("latency") or {}, unit)
     stages = tuple(label for key, label in STAGES if metrics.get(key))
@@ -110,7 +113,8 @@ def collect(report: Mapping[str, Any]) -> Facts:
         stages=stages,
         metrics=tuple(_metric_rows(metrics)),
         removed=tuple(_removed(groups)),
-        floors=tuple((((report.get("plan") or {}).get("provenance")) or {}).get("floors") or ()),
+        made_up=tuple(_made_up(provenance)),
+        floors=tuple(provenance.get("floors") or ()),
         inexact=sum(
             not group.get("exact", True) and group["kept"] < group["size"] for group in groups
         ),
@@ -284,6 +288,24 @@ def _removed(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         name = {"kv_group": "KV groups", "residual": "residual channels"}.get(kind, f"{kind}s")
         number = "one group" if len(members) == 1 else f"{len(members)} groups"
         yield f"{name.replace('_', ' ')}: {kept:,} of {size:,} remain, in {number}{untouched}"
+
+
+def _made_up(provenance: Mapping[str, Any]) -> Iterable[str]:
+    if told := provenance.get("compensation"):
+        yield (
+            f"gates of {told['groups']} groups, {told['least_gate']:.2f} to "
+            f"{told['largest_gate']:.2f}, are folded into the kept weights and make up for the cut "
+            f"(closed form, damping {told['damping']:g})"
+        )
+        steps = told.get("steps") or [{}]
+        if num := len(steps) - 1:
+            first, last = steps[0]["divergence"], steps[-1]["divergence"]
+            yield (
+                f"{num} step{'s' * (num != 1)} moved these gates on: divergence from the dense "
+                f"model on held-out calibration samples {first:.3g} to {last:.3g}"
+            )
+    if num := provenance.get("shifted_biases"):
+        yield f"{num} biases are shifted by the mean of what was cut"
 
 
 def _what_got_worse(

@@ -144,7 +144,7 @@ def _tables(facts: Facts) -> list[Grid]:
 def _parts(facts: Facts) -> list[Part]:
     parts = []
     if facts.removed:
-        parts.append(Part("What was removed", points=facts.removed))
+        parts.append(Part("What was removed", points=facts.removed + facts.made_up))
     parts.append(
         Part(
             "What got worse",

@@ -17,25 +17,13 @@ def show_result(report: Mapping[str, Any], output: Path) -> None:
     console.print(_costs(report))
     if overall_metrics(report["metrics"]):  # cut from stored scores, nothing may be measured
         console.print(_metrics(report["metrics"]))
-    drops = collect(report).drops
-    if drops:
-        console.print(_drops(drops))
-    if told := report["plan"]["provenance"].get("compensation"):
-        console.print(
-            f"gates of {told['groups']} groups folded, {told['least_gate']:.2f} to "
-            f"{told['largest_gate']:.2f}: they make up for the cut",
-            highlight=False,
-        )
-        if steps := told.get("steps"):
-            num = len(steps) - 1
-            console.print(
-                f"moved on in {num} step{'s' * (num != 1)}: divergence from the dense model on "
-                f"held-out samples {steps[0]['divergence']:.3g} to {steps[-1]['divergence']:.3g}",
-                highlight=False,
-            )
+    facts = collect(report)
+    if facts.drops:
+        console.print(_drops(facts.drops))
+    for line in facts.made_up:
+        console.print(line, highlight=False)
+    if facts.made_up:
         console.print()
-    if told := report["plan"]["provenance"].get("shifted_biases"):
-        console.print(f"{told} biases shifted by the mean of what was cut\n", highlight=False)
     console.out(f"{output}/", style="bold", highlight=False)
     for path in sorted(output.iterdir()):
         what = _FILES.get(path.name, "weights" if path.suffix == ".safetensors" else "")

@@ -81,6 +81,32 @@ def test_classes_that_lost_most_are_listed(image):
     assert "| 4 |" not in card
 
 
+def test_what_makes_up_for_the_cut_is_told(image):
+    assert "What was done about it" not in render(image)
+    gates = {"groups": 2, "least_gate": 0.5, "largest_gate": 1.25, "damping": 0.01}
+    far = [{"divergence": 0.5}, {"divergence": 0.125, "damping": 1.0}]
+
+    def tell(report):
+        found = {"compensation": {**gates, "steps": far}, "shifted_biases": 3}
+        report["plan"]["provenance"] |= found
+
+    card = render(changed(image, tell))
+    assert (
+        "- gates of 2 groups, 0.50 to 1.25, are folded into the kept weights and make up for the "
+        "cut (closed form, damping 0.01)\n"
+        "- 1 step moved these gates on: divergence from the dense model on held-out calibration "
+        "samples 0.5 to 0.125\n"
+        "- 3 biases are shifted by the mean of what was cut\n"
+    ) in card
+
+    def end_at_once(report):
+        report["plan"]["provenance"]["compensation"]["steps"] = far[:1]
+
+    card = render(changed(image, end_at_once))
+    assert "gates of 2 groups" in card
+    assert "moved these gates on" not in card
+
+
 def test_a_slower_model_says_so(image):
     def slow(report):
         report["latency"]["after"]["seconds"] = 0.021

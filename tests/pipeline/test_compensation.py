@@ -31,7 +31,7 @@ def test_any_criterion_is_compensated_for(recipe, tmp_path, capsys):
     assert [told["least_gate"], told["largest_gate"]] == [min(values), max(values)]
     assert min(values) >= 0
     assert "curvature" in report["timings_s"]
-    words = f"gates of {told['groups']} groups folded, {min(values):.2f} to {max(values):.2f}"
+    words = f"gates of {told['groups']} groups, {min(values):.2f} to {max(values):.2f}, are folded"
     assert words in " ".join(capsys.readouterr().out.split())
     with_gates = load_file(tmp_path / "out" / "model.safetensors")
     assert main([str(recipe), "--overwrite", "criterion.compensate=false"]) == 0
@@ -160,7 +160,7 @@ def test_constants_are_folded_into_biases(recipe, tmp_path, capsys):
     said = capsys.readouterr()
     found = json.loads((tmp_path / "out" / "sosp_report.json").read_text())["plan"]
     num = len(found["kept"])
-    assert f"{num} biases shifted by the mean of what was cut" in said.out
+    assert f"{num} biases are shifted by the mean of what was cut" in said.out
     assert found["shifts"].keys() == {f"blocks.{i}.mlp.fc2.bias" for i in range(num)}
     with_shifts = load_file(tmp_path / "out" / "model.safetensors")
     plan = sosp_hub.PruningPlan.from_json(json.dumps(found))
@@ -206,7 +206,9 @@ def test_gates_are_moved_on_and_the_report_tells_the_steps(recipe, tmp_path, mon
     assert {len(part) for part in seen["step"]} == {18}
     assert {len(part) for part in seen["held out"]} == {6}
     assert not seen["step"][0] & seen["held out"][0]
-    words = f"moved on in {len(far) - 1} step"
+    words = (
+        f"{len(far) - 1} steps moved these gates on: divergence from the dense model on held-out"
+    )
     assert words in " ".join(capsys.readouterr().out.split())
 
 
