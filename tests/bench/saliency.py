@@ -9,7 +9,8 @@ Every method is timed in turn, round after round, and the least CPU time counts:
 processes do in the meantime moves the ratios little. Memory is the peak of the bytes in tensors.
 Random weights: neither cost depends on them. ``sosp_i`` holds a matrix of structures by structures
 and is left out above 12,000 of them. ``--peer`` needs ``pip install torch-pruning``, whose Hessian
-importance takes one backward pass for each sample, as its documentation does.
+importance takes one backward pass for each sample, as its documentation does. Figures, with what
+misses its target and why: ``results/saliency.md``.
 """
 
 import argparse
