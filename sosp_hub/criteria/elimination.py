@@ -100,7 +100,7 @@ def surgeon_order(
     damping: float = 0.01,
     units: Units = None,
     every: int | None = None,
-    again: Callable[[Tensor], tuple[Matrix, Tensor]] | None = None,
+    again: "Callable[[Tensor, Tensor], tuple[Matrix, Tensor]] | None" = None,
 ) -> list[int]:
     """Optimal Brain Surgeon over the gates of all layers: each removal moves all other gates.
 
@@ -113,15 +113,14 @@ def surgeon_order(
         damping: ``lambda``, as a share of the mean of the diagonal.
         units: What each structure saves; least per unit goes then.
         every: So many removals go by one ``Q``; None = all.
-        again: From the gates so far to ``Q`` there, and the gradient of the divergence from the
-            dense model, down which the gates first take a damped step.
+        again: From the gates so far, and which of them are left, to ``Q`` there, and to the gates
+            to go on from.
     """
     gates, order = torch.ones_like(matrix.diagonal()), list[int]()
     while (left := _Open(floors, units, order)).num:
         if order and again is not None:
-            matrix, gradient = again(gates)
-            free = torch.zeros(len(gates), dtype=torch.bool).index_fill(0, left.places, True)
-            gates = gates + damped_step(matrix, -gradient, free, damping)
+            there = torch.zeros(len(gates), dtype=torch.bool).index_fill(0, left.places, True)
+            matrix, gates = again(gates, there)
         removed, gates = _operate(matrix, gates, left, damping, every)
         order += removed
     return order

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.criteria.elimination import Floors, absolute_row_sums, greedy_order, surgeon_order
+from sosp_hub.criteria.elimination import (
+    Floors,
+    absolute_row_sums,
+    damped_step,
+    greedy_order,
+    surgeon_order,
+)
 from sosp_hub.criteria.registry import HasGroups, Needs, register
 from sosp_hub.derivatives import (
     GaussNewton,
@@ -46,7 +52,8 @@ class SospI:
             are few, the eigenvalues that are not 0 are larger than that mean, by structures over
             rows (of samples times classes or draws): 0.01 or 1 is then hardly any damping.
         rescore_every: Of the surgeon: after so many removals the matrix is measured again, at the
-            gates so far (of these samples another pass each time); None = never.
+            gates so far, which first take a damped step toward the dense model's outputs where that
+            brings them nearer; two more passes over the data each time. None = never.
         keep_at_least: Share of each group that no order removes.
         loss: Which curvature of the loss by the logits.
         max_classes: Up to so many classes are summed over; above, labels are drawn from the model.
@@ -96,9 +103,13 @@ class SospI:
                 f"have {num}; give what `measure` returned for the same kinds"
             )
 
-        def again(gates: Tensor) -> tuple[Matrix, Tensor]:
-            there = self.measure(model, graph.groups, batches, by_group(graph.groups, gates))
-            return there.matrix, torch.cat(list(there.gradient.values()))
+        def again(gates: Tensor, there: Tensor) -> tuple[Matrix, Tensor]:
+            """Gates that come nearer to the dense model by a damped step start from there."""
+            now = self.measure(model, graph.groups, batches, by_group(graph.groups, gates))
+            pull = -torch.cat(list(now.gradient.values()))
+            moved = (gates + damped_step(now.matrix, pull, there, self.damping)).clamp(min=0)
+            far = self.divergence(model, graph.groups, batches, by_group(graph.groups, moved))
+            return now.matrix, moved if far < now.loss else gates
 
         return by_group(graph.groups, self._scores(graph.groups, found, again))
 
@@ -137,7 +148,7 @@ class SospI:
         self,
         groups: Groups,
         found: GaussNewton,
-        again: Callable[[Tensor], tuple[Matrix, Tensor]],
+        again: Callable[[Tensor, Tensor], tuple[Matrix, Tensor]],
     ) -> Tensor:
         gradient = torch.cat([found.gradient[name] for name in groups])
         units = torch.cat([self.units[name] for name in groups]) if self.units else None

@@ -203,7 +203,7 @@ def choose_damping(
     losses = {}
     for damping in DAMPINGS:
         pruned = stages.cut(graph, decide(damping), "fast")
-        if stages.recipe.finetune.recalibrate_norm:
+        if stages.recipe.recalibrates():
             recalibrate_norm(pruned, measured_on)
         batches = OnDevice(held_out, f"damping {damping:g}")
         losses[f"{damping:g}"] = evaluate(pruned, batches, ("loss",))["loss"].value

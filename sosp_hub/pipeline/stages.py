@@ -236,7 +236,7 @@ class Stages:
 
     def _recalibrate(self, pruned: nn.Module) -> bool:
         """Re-estimates BatchNorm statistics; whether there was anything to do."""
-        if not self.recipe.finetune.recalibrate_norm or self._data is None:
+        if not self.recipe.recalibrates() or self._data is None:
             return False
         return recalibrate_norm(pruned, self.calibration_batches()) > 0
 

@@ -62,7 +62,7 @@ class WorkFolder:
         scores |= recipe.criterion.model_dump(mode="json", include={"train", "per"})
         auto = recipe.criterion.damping == "auto"
         if auto:
-            best_for = [self._recipe["budget"], recipe.finetune.recalibrate_norm]
+            best_for = [self._recipe["budget"], recipe.recalibrates()]
             self._recipe["criterion"]["damping"] = f"auto, for {json.dumps(best_for)}"
         if recipe.criterion.by_damping():
             scores["damping"] = self._recipe["criterion"]["damping"]

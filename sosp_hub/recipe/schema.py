@@ -149,8 +149,10 @@ class FinetuneSection(TrainSection):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
         default=None, description="of all training in the run; null = as `accelerate launch` says"
     )
-    recalibrate_norm: bool = Field(
-        default=True, description="re-estimate BatchNorm statistics on the calibration data"
+    recalibrate_norm: bool | None = Field(
+        default=None,
+        description="re-estimate BatchNorm statistics on the calibration data, before fine-tuning; "
+        "null = yes, but for compensate_steps, whose gates are made for the statistics as they are",
     )
     distill: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="weight of the dense model's outputs"
@@ -389,6 +391,11 @@ class Recipe(Section):
         if self.model.task == "image-classification" or not self.augments():
             return self
         raise ValueError("augment: only images are augmented; leave it out for text")
+
+    def recalibrates(self) -> bool:
+        """Whether BatchNorm statistics are re-estimated after a cut."""
+        asked = self.finetune.recalibrate_norm
+        return self.criterion.compensate_steps == 0 if asked is None else asked
 
     def augments(self) -> bool:
         """Whether any training shifts and flips images."""
