@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Group, Groups, Site
-from sosp_hub.twice import Smooth, pieces, pieces_with_scratch, smooth_source
+from sosp_hub.twice.pieces import pieces, pieces_with_scratch
+from sosp_hub.twice.smooth import Smooth, smooth_source
 
 logger = logging.getLogger(__name__)
 

@@ -198,7 +198,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether it says that memory does not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = "can't allocate memory", "could not create a primitive"  # the CPU's, oneDNN's
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def num_samples(batch: Any) -> int:

@@ -169,14 +169,23 @@ def test_processes_exchange_sums_once():
     assert_close(found.second, whole.second)
 
 
-def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("could not create a primitive"),
+    ],
+    ids=["gpu", "cpu", "onednn"],
+)
+def test_out_of_memory_halves_the_batch(monkeypatch, caplog, error):
     toy = perceptron(num_samples=7)
     whole = hessian_product(toy.model, toy.groups, [toy.batch], protocol())
     forward = toy.model.forward
 
     def small_memory(x, gates=None):
         if len(x) > 2:
-            raise torch.OutOfMemoryError("no memory")
+            raise error
         return forward(x, gates)
 
     monkeypatch.setattr(toy.model, "forward", small_memory)

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sosp_hub import twice
-from sosp_hub.twice import _REWRITES, CheapSecondDerivatives
+from sosp_hub.twice import _REWRITES, CheapSecondDerivatives, pieces
 from tests.compare import assert_close
 
 
@@ -115,10 +114,10 @@ def _derivatives(function, x, make):
     return output, first, second
 
 
-@pytest.mark.parametrize("piece", [twice.PIECE, 50], ids=["whole", "pieces"])
+@pytest.mark.parametrize("piece", [pieces.PIECE, 50], ids=["whole", "pieces"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_pytorch(name, piece, monkeypatch):
-    monkeypatch.setattr(twice, "PIECE", piece)
+    monkeypatch.setattr(pieces, "PIECE", piece)
     function, shape, make = CASES[name]
     x = _random(*shape)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
