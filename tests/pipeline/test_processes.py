@@ -78,7 +78,7 @@ def test_two_processes_prune_like_one(tmp_path):
     """Scores, plan and gates are those of one; both train and measure, and one of them writes."""
     keys = ["model.train=null", "data.num_train=77", "data.num_test=51", "finetune.epochs=1"]
     keys += ["criterion.num_samples=21", "criterion.batch_size=16", "criterion.compensate=true"]
-    keys += ["criterion.compensate_steps=1"]
+    keys += ["criterion.compensate_steps=1", "finetune.recalibrate_norm=true"]
     folders = [tmp_path / "one", tmp_path / "two"]
     assert main([str(QUICKSTART), *keys, f"output.dir={folders[0]}"]) == 0
     keys.append(f"output.dir={folders[1]}")
