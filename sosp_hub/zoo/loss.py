@@ -91,14 +91,15 @@ def check_batch(batch: Any) -> None:
 
 def _check_for_own_loss(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """What a transformers model that computes its own loss does not say, or not in clear words."""
-    labels, config = batch["labels"], getattr(getattr(model, "module", model), "config", None)
+    inner, labels = getattr(model, "module", model), batch["labels"]
+    config, num_classes = getattr(inner, "config", None), None
     sizes = {len(v) for v in _without(batch, "labels").values() if isinstance(v, Tensor) and v.ndim}
     if sizes and len(labels) not in sizes:
         raise DataError(f"a batch has {len(labels)} labels for {min(sizes)} inputs of the model")
     if not labels.is_floating_point() and config is not None:
         if _generates(model) and hasattr(config, "get_text_config"):
             num_classes = getattr(config.get_text_config(), "vocab_size", None)
-        else:
+        elif type(inner).__name__.endswith("Classification"):  # others have `num_labels` too
             num_classes = getattr(config, "num_labels", None)
         if num_classes is not None and num_classes > 1:  # one output is a regression
             _check_range(labels, num_classes)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.functional import log_softmax
 
@@ -140,3 +141,14 @@ def test_a_regression_has_no_classes(save):
     batch = {"input_ids": torch.randint(10, (2, 6)), "labels": torch.tensor([0.5, 7.0])}
     assert batch_loss(model, batch).value.isfinite()
     assert batch_loss(model, {**batch, "labels": torch.tensor([0, 7])}).value.isfinite()
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "ElectraForMaskedLM"])
+def test_labels_that_are_no_classes_are_left_to_the_model(name):
+    """Their config has `num_labels` all the same, 2 where nobody sets it."""
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = getattr(transformers, name).config_class(**small, intermediate_size=16, vocab_size=40)
+    model = getattr(transformers, name)(config).eval()
+    labels = torch.tensor([[7, 30, 12], [5, 9, 39]])
+    with torch.no_grad():
+        assert batch_loss(model, {"input_ids": labels, "labels": labels}).value.isfinite()
