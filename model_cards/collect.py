@@ -8,8 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from sosp_hub.hub.card import render_card
-from sosp_hub.hub.facts import collect, format_metric, overall_metrics, read_report
+from sosp_hub.report.card import render_card
+from sosp_hub.report.facts import collect, format_metric, overall_metrics, read_report
 
 HERE = Path(__file__).parent
 _KEPT = (

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from sosp_hub.double_backward.pieces import pieces, pieces_with_scratch
+from sosp_hub.double_backward.smooth import Smooth, smooth_source
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Group, Groups, Site
-from sosp_hub.twice.pieces import pieces, pieces_with_scratch
-from sosp_hub.twice.smooth import Smooth, smooth_source
 
 logger = logging.getLogger(__name__)
 

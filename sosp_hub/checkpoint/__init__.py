@@ -1,1 +1,1 @@
-"""Files: the delta of a pruned model, its loaders, saving and loading; see FORMAT.md."""
+"""Files: the delta of a pruned model, its loaders, saving and loading; see format/FORMAT.md."""

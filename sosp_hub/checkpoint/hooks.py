@@ -15,8 +15,8 @@ from typing import Any
 
 _SWITCH = "SOSP_HUB_HOOKS"
 _LOADERS = {
-    "transformers.modeling_utils": "sosp_hub.checkpoint.transformers",
-    "timm": "sosp_hub.checkpoint.timm",
+    "transformers.modeling_utils": "sosp_hub.checkpoint.transformers.load",
+    "timm": "sosp_hub.checkpoint.timm.load",
 }
 """Module of a library, and ours with ``hook()`` and ``unhook()`` for it."""
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sosp_hub.checkpoint import headers
-from sosp_hub.checkpoint.bounds import check_counts, is_widened, outgrows_files
-from sosp_hub.checkpoint.folder import replaced_folder
-from sosp_hub.checkpoint.record import KEY
+from sosp_hub.checkpoint.format import headers
+from sosp_hub.checkpoint.format.bounds import check_counts, is_widened, outgrows_files
+from sosp_hub.checkpoint.format.folder import replaced_folder
+from sosp_hub.checkpoint.format.record import KEY
+from sosp_hub.checkpoint.skeleton import misfits, model_class
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError
 
 PLAN = "sosp_plan.json"
@@ -68,11 +69,11 @@ def save_pretrained(
     library = library_of(model)
     with replaced_folder(folder) as fresh:
         if library == "transformers":
-            from sosp_hub.checkpoint.write_transformers import write
+            from sosp_hub.checkpoint.transformers.save import write
 
             write(model, fresh, max_shard_size=max_shard_size, ship_code=ship_code)
         else:
-            from sosp_hub.checkpoint.write_timm import write
+            from sosp_hub.checkpoint.timm.save import write
 
             write(model, fresh, max_shard_size=max_shard_size)
         for extra in (tokenizer, processor):
@@ -125,11 +126,9 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
     config = headers.read_json(folder / headers.CONFIG)
     tensors = headers.read_tensors(folder)
     check_counts(config, tensors)
-    if is_widened(config) or (not kwargs and outgrows_files(config, tensors)):
-        from sosp_hub.checkpoint.examine import misfits
-
-        if fault := next(misfits(folder, config, tensors), None):
-            raise CheckpointError(f"{path_or_id}: {fault}")
+    looks_wrong = is_widened(config) or (not kwargs and outgrows_files(config, tensors))
+    if looks_wrong and (fault := next(misfits(folder, config, tensors), None)):
+        raise CheckpointError(f"{path_or_id}: {fault}")
     try:
         if "architecture" in config and "model_type" not in config:
             return _load_timm(folder, tensors, kwargs)
@@ -228,7 +227,7 @@ def _load_transformers(
                 f"model class of transformers {transformers.__version__}; pass model_class="
             )
         cls = transformers.AutoModel
-    from sosp_hub.checkpoint import transformers as adapter
+    from sosp_hub.checkpoint.transformers import load as adapter
 
     with adapter.checked():
         model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
@@ -242,26 +241,13 @@ def _load_transformers(
     return model
 
 
-def model_class(config: Mapping[str, Any]) -> Any | None:
-    """The transformers class that a config names; None where it names none."""
-    import transformers
-
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    cls = (
-        getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    )
-    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-    return cls if is_model else None
-
-
 def _first_misfit(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, headers.TensorHeader]
 ) -> str | None:
     """The first tensor whose size in the file is not what the config builds."""
     import transformers
 
-    from sosp_hub.checkpoint.transformers import build_meta
+    from sosp_hub.checkpoint.transformers.load import build_meta
 
     if (cls := model_class(config)) is None:
         return None

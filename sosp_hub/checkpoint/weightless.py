@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from sosp_hub.checkpoint import headers
-from sosp_hub.checkpoint.folder import replaced_folder
+from sosp_hub.checkpoint.format import headers
+from sosp_hub.checkpoint.format.folder import replaced_folder
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.io import PLAN, from_pretrained
 from sosp_hub.errors import CheckpointError, PlanError

@@ -19,10 +19,10 @@ from sosp_hub.derivatives.average import (
     out_of_memory,
 )
 from sosp_hub.derivatives.rows import by_group, first_order, gradient_by, row, used
+from sosp_hub.double_backward import CheapSecondDerivatives
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import Gates
 from sosp_hub.structure.groups import Groups
-from sosp_hub.twice import CheapSecondDerivatives
 from sosp_hub.zoo.loss import batch_loss
 
 if TYPE_CHECKING:

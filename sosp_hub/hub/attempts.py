@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from sosp_hub.errors import HubError
-from sosp_hub.hub.facts import without_tokens
+from sosp_hub.report.facts import without_tokens
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard, get_session
 from huggingface_hub.utils import hf_raise_for_status
 
 from sosp_hub.errors import HubError
-from sosp_hub.hub.facts import has_token, hub_id
-from sosp_hub.hub.snippets import read_checkpoint
+from sosp_hub.report.facts import has_token, hub_id
+from sosp_hub.report.snippets import read_checkpoint
 
 _TEXT_SUFFIXES = (".md", ".json", ".yaml", ".yml", ".txt", ".html", ".jinja", ".py", ".log")
 _MOST_TEXT_BYTES = 20_000_000

@@ -30,7 +30,7 @@ from sosp_hub.hub.attempts import (
     status_of,
 )
 from sosp_hub.hub.contents import check_card, check_folder, check_with_hub, local_files
-from sosp_hub.hub.markers import readdress
+from sosp_hub.report.markers import readdress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,7 +115,7 @@ def push_to_hub(
     if not isinstance(folder_or_model, str | Path):
         with tempfile.TemporaryDirectory(prefix="sosp_hub-push-") as temporary:
             from sosp_hub.checkpoint.io import save_pretrained  # here: they bring torch, matplotlib
-            from sosp_hub.hub.card import render_card
+            from sosp_hub.report.card import render_card
 
             save_pretrained(folder_or_model, temporary)
             if not (Path(temporary) / "README.md").is_file():

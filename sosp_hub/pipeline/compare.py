@@ -12,17 +12,17 @@ from typing import Any
 from safetensors.torch import load_file
 
 from sosp_hub.distributed import is_main, logger, wait_for_everyone
-from sosp_hub.hub.comparison import brief, write_comparison
-from sosp_hub.hub.facts import format_metric, scrub
 from sosp_hub.pipeline import decide
-from sosp_hub.pipeline.place import check_place, put
+from sosp_hub.pipeline.output_folder import check_place, put
 from sosp_hub.pipeline.ranks import rank_correlations
 from sosp_hub.pipeline.result import costs, latency_of, versions
+from sosp_hub.pipeline.stage_cache import WorkFolder
 from sosp_hub.pipeline.stages import Stages
-from sosp_hub.pipeline.work import WorkFolder
-from sosp_hub.recipe.cells import Cell, cells_of
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.study_grid import Cell, cells_of
+from sosp_hub.report.facts import format_metric, scrub
+from sosp_hub.report.study import brief, write_comparison
 from sosp_hub.structure.graph import Graph
 
 _LATENCY_S = 0.5  # of measuring in each cell

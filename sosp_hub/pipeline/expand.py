@@ -15,8 +15,6 @@ from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.cost import cost
 from sosp_hub.distributed import is_main, logger, wait_for_everyone
 from sosp_hub.errors import BudgetError
-from sosp_hub.hub.expanded import VARIANTS, brief, write_expansion
-from sosp_hub.hub.facts import format_metric, overall_metrics, scrub
 from sosp_hub.pipeline import decide
 from sosp_hub.pipeline.growth import (
     bottlenecks,
@@ -25,13 +23,15 @@ from sosp_hub.pipeline.growth import (
     ratios,
     widened,
 )
-from sosp_hub.pipeline.place import check_place, put
+from sosp_hub.pipeline.output_folder import check_place, put
 from sosp_hub.pipeline.result import costs, versions
+from sosp_hub.pipeline.stage_cache import WorkFolder, make_folder
 from sosp_hub.pipeline.stages import Stages
-from sosp_hub.pipeline.work import WorkFolder, make_folder
 from sosp_hub.plan import GrowthPlan
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import BudgetSection, ExpandSection, Recipe
+from sosp_hub.report.expansion import VARIANTS, brief, write_expansion
+from sosp_hub.report.facts import format_metric, overall_metrics, scrub
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.widen import why_not, widen
 

@@ -12,13 +12,13 @@ from sosp_hub.distributed import (
 from sosp_hub.errors import HubError
 from sosp_hub.pipeline import decide
 from sosp_hub.pipeline.compensation import stored_curvature
-from sosp_hub.pipeline.place import check_place
+from sosp_hub.pipeline.output_folder import check_place
 from sosp_hub.pipeline.result import check_push, publish, write_result
 from sosp_hub.pipeline.scores import Scores
+from sosp_hub.pipeline.stage_cache import WorkFolder
 from sosp_hub.pipeline.stages import Stages
-from sosp_hub.pipeline.table import show_result
-from sosp_hub.pipeline.work import WorkFolder
 from sosp_hub.recipe.schema import Recipe
+from sosp_hub.report.terminal import show_result
 
 
 def run(

@@ -28,7 +28,7 @@ from sosp_hub.pipeline.eligible import eligible_groups
 from sosp_hub.pipeline.masking import train_with_masks
 from sosp_hub.pipeline.memory import PeakMemory
 from sosp_hub.pipeline.scores import Scores
-from sosp_hub.pipeline.work import WorkFolder, make_folder
+from sosp_hub.pipeline.stage_cache import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.criteria import ScpSection
 from sosp_hub.recipe.schema import Recipe

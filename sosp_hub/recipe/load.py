@@ -9,10 +9,10 @@ import yaml
 from pydantic import ValidationError
 
 from sosp_hub.errors import RecipeError
-from sosp_hub.recipe.cells import cells_of
 from sosp_hub.recipe.criteria import CRITERION_NAMES, CriterionSection
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import Recipe, Verb
+from sosp_hub.recipe.study_grid import cells_of
 
 
 def load_recipe(

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import Atom, size_of, sources
+from sosp_hub.structure.constraint_solver import Count
 from sosp_hub.structure.groups import Group, Member
 from sosp_hub.structure.terms import Axes, Constraint, Step
-from sosp_hub.structure.ties import Count
 
 
 @dataclass(frozen=True, eq=False)

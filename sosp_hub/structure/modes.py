@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import Axis, size_of
-from sosp_hub.structure.demands import note_demands
-from sosp_hub.structure.ints import TracedInt, deaf
+from sosp_hub.structure.size_constraints import note_demands
 from sosp_hub.structure.terms import Step, Terms
+from sosp_hub.structure.traced_int import TracedInt, deaf
 
 
 class DispatchWatch(TorchDispatchMode):

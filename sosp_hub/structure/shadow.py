@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sosp_hub.structure.ints import Attribute, TracedInt
+from sosp_hub.structure.traced_int import Attribute, TracedInt
 
 
 def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:

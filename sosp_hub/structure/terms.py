@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sosp_hub.structure.axes import UNIT, Atom, Axis, Prod, Sum, fixed, flag, pin, size_of
-from sosp_hub.structure.ints import Expr, Op, TracedInt
+from sosp_hub.structure.traced_int import Expr, Op, TracedInt
 
 Axes = tuple[Axis, ...]
 

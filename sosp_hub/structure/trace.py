@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 
 from sosp_hub.errors import TraceError
-from sosp_hub.structure import ints, rules
-from sosp_hub.structure.assemble import assemble
+from sosp_hub.structure import rules
+from sosp_hub.structure import traced_int as ints
 from sosp_hub.structure.axes import fixed, free, pin
+from sosp_hub.structure.build_graph import assemble
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
 from sosp_hub.structure.shadow import fake_inputs, shadow

@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from sosp_hub.plan import Plan
+from sosp_hub.structure.constraint_solver import attribute_values
 from sosp_hub.structure.graph import Graph
-from sosp_hub.structure.ints import Attribute
-from sosp_hub.structure.ties import attribute_values
+from sosp_hub.structure.traced_int import Attribute
 from sosp_hub.surgery.experts import recount_experts
 
 

@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sosp_hub
-from sosp_hub.checkpoint import headers
-from sosp_hub.checkpoint import transformers as adapter
-from sosp_hub.checkpoint.delta import apply_section
-from sosp_hub.checkpoint.record import parse_delta
+from sosp_hub.checkpoint.format import headers
+from sosp_hub.checkpoint.format.delta import apply_section
+from sosp_hub.checkpoint.format.record import parse_delta
+from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import SospHubError
 from tests.checkpoint import cuts
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sosp_hub
-from sosp_hub.checkpoint import record
-from sosp_hub.checkpoint.delta import apply_section, diff
-from sosp_hub.checkpoint.record import Section, parse_delta
+from sosp_hub.checkpoint.format import record
+from sosp_hub.checkpoint.format.delta import apply_section, diff
+from sosp_hub.checkpoint.format.record import Section, parse_delta
 from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
 from tests.checkpoint.mutations import RECORD

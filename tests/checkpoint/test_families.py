@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import sosp_hub
-from sosp_hub.checkpoint.headers import read_tensors
+from sosp_hub.checkpoint.format.headers import read_tensors
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from tests.checkpoint import cuts
 from tests.compare import assert_close

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import sosp_hub
 from sosp_hub import inspect
-from sosp_hub.checkpoint import export, weightless
-from sosp_hub.checkpoint.examine import examine
+from sosp_hub.checkpoint import weightless
+from sosp_hub.checkpoint.format.record import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
-from sosp_hub.checkpoint.record import parse_delta
 from sosp_hub.errors import CheckpointError
+from sosp_hub.export import forms as export
+from sosp_hub.export.examine import examine
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
@@ -28,7 +29,7 @@ from tests.checkpoint.test_hostile import HOSTILE, put
 from tests.compare import assert_close
 
 SCHEMA = json.loads(
-    (Path(sosp_hub.__file__).parent / "checkpoint" / "delta.schema.json").read_text()
+    (Path(sosp_hub.__file__).parent / "checkpoint" / "format" / "delta.schema.json").read_text()
 )
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import sosp_hub
-from sosp_hub.checkpoint import transformers as adapter
+from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
@@ -37,7 +37,7 @@ def test_import_loads_no_library():
     "order",
     [
         "from transformers import modeling_utils; import timm; import sosp_hub",
-        "import sosp_hub.checkpoint.transformers, sosp_hub.checkpoint.timm, timm",
+        "import sosp_hub.checkpoint.transformers.load, sosp_hub.checkpoint.timm.load, timm",
     ],
 )
 def test_hooks_in_any_order(order):

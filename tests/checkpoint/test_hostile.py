@@ -10,12 +10,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sosp_hub
-from sosp_hub.checkpoint import headers
-from sosp_hub.checkpoint import transformers as adapter
-from sosp_hub.checkpoint.delta import apply_section
-from sosp_hub.checkpoint.examine import examine
-from sosp_hub.checkpoint.record import parse_delta
+from sosp_hub.checkpoint.format import headers
+from sosp_hub.checkpoint.format.delta import apply_section
+from sosp_hub.checkpoint.format.record import parse_delta
+from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import CheckpointError
+from sosp_hub.export.examine import examine
 from tests.checkpoint import cuts, mutations
 from tests.checkpoint.mutations import GOOD, header
 

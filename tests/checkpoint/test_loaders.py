@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import sosp_hub
-from sosp_hub.checkpoint.write_transformers import attach
+from sosp_hub.checkpoint.transformers.save import attach
 from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sosp_hub
-from sosp_hub.checkpoint.standins import RemovedAttention, RemovedBlock, RemovedMlp
+from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedBlock, RemovedMlp
 from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output

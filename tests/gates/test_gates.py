@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sosp_hub.double_backward import CheapSecondDerivatives
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import _unit_gate, gated
-from sosp_hub.twice import CheapSecondDerivatives
 from tests.compare import assert_close
 from tests.gates.toys import TOYS, group, perceptron, residual
 
@@ -189,7 +189,7 @@ def _derivatives(function, x, size, dim, after, apply):
 @pytest.mark.parametrize(("shape", "dim"), [((2, 7, 5), 2), ((3, 4, 2, 6), 1), ((5,), 0)])
 @pytest.mark.parametrize("function", [F.gelu, F.silu], ids=["gelu", "silu"])
 def test_a_unit_gate_after_a_smooth_function(function, shape, dim, after, monkeypatch):
-    monkeypatch.setattr("sosp_hub.twice.pieces.PIECE", 40)
+    monkeypatch.setattr("sosp_hub.double_backward.pieces.PIECE", 40)
     change = {"as it is": lambda y: y, "doubled in place": lambda y: y.mul_(2)}.get(after)
     change = change or (lambda y: y.flip(0))
     nodes = []

@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from sosp_hub.hub.attempts import Patience
-from tests.hub import reports
 from tests.hub.loopback import Hub, User
+from tests.report import reports
 
 TOKEN = "hf_writerwriterwriter01"
 READER = "hf_readerreaderreader02"

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from sosp_hub.errors import HubError
-from sosp_hub.hub.card import render_card
 from sosp_hub.hub.push import check_access, push_to_hub
+from sosp_hub.report.card import render_card
 from tests.hub.conftest import NOW, READER, STRANGER, TOKEN, make_folder
 from tests.hub.loopback import Fault
 

@@ -13,11 +13,11 @@ from sosp_hub.data.loading import load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import HubError
 from sosp_hub.evaluate import evaluate
-from sosp_hub.hub.card import render_card
 from sosp_hub.hub.push import push_to_hub
 from sosp_hub.hub.verify import verify
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schema import DataSection, ModelSection
+from sosp_hub.report.card import render_card
 from sosp_hub.zoo.load import example_inputs, load_model
 from tests.hub.conftest import NOW
 

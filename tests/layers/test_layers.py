@@ -24,7 +24,7 @@ WRONG_IMPORTS = (
     ("sosp_hub.evaluate", "sosp_hub.finetune"),
     ("sosp_hub.push", "sosp_hub.prune"),
     # What cuts, trains and publishes never asks what decides
-    ("sosp_hub.hub.card", "sosp_hub.criteria"),
+    ("sosp_hub.report.card", "sosp_hub.criteria"),
     ("sosp_hub.finetune", "sosp_hub.gates"),
     # Only the zoo and the checkpoints know timm and transformers
     ("sosp_hub.surgery.apply", "timm"),

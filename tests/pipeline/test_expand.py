@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import sosp_hub
 from sosp_hub import expand
-from sosp_hub.hub.expanded import VARIANTS
 from sosp_hub.pipeline import stages
+from sosp_hub.report.expansion import VARIANTS
 from tests.compare import assert_close
 
 RECIPE = """

@@ -11,9 +11,9 @@ import sosp_hub
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.criteria import registry
 from sosp_hub.hub.contents import local_files
-from sosp_hub.hub.facts import collect
 from sosp_hub.pipeline import stages
 from sosp_hub.prune import main
+from sosp_hub.report.facts import collect
 from sosp_hub.structure.graph import Graph
 from tests.compare import assert_close
 

@@ -1,0 +1,97 @@
+"""What a config builds, without data, and where the weight files disagree with it."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sosp_hub.checkpoint.format import headers
+from sosp_hub.errors import CheckpointError
+
+
+def misfits(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, headers.TensorHeader]
+) -> Iterator[str]:
+    """Where the headers of the weight files are not what the config builds; makes no tensor."""
+    is_timm = "architecture" in config and "model_type" not in config
+    with as_checkpoint_error():
+        model = build_skeleton(folder, config, is_timm, dense=False)
+    yield from faults_of(model, tensors)
+
+
+def model_class(config: Mapping[str, Any]) -> Any | None:
+    """The transformers class that a config names; None where it names none."""
+    import transformers
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    cls = (
+        getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    )
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    return cls if is_model else None
+
+
+def build_skeleton(
+    folder: Path, config: Mapping[str, Any], is_timm: bool, *, dense: bool
+) -> nn.Module:
+    """The model, or its skeleton, without data."""
+    if is_timm:
+        from sosp_hub.checkpoint.timm.load import build_from_folder
+
+        try:
+            with torch.device("meta"):
+                return build_from_folder(folder, dense=dense)
+        except (RuntimeError, NotImplementedError):  # code that reads values while it builds
+            return build_from_folder(folder, dense=dense)
+    import transformers
+
+    from sosp_hub.checkpoint.transformers.load import build_meta, plain_config
+
+    if (cls := model_class(config)) is None:
+        raise CheckpointError("config.json: architectures: no model class of transformers")
+    parsed = transformers.AutoConfig.from_pretrained(folder)
+    return build_meta(cls, plain_config(parsed) if dense else parsed)
+
+
+@contextlib.contextmanager
+def as_checkpoint_error() -> Iterator[None]:
+    """Turns whatever a library raises while it builds from a config into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json: builds no model ({type(error).__name__}: {error})"
+        ) from error
+
+
+def faults_of(model: nn.Module, tensors: Mapping[str, headers.TensorHeader]) -> Iterator[str]:
+    """Tensors that are missing, not expected, or of another shape than the model's."""
+    built = {name: tuple(tensor.shape) for name, tensor in _as_stored(model).items()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in sorted(built.keys() | tensors.keys()):
+        if name not in tensors:
+            if name not in tied:
+                yield f"tensor {name!r}: the config builds {list(built[name])}, no file holds it"
+        elif name not in built:
+            yield f"tensor {name!r}: {tensors[name].file} holds it, the config builds none"
+        elif tensors[name].shape != built[name]:
+            yield (
+                f"tensor {name!r}: {tensors[name].file} holds {list(tensors[name].shape)}, "
+                f"the config builds {list(built[name])}"
+            )
+
+
+def _as_stored(model: Any) -> dict[str, Tensor]:
+    """The state under the names of the files: transformers renames some tensors as it loads."""
+    state = dict(model.state_dict())
+    if not hasattr(model, "all_tied_weights_keys"):
+        return state
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)

@@ -1,0 +1,1 @@
+"""Pruned timm models: the entry point that loads them, and how they are saved."""

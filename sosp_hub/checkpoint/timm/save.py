@@ -1,0 +1,98 @@
+"""Writes a timm model: config and weights; proves that they build it again."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from timm.models import _hub
+from torch import Tensor, nn
+
+from sosp_hub.checkpoint.format import proof
+from sosp_hub.checkpoint.format.record import Delta
+from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.timm import load as adapter
+from sosp_hub.errors import CheckpointError
+
+_NO_LIMIT = 2**62
+
+
+def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> None:
+    """Writes the model into a folder; in one file where timm alone may have to read it.
+
+    Raises:
+        CheckpointError: The files would not build the model again.
+    """
+    args = adapter.model_args(model)
+    delta = adapter.delta_of(model, args)
+    _write_config(model, folder, args, delta)
+    rebuilt = _rebuild(folder)
+    if getattr(rebuilt, "num_classes", None) != getattr(model, "num_classes", None):
+        # An architecture that sets the number itself. transformers' TimmWrapper will refuse this.
+        args["num_classes"] = model.num_classes
+        _write_config(model, folder, args, delta)
+        rebuilt = _rebuild(folder)
+    if buffers := proof.changed_buffers(rebuilt, model):
+        base = dataclasses.replace(delta.base, buffers=tuple(buffers))
+        delta = dataclasses.replace(delta, base=base)
+        _write_config(model, folder, args, delta)
+        rebuilt = _rebuild(folder)
+    state = _state(model, delta)
+    proof.check_tensors(rebuilt, state)
+    inputs = made_up_inputs(model)
+    proof.adopt(rebuilt, model)
+    if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
+        raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
+    save_torch_state_dict(
+        _untied(state), folder, max_shard_size=_NO_LIMIT if delta.empty else max_shard_size
+    )
+
+
+def _write_config(model: nn.Module, folder: Path, args: dict[str, Any], delta: Delta) -> None:
+    path = folder / "config.json"
+    try:
+        _hub.save_config_for_hf(model, path)  # type: ignore[arg-type]
+    except ValueError as error:  # an argument that is no JSON data
+        raise CheckpointError(f"{type(model).__name__}: {error}") from error
+    config = json.loads(path.read_text())
+    config["architecture"] = adapter.base_architecture(model)
+    config["model_args"] = args
+    if not delta.empty:
+        config["architecture"] = adapter.ARCHITECTURE
+        own = {"base_architecture": adapter.base_architecture(model), "delta": delta.to_json()}
+        config["model_args"] = own | args
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _rebuild(folder: Path) -> nn.Module:
+    """What `timm.create_model` builds from the folder, before it loads weights."""
+    with contextlib.suppress(RuntimeError), proof.without_data():
+        model = adapter.build_from_folder(folder)
+        if not any(buffer.is_meta for buffer in model.buffers()):
+            return model
+    return adapter.build_from_folder(folder)  # its code reads values while it builds
+
+
+def _state(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
+    """The model's tensors, changed buffers, and an empty tensor for modules that were taken out."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    buffers = dict(model.named_buffers())
+    state |= {name: buffers[name] for name in delta.base.buffers}
+    for name, one in delta.base.replaced.items():
+        if one.tombstone is not None:
+            state[f"{name}.{one.tombstone}"] = torch.empty(0)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies what shares memory with another tensor: timm reads every name from the file."""
+    seen: set[int] = set()
+    untied = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        untied[name] = tensor.clone() if memory in seen and tensor.numel() else tensor
+        seen.add(memory)
+    return untied

@@ -1,0 +1,231 @@
+"""Pruned transformers models: the hooks that read a delta, and how to get the delta of a model.
+
+The delta is applied inside ``PreTrainedModel.post_init``, so everything that builds a model from a
+config sees the small shapes: ``from_pretrained`` with any device map, ``from_config``, pipelines,
+adapters.
+"""
+
+import contextlib
+import contextvars
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+import sosp_hub
+from sosp_hub.checkpoint import hooks
+from sosp_hub.checkpoint.format.delta import diff
+from sosp_hub.checkpoint.format.record import KEY, Delta, Section
+from sosp_hub.checkpoint.format.shrink import APPLIED, shrink
+from sosp_hub.errors import CheckpointError
+
+_ORIGINALS: dict[str, Callable[..., Any]] = {}
+_CHECKED: contextvars.ContextVar[bool] = contextvars.ContextVar("checked", default=False)
+
+
+def hook() -> None:
+    """Makes every model class look for the delta in its config."""
+    if not _ORIGINALS:
+        _ORIGINALS["post_init"] = PreTrainedModel.post_init
+        PreTrainedModel.post_init = _post_init
+        _ORIGINALS["set_attn_implementation"] = PreTrainedModel.set_attn_implementation
+        PreTrainedModel.set_attn_implementation = _set_attn_implementation
+        if hasattr(PreTrainedModel, "_load_pretrained_model"):
+            _ORIGINALS["_load_pretrained_model"] = PreTrainedModel._load_pretrained_model
+            PreTrainedModel._load_pretrained_model = staticmethod(_load_pretrained_model)
+
+
+def unhook() -> None:
+    """Leaves transformers as it comes."""
+    if _ORIGINALS:
+        PreTrainedModel.post_init = _ORIGINALS["post_init"]
+        PreTrainedModel.set_attn_implementation = _ORIGINALS["set_attn_implementation"]
+        if "_load_pretrained_model" in _ORIGINALS:
+            PreTrainedModel._load_pretrained_model = staticmethod(
+                _ORIGINALS["_load_pretrained_model"]
+            )
+        _ORIGINALS.clear()
+
+
+def delta_of(
+    model: PreTrainedModel, config: Any | None = None, original: Any | None = None
+) -> Delta:
+    """The delta of a pruned model against what a plain config builds.
+
+    Args:
+        model: The pruned model.
+        config: The plain config; by default the model's own.
+        original: The config that ``config`` was rewritten from. Numbers of the model that are as
+            this one says are taken for leftovers that nothing reads.
+
+    Raises:
+        CheckpointError: A difference that the format cannot say.
+    """
+    config = plain_config(model.config if config is None else config)
+    skeleton = build_meta(type(model), config)
+    first, rewritten = None, frozenset()
+    if original is not None:
+        first = build_meta(type(model), plain_config(original))
+        rewritten = _rewritten(original, config)
+    shared = frozenset(id(each) for each in config_tree(model.config))
+    base = base_name(model)
+
+    def section(name: str, skip: str) -> Section:
+        return diff(
+            skeleton.get_submodule(name),
+            model.get_submodule(name),
+            skip=skip,
+            shared_configs=shared,
+            original=first and first.get_submodule(name),
+            rewritten=rewritten,
+        )
+
+    head = section("", base) if base else None
+    return Delta(
+        "transformers", transformers.__version__, sosp_hub.__version__, section(base, ""), head
+    )
+
+
+def build_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """Builds a model without data. The delta in its config, if any, is applied."""
+    with torch.device("meta"):
+        return build(model_class, config)
+
+
+def build(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """Builds a model on the device of the moment. The delta in its config, if any, is applied."""
+    with enabled():
+        return model_class(copy.deepcopy(config))
+
+
+def plain_config(config: Any) -> Any:
+    """A copy of the config without the delta."""
+    config = copy.deepcopy(config)
+    for each in config_tree(config):
+        vars(each).pop(KEY, None)
+    return config
+
+
+def config_tree(config: Any) -> Iterator[Any]:
+    """A config and the configs inside it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, transformers.PreTrainedConfig):
+            yield from config_tree(value)
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """Name of the child that holds the base model; empty where the model is its own base."""
+    prefix = model.base_model_prefix
+    inner = model._modules.get(prefix) if prefix else None
+    return prefix if isinstance(inner, PreTrainedModel) else ""
+
+
+def _rewritten(old: Any, new: Any) -> frozenset[tuple[str, Any]]:
+    """Keys, with their old values, that two configs of one tree say differently."""
+    return frozenset(
+        (key, value)
+        for a, b in zip(config_tree(old), config_tree(new), strict=True)
+        for key, value in vars(a).items()
+        if isinstance(value, int) and vars(b).get(key) != value
+    )
+
+
+@contextlib.contextmanager
+def enabled() -> Iterator[None]:
+    """Hooks on for the time being, whatever the switch says."""
+    was_on = bool(_ORIGINALS)
+    hook()
+    try:
+        yield
+    finally:
+        if not was_on:
+            unhook()
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Hooks on, and models without a delta are checked as well, before memory is taken for them."""
+    token = _CHECKED.set(True)
+    try:
+        with enabled():
+            yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def _post_init(self: PreTrainedModel) -> None:
+    shrink(self)
+    _ORIGINALS["post_init"](self)
+
+
+def _set_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """Also tells modules that have their own copy of the config."""
+    _ORIGINALS["set_attn_implementation"](self, *args, **kwargs)
+    follow(self)
+
+
+def follow(model: nn.Module) -> None:
+    """Gives the attention implementation of each model to its modules' copies of the config."""
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        for child in _own_part(module):
+            config: Any = child.__dict__.get("config")
+            if type(config) is type(module.config) and config is not module.config:
+                config._attn_implementation_internal = module.config._attn_implementation_internal
+
+
+def _own_part(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules of a model that belong to no model inside it."""
+    for child in model.children():
+        if not isinstance(child, PreTrainedModel):
+            yield child
+            yield from _own_part(child)
+
+
+def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Refuses what would load a pruned checkpoint wrongly without a word."""
+    record = vars(model.config).get(KEY)
+    if record is not None:
+        config = kwargs.get("load_config", args[2] if len(args) > 2 else None)
+        if getattr(config, "ignore_mismatched_sizes", False):
+            raise CheckpointError(
+                "ignore_mismatched_sizes=True fills every tensor of another size with random "
+                "numbers; load the pruned model without it, and replace its head afterwards"
+            )
+        if not any(getattr(module, APPLIED, False) for module in model.modules()):
+            base = record.get("base", {}).get("class") if isinstance(record, dict) else None
+            raise CheckpointError(
+                f"the checkpoint holds a pruned {base}, "
+                f"which a {type(model).__name__} does not contain"
+            )
+    loaded = _ORIGINALS["_load_pretrained_model"](model, *args, **kwargs)
+    if record is not None or _CHECKED.get():
+        _refuse_invented(model, loaded[0])
+    return loaded
+
+
+def _refuse_invented(model: nn.Module, info: Any) -> None:
+    """Stops before transformers makes the tensors that the files do not hold, however large."""
+    for name, held, built in sorted(info.mismatched_keys):
+        raise CheckpointError(
+            f"tensor {name!r}: the files hold {list(held)}, the config builds {list(built)}"
+        )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    missing = {name: sizes.get(name, 0) for name in info.missing_keys if name not in tied}
+    if sum(missing.values()) > sum(sizes.values()) / 2:
+        largest = max(missing, key=lambda name: missing[name])
+        raise CheckpointError(
+            f"tensor {largest!r}: the config builds {missing[largest]:,} numbers, no file holds "
+            f"them; more than half of the model is missing"
+        )
+
+
+if hooks.is_enabled():
+    hook()

@@ -1,0 +1,184 @@
+"""The plain config that says everything, where there is one.
+
+A candidate config is the model's own with one number changed to what the cut suggests; it is kept
+when it leaves fewer differences. The result counts only with no difference left, and with the same
+output.
+"""
+
+import copy
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from sosp_hub.checkpoint.format.modules import own_config, plain_attributes
+from sosp_hub.checkpoint.format.record import Delta, Section
+from sosp_hub.checkpoint.transformers import load as adapter
+from sosp_hub.errors import CheckpointError
+
+_MOST_BUILDS = 64
+
+_REFUSALS = (
+    *(ArithmeticError, AttributeError, CheckpointError, LookupError, RuntimeError),
+    *(StrictDataclassError, TypeError, ValueError),
+)
+"""What building a model from a config that makes no sense can raise."""
+
+_Pair = tuple[int, int]
+"""A size before and after the cut."""
+
+
+def best_skeleton(model: PreTrainedModel) -> tuple[Any, Delta]:
+    """The config, among those that the model and its modules hold, that leaves the smallest delta.
+
+    Raises:
+        CheckpointError: None of them builds a model that this one could be cut from.
+    """
+    found: list[tuple[int, Any, Delta]] = []
+    failed: Exception | None = None
+    for config in _configs(model):
+        try:
+            delta = adapter.delta_of(model, config)
+        except _REFUSALS as error:
+            failed = failed or error
+            continue
+        if delta.empty:
+            return adapter.plain_config(config), delta
+        found.append((_num_entries(delta), config, delta))
+    if not found:
+        raise CheckpointError(
+            f"{type(model).__name__}: no config builds its skeleton ({failed})"
+        ) from failed
+    _, config, delta = min(found, key=lambda each: each[0])
+    return adapter.plain_config(config), delta
+
+
+def uniform_config(model: PreTrainedModel, config: Any, delta: Delta) -> Any | None:
+    """A config that leaves no difference at all, or None.
+
+    Args:
+        model: The pruned model.
+        config: The best config so far.
+        delta: What it leaves.
+    """
+    original, left, builds = config, _num_entries(delta), 0
+    while left:
+        skeleton = adapter.build_meta(type(model), config)
+        pairs = _pairs(skeleton, adapter.base_name(model), delta)
+        if pairs is None:
+            return None
+        for position, key, value in _suggestions(config, pairs):
+            builds += 1
+            if builds > _MOST_BUILDS:
+                return None
+            try:
+                candidate = _with(config, position, key, value)
+                delta = adapter.delta_of(model, candidate, original)
+            except _REFUSALS:
+                continue
+            if _num_entries(delta) < left:
+                config, left = candidate, _num_entries(delta)
+                break
+        else:
+            return None
+    return config
+
+
+def _configs(model: PreTrainedModel) -> Iterator[Any]:
+    seen = {id(model.config)}
+    yield model.config
+    others = Counter[int]()
+    by_id: dict[int, Any] = {}
+    for module in model.modules():
+        config = own_config(module)
+        if type(config) is type(model.config) and id(config) not in seen:
+            others[id(config)] += 1
+            by_id[id(config)] = config
+    for key, _ in others.most_common(2):
+        yield by_id[key]
+
+
+def _num_entries(delta: Delta) -> int:
+    return delta.base.num_entries + (delta.head.num_entries if delta.head else 0)
+
+
+def all_pairs(skeleton: nn.Module, base: str, delta: Delta) -> Iterator[_Pair]:
+    """Every size that differs, as the skeleton has it and as the model has it."""
+    for section, root in _sections(skeleton, base, delta):
+        for _, _, old, new in _changes(section, root):
+            yield old, new
+
+
+def _pairs(skeleton: nn.Module, base: str, delta: Delta) -> Counter[_Pair] | None:
+    """Sizes before and after, with how often; None where layers of one pattern differ."""
+    pairs = Counter[_Pair]()
+    seen: dict[str, set[_Pair]] = defaultdict(set)
+    for section, root in _sections(skeleton, base, delta):
+        if section.replaced or section.biases:
+            return None
+        for name, key, old, new in _changes(section, root):
+            seen[re.sub(r"\d+", "*", f"{name}.{key}")].add((old, new))
+            pairs[old, new] += 1
+        gone = Counter(name.rpartition(".")[0] for name in section.dropped)
+        for parent, num in gone.items():
+            size = len(root.get_submodule(parent)._modules)
+            pairs[size, size - num] += num
+    return None if any(len(each) > 1 for each in seen.values()) else pairs
+
+
+def _sections(skeleton: nn.Module, base: str, delta: Delta) -> Iterator[tuple[Section, nn.Module]]:
+    yield delta.base, skeleton.get_submodule(base)
+    if delta.head is not None:
+        yield delta.head, skeleton
+
+
+def _changes(section: Section, root: nn.Module) -> Iterator[tuple[str, str, int, int]]:
+    for name, values in section.modules.items():
+        before = plain_attributes(root.get_submodule(name))
+        for key, value in values.items():
+            yield from _zip(name, key, before[key], value)
+    for name, values in section.configs.items():
+        before = vars(own_config(root.get_submodule(name)))
+        for key, value in values.items():
+            yield from _zip(name, key, before[key], value)
+    for name, shape in section.tensors.items():
+        owner, _, key = name.rpartition(".")
+        was = getattr(root.get_submodule(owner), key).shape
+        for dim, size in enumerate(shape):
+            if size is not None:
+                yield owner, f"{key}[{dim}]", was[dim], size
+
+
+def _zip(name: str, key: str, old: Any, new: Any) -> Iterator[tuple[str, str, int, int]]:
+    old, new = (value if isinstance(value, tuple | list) else (value,) for value in (old, new))
+    for i, (was, now) in enumerate(zip(old, new, strict=True)):
+        if isinstance(was, int) and isinstance(now, int) and was != now:
+            yield name, f"{key}[{i}]", was, now
+
+
+def _suggestions(config: Any, pairs: Counter[_Pair]) -> Iterator[tuple[int, str, int]]:
+    """Which number of which config could say the sizes, themselves or in proportion."""
+    support = Counter[tuple[int, str, int]]()
+    for position, each in enumerate(adapter.config_tree(config)):
+        for key, value in vars(each).items():
+            if type(value) is not int or value < 2 or key.startswith("_") or key.endswith("_id"):
+                continue
+            for (old, new), num in pairs.items():
+                if old == value:
+                    support[position, key, new] += 2 * num
+                elif old % value == 0 and (value * new) % old == 0 and value * new // old > 0:
+                    support[position, key, value * new // old] += num
+    for suggestion, _ in support.most_common():
+        yield suggestion
+
+
+def _with(config: Any, position: int, key: str, value: int) -> Any:
+    config = copy.deepcopy(config)
+    each = list(adapter.config_tree(config))[position]
+    setattr(each, key, value)
+    type(config).from_dict(config.to_dict())  # the checks of a config that is read from a file
+    return config

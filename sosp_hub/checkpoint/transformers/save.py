@@ -1,0 +1,138 @@
+"""Writes a transformers model: config, weights, generation config; proves what they build."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import PreTrainedModel
+
+from sosp_hub.checkpoint.format import proof
+from sosp_hub.checkpoint.format.record import KEY, Delta, Section, parse_delta
+from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.transformers import load as adapter
+from sosp_hub.checkpoint.transformers import native
+from sosp_hub.checkpoint.transformers.ship import ship
+from sosp_hub.errors import CheckpointError
+
+
+def write(
+    model: PreTrainedModel, folder: Path, *, max_shard_size: int | str, ship_code: bool
+) -> None:
+    """Writes the model into a folder that holds no other weights.
+
+    Raises:
+        CheckpointError: The files would not build the model again.
+    """
+    config, delta = describe(model)
+    state = _state(model, delta)
+    _check_loud(model, config, delta, state)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    config.architectures, config.dtype = model.config.architectures, model.config.dtype
+    if not delta.empty:
+        setattr(config, KEY, delta.to_json())
+    config.save_pretrained(folder)
+    if ship_code and not delta.empty:
+        ship(model, folder)
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Writes the delta of a pruned model into its own config.
+
+    Then whatever saves the model by itself, as ``Trainer`` does, writes a checkpoint that loads.
+
+    Raises:
+        CheckpointError: What the delta builds differs from the model.
+    """
+    _, delta = describe(model, uniform=False)
+    vars(model.config).pop(KEY, None)
+    if not delta.empty:
+        setattr(model.config, KEY, delta.to_json())
+
+
+def describe(model: PreTrainedModel, *, uniform: bool = True) -> tuple[Any, Delta]:
+    """The config and the delta that build this model again.
+
+    Args:
+        model: The pruned model.
+        uniform: Look for a config that needs no delta.
+
+    Raises:
+        CheckpointError: What they build differs from the model.
+    """
+    config, delta = native.best_skeleton(model)
+    inputs = made_up_inputs(model)
+    if uniform and inputs is not None:
+        plain = dataclasses.replace(delta, base=Section(delta.base.cls), head=None)
+        found = native.uniform_config(model, config, delta)
+        rebuilt = None if found is None else _rebuild(model, found, plain)
+        if rebuilt is not None and not proof.changed_buffers(rebuilt, model):
+            proof.adopt(rebuilt, model)
+            if proof.same_output(rebuilt, model, inputs):
+                return found, plain
+    delta = parse_delta(json.loads(json.dumps(delta.to_json())))  # what a reader will see
+    rebuilt = _rebuild(model, config, delta)
+    if buffers := proof.changed_buffers(rebuilt, model):
+        delta = _with_buffers(model, delta, buffers)
+        rebuilt = _rebuild(model, config, delta)
+    proof.check_tensors(rebuilt, _state(model, delta))
+    proof.adopt(rebuilt, model)
+    if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
+        raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
+    return config, delta
+
+
+def _rebuild(model: PreTrainedModel, config: Any, delta: Delta) -> PreTrainedModel:
+    config = adapter.plain_config(config)
+    if not delta.empty:
+        setattr(config, KEY, delta.to_json())
+    with proof.without_data(), no_init_weights(), adapter.enabled():
+        return type(model)(config)
+
+
+def _state(model: PreTrainedModel, delta: Delta) -> dict[str, Tensor]:
+    """The model's tensors, changed buffers, and an empty tensor for modules that were taken out."""
+    state = dict(model.state_dict())
+    base = adapter.base_name(model)
+    buffers = dict(model.named_buffers())
+    for section, prefix in ((delta.base, base), (delta.head, "")):
+        if section is None:
+            continue
+        for name in section.buffers:
+            full = f"{prefix}.{name}".lstrip(".")
+            state[full] = buffers[full]
+        for name, one in section.replaced.items():
+            if one.tombstone is not None:
+                state[f"{prefix}.{name}.{one.tombstone}".lstrip(".")] = torch.empty(0)
+    return state
+
+
+def _with_buffers(model: PreTrainedModel, delta: Delta, buffers: list[str]) -> Delta:
+    prefix = adapter.base_name(model)
+    prefix = f"{prefix}." if prefix else ""
+    inner = tuple(name.removeprefix(prefix) for name in buffers if name.startswith(prefix))
+    outer = tuple(name for name in buffers if not name.startswith(prefix))
+    head = delta.head and dataclasses.replace(delta.head, buffers=outer)
+    return dataclasses.replace(
+        delta, base=dataclasses.replace(delta.base, buffers=inner), head=head
+    )
+
+
+def _check_loud(
+    model: PreTrainedModel, config: Any, delta: Delta, state: dict[str, Tensor]
+) -> None:
+    """A loader that does not know the delta must meet a tensor of another shape, and stop."""
+    if delta.empty:
+        return
+    skeleton = adapter.build_meta(type(model), adapter.plain_config(config)).state_dict()
+    if all(
+        name not in skeleton or skeleton[name].shape == tensor.shape
+        for name, tensor in state.items()
+    ):
+        raise CheckpointError(
+            f"{type(model).__name__}: the delta changes numbers but no size, so a loader without "
+            f"sosp_hub would load the model wrongly without a word; it cannot be saved"
+        )

@@ -1,0 +1,1 @@
+"""Files that other readers take: padded configs, torch.export, ONNX, GGUF."""

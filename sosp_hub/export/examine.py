@@ -1,0 +1,242 @@
+"""What a checkpoint holds, from its config and the headers of its weight files alone."""
+
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sosp_hub.checkpoint.fake import to_fake
+from sosp_hub.checkpoint.format import headers
+from sosp_hub.checkpoint.format.bounds import check_counts
+from sosp_hub.checkpoint.format.record import KEY, parse_delta
+from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.io import PLAN
+from sosp_hub.checkpoint.skeleton import as_checkpoint_error, build_skeleton, faults_of
+from sosp_hub.errors import CheckpointError, HubError
+from sosp_hub.export.readers import Reader, readers
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module with weights.
+
+    Attributes:
+        name: Its name in the model.
+        kind: Its class.
+        shape: Shape of its largest tensor.
+        dense_shape: Shape before pruning; None where the skeleton is not known.
+        params: Number of its parameters.
+        macs: Multiply-accumulates for one sample; None where the model could not be followed.
+        bytes: Its share of the weight files; 0 for what is tied to another module.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dense_shape: tuple[int, ...] | None
+    params: int
+    macs: int | None
+    bytes: int
+
+
+@dataclass
+class Findings:
+    """All that `examine` found.
+
+    Attributes:
+        source: Folder or hub id.
+        tier: Whether a plain config says all.
+        library: Who builds the model.
+        architecture: Model class, or timm architecture.
+        sample: Shapes of the one sample that ``macs`` are for.
+        totals: ``params``, ``macs``, ``bytes``; ``dense_params`` and ``dense_macs`` where known.
+        faults: Where config, delta and weights disagree.
+        readers: Who else loads it.
+        layers: Modules with weights.
+    """
+
+    source: str
+    tier: Literal["native", "delta", "weightless"]
+    library: str = ""
+    architecture: str = ""
+    sample: str = ""
+    totals: dict[str, int | None] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+
+
+def examine(path_or_id: str | Path, *, revision: str | None = None) -> Findings:
+    """Reads the config and the headers of the weights; of a hub model nothing else is fetched.
+
+    Raises:
+        CheckpointError: No checkpoint, or a config that builds nothing.
+        HubError: The hub cannot be reached, or has no such model.
+    """
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        if (folder / PLAN).is_file() and not (folder / headers.CONFIG).is_file():
+            return Findings(str(path_or_id), "weightless")
+        return _examine(str(path_or_id), folder, headers.read_tensors(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        tensors = _fetch(str(path_or_id), revision, Path(temporary))
+        return _examine(str(path_or_id), Path(temporary), tensors)
+
+
+def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHeader]) -> Findings:
+    config = headers.read_json(folder / headers.CONFIG)
+    check_counts(config, tensors)
+    is_timm = "architecture" in config and "model_type" not in config
+    args = config.get("model_args")
+    record = config.get(KEY) if not is_timm else isinstance(args, Mapping) and args.get("delta")
+    delta = parse_delta(record) if record else None
+    with as_checkpoint_error():
+        model = build_skeleton(folder, config, is_timm, dense=False).eval()
+        dense = build_skeleton(folder, config, is_timm, dense=True).eval() if delta else None
+    sample, macs, obstacle = _count_macs(model)
+    dense_macs = _count_macs(dense)[1] if dense is not None else {}
+    found = Findings(
+        source,
+        "delta" if delta else "native",
+        "timm" if is_timm else "transformers",
+        type(model).__name__,
+        sample,
+    )
+    found.faults = list(faults_of(model, tensors))
+    found.layers = list(_layers(model, dense, tensors, macs))
+    found.totals = {
+        "params": _num_params(model),
+        "macs": macs.get(""),
+        "bytes": sum(each.num_bytes for each in tensors.values()),
+    }
+    if dense is not None:
+        found.totals |= {"dense_params": _num_params(dense), "dense_macs": dense_macs.get("")}
+    found.readers = list(
+        readers(
+            model,
+            dense,
+            library="timm" if is_timm else "transformers",
+            num_bytes=found.totals["bytes"] or 0,
+            obstacle=obstacle,
+        )
+    )
+    return found
+
+
+def _count_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]:
+    """Shapes of one sample, multiply-accumulates for it by module, and why there are none.
+
+    ``""`` is the whole model.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _count_fake_macs(to_fake(model))
+
+
+def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]:
+    inputs = made_up_inputs(model)
+    if inputs is None:
+        return "", {}, "its config does not say how its inputs look"
+    named = inputs.items() if isinstance(inputs, dict) else [("input", each) for each in inputs]
+    sizes = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in named)
+    batch = next(value.shape[0] for _, value in named if isinstance(value, Tensor))
+    try:
+        experts = {torch.ops.aten._grouped_mm: _grouped_flops}
+        with FlopCounterMode(display=False, custom_mapping=experts) as counter:
+            model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    except Exception as error:  # noqa: BLE001 - code that reads values
+        (line, *_) = str(error).strip().splitlines() or [""]
+        return sizes, {}, f"{type(error).__name__}: {line}"
+    root = type(model).__name__
+    found = {
+        name.removeprefix(root).removeprefix("."): sum(flops.values()) // (2 * batch)
+        for name, flops in counter.get_flop_counts().items()
+        if name != "Global"
+    }
+    found[""] = sum(counter.get_flop_counts()["Global"].values()) // (2 * batch)
+    return sizes, found, None
+
+
+def _grouped_flops(rows: tuple[int, ...], weights: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Products of a mixture's experts: every row meets one expert."""
+    return 2 * rows[-2] * rows[-1] * weights[-1]
+
+
+def _layers(
+    model: nn.Module,
+    dense: nn.Module | None,
+    tensors: Mapping[str, headers.TensorHeader],
+    macs: Mapping[str, int],
+) -> Iterator[Layer]:
+    before = {} if dense is None else {name: tuple(p.shape) for name, p in dense.named_parameters()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    num_values = sum(math.prod(each.shape) for each in tensors.values())
+    # Bytes of a value, for tensors that the file has under another name.
+    item = sum(each.num_bytes for each in tensors.values()) / max(num_values, 1)
+    for name, module in model.named_modules():
+        own = {key: p for key, p in module._parameters.items() if p is not None and p.numel()}
+        if not own:
+            continue
+        full = {f"{name}.{key}".lstrip("."): p for key, p in own.items()}
+        largest = max(full, key=lambda key: full[key].numel())
+        yield Layer(
+            name,
+            type(module).__name__,
+            tuple(full[largest].shape),
+            before.get(largest),
+            sum(p.numel() for p in full.values()),
+            macs.get(name, 0) if macs else None,
+            sum(
+                tensors[key].num_bytes if key in tensors else round(p.numel() * item)
+                for key, p in full.items()
+                if key not in tied
+            ),
+        )
+
+
+def _num_params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _fetch(repo_id: str, revision: str | None, folder: Path) -> dict[str, headers.TensorHeader]:
+    """Puts the config of a hub model into a folder; headers of its weights by range requests."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
+
+    try:
+        path = hf_hub_download(repo_id, headers.CONFIG, revision=revision)
+        (folder / headers.CONFIG).write_bytes(Path(path).read_bytes())
+        metadata = get_safetensors_metadata(repo_id, revision=revision)
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo_id}: no such folder, and no hub id either") from error
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{repo_id}: holds no safetensors weights") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(
+            f"{repo_id}: no such folder here, and the hub does not give it ({error})"
+        ) from error
+    found = {}
+    for file, contents in metadata.files_metadata.items():
+        for name, info in contents.tensors.items():
+            start, end = info.data_offsets
+            shape = tuple(info.shape)
+            if end - start < 0 or math.prod(shape) < 0:
+                raise CheckpointError(f"{file}: tensor {name!r}: negative size")
+            found[name] = headers.TensorHeader(info.dtype, shape, end - start, file)
+    return found
+
+
+def group_layers(layers: list[Layer]) -> list[tuple[str, list[Layer]]]:
+    """Layers by the block they are in: what comes up to the last number of their names."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        block = re.match(r"(.*?\.\d+)\.", layer.name)
+        groups.setdefault(block.group(1) if block else layer.name, []).append(layer)
+    return list(groups.items())

@@ -1,0 +1,1 @@
+"""Reports for people: numbers, tables, figures, the card, the page, the terminal."""

@@ -1,0 +1,228 @@
+"""The model card: what a run's report says, and nothing that it does not say.
+
+The generated part stands between two markers. What a person writes outside of them stays, and so do
+metadata that a person has set.
+"""
+
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined, Template
+
+from sosp_hub.errors import HubError
+from sosp_hub.report.facts import (
+    Facts,
+    collect,
+    overall_metrics,
+    read_report,
+    scrub,
+    without_tokens,
+)
+from sosp_hub.report.figures import Picture, write_figures
+from sosp_hub.report.licence import copy_licence_files
+from sosp_hub.report.markers import fence, split_card
+from sosp_hub.report.methods import method
+from sosp_hub.report.snippets import (
+    Checkpoint,
+    load_snippet,
+    read_checkpoint,
+    run_snippet,
+    where_it_loads,
+)
+
+_PIPELINE_TAGS = {
+    "image-classification": "image-classification",
+    "text-classification": "text-classification",
+    "causal-lm": "text-generation",
+}
+_INHERITED = ("license", "license_name", "license_link", "language")
+_UNION = ("tags", "datasets", "metrics")
+
+
+def render_card(
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    figures: bool = True,
+    run: bool = True,
+) -> Path:
+    """Writes ``README.md`` and ``figures/`` into a model's folder, and the base's licence texts.
+
+    Args:
+        folder: A saved model with its ``sosp_report.json``.
+        repo_id: Where it will be published; the load snippet names the folder until that is known.
+        report: The report, where it is not in the folder.
+        figures: Draw the figures as well.
+        run: Run the load snippet on the folder first, so that the card shows lines that work.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        HubError: A folder without a model or report, a snippet that fails, or broken markers.
+    """
+    folder = Path(folder)
+    checkpoint = read_checkpoint(folder)
+    if report is None:
+        report = read_report(folder)
+    if report is None:
+        raise HubError(
+            f"{folder}: there is no sosp_report.json, so a card has nothing to state; "
+            "save it with sosp_hub.save_pretrained(model, folder, report=...), or write README.md "
+            "yourself"
+        )
+    facts = collect(report)
+    if run:
+        run_snippet(load_snippet(checkpoint, str(folder.resolve()), facts.task))
+    if facts.base_model:
+        copy_licence_files(facts.base_model, folder, facts.base_revision)
+    drawn = write_figures(report, folder) if figures else []
+    path = folder / "README.md"
+    old = path.read_text(encoding="utf-8") if path.is_file() else None
+    text = card_text(checkpoint, report, facts, drawn, repo_id or folder.resolve().name, old)
+    temporary = path.with_suffix(".md.part")
+    temporary.write_text(text, encoding="utf-8")
+    shutil.move(temporary, path)
+    return path
+
+
+def card_text(
+    checkpoint: Checkpoint,
+    report: Mapping[str, Any],
+    facts: Facts,
+    drawn: list[Picture],
+    address: str,
+    old: str | None = None,
+) -> str:
+    """The whole card; a person's own text and metadata in the ``old`` one survive."""
+    before, after, kept = split_card(old)
+    data = _merge(metadata(checkpoint, report, facts, address.rpartition("/")[2]), kept)
+    criterion = report.get("criterion") or {}
+    body = _template("card.md.jinja").render(
+        title=address.rpartition("/")[2],
+        facts=facts,
+        note=notes(facts, data),
+        snippet=load_snippet(checkpoint, address, facts.task),
+        where=where_it_loads(checkpoint),
+        pictures=drawn,
+        criterion=criterion,
+        options=", ".join(f"{k}: {v}" for k, v in (criterion.get("options") or {}).items()),
+        method=method(str(criterion.get("name")), criterion.get("options") or {}),
+        recovery=_recovery(report),
+        calibration=_calibration(report.get("calibration") or {}),
+        has_report=(checkpoint.folder / "sosp_report.json").is_file(),
+    )
+    text = f"{before}{without_tokens(fence(body, address))}{after}"
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
+
+
+def metadata(
+    checkpoint: Checkpoint, report: Mapping[str, Any], facts: Facts, model_name: str
+) -> ModelCardData:
+    """What the hub reads: only what the report or the base model's own card states."""
+    base = report.get("base") or {}
+    final = (report.get("metrics") or {}).get("final") or {}
+    names = [name for name in overall_metrics({"final": final}) if name != "loss"]
+    task = _PIPELINE_TAGS.get(facts.task or "")
+    tags = ["sosp_hub", "pruned", "structured-pruning"]
+    if (report.get("criterion") or {}).get("name"):
+        tags.append(str(report["criterion"]["name"]).replace("_", "-"))
+    if checkpoint.library == "timm":
+        tags.append("timm")
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=facts.data_id or facts.data_words,
+            dataset_name=facts.data_words,
+            dataset_split=facts.test_split,
+            metric_type=name,
+            metric_value=round(final[name]["value"], 6),
+            metric_name=name.replace("_", " "),
+        )
+        for name in names
+        if task and facts.data_words
+    ]
+    return ModelCardData(
+        library_name=checkpoint.library_name,
+        pipeline_tag=base.get("pipeline_tag") or task,
+        base_model=facts.base_model,
+        **({"base_model_relation": "finetune"} if facts.base_model else {}),
+        **{key: base[key] for key in _INHERITED if base.get(key)},
+        datasets=[facts.data_id] if facts.data_id else None,
+        metrics=names or None,
+        tags=tags,
+        model_name=model_name if results else None,
+        eval_results=results or None,
+    )
+
+
+def notes(facts: Facts, data: ModelCardData) -> list[str]:
+    """What a reader has to be told because it is not known."""
+    found = []
+    if data.get("license") is None:
+        reason = (
+            "no card of its base model was found that names one"
+            if facts.base_model
+            else "no licence was set"
+        )
+        found.append(
+            f"The licence of this model is unknown: {reason}. "
+            "Set `license:` at the top of this file."
+        )
+    if facts.local_base and data.get("base_model") is None:
+        found.append(
+            "The base model was loaded from a local folder, so it is not named. "
+            "If it is on the hub, set `base_model: NAMESPACE/NAME` at the top of this file."
+        )
+    return found
+
+
+def _merge(made: ModelCardData, kept: Mapping[str, Any]) -> ModelCardData:
+    """Generated metadata over a person's own; licence and language are the person's to decide."""
+    data = dict(kept)
+    old_name = data.pop("model_name", None)
+    for key, value in made.__dict__.items():
+        if value is None or (key in _INHERITED and data.get(key) is not None):
+            continue
+        if key in _UNION:
+            mine = data.get(key) or []
+            value = list(dict.fromkeys([*([mine] if isinstance(mine, str) else mine), *value]))
+        data[key] = value
+    data.setdefault("model_name", old_name)
+    return ModelCardData(**data)
+
+
+def _recovery(report: Mapping[str, Any]) -> str:
+    steps = []
+    if (report.get("metrics") or {}).get("recalibrated"):
+        steps.append("its normalisation statistics were re-estimated on the calibration data")
+    if report.get("history"):
+        steps.append("it was fine-tuned on the training data")
+    return ", and ".join(steps)
+
+
+def _calibration(calibration: Mapping[str, Any]) -> str:
+    words = []
+    if calibration.get("num_samples"):
+        words.append(f"{calibration['num_samples']:,} samples")
+    if calibration.get("data"):
+        words.append(f"of {scrub(str(calibration['data']))}")
+    if drawn := calibration.get("drawn_labels"):
+        words.append(f"with {drawn} label{'s' * (drawn > 1)} drawn from the model for each")
+    if calibration.get("seed") is not None:
+        words.append(f"(seed {calibration['seed']})")
+    return " ".join(words)
+
+
+@cache
+def _template(name: str) -> Template:
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    return environment.from_string((files("sosp_hub.report") / name).read_text(encoding="utf-8"))

@@ -1,0 +1,232 @@
+"""The files of an expansion: table, plots and a page."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sosp_hub.report.facts import format_metric, is_share
+from sosp_hub.report.figures import CUT, KEPT, MUTED, Picture, bare, new_figure
+from sosp_hub.report.page import Grid, Part, render_page
+from sosp_hub.report.study_numbers import RULE, Compared, Spread
+
+VARIANTS = ("base", "bottlenecks widened", "all widened")
+_COLOURS = dict(zip(VARIANTS, (MUTED, CUT, KEPT), strict=True))
+_MARKERS = dict(zip(VARIANTS, "soD", strict=True))
+
+
+def write_expansion(results: Mapping[str, Any], folder: Path, *, figures: bool = True) -> None:
+    """Writes ``results.json``, ``table.md``, the figures and ``report.html``.
+
+    Args:
+        results: Rows, and what was found with each seed.
+        folder: Is there, and empty.
+        figures: Draw the figures, and the page that shows them.
+    """
+    compared = Compared(results)
+    differences = [each.record() for each in _differences(compared)]
+    whole = {**results, "summary": compared.summary(), "differences": differences}
+    (folder / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
+    drawn = _pictures(compared) if figures else []
+    for picture in drawn:
+        picture.save(folder / f"{picture.name}.png")
+    grid = _grid(compared)
+    lines = [grid.head, ("---", "---", *("--:",) * (len(grid.head) - 2)), *grid.rows]
+    words = list(_words(compared))
+    parts = [
+        f"# Expand-pruning of {results['model']}",
+        "\n".join(f"| {' | '.join(line)} |" for line in lines),
+        "\n".join(f"- {point}" for point in words),
+        *(f"![{picture.title}]({picture.name}.png)" for picture in drawn),
+    ]
+    if results["command"]:
+        parts.append(f"```\n{results['command']}\n```")
+    (folder / "table.md").write_text("\n\n".join(parts) + "\n")
+    if figures:
+        page = render_page(
+            title=folder.name,
+            headline=words[0],
+            tiles=(),
+            tables=(grid,),
+            drawn=drawn,
+            parts=[
+                Part("What was found", tuple(words[1:])),
+                Part("Reproduce it", code=f"{results['command']}\n\n{results['recipe']}".strip()),
+            ],
+        )
+        (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def brief(results: Mapping[str, Any], output: Path) -> None:
+    """Prints the table and the files."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    grid = _grid(Compared(results))
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    for number, name in enumerate(grid.head):
+        table.add_column(name, justify="right" if number > 1 else "left", overflow="fold")
+    for row in grid.rows:
+        table.add_row(*row)
+    console.print(table)
+    console.out(f"{output}/", style="bold", highlight=False)
+    for path in sorted(output.iterdir()):
+        console.out(f"  {path.name}{'/' * path.is_dir()}", highlight=False)
+
+
+def _grid(compared: Compared) -> Grid:
+    name = compared.metrics[0]
+    titles = [title for _, title in compared.stages]
+    head = ("budget", "model", "parameters", "trained", "left", "MACs", *titles)
+    rows = [
+        (
+            budget,
+            variant,
+            _mean(_cost(compared, variant, budget, "before", "params")),
+            _shown(name, compared.metric(variant, budget, "dense", name)),
+            _mean(_cost(compared, variant, budget, "after", "params")),
+            _mean(_cost(compared, variant, budget, "after", "macs")),
+            *(
+                _shown(name, compared.metric(variant, budget, stage, name))
+                for stage, _ in compared.stages
+            ),
+        )
+        for budget in compared.budgets
+        for variant in VARIANTS
+    ]
+    return Grid(f"{name.replace('_', ' ')} at the same cost", head, tuple(rows))
+
+
+def _cost(compared: Compared, variant: str, budget: str, when: str, what: str) -> Spread:
+    found = compared.of(variant, budget, lambda cell: cell["cost"][when][what])
+    assert found is not None
+    return found
+
+
+def _words(compared: Compared) -> Iterator[str]:
+    """What was widened, by how much, and which differences are real."""
+    results = compared.results
+    section, found = results["expand"], results["found"]
+    often: dict[str, int] = {}
+    for seed in found:
+        for name in seed["bottlenecks"]:
+            often[name] = often.get(name, 0) + 1
+    named = ", ".join(f"{name} ({number} of {len(found)})" for name, number in often.items())
+    yield (
+        f"Bottlenecks, of which a cut to {results['paper']} on paper takes less than "
+        f"{section['threshold']:g} times the share it takes of all structures, by seed: {named}."
+    )
+    factor = Spread(tuple(seed["factor"] for seed in found))
+    yield (
+        f"Widened {section['widen']:g} times ({section['init']}); with all layers "
+        f"{factor.mean:.3f} times as wide the model has as many parameters. All three models were "
+        "trained again as long, scored, and cut to what the base's share costs."
+    )
+    seeds = ", ".join(map(str, results["seeds"]))
+    many = len(results["seeds"]) > 1
+    yield f"Seeds {seeds}: " + (
+        f"± is the standard deviation over them. {RULE}"
+        if many
+        else "one seed has no spread, and nothing is claimed."
+    )
+    if many:
+        for each in _differences(compared):
+            claim = "larger than" if each.is_real else "within"
+            yield (
+                f"{each.budget}, {dict(compared.stages)[each.stage]}: {each.better} over "
+                f"{each.worse} {each}, {claim} the seed spread."
+            )
+
+
+def _differences(compared: Compared) -> Iterator[Any]:
+    stage = compared.stages[-1][0]
+    for budget in compared.budgets:
+        for other in (VARIANTS[0], VARIANTS[2]):
+            yield compared.difference(VARIANTS[1], other, budget, stage)
+
+
+def _pictures(compared: Compared) -> list[Picture]:
+    name = compared.metrics[0].replace("_", " ")
+    return [
+        Picture(
+            "parameters",
+            f"{name} over parameters",
+            "Mean over the seeds, bars are one standard deviation; hollow marks: before the cut.",
+            lambda: _draw_parameters(compared),
+        ),
+        Picture(
+            "ratios",
+            "Share of each layer that goes",
+            "The cut of the base on paper, mean over the seeds; what is below the line in a seed "
+            "is widened.",
+            lambda: _draw_ratios(compared),
+        ),
+    ]
+
+
+def _draw_parameters(compared: Compared) -> Figure:
+    name = compared.metrics[0]
+    figure = new_figure(6.4, 4.0)
+    axes = figure.subplots()
+    stage = compared.stages[-1][0]
+    for variant in VARIANTS:
+        style: dict[str, Any] = {"color": _COLOURS[variant], "marker": _MARKERS[variant]}
+        points = []
+        for budget in compared.budgets:
+            found = compared.metric(variant, budget, stage, name)
+            params = _cost(compared, variant, budget, "after", "params").mean
+            points.append((params, found.mean, found.std or 0.0))
+        x, y, spread = np.array(sorted(points)).T
+        axes.errorbar(x, y, yerr=spread, capsize=2, elinewidth=0.8, label=variant, **style)
+        dense = compared.metric(variant, compared.budgets[0], "dense", name)
+        before = _cost(compared, variant, compared.budgets[0], "before", "params").mean
+        axes.errorbar(
+            before, dense.mean, yerr=dense.std or 0.0, capsize=2, fillstyle="none", **style
+        )
+    if is_share(name):
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel("parameters")
+    axes.set_ylabel(name.replace("_", " "))
+    axes.legend(frameon=False)
+    bare(axes, grid="y")
+    return figure
+
+
+def _draw_ratios(compared: Compared) -> Figure:
+    found = compared.results["found"]
+    names = [group["name"] for group in found[0]["groups"]]
+    shares = np.array([[1 - g["kept"] / g["size"] for g in seed["groups"]] for seed in found])
+    often = [sum(name in seed["bottlenecks"] for seed in found) for name in names]
+    figure = new_figure(max(5.0, 1.5 + 0.28 * len(names)), 3.6)
+    axes = figure.subplots()
+    place = np.arange(len(names))
+    colours = [CUT if number else MUTED for number in often]
+    axes.bar(place, shares.mean(0), yerr=shares.std(0), color=colours, ecolor=MUTED, capsize=2)
+    limit = float(np.mean([seed["limit"] for seed in found]))
+    axes.axhline(limit, color=CUT, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_xticks(place, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("structures that go")
+    bare(axes, grid="y")
+    return figure
+
+
+def _shown(name: str, found: Spread) -> str:
+    shown = format_metric(name, found.mean)
+    if found.std is None:
+        return shown
+    if is_share(name):
+        return f"{shown.removesuffix(' %')} ± {100 * found.std:.1f} %"
+    return f"{shown} ± {found.std:.2g}"
+
+
+def _mean(found: Spread) -> str:
+    return f"{found.mean:,.0f}"

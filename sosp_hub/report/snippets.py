@@ -1,0 +1,159 @@
+"""The lines that load a published model, for its library and tier; run before they are printed."""
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sosp_hub.checkpoint.format.headers import read_tensors
+from sosp_hub.errors import CheckpointError, HubError
+from sosp_hub.types import Library
+
+Tier = Literal["native", "delta"]
+
+_AUTO = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+_REGISTERED_HERE = "cifar_resnet"  # timm knows these networks only once sosp_hub is imported
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder's own files say about the model in it."""
+
+    folder: Path
+    config: dict[str, Any]
+    library: Library
+    tier: Tier
+    has_tokenizer: bool
+    half: bool = False
+
+    @property
+    def library_name(self) -> str:
+        """What the hub is told: the library whose loader understands the files."""
+        return self.library if self.tier == "native" else "sosp_hub"
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads ``config.json``.
+
+    Raises:
+        HubError: A folder without one, or with one that is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise HubError(
+            f"{folder}: there is no config.json, so this is no saved model; "
+            "write the folder with sosp_hub.save_pretrained(model, folder)"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise HubError(f"{path}: not JSON ({error}); save the model again") from error
+    if not isinstance(config, dict):
+        raise HubError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    library: Library = "timm" if "architecture" in config else "transformers"
+    delta = "sosp_hub" in config or "delta" in (config.get("model_args") or {})
+    delta = delta or str(config.get("architecture")).startswith(_REGISTERED_HERE)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        library=library,
+        tier="delta" if delta else "native",
+        has_tokenizer=any((folder / name).is_file() for name in _TOKENIZER_FILES),
+        half=_is_half(folder),
+    )
+
+
+def _is_half(folder: Path) -> bool:
+    """Whether weights are in a 16-bit type, so that an input in float32 would not fit."""
+    try:
+        return any(tensor.dtype in {"F16", "BF16"} for tensor in read_tensors(folder).values())
+    except CheckpointError:  # no weights yet, or damaged ones, which running the lines will show
+        return False
+
+
+def load_snippet(checkpoint: Checkpoint, address: str, task: str | None) -> str:
+    """Python lines that load the model from ``address`` and run it once."""
+    imports, load = _loading(checkpoint, address, task)
+    use: list[str] = []
+    size = _image_size(checkpoint.config)
+    if checkpoint.library == "transformers" and checkpoint.has_tokenizer:
+        imports["transformers"] = (*imports.get("transformers", ()), "AutoTokenizer")
+        use += [f'tokenizer = AutoTokenizer.from_pretrained("{address}")']
+        use += ['inputs = tokenizer("The weather today is", return_tensors="pt")']
+        if task == "causal-lm":
+            use += ["tokens = model.generate(**inputs, max_new_tokens=20)"]
+            use += ["print(tokenizer.decode(tokens[0]))"]
+        else:
+            use += ["print(model(**inputs).logits)"]
+    elif size is not None:
+        imports["torch"] = ()
+        logits = ".logits" if checkpoint.library == "transformers" else ""
+        shape = ", ".join(map(str, (1, *size)))
+        shape += ", dtype=next(model.parameters()).dtype" if checkpoint.half else ""
+        use += [f"image = torch.zeros({shape})  # your image goes here"]
+        use += [f"print(model(image){logits}.argmax(-1))"]
+    first = [f"import {package}" for package, names in sorted(imports.items()) if not names]
+    first += [f"from {p} import {', '.join(names)}" for p, names in imports.items() if names]
+    return "\n".join([*first, "", load, *use])
+
+
+def where_it_loads(checkpoint: Checkpoint) -> str:
+    """A sentence on what a reader has to install."""
+    if checkpoint.tier == "native":
+        return (
+            f"It loads with {checkpoint.library} alone; `sosp_hub.from_pretrained` works as well. "
+            "Nothing in this repository runs code from it."
+        )
+    return (
+        "It needs `pip install sosp_hub`: a plain configuration cannot describe its layers. "
+        f"After `import sosp_hub`, {checkpoint.library}'s own loaders read it too. "
+        f"Without the package {checkpoint.library} stops with an error. "
+        "Nothing in this repository runs code from it."
+    )
+
+
+def run_snippet(snippet: str) -> None:
+    """Runs the lines that a card is about to show.
+
+    Raises:
+        HubError: They fail; the card would mislead.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(snippet, "<load snippet of the card>", "exec"), {})
+    except Exception as error:  # whatever the lines raise is what a reader would see
+        raise HubError(
+            f"the load snippet of the card does not run: {type(error).__name__}: {error}\n"
+            f"The lines were:\n{snippet}"
+        ) from error
+
+
+def _loading(
+    checkpoint: Checkpoint, address: str, task: str | None
+) -> tuple[dict[str, tuple[str, ...]], str]:
+    """Packages with the names to import from them, and the line that loads."""
+    if checkpoint.tier == "native" and checkpoint.library == "timm":
+        prefix = "local-dir" if Path(address).is_dir() else "hf-hub"
+        line = f'model = timm.create_model("{prefix}:{address}", pretrained=True).eval()'
+        return {"timm": ()}, line
+    if checkpoint.tier == "native" and task in _AUTO:
+        line = f'model = {_AUTO[task]}.from_pretrained("{address}").eval()'
+        return {"transformers": (_AUTO[task],)}, line
+    return {"sosp_hub": ()}, f'model = sosp_hub.from_pretrained("{address}").eval()'
+
+
+def _image_size(config: dict[str, Any]) -> tuple[int, int, int] | None:
+    size = (config.get("pretrained_cfg") or {}).get("input_size")
+    if isinstance(size, list) and len(size) == 3:
+        return size[0], size[1], size[2]
+    pixels = config.get("image_size")
+    if isinstance(pixels, int):
+        return config.get("num_channels", 3), pixels, pixels
+    return None

@@ -1,0 +1,292 @@
+"""The files of a comparison: tables, plots and a page."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sosp_hub.report.facts import format_metric, is_share
+from sosp_hub.report.page import Grid, Part, render_page
+from sosp_hub.report.study_figures import comparison_pictures
+from sosp_hub.report.study_numbers import RULE, Compared, Difference, Spread
+
+
+def write_comparison(results: Mapping[str, Any], folder: Path, *, figures: bool = True) -> None:
+    """Writes ``results.json``, ``results.csv``, ``table.md``, ``report.html`` and the figures.
+
+    Args:
+        results: Cells, and what belongs to a criterion or a seed.
+        folder: Is there, and empty.
+        figures: Draw the figures, and the page that shows them.
+    """
+    compared = Compared(results)
+    whole = {
+        **results,
+        "summary": compared.summary(),
+        "differences": [found.record() for found in compared.differences()],
+    }
+    (folder / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / "results.csv").write_text(_csv(compared))
+    pictures = comparison_pictures(compared) if figures else []
+    for picture in pictures:
+        picture.save(folder / f"{picture.name}.png")
+    (folder / "table.md").write_text(_markdown(compared, [(p.name, p.title) for p in pictures]))
+    if figures:
+        page = render_page(
+            title=folder.name,
+            headline=_headline(compared),
+            tiles=(),
+            tables=_grids(compared),
+            drawn=pictures,
+            parts=[
+                Part("Which differences are larger than the seed spread", tuple(_words(compared))),
+                Part("How it was measured", tuple(_notes(compared))),
+                Part("Reproduce it", code=f"{results['command']}\n\n{results['recipe']}".strip()),
+            ],
+        )
+        (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def brief(results: Mapping[str, Any], output: Path) -> None:
+    """Prints a table for each budget and the files."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH
+    compared = Compared(results)
+    for grid in _grids(compared):
+        table = Table(title=grid.title, box=box.SIMPLE_HEAD, header_style="bold")
+        for number, name in enumerate(grid.head):
+            table.add_column(name, justify="right" if number else "left", overflow="fold")
+        for row in grid.rows:
+            table.add_row(*row)
+        console.print(table)
+    console.out(f"{output}/", style="bold", highlight=False)
+    for path in sorted(output.iterdir()):
+        console.out(f"  {path.name}", highlight=False)
+
+
+def _headline(compared: Compared) -> str:
+    results = compared.results
+    name, seeds = compared.metrics[0], results["seeds"]
+    return (
+        f"{len(compared.criteria)} criteria on {results['model']} at {len(compared.budgets)} "
+        f"budget{'s' * (len(compared.budgets) > 1)} with {len(seeds)} "
+        f"seed{'s' * (len(seeds) > 1)}; {name.replace('_', ' ')} of the dense model: "
+        f"{_shown(name, compared.dense(name))}."
+    )
+
+
+def _grids(compared: Compared) -> list[Grid]:
+    name = compared.metrics[0]
+    head = (
+        "criterion",
+        *(title for _, title in compared.stages),
+        "MACs",
+        "parameters",
+        "latency",
+        "scoring",
+        "peak memory",
+    )
+    return [
+        Grid(
+            f"{name.replace('_', ' ')} with a budget of {budget}",
+            head,
+            tuple(
+                (
+                    criterion,
+                    *(
+                        _shown(name, compared.metric(criterion, budget, stage, name))
+                        for stage, _ in compared.stages
+                    ),
+                    *(f"{compared.kept(criterion, budget, what).mean:.1%}" for what in _KEPT),
+                    _one(compared.of(criterion, budget, _latency_share), _percent),
+                    _one(compared.of(criterion, budget, _scoring_s), _seconds),
+                    _one(compared.of(criterion, budget, _peak_bytes), _megabytes),
+                )
+                for criterion in compared.ranked(budget)
+            ),
+        )
+        for budget in compared.budgets
+    ]
+
+
+_KEPT = ("macs", "params")
+_NAMED = 4  # criteria that are clearly behind a leader, the nearest; results.json has them all
+_UNEQUAL = 0.05  # share of the MACs, between criteria at one budget, that has to be said
+_WIDTH = 160  # of a table that is not shown in a terminal
+
+
+def _latency_share(cell: Mapping[str, Any]) -> float | None:
+    latency = cell["latency"]
+    return latency["after"]["seconds"] / latency["before"]["seconds"] if latency else None
+
+
+def _scoring_s(cell: Mapping[str, Any]) -> float | None:
+    return cell["scoring"]["seconds"]
+
+
+def _peak_bytes(cell: Mapping[str, Any]) -> float | None:
+    return cell["scoring"]["peak_bytes"]
+
+
+def _notes(compared: Compared) -> Iterator[str]:
+    results = compared.results
+    n = results["cells"][0]["metrics"][compared.stages[0][0]][compared.metrics[0]]["n"]
+    many = len(results["seeds"]) > 1
+    seeds = ", ".join(map(str, results["seeds"]))
+    spread = "± is the standard deviation over them" if many else "one seed has no spread"
+    yield f"Seeds {seeds}: {spread}. Each measurement is of {n:,} test samples or tokens."
+    yield (
+        "MACs, parameters and latency (one forward pass, measured in turn with the dense model): "
+        "the share that is left. Scoring: seconds and peak memory above what the process held."
+    )
+    for budget in compared.budgets:
+        macs = [compared.kept(criterion, budget, "macs").mean for criterion in compared.criteria]
+        if max(macs) - min(macs) > _UNEQUAL:
+            yield (
+                f"With {budget} the criteria keep from {min(macs):.0%} to {max(macs):.0%} of the "
+                "MACs: its table does not compare at equal cost, the plots over MACs do."
+            )
+    floors = sum(cell["floors"] > 0 for cell in results["cells"])
+    if floors:
+        yield (
+            f"In {floors} of {len(results['cells'])} cells a floor, a tie or rounding kept more of "
+            "some group than the scores alone."
+        )
+    latency = results["cells"][0]["latency"]
+    if latency:
+        on = latency["after"]
+        yield (
+            f"Latency on {on['hardware']}, {on['threads']} thread{'s' * (on['threads'] > 1)}, "
+            f"batch of {on['batch']}, {on['dtype']}."
+        )
+
+
+def _words(compared: Compared) -> Iterator[str]:
+    """A sentence for each budget and stage, and what compensation changes."""
+    yield RULE
+    if len(compared.results["seeds"]) == 1:
+        yield "There is one seed, so nothing is said about any difference."
+        return
+    for budget in compared.budgets:
+        for stage, title in compared.stages:
+            leads = compared.leads(budget, stage)
+            if leads:
+                yield f"{budget}, {title}: {_lead(leads)}"
+            changes = compared.compensations(budget, stage)
+            if changes:
+                against = "against the same without compensation"
+                yield f"{budget}, {title}, {against}: {_changes(changes)}."
+
+
+def _lead(leads: list[Difference]) -> str:
+    real = [f"{found.worse} ({found})" for found in leads if found.is_real]
+    near = [f"{found.worse} ({found})" for found in leads if not found.is_real]
+    parts = []
+    if real:
+        rest = f" and {len(real) - _NAMED} more" if len(real) > _NAMED else ""
+        parts.append(f"by more than the seed spread over {', '.join(real[:_NAMED])}{rest}")
+    if near:
+        parts.append(f"within the seed spread over {', '.join(near)}")
+    return f"{leads[0].better} leads {'; '.join(parts)}."
+
+
+def _changes(changes: list[Difference]) -> str:
+    return ", ".join(
+        f"{found.better} {found}{'' if found.is_real else ' (within the seed spread)'}"
+        for found in changes
+    )
+
+
+def _markdown(compared: Compared, figures: list[tuple[str, str]]) -> str:
+    parts = [f"# {compared.results['model']}", _headline(compared)]
+    for grid in _grids(compared):
+        lines = [grid.head, ("---", *("--:",) * (len(grid.head) - 1)), *grid.rows]
+        parts.append(f"## {grid.title[0].upper()}{grid.title[1:]}")
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    for title, points in (
+        ("Which differences are larger than the seed spread", _words(compared)),
+        ("How it was measured", _notes(compared)),
+    ):
+        parts.append(f"## {title}")
+        parts.append("\n".join(f"- {point}" for point in points))
+    parts += [f"![{title}]({name}.png)" for name, title in figures]
+    if compared.results["command"]:
+        parts.append(f"```\n{compared.results['command']}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _csv(compared: Compared) -> str:
+    """A row for each cell."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    measured = [(stage, name) for stage, _ in compared.stages for name in compared.metrics]
+    writer.writerow(
+        (
+            "criterion",
+            "budget",
+            "seed",
+            *(f"{name}_{stage}" for stage, name in measured),
+            *(f"{name}_dense" for name in compared.metrics),
+            *(f"{what}_{when}" for what in (*_KEPT, "bytes") for when in ("before", "after")),
+            "structures_before",
+            "structures_after",
+            "latency_before_s",
+            "latency_after_s",
+            "scoring_s",
+            "scoring_peak_bytes",
+        )
+    )
+    for cell in compared.results["cells"]:
+        latency, dense = cell["latency"], compared.results["dense"][str(cell["seed"])]
+        writer.writerow(
+            (
+                cell["criterion"],
+                cell["budget"],
+                cell["seed"],
+                *(cell["metrics"][stage][name]["value"] for stage, name in measured),
+                *(dense[name]["value"] for name in compared.metrics),
+                *(
+                    cell["cost"][when][what]
+                    for what in (*_KEPT, "bytes")
+                    for when in ("before", "after")
+                ),
+                cell["structures"]["before"],
+                cell["structures"]["after"],
+                *(latency[when]["seconds"] if latency else "" for when in ("before", "after")),
+                cell["scoring"]["seconds"],
+                cell["scoring"]["peak_bytes"],
+            )
+        )
+    return buffer.getvalue()
+
+
+def _shown(name: str, found: Spread) -> str:
+    shown = format_metric(name, found.mean)
+    if found.std is None:
+        return shown
+    if is_share(name):
+        return f"{shown.removesuffix(' %')} ± {100 * found.std:.1f} %"
+    return f"{shown} ± {found.std:.2g}"
+
+
+def _one(found: Spread | None, show: Any) -> str:
+    return "" if found is None else show(found.mean)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.0f} MB"

@@ -1,0 +1,336 @@
+"""What sizes must satisfy: one attribute for several axes, halves, products of attributes.
+
+Every size argument of the traced code gave a constraint ``expression == size of an axis``. For a
+choice of counts the
+constraints determine the attributes of the cut model. Constraints that fail for arbitrary counts
+are turned into ties
+(groups that keep equally many structures), or where that does not help their axes are pinned.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+from sosp_hub.structure.axes import (
+    Atom,
+    Axis,
+    Sum,
+    atoms,
+    is_fixed,
+    paired,
+    pin,
+    resolve,
+    size_of,
+    split,
+)
+from sosp_hub.structure.terms import Constraint
+from sosp_hub.structure.traced_int import Attribute, Op, attributes, evaluate, expr_atoms, solve
+
+Count = Callable[[Atom], int]
+
+_CLEAN_DRAWS = 8
+"""Small sizes agree by chance."""
+
+
+def solve_attributes(
+    constraints: Sequence[Constraint], count: Count
+) -> tuple[dict[Attribute, int], list[Constraint]]:
+    """Attribute values with ``count`` structures left, and the constraints that then fail.
+
+    What has several unknown attributes when nothing else is left to solve keeps all of them, or
+    all but one, at the values of the dense model; where that cannot be, it fails.
+    """
+    values: dict[Attribute, int] = {}
+    violated: list[Constraint] = []
+    waiting = list(constraints)
+    while waiting:
+        open_ones, waiting = waiting, []
+        for constraint in open_ones:
+            if attributes(constraint.expr) <= values.keys():
+                if not _holds(constraint, values, count):
+                    violated.append(constraint)
+                continue
+            found = solve(constraint.expr, size_of(constraint.axis, count), values, count)
+            if found is None:
+                waiting.append(constraint)
+            else:
+                values[found[0]] = found[1]
+                if not _holds(constraint, values, count):
+                    violated.append(constraint)
+        if len(waiting) == len(open_ones):
+            stuck = waiting.pop(0)
+            found = _keep_most(stuck, values, count)
+            if found is None:
+                violated.append(stuck)
+            else:
+                values.update(found)
+    return values, violated
+
+
+def _keep_most(
+    constraint: Constraint, values: Mapping[Attribute, int], count: Count
+) -> dict[Attribute, int] | None:
+    """Values of the unknown attributes of which at most one, rather a large one, is not dense."""
+    dense = {a: a.dense for a in attributes(constraint.expr) if a not in values}
+    if _holds(constraint, {**values, **dense}, count):
+        return dense
+    target = size_of(constraint.axis, count)
+    for free in sorted(dense, key=lambda a: (-a.dense, str(a))):
+        held = {attribute: value for attribute, value in dense.items() if attribute != free}
+        found = solve(constraint.expr, target, {**values, **held}, count)
+        if found is not None and _holds(constraint, {**values, **held, free: found[1]}, count):
+            return {**held, free: found[1]}
+    return None
+
+
+def _holds(constraint: Constraint, values: Mapping[Attribute, int], count: Count) -> bool:
+    return evaluate(constraint.expr, values, count) == size_of(constraint.axis, count)
+
+
+def settle(
+    constraints: Sequence[Constraint],
+    leaks: Iterable[tuple[object, str]],
+    comparisons: Sequence[Constraint] = (),
+    seed: int = 0,
+) -> dict[int, int]:
+    """Finds ties, pins and barred counts until everything holds for whatever counts are left.
+
+    Args:
+        constraints: What must hold; it gives the attributes of a cut model.
+        leaks: Expressions that the code uses as values, and where.
+        comparisons: What decides the way through the code, and must go on deciding it so.
+        seed: Of the counts that are tried.
+
+    Returns:
+        The representative of each tied atom (ids); atoms with one representative must keep equally
+        many structures.
+    """
+    representative: dict[int, int] = {}
+    relevant = _relevant(constraints)
+    _pin_leaks(relevant, leaks)
+    generator = random.Random(seed)
+
+    def find(number: int) -> int:
+        while representative.get(number, number) != number:
+            number = representative[number]
+        return number
+
+    _satisfy(relevant, find, representative, generator)
+    if bar_counts(_distinct(comparisons), relevant, find, generator):
+        _satisfy(relevant, find, representative, generator)
+    members = {atom.id for c in relevant for atom in (*atoms(c.axis), *expr_atoms(c.expr))}
+    return {number: find(number) for number in members}
+
+
+def _satisfy(
+    relevant: Sequence[Constraint],
+    find: Callable[[int], int],
+    representative: dict[int, int],
+    generator: random.Random,
+) -> None:
+    """Ties and pins until every constraint holds for counts drawn at random."""
+    clean = 0
+    while clean < _CLEAN_DRAWS:
+        draw: dict[int, int] = {}
+
+        def count(atom: Atom, draw: dict[int, int] = draw) -> int:
+            if atom.pinned:
+                return atom.size
+            return draw.setdefault(find(atom.id), generator.randint(1, atom.size))
+
+        _, violated = solve_attributes(relevant, count)
+        clean = 0 if violated else clean + 1
+        refined = [_refine(c, relevant, find, representative) for c in violated]
+        if any(refined):
+            continue
+        touched: set[int] = set()
+        for constraint in violated:
+            involved = _involved(constraint, relevant)
+            if touched.isdisjoint(find(atom.id) for atom in involved):
+                _repair(constraint, involved, find, representative)
+                touched |= {find(atom.id) for atom in involved}
+
+
+def bar_counts(
+    comparisons: Sequence[Constraint],
+    constraints: Sequence[Constraint],
+    find: Callable[[int], int],
+    generator: random.Random,
+) -> bool:
+    """Rules out, on the atoms, counts with which a comparison would come out otherwise.
+
+    A repeat factor may well become one where the code asks whether it is: both ways are right.
+
+    Returns:
+        Whether atoms were pinned, since no other count was left or several counts decide together.
+    """
+    pinned = False
+    live = {attribute for constraint in constraints for attribute in attributes(constraint.expr)}
+    for comparison in comparisons:
+        if _dead(comparison) and not attributes(comparison.expr) & live:
+            continue
+        bound = _bound(comparison, constraints)
+        involved = [a for c in (comparison, *bound) for a in (*atoms(c.axis), *expr_atoms(c.expr))]
+        asks_for_one = isinstance(comparison.expr, Op) and comparison.expr.right == 1
+        loose = {
+            find(atom.id): atom
+            for atom in involved
+            if not atom.pinned and not (asks_for_one and "copies" in atom.roles)
+        }
+
+        flips = partial(_flips, comparison, bound, find)
+        for number, atom in loose.items():
+            atom.barred |= {kept for kept in range(1, atom.size) if flips({number: kept})}
+        stuck = [atom for atom in loose.values() if len(atom.barred) == atom.size - 1]
+        left = {
+            number: [kept for kept in range(1, atom.size + 1) if kept not in atom.barred]
+            for number, atom in loose.items()
+        }
+        if any(
+            flips({number: generator.choice(counts) for number, counts in left.items()})
+            for _ in range(3 * (len(loose) > 1))
+        ):
+            stuck = list(loose.values())
+        for atom in stuck:
+            atom.pinned.setdefault(f"its size decides {comparison.where}")
+        pinned |= bool(stuck)
+    return pinned
+
+
+def _flips(
+    comparison: Constraint,
+    bound: Sequence[Constraint],
+    find: Callable[[int], int],
+    counts: Mapping[int, int],
+) -> bool:
+    def count(atom: Atom) -> int:
+        return atom.size if atom.pinned else counts.get(find(atom.id), atom.size)
+
+    return comparison in solve_attributes([*bound, comparison], count)[1]
+
+
+def _bound(comparison: Constraint, constraints: Sequence[Constraint]) -> list[Constraint]:
+    """The constraints that have a say in the attributes of a comparison."""
+    bound: list[Constraint] = []
+    wanted = attributes(comparison.expr)
+    rest = list(constraints)
+    while True:
+        found = [c for c in rest if attributes(c.expr) & wanted]
+        if not found:
+            return bound
+        bound += found
+        rest = [c for c in rest if not attributes(c.expr) & wanted]
+        wanted = wanted.union(*(attributes(c.expr) for c in found))
+
+
+def _relevant(constraints: Sequence[Constraint]) -> list[Constraint]:
+    """One of each kind that has to do with something cuttable, simple ones first."""
+    seen = _distinct(constraints)
+    live = {a for c in seen if not _dead(c) for a in attributes(c.expr)}
+    chosen = [c for c in seen if not _dead(c) or attributes(c.expr) & live]
+    return sorted(chosen, key=lambda c: not isinstance(c.expr, Attribute))
+
+
+def _distinct(constraints: Sequence[Constraint]) -> list[Constraint]:
+    seen: dict[tuple[object, ...], Constraint] = {}
+    for constraint in constraints:
+        key = (
+            _key(constraint.expr),
+            tuple(atom.id for atom in atoms(constraint.axis)),
+            size_of(constraint.axis),
+        )
+        seen.setdefault(key, constraint)
+    return list(seen.values())
+
+
+def _dead(constraint: Constraint) -> bool:
+    return is_fixed(constraint.axis) and all(atom.pinned for atom in expr_atoms(constraint.expr))
+
+
+def _key(expr: object) -> object:
+    if isinstance(expr, int | Attribute):
+        return expr
+    if hasattr(expr, "symbol"):
+        return (expr.symbol, _key(expr.left), _key(expr.right))  # type: ignore[attr-defined]
+    return tuple(atom.id for atom in atoms(expr))  # type: ignore[arg-type]
+
+
+def _pin_leaks(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, str]]) -> None:
+    for expr, where in leaks:
+        touched = list(expr_atoms(expr))  # type: ignore[arg-type]
+        for attribute in attributes(expr):  # type: ignore[arg-type]
+            touched += [
+                a for c in constraints if attribute in attributes(c.expr) for a in atoms(c.axis)
+            ]
+        for atom in touched:
+            atom.pinned.setdefault(f"the code in {where} computes with its size")
+
+
+def _refine(
+    constraint: Constraint,
+    all_of_them: Sequence[Constraint],
+    find: Callable[[int], int],
+    tied: dict[int, int],
+) -> bool:
+    """Ties two axes that the code calls equally long factor by factor; says whether it could.
+
+    An atom gets the borders of the other axis first: where ``reshape(B, N, C)`` puts heads and
+    their channels back into a stream of width C, the stream is cut by as many blocks as heads, and
+    by as many channels a block, each chosen on their own.
+    """
+    expr = constraint.expr
+    if isinstance(expr, Op):
+        left, size = expr.left, size_of(constraint.axis)
+        if expr.symbol != "//" or isinstance(left, int | Attribute | Op):
+            return False
+        whole = resolve(left)
+        if not isinstance(whole, Atom) or whole.pinned or whole.size % size:
+            return False
+        return 1 < size < whole.size and bool(split(whole, whole.size // size, ""))
+    if isinstance(expr, Attribute):
+        others: list[Axis] = [c.axis for c in all_of_them if c.expr == expr]
+    else:
+        others = [] if isinstance(expr, int) else [expr]
+    changed = False
+    for one, two in (pair for other in others for pair in paired(constraint.axis, other)):
+        if one is two or (one.pinned and two.pinned):
+            continue
+        if one.pinned or two.pinned:
+            pin(Sum((one, two)), f"its size is bound to others by {constraint.where}")
+            changed = True
+        elif find(one.id) != find(two.id):
+            tied[max(find(one.id), find(two.id))] = min(find(one.id), find(two.id))
+            changed = True
+    return changed
+
+
+def _repair(
+    constraint: Constraint,
+    involved: Sequence[Atom],
+    find: Callable[[int], int],
+    tied: dict[int, int],
+) -> None:
+    """Ties two equally long axes of a failing constraint, or pins it."""
+    fixed_sizes = {atom.size for atom in involved if atom.pinned}
+    loose = {find(atom.id): atom for atom in involved if not atom.pinned}
+    for one, two in itertools.combinations(loose, 2):
+        if loose[one].size == loose[two].size and loose[one].size not in fixed_sizes:
+            tied[max(one, two)] = min(one, two)
+            return
+    for atom in loose.values():
+        atom.pinned.setdefault(f"its size is bound to others by {constraint.where}")
+
+
+def _involved(constraint: Constraint, all_of_them: Sequence[Constraint]) -> list[Atom]:
+    wanted = attributes(constraint.expr)
+    found = [*atoms(constraint.axis), *expr_atoms(constraint.expr)]
+    for other in all_of_them:
+        if wanted and attributes(other.expr) & wanted and other is not constraint:
+            found += [*atoms(other.axis), *expr_atoms(other.expr)]
+    return found
+
+
+def attribute_values(constraints: Sequence[Constraint], count: Count) -> Mapping[Attribute, int]:
+    """Attribute values of a cut model."""
+    return solve_attributes(_relevant(constraints), count)[0]

@@ -1,0 +1,201 @@
+"""GGUF: one width per layer, read again by gguf's own reader and run by llama.cpp."""
+
+import contextlib
+
+import pytest
+import torch
+import transformers
+
+from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
+from sosp_hub.errors import CheckpointError, ModelError
+from sosp_hub.export.gguf import to_gguf
+from tests.checkpoint import cuts
+from tests.checkpoint.test_families import output
+from tests.compare import assert_close
+
+gguf = pytest.importorskip("gguf")
+TOKENS = torch.arange(3, 13)[None]
+
+
+def with_llama3_positions():
+    cls, _, cut = cuts.FAMILIES["llama"]
+    rope = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = cls(transformers.LlamaConfig(**{**cuts.GQA, "rope_parameters": rope})).eval()
+    cut(model)
+    return model
+
+
+def without_attention():
+    model = cuts.pruned("llama")
+    model.model.layers[1].self_attn = RemovedAttention(layer_idx=1)
+    return model
+
+
+def without_sliding_window():
+    model = cuts.pruned("mistral")
+    model.config.sliding_window = None
+    return model
+
+
+MODELS = {
+    "llama": lambda: cuts.pruned("llama"),
+    "llama3 positions": with_llama3_positions,
+    "removed attention": without_attention,
+    "mistral": without_sliding_window,
+    "qwen2": lambda: cuts.pruned("qwen2"),  # tied, with biases
+}
+
+
+def fields(reader):
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reader_finds_each_layers_own_size_and_every_weight(name, tmp_path):
+    model = MODELS[name]()
+    reader = gguf.GGUFReader(to_gguf(model, tmp_path / "small.gguf"))
+    found = fields(reader)
+    assert found["general.architecture"] == "deci"
+    assert found["deci.feed_forward_length"] == [38, 28, 19]
+    kv = 0 if name == "removed attention" else 1
+    assert found["deci.attention.head_count"] == [4, 2 * kv, 4]
+    assert found["deci.attention.head_count_kv"] == [2, kv, 2]
+    assert found["deci.vocab_size"] == 96
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    state = model.state_dict()
+    for i in range(3):
+        for part in ("gate", "up", "down"):
+            expected = state[f"model.layers.{i}.mlp.{part}_proj.weight"]
+            assert_close(tensors[f"blk.{i}.ffn_{part}.weight"], expected, relative=0)
+    expected = state["model.layers.0.self_attn.k_proj.weight"]
+    rows = [head * 8 + half * 4 + i for head in range(2) for i in range(4) for half in range(2)]
+    assert_close(tensors["blk.0.attn_k.weight"], expected[rows], relative=0)
+    assert ("output.weight" in tensors) == (name != "qwen2")
+
+
+def test_half_precision_stays(tmp_path):
+    model = cuts.pruned("llama").to(torch.bfloat16)
+    reader = gguf.GGUFReader(to_gguf(model, tmp_path / "small.gguf"))
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.ffn_up.weight"] == "BF16"
+    assert kinds["blk.0.ffn_norm.weight"] == "F32"
+
+
+@contextlib.contextmanager
+def llama_cpp_model(path, **options):
+    """A file as llama.cpp reads it, below the classes of its Python package."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    llama_cpp.llama_backend_init()
+    chosen = llama_cpp.llama_model_default_params()
+    for name, value in options.items():
+        setattr(chosen, name, value)
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), chosen)
+    assert model
+    yield llama_cpp, model
+    llama_cpp.llama_model_free(model)
+
+
+def llama_cpp_logits(path, tokens):
+    """Logits of every position, from llama.cpp."""
+    with llama_cpp_model(path) as (llama_cpp, model):
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_threads, options.flash_attn_type = 64, 1, 0
+        options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32
+        context = llama_cpp.llama_init_from_model(model, options)
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, True
+        assert llama_cpp.llama_decode(context, batch) == 0
+        rows = [llama_cpp.llama_get_logits_ith(context, i)[:96] for i in range(len(tokens))]
+        llama_cpp.llama_batch_free(batch)
+        llama_cpp.llama_free(context)
+    return torch.tensor(rows)
+
+
+def llama_cpp_tokens(path, text):
+    """A text's tokens, from llama.cpp."""
+    with llama_cpp_model(path, vocab_only=True) as (llama_cpp, model):
+        vocabulary, given = llama_cpp.llama_model_get_vocab(model), text.encode()
+        found = (llama_cpp.llama_token * len(given))()
+        num = llama_cpp.llama_tokenize(
+            vocabulary, given, len(given), found, len(given), False, True
+        )
+        return found[:num]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_the_same(name, tmp_path):
+    model = MODELS[name]()
+    found = llama_cpp_logits(to_gguf(model, tmp_path / "small.gguf"), TOKENS[0].tolist())
+    assert_close(found, output(model, {"input_ids": TOKENS})[0], relative=1e-4)
+
+
+def bpe(pre_tokenizer):
+    """A byte-level BPE of 96 tokens."""
+    from tokenizers import Tokenizer, decoders, models, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizer, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=92, special_tokens=["<|end|>"], show_progress=False)
+    core.train_from_iterator(["the cat sat on the mat and the hat"] * 4, trainer)
+    core.add_tokens(["<user>"])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
+
+
+def test_the_tokenizer_goes_along(tmp_path):
+    from tokenizers import pre_tokenizers as pre
+
+    split = pre.Sequence(
+        [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer = bpe(split)
+    path = to_gguf(cuts.pruned("llama"), tmp_path / "small.gguf", tokenizer)
+    found = fields(gguf.GGUFReader(path))
+    assert found["tokenizer.ggml.pre"] == "smollm"
+    tokens, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(kinds) == 96
+    for name, number in tokenizer.get_vocab().items():
+        assert tokens[number] == name
+    assert kinds[tokens.index("<|end|>")] == gguf.TokenType.CONTROL
+    assert kinds[tokens.index("<user>")] == gguf.TokenType.USER_DEFINED
+    assert kinds[95] == gguf.TokenType.UNUSED
+    assert found["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert found["tokenizer.ggml.merges"]
+    with pytest.raises(CheckpointError, match="Whitespace"):
+        to_gguf(cuts.pruned("llama"), tmp_path / "other.gguf", bpe(pre.Whitespace()))
+    text = "the cat and the hat sat<user>"
+    assert llama_cpp_tokens(path, text) == tokenizer.encode(text)
+
+
+def without_mlp():
+    model = cuts.pruned("llama")
+    model.model.layers[1].mlp = RemovedMlp()
+    return model
+
+
+def without_first_attention():
+    model = cuts.pruned("llama")
+    model.model.layers[0].self_attn = RemovedAttention(layer_idx=0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (without_mlp, CheckpointError, "layer 1 has attention alone"),
+        (without_first_attention, CheckpointError, "layer 0"),
+        (lambda: cuts.pruned("mistral"), CheckpointError, "sliding_window"),
+        (lambda: cuts.pruned("qwen3"), ModelError, "qwen3"),
+        (lambda: cuts.pruned_timm("test_vit"), ModelError, "VisionTransformer"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(make, kind, words, tmp_path):
+    with pytest.raises(kind, match=words):
+        to_gguf(make(), tmp_path / "small.gguf")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,162 @@
+"""Where a checkpoint loads without the package: every rule of another runtime, case by case."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import sosp_hub
+from sosp_hub.checkpoint.format.standins import RemovedAttention
+from sosp_hub.errors import SospHubError
+from sosp_hub.export.examine import examine
+from sosp_hub.export.gguf import to_gguf
+from sosp_hub.export.readers import readers
+from tests.checkpoint import cuts
+
+SIZES = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32,
+}  # fmt: skip
+
+
+def dense(family="Llama", **sizes):
+    with torch.device("meta"):
+        config = getattr(tf, f"{family}Config")(**{**SIZES, **sizes})
+        return getattr(tf, f"{family}ForCausalLM")(config)
+
+
+def narrow(model, width, layer=1):
+    """Another width of one MLP."""
+    mlp = model.model.layers[layer].mlp
+    for name, shape in (("gate_proj", (width, 256)), ("up_proj", (width, 256))):
+        setattr(mlp, name, nn.Linear(shape[1], shape[0], bias=False, device="meta"))
+    mlp.down_proj = nn.Linear(width, 256, bias=False, device="meta")
+
+
+def without_attention(model, layer):
+    model.model.layers[layer].self_attn = RemovedAttention(layer_idx=layer)
+
+
+# Sizes of the dense model, the cut, and what is said of a reader: loads, and words of the reason.
+CASES = {
+    "plain": ({}, None, {
+        "transformers": (True, "plain config"),
+        "vLLM": (None, "llama"),
+        "vLLM, tensor parallel 8": (None, "divide"),
+        "GGUF (llama.cpp)": (True, "to_gguf"),
+        "GGUF K-quants": (True, "256"),
+        "ONNX": (None, "to_onnx"),
+    }),
+    "one narrow layer": ({}, lambda m: narrow(m, 480), {
+        "transformers": (False, "import sosp_hub"),
+        "vLLM": (False, "model.layers.1.mlp.gate_proj is 480x256, model.layers.0.mlp.gate_proj is"),
+        "vLLM, tensor parallel 8": None,
+        "GGUF (llama.cpp)": (True, "deci"),
+        "GGUF K-quants": (False, "layers.1.mlp.down_proj have 480 values, no multiple of 256"),
+        "GGUF Q8_0, Q5_0, Q4_0": (True, "32"),
+    }),
+    "ragged rows": ({}, lambda m: narrow(m, 500), {
+        "vLLM, tensor parallel 4": None,
+        "vLLM, tensor parallel 8": (False, "model.layers.1.mlp.gate_proj has 500 neurons"),
+        "GGUF Q8_0, Q5_0, Q4_0": (False, "layers.1.mlp.down_proj have 500 values"),
+    }),
+    "odd neurons": ({"intermediate_size": 511}, None, {
+        "vLLM": (None, "llama"),
+        "vLLM, tensor parallel 2": (False, "model.layers.0.mlp.gate_proj has 511 neurons"),
+    }),
+    "all layers narrow": ({}, lambda m: (narrow(m, 256, 0), narrow(m, 256, 1)), {
+        "vLLM": (False, "model.layers.0.mlp.gate_proj is 256x256, the plain config says 512x256"),
+    }),
+    "six heads": ({"family": "Mistral", "num_attention_heads": 6, "num_key_value_heads": 3}, None, {
+        "vLLM, tensor parallel 2": (False, "model.layers.0.self_attn has 3 KV heads"),
+        "vLLM, tensor parallel 4": (False, "model.layers.0.self_attn has 6 heads"),
+    }),
+    "one KV head is copied": ({"num_key_value_heads": 1}, None, {
+        "vLLM, tensor parallel 8": (None, "divide"),
+    }),
+    "two KV heads are copied": ({"num_key_value_heads": 2}, None, {
+        "vLLM, tensor parallel 4": (None, "divide"),
+    }),
+    "attention taken out": ({}, lambda m: without_attention(m, 1), {
+        "vLLM": (False, "model.layers.1.self_attn was taken out"),
+        "GGUF (llama.cpp)": (True, "deci"),
+    }),
+    "first attention taken out": ({}, lambda m: without_attention(m, 0), {
+        "GGUF (llama.cpp)": (False, "layer 0, whose attention was taken out"),
+        "GGUF K-quants": None,
+    }),
+    "qwen3 cut": ({"family": "Qwen3"}, lambda m: narrow(m, 480), {
+        "GGUF (llama.cpp)": (False, "not qwen3"),
+    }),
+    "qwen3 plain": ({"family": "Qwen3"}, None, {
+        "GGUF (llama.cpp)": (None, "own script"),
+    }),
+    "smollm3 cut": ({"family": "SmolLM3", "pad_token_id": 0}, lambda m: narrow(m, 480), {
+        "GGUF (llama.cpp)": (False, "not smollm3"),
+    }),
+    "sliding window": ({"family": "Mistral", "sliding_window": 16}, lambda m: narrow(m, 480), {
+        "GGUF (llama.cpp)": (False, "sliding_window 16"),
+    }),
+    "experts": ({"family": "Mixtral", "intermediate_size": 500, "num_local_experts": 4}, None, {
+        "vLLM, tensor parallel 4": (None, "divide"),
+        "vLLM, tensor parallel 8": (False, "model.layers.0.mlp.experts has"),
+        "GGUF Q8_0, Q5_0, Q4_0": (False, "model.layers.0.mlp.experts have 500 values"),
+    }),
+}  # fmt: skip
+
+
+def said(model, skeleton, **given):
+    options = {"library": "transformers", "num_bytes": 1000, "obstacle": None, **given}
+    return {found.name: found for found in readers(model, skeleton, **options)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_constraint_and_the_first_layer_where_it_breaks(case):
+    sizes, cut, expected = CASES[case]
+    skeleton = dense(**sizes)
+    model = copy.deepcopy(skeleton)
+    if cut:
+        cut(model)
+    found = said(model, skeleton if cut else None)
+    for name, answer in expected.items():
+        if answer is None:
+            assert name not in found
+        else:
+            assert found[name].loads is answer[0]
+            assert answer[1] in found[name].why
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "loads", "words"),
+    [
+        ({"num_bytes": 2**31}, "ONNX", False, "2 GiB"),
+        ({"num_bytes": 2**31}, "torch.export", None, "to_archive"),
+        ({"obstacle": "its config"}, "ONNX", None, "without data: its config"),
+    ],
+)
+def test_exports(given, name, loads, words):
+    found = said(dense(), None, **given)[name]
+    assert found.loads is loads
+    assert words in found.why
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt2", "opt"])
+def test_gguf_is_promised_where_it_is_written(family, tmp_path):
+    pytest.importorskip("gguf")
+    model = cuts.pruned(family)
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    found = {each.name: each for each in examine(folder).readers}
+    try:
+        to_gguf(model, tmp_path / "small.gguf")
+        written = True
+    except SospHubError:
+        written = False
+    assert found["GGUF (llama.cpp)"].loads is written
+
+
+def test_what_generates_no_text_has_no_word_on_runtimes_of_text(tmp_path):
+    found = examine(sosp_hub.save_pretrained(cuts.pruned("vit"), tmp_path / "small"))
+    names = [each.name for each in found.readers]
+    assert names == ["transformers", "torch.export", "ONNX", "vLLM, GGUF"]

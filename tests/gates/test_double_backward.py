@@ -1,0 +1,172 @@
+"""Every rewritten operation equals PyTorch's own, up to the second derivative."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sosp_hub.double_backward import _REWRITES, CheapSecondDerivatives, pieces
+from tests.compare import assert_close
+
+
+def _random(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+_mask = torch.rand(5, 7) < 0.7
+_mask[:, 0] = True
+
+CASES = {
+    "conv1d": (F.conv1d, (2, 4, 9), lambda x: (x, _random(6, 2, 3), _random(6), 2, 1, 1, 2)),
+    "conv2d": (F.conv2d, (2, 4, 7, 6), lambda x: (x, _random(6, 4, 3, 2), _random(6), (2, 1), 1)),
+    "conv2d_depthwise": (
+        F.conv2d,
+        (2, 4, 6, 6),
+        lambda x: (x, _random(4, 1, 3, 3), None, 1, 2, 2, 4),
+    ),
+    "conv3d": (F.conv3d, (2, 2, 4, 5, 4), lambda x: (x, _random(3, 2, 2, 2, 2))),
+    "conv2d_same": (F.conv2d, (2, 4, 6, 6), lambda x: (x, _random(4, 4, 3, 3), None, 1, "same")),
+    "linear": (F.linear, (2, 3, 4), lambda x: (x, _random(5, 4), _random(5))),
+    "linear_one_row": (F.linear, (4,), lambda x: (x, _random(5, 4))),
+    "batch_norm": (
+        F.batch_norm,
+        (3, 4, 5),
+        lambda x: (x, _random(4), _random(4).square() + 0.1, _random(4), _random(4)),
+    ),
+    "batch_norm_plain": (F.batch_norm, (3, 4), lambda x: (x, _random(4), _random(4).square() + 1)),
+    "batch_norm_training": (
+        F.batch_norm,
+        (3, 4, 5),
+        lambda x: (x, None, None, _random(4), None, True),
+    ),
+    "layer_norm": (
+        F.layer_norm,
+        (2, 3, 5),
+        lambda x: (x, [5], _random(5), _random(5)),
+    ),
+    "layer_norm_plain": (F.layer_norm, (2, 3, 5), lambda x: (x, (3, 5))),
+    "gelu": (F.gelu, (3, 4), lambda x: (x,)),
+    "gelu_strided": (F.gelu, (5, 2, 6), lambda x: (x.transpose(0, 2),)),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), (3, 4), lambda x: (x,)),
+    "silu": (F.silu, (5, 12), lambda x: (x,)),
+    "relu": (F.relu, (3, 4), lambda x: (x,)),
+    "relu_inplace": (lambda x: F.relu(x * 2, inplace=True), (3, 4), lambda x: (x,)),
+    "relu6": (lambda x: F.relu6(x * 5), (9, 4), lambda x: (x,)),
+    "relu6_inplace": (lambda x: F.relu6(x * 5, inplace=True), (9, 4), lambda x: (x,)),
+    "silu_inplace": (lambda x: F.silu(x * 2, True), (3, 4), lambda x: (x,)),
+    "attention": (
+        F.scaled_dot_product_attention,
+        (3, 2, 2, 5, 4),
+        lambda x: (*x[:2], x[2][..., :3]),
+    ),
+    "attention_of_many": (  # more positions than what is kept of the shares
+        F.scaled_dot_product_attention,
+        (3, 2, 3, 9, 2),
+        lambda x: x.unbind(),
+    ),
+    "attention_of_many_masked": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        (3, 2, 3, 9, 2),
+        lambda x: x.transpose(2, 3).reshape(3, 2, 9, 3, 2).transpose(2, 3).unbind(),
+    ),
+    "attention_without_samples": (F.scaled_dot_product_attention, (3, 2, 5, 4), tuple),
+    "attention_of_five_dimensions": (
+        F.scaled_dot_product_attention,
+        (3, 2, 1, 3, 5, 4),
+        lambda x: (*x, torch.ones(3, 5, 5).tril().bool()),
+    ),
+    "attention_causal": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+        (3, 2, 2, 5, 4),
+        lambda x: x.unbind(),
+    ),
+    "attention_masked": (
+        F.scaled_dot_product_attention,
+        (2, 2, 12, 4),
+        lambda x: (x[..., :5, :], x[..., 5:, :], x[..., 5:, :].sin(), _mask),
+    ),
+    "attention_biased": (
+        F.scaled_dot_product_attention,
+        (2, 2, 5, 4),
+        lambda x: (x, x.cos(), x.sin(), _random(2, 1, 5, 5)),
+    ),
+    "attention_gqa": (
+        lambda q, k: F.scaled_dot_product_attention(q, k, k.sin(), enable_gqa=True),
+        (2, 6, 5, 4),
+        lambda x: (x[:, :4], x[:, 4:]),
+    ),
+    "attention_broadcast": (
+        F.scaled_dot_product_attention,
+        (2, 2, 5, 4),
+        lambda x: (x, x[:1], x[:1].sin()),
+    ),
+}
+
+
+def _derivatives(function, x, make):
+    torch.manual_seed(0)
+    leaf = x.clone().requires_grad_()
+    arguments = make(leaf)
+    output = function(*arguments)
+    scalar = (output * torch.randn_like(output)).sum() + output.pow(3).sum()
+    (first,) = torch.autograd.grad(scalar, leaf, create_graph=True)
+    direction = torch.randn_like(first)
+    (second,) = torch.autograd.grad(first, leaf, direction, allow_unused=True)
+    return output, first, second
+
+
+@pytest.mark.parametrize("piece", [pieces.PIECE, 50], ids=["whole", "pieces"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_pytorch(name, piece, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", piece)
+    function, shape, make = CASES[name]
+    x = _random(*shape)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = _derivatives(function, x, make)
+        with CheapSecondDerivatives():
+            found = _derivatives(function, x, make)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, relative=1e-10, what=name)
+
+
+def test_every_rewrite_is_tried_and_taken(monkeypatch):
+    taken = set()
+    for function, rewrite in list(_REWRITES.items()):
+
+        def spy(*args, rewrite=rewrite, function=function, **kwargs):
+            output = rewrite(*args, **kwargs)
+            if output is not None:
+                taken.add(function)
+            return output
+
+        monkeypatch.setitem(_REWRITES, function, spy)
+    for function, shape, make in CASES.values():
+        with CheapSecondDerivatives():
+            function(*make(_random(*shape).requires_grad_()))
+    assert taken == set(_REWRITES)
+
+
+def test_a_weight_that_takes_a_gradient_is_left_to_pytorch():
+    weight = _random(5, 4).requires_grad_()
+    x = _random(2, 4).requires_grad_()
+    with CheapSecondDerivatives():
+        F.linear(x, weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_row_that_sees_nothing_gives_zeros_as_pytorch_does():
+    mask = torch.zeros(3, 3, dtype=torch.bool)
+    x = _random(1, 1, 3, 2).requires_grad_()
+    with CheapSecondDerivatives():
+        assert_close(F.scaled_dot_product_attention(x, x, x, mask), torch.zeros(1, 1, 3, 2))
+
+
+@pytest.mark.parametrize("function", [F.relu, F.gelu, F.silu], ids=["relu", "gelu", "silu"])
+def test_a_saved_tensor_that_is_written_over_is_noticed(function):
+    x = _random(3).requires_grad_()
+    with CheapSecondDerivatives():
+        y = x * 2
+        z = function(y)
+    with torch.no_grad():
+        (z if function is F.relu else y).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()

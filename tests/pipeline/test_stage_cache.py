@@ -1,0 +1,112 @@
+"""What a stopped run left is used again exactly where it still fits the recipe."""
+
+import json
+
+import pytest
+
+from sosp_hub.pipeline.stage_cache import STAGES, WorkFolder
+from sosp_hub.recipe.schema import Recipe
+
+
+def recipe(**sections):
+    record = {
+        "model": {"library": "timm", "id": "resnet18", "task": "image-classification"},
+        "data": {"id": "sklearn/digits"},
+    }
+    return Recipe.model_validate(record | sections)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A work folder in which every stage is done."""
+    work = WorkFolder(tmp_path / "out.partial", recipe())
+    for number, stage in enumerate(STAGES):
+        assert work.read(stage) is None
+        work.training_state(stage)
+        work.write(stage, {"number": number}, seconds=1.5)
+    return work.folder
+
+
+def test_nothing_is_written_before_there_is_a_result(tmp_path):
+    WorkFolder(tmp_path / "out.partial", recipe())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_recipe_goes_on_with_everything(folder):
+    work = WorkFolder(folder, recipe())
+    assert work.kept == list(STAGES)
+    assert not work.changes
+    assert [work.read(stage)["made"]["number"] for stage in STAGES] == list(range(len(STAGES)))
+    assert work.seconds() == dict.fromkeys(STAGES, 1.5)
+    assert not list(folder.glob("*.state"))  # a done stage needs no training state
+
+
+@pytest.mark.parametrize(
+    ("sections", "change", "kept"),
+    [
+        ({"seed": 1}, ("seed", (0, 1)), []),
+        (
+            {"criterion": {"name": "taylor"}},
+            ("criterion.name", ("sosp_h", "taylor")),
+            ["dense", "dense_metrics", "curvature"],
+        ),
+        (
+            {"criterion": {"compensate": True}},
+            ("criterion.compensate", (None, True)),
+            ["dense", "dense_metrics", "masked", "curvature", "saliency"],
+        ),
+        (
+            {"budget": {"macs": 0.25}},
+            ("budget.macs", (0.5, 0.25)),
+            ["dense", "dense_metrics", "masked", "curvature", "saliency"],
+        ),
+        (
+            {"finetune": {"epochs": 3}},
+            ("finetune.epochs", (10, 3)),
+            [
+                "dense",
+                "dense_metrics",
+                "masked",
+                "curvature",
+                "damping",
+                "saliency",
+                "plan",
+                "cut_metrics",
+            ],
+        ),
+        (
+            {"evaluate": {"metrics": ["loss"]}},
+            ("evaluate.metrics", (None, ["loss"])),
+            ["dense", "masked", "curvature", "damping", "saliency", "plan", "final"],
+        ),
+        ({"output": {"figures": False}}, None, list(STAGES)),
+    ],
+    ids=["seed", "criterion", "compensate", "budget", "finetune", "evaluate", "output"],
+)
+def test_a_changed_recipe_does_again_what_the_change_touches(folder, sections, change, kept):
+    work = WorkFolder(folder, recipe(**sections))
+    assert work.kept == kept
+    assert work.stale == [stage for stage in STAGES if stage not in kept]
+    assert [work.read(stage) is None for stage in STAGES] == [s not in kept for s in STAGES]
+    if change is not None:
+        key, values = change
+        assert work.changes[key] == values
+
+
+def test_a_record_that_was_cut_off_does_not_count(folder):
+    (folder / "plan.json").write_text((folder / "plan.json").read_text()[:-3])
+    assert WorkFolder(folder, recipe()).read("plan") is None
+
+
+def test_training_state_of_another_recipe_is_emptied(tmp_path):
+    work = WorkFolder(tmp_path / "out.partial", recipe())
+    state = work.training_state("final")
+    (state / "step-000000001").mkdir()
+    same = WorkFolder(work.folder, recipe())
+    assert (same.training_state("final") / "step-000000001").is_dir()
+    other = WorkFolder(work.folder, recipe(finetune={"epochs": 3}))
+    assert other.stale == ["final"]
+    assert other.changes["finetune.epochs"] == (10, 3)
+    assert not (other.training_state("final") / "step-000000001").exists()
+    marker = json.loads((state / "made_with.json").read_text())
+    assert marker["made_with"]["finetune"]["epochs"] == 3

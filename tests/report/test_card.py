@@ -1,0 +1,419 @@
+"""The card says what the report says, and nothing else."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.numpy import save_file
+
+from sosp_hub.errors import HubError
+from sosp_hub.recipe.criteria import CRITERION_NAMES
+from sosp_hub.report.card import render_card
+from sosp_hub.report.facts import collect
+from sosp_hub.report.figures import pictures
+from sosp_hub.report.markers import BEGIN, END
+from sosp_hub.report.matrices import draw_cka, draw_correlation
+from tests.hub.conftest import make_folder
+from tests.report import reports
+from tests.report.test_compared import results
+
+
+@pytest.fixture
+def image(tmp_path):
+    return make_folder(tmp_path / "digits-small", card=False)
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = make_folder(tmp_path / "smol-small", card=False)
+    reports.write(folder, *reports.text_report(layers=4))
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "sosp_hub": {}}')
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def render(folder, **options):
+    path = render_card(folder, run=False, figures=options.pop("figures", False), **options)
+    return path.read_text()
+
+
+def changed(folder, change):
+    report = json.loads((folder / "sosp_report.json").read_text())
+    change(report)
+    (folder / "sosp_report.json").write_text(json.dumps(report))
+    return folder
+
+
+def head(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+# ------------------------------------------------------------------------------- what it says
+def test_the_headline_is_one_sentence_with_both_sides(image):
+    assert (
+        "46.3 % fewer parameters and 50.2 % fewer multiply-accumulates than `cifar_resnet20`; "
+        "accuracy 97.8 %, from 98.3 % dense "
+        "(a difference within the 95 % spread of 360 test samples)."
+    ) in render(image)
+
+
+def test_a_loss_beyond_the_spread_is_called_so(text):
+    card = render(text)
+    assert "perplexity 29.9, from 22.4 dense (a difference beyond the 95 % spread of" in card
+    assert "- perplexity: 22.4 → 29.9 (+33.5 %;" in card
+
+
+def test_a_model_that_lost_nothing_is_not_called_better_than_measured(image):
+    def same(report):
+        report["metrics"]["final"] = copy.deepcopy(report["metrics"]["dense"])
+
+    card = render(changed(image, same))
+    assert "accuracy 98.3 %, from 98.3 % dense (the same on 360 test samples)" in card
+    assert "None of the metrics above is worse than in the dense model." in card
+
+
+def test_classes_that_lost_most_are_listed(image):
+    card = render(image)
+    assert "| 3 | 93.0 % (n = 36) | 87.0 % (n = 36) | \N{MINUS SIGN}6.0 points |" in card
+    assert "| 4 |" not in card
+
+
+def test_what_makes_up_for_the_cut_is_told(image):
+    assert "What was done about it" not in render(image)
+    gates = {"groups": 2, "least_gate": 0.5, "largest_gate": 1.25, "damping": 0.01}
+    far = [{"divergence": 0.5}, {"divergence": 0.125, "damping": 1.0}]
+
+    def tell(report):
+        found = {"compensation": {**gates, "steps": far}, "shifted_biases": 3}
+        report["plan"]["provenance"] |= found
+
+    card = render(changed(image, tell))
+    assert (
+        "- gates of 2 groups, 0.50 to 1.25, are folded into the kept weights and make up for the "
+        "cut (closed form, damping 0.01)\n"
+        "- 1 step moved these gates on: divergence from the dense model on held-out calibration "
+        "samples 0.5 to 0.125\n"
+        "- 3 biases are shifted by the mean of what was cut\n"
+    ) in card
+
+    def end_at_once(report):
+        report["plan"]["provenance"]["compensation"]["steps"] = far[:1]
+
+    card = render(changed(image, end_at_once))
+    assert "gates of 2 groups" in card
+    assert "moved these gates on" not in card
+
+
+def test_a_slower_model_says_so(image):
+    def slow(report):
+        report["latency"]["after"]["seconds"] = 0.021
+
+    assert "latency: 17.1 ms → 21 ms, slower although it is smaller" in render(changed(image, slow))
+
+
+@pytest.mark.parametrize(
+    ("key", "absent"),
+    [
+        ("latency", "| Latency"),
+        ("cost", "| Parameters"),
+        ("criterion", "saliency(s)"),
+        ("calibration", "Calibration:"),
+        ("versions", "Versions:"),
+        ("command", "```bash"),
+        ("recipe", "<summary>Recipe"),
+        ("groups", "channels:"),
+        ("plan", "The floor stopped"),
+        ("base", "cifar_resnet20`;"),
+    ],
+)
+def test_what_is_not_in_the_report_is_not_on_the_card(image, key, absent):
+    assert absent in render(image)
+    card = render(changed(image, lambda report: report.pop(key)))
+    assert absent not in card
+    assert "None" not in card.replace("None of the metrics", "")
+    assert "nan" not in card.lower().replace("finance", "")
+
+
+@pytest.mark.parametrize("name", CRITERION_NAMES)
+def test_every_criterion_of_a_recipe_has_words(image, name):
+    changed(image, lambda report: report.update(criterion={"name": name, "options": {}}))
+    assert "saliency(s) = " in render(image)
+
+
+def test_the_formula_is_the_one_that_was_run(image):
+    options = {"form": "squared", "gate": "weight"}
+    changed(image, lambda report: report.update(criterion={"name": "taylor", "options": options}))
+    card = render(image)
+    assert "saliency(s) = mean over batches of (g_s)^2" in card
+    assert "a gate on the structure's weights" in card
+
+
+def test_an_empty_report_makes_a_card_without_a_number(image):
+    (image / "sosp_report.json").write_text("{}")
+    card = render(image)
+    assert "its quality was not measured" in card
+    assert "No metric was measured." in card
+    assert "Not measured: quality of this model; quality of the dense model; latency" in card
+    assert "%" not in card
+
+
+# -------------------------------------------------------------------------------- metadata
+def test_metadata_are_inherited(text):
+    data = head(render(text, repo_id="me/smol"))
+    assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data["base_model_relation"] == "finetune"
+    assert data["license"] == "apache-2.0"
+    assert data["language"] == ["en"]
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["library_name"] == "sosp_hub"
+    assert data["datasets"] == ["Salesforce/wikitext"]
+    (result,) = data["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "perplexity", "value": 29.9, "name": "perplexity"}]
+    assert result["dataset"]["split"] == "test"
+
+
+def test_metadata_are_never_guessed(image):
+    data = head(render(image))
+    assert not {"license", "language", "base_model", "datasets"} & data.keys()
+    assert "The licence of this model is unknown" in render(image)
+
+
+@pytest.mark.parametrize("name", ["/data/llama", "./llama", "~/llama", "models/a/b"])
+def test_a_local_base_model_is_not_named_but_said(image, name):
+    card = render(changed(image, lambda report: report.update(base={"model": name})))
+    assert "base_model" not in head(card)
+    assert "was loaded from a local folder" in card
+    assert "/data" not in card
+
+
+def test_a_native_checkpoint_names_its_own_library(image):
+    (image / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
+    card = render(image, repo_id="me/small")
+    assert head(card)["library_name"] == "timm"
+    assert 'timm.create_model("hf-hub:me/small", pretrained=True)' in card
+
+
+@pytest.mark.parametrize("fixture", ["image", "text"])
+def test_the_hubs_own_classes_read_the_card(fixture, request):
+    folder = request.getfixturevalue(fixture)
+    card = ModelCard(render(folder))
+    assert card.data.tags[:2] == ["sosp_hub", "pruned"]
+    assert card.data.eval_results
+
+
+def test_licence_texts_of_the_base_model_are_copied(hub, text, tmp_path):
+    texts = {"LICENSE": b"the words", "NOTICE.txt": b"more words"}
+    hub.add_repo("lab/base", files={**texts, "model.safetensors": b"large"})
+    changed(text, lambda report: report.update(base={"model": "lab/base", "license": "mit"}))
+    (text / "NOTICE.txt").write_bytes(b"mine")
+    render(text)
+    assert (text / "LICENSE").read_bytes() == b"the words"
+    assert (text / "NOTICE.txt").read_bytes() == b"mine"
+    assert not any("model.safetensors" in request for request, _ in hub.log)
+
+
+def test_a_base_model_out_of_reach_costs_only_its_licence_text(text, caplog):
+    assert "perplexity 29.9" in render(text)
+    assert "licence files could not be copied" in caplog.text
+
+
+# ------------------------------------------------------------------------------- regeneration
+def test_a_persons_own_text_and_metadata_survive(image):
+    card = render(image)
+    mine = card.replace("---\nlibrary", "---\nlicense: mit\nextra: 7\nlibrary", 1)
+    mine = mine.replace(BEGIN, f"# My words\n\nbefore\n\n{BEGIN}") + "\nafter, with trailing words"
+    (image / "README.md").write_text(mine)
+    changed(image, lambda report: report["cost"]["after"].update(params=100_000))
+    again = render(image)
+    assert "63.3 % fewer parameters" in again
+    assert "46.3 %" not in again
+    text = again.partition("\n---\n")[2]
+    assert text.startswith("\n# My words\n\nbefore\n\n<!-- sosp_hub")
+    assert text.endswith(f"{END}\n\nafter, with trailing words")
+    assert head(again)["license"] == "mit"
+    assert head(again)["extra"] == 7
+    assert "licence of this model is unknown" not in again
+
+
+def test_rendering_twice_changes_nothing(image):
+    assert render(image) == render(image)
+
+
+def test_a_card_without_markers_is_kept_and_continued(image):
+    (image / "README.md").write_text("---\ntags: [mine]\n---\n# My own card\n\nwords\n")
+    card = render(image)
+    assert card.index("# My own card\n\nwords") < card.index(BEGIN)
+    assert head(card)["tags"][0] == "mine"
+    assert "pruned" in head(card)["tags"]
+
+
+@pytest.mark.parametrize("text", [BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
+def test_broken_markers_are_refused_and_nothing_is_lost(image, text):
+    (image / "README.md").write_text(f"# Mine\n{text}\n")
+    with pytest.raises(HubError, match="once each and in this order"):
+        render(image)
+    assert (image / "README.md").read_text() == f"# Mine\n{text}\n"
+
+
+# -------------------------------------------------------------------------------- what stays out
+def test_no_token_and_no_folder_of_this_machine(image):
+    def leak(report):
+        report["command"] = "python -m sosp_hub.prune /home/someone/r.yaml --token hf_abcdefghijkl1"
+        report["recipe"] = "data: {path: /home/someone/data/digits, note: hf_abcdefghijkl1}\n"
+        report["calibration"]["data"] = "/home/someone/data/digits"
+        report["latency"]["after"]["hardware"] = "hf_abcdefghijkl1"
+
+    card = render(changed(image, leak))
+    assert "hf_abc" not in card
+    assert "/home" not in card
+    assert "python -m sosp_hub.prune .../r.yaml --token [token removed]" in card
+
+
+def test_a_folder_without_a_report(image):
+    (image / "sosp_report.json").unlink()
+    with pytest.raises(HubError, match=r"no sosp_report.json.*save_pretrained"):
+        render(image)
+    assert not (image / "README.md").exists()
+
+
+# --------------------------------------------------------------------------------- the snippet
+def test_a_load_snippet_that_fails_stops_the_card(image):
+    (image / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
+    with pytest.raises(HubError, match="load snippet of the card does not run"):
+        render_card(image, figures=False)
+    assert not (image / "README.md").exists()
+
+
+def test_the_load_snippet_of_a_real_checkpoint_runs(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_resnet", pretrained=False, num_classes=3)
+    timm.models.save_for_hf(model, tmp_path / "net", model_config={"num_classes": 3})
+    reports.write(tmp_path / "net", *reports.image_report())
+    card = render_card(tmp_path / "net", figures=False).read_text()
+    assert 'timm.create_model("hf-hub:net", pretrained=True)' in card
+    assert "image = torch.zeros(1, 3, 160, 160)" in card
+
+
+def test_the_load_snippet_gives_half_precision_weights_an_image_of_their_type(tmp_path):
+    from sosp_hub import save_pretrained
+
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("cifar_resnet20", num_classes=10, in_chans=1).bfloat16()
+    save_pretrained(model, tmp_path / "net")
+    reports.write(tmp_path / "net", *reports.image_report())
+    card = render_card(tmp_path / "net", figures=False).read_text()
+    assert "dtype=next(model.parameters()).dtype" in card
+
+
+# ------------------------------------------------------------------------------------- figures
+@pytest.mark.parametrize("make", [reports.image_report, reports.text_report])
+def test_figures_are_drawn_and_shown(tmp_path, make):
+    folder = make_folder(tmp_path / "net", card=False)
+    reports.write(folder, *make())
+    card = render(folder, figures=True)
+    names = ["widths", "saliency", "recovery"]
+    assert [path.stem for path in sorted((folder / "figures").iterdir())] == sorted(names)
+    for name in names:
+        assert f"](figures/{name}.png)" in card
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_are_drawn_only_from_what_was_measured(image):
+    def less(report):
+        for key in ("metrics", "groups"):
+            report.pop(key)
+
+    (image / "saliency.safetensors").unlink()
+    card = render(changed(image, less), figures=True)
+    assert list((image / "figures").iterdir()) == []
+    assert "](figures/" not in card
+
+
+def test_the_map_of_layers_has_borders_and_colours_what_goes():
+    cka = np.array([[1.0, 0.5, 0.2], [0.5, 1.0, 0.6], [0.2, 0.6, 1.0]])
+    partition = {
+        "blocks": ("a", "b"), "cka": cka.tolist(), "borders": (0, 1),
+        "norms": {"b": 3.0}, "removed": ("b",),
+    }  # fmt: skip
+    left, right, *_ = draw_cka(partition).axes
+    np.testing.assert_array_equal(left.images[0].get_array(), cka)
+    assert sorted({line.get_ydata()[0] for line in left.lines}) == [0, 0.5, 1.5]  # 0: of verticals
+    assert [bar.get_width() for bar in right.patches] == [0, 3]
+    assert len({bar.get_facecolor() for bar in right.patches}) == 2
+
+
+def test_the_correlation_map_has_a_unit_diagonal_and_keeps_signs():
+    effects = np.array([[1.0, 0.0, 2.0], [0.0, 3.0, -2.0]])
+    groups = [{"name": "a:channel", "size": 2}, {"name": "b:channel", "size": 1}]
+    figure = draw_correlation(effects.T @ effects, groups)
+    shown = figure.axes[0].images[0].get_array()
+    expected = [[1, 0, 0.5**0.5], [0, 1, -(0.5**0.5)], [0.5**0.5, -(0.5**0.5), 1]]
+    np.testing.assert_allclose(shown, expected, atol=1e-12)
+
+
+def test_of_many_structures_the_correlation_map_shows_some(tmp_path, monkeypatch):
+    monkeypatch.setattr("sosp_hub.report.figures.MOST_DRAWN", 4)
+    groups = [{"name": "a:neuron", "size": 6}, {"name": "b:neuron", "size": 4}]
+    factor = np.random.default_rng(0).normal(size=(2, 10))
+    about = {"about": json.dumps({"groups": {group["name"]: group["size"] for group in groups}})}
+    save_file({"factor": factor}, tmp_path / "curvature.safetensors", about)
+    (found,) = [p for p in pictures({"groups": groups}, {}, tmp_path) if p.name == "correlation"]
+    axes = found.draw().axes[0]
+    unit = factor[:, [0, 3, 6, 9]] / np.linalg.norm(factor[:, [0, 3, 6, 9]], axis=0)
+    np.testing.assert_allclose(axes.images[0].get_array(), unit.T @ unit, atol=1e-12)
+    assert {line.get_xdata()[0] for line in axes.lines} >= {1.5}  # between the second and the third
+
+
+def test_a_structure_without_effect_correlates_with_nothing():
+    figure = draw_correlation(np.diag([1.0, 0.0]), [{"name": "a:channel", "size": 2}])
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), [[1, 0], [0, 0]])
+
+
+def test_facts_are_made_from_metrics_that_are_not_finite(image):
+    def explode(report):
+        report["metrics"]["cut"]["loss"]["value"] = float("inf")
+        report["metrics"]["cut"]["accuracy"]["stderr"] = None
+
+    changed(image, explode)
+    facts = collect(json.loads((image / "sosp_report.json").read_text()))
+    assert facts.metrics[1][1][1] == "inf"
+    render(image, figures=True)
+
+
+# ------------------------------------------------------------------------------- a study beside it
+def put_study(folder, text):
+    (folder / "compare").mkdir()
+    (folder / "compare" / "results.json").write_text(text)
+
+
+@pytest.mark.parametrize(("model", "drawn"), [("cifar_resnet20", True), ("another", False)])
+def test_the_curve_of_a_study_of_the_same_model_is_drawn(image, model, drawn):
+    study = {**results({"a": [0.5, 0.7], "b": [0.6, 0.8]}), "model": model}
+    put_study(image, json.dumps(study))
+    card = render(image, figures=True)
+    assert ("figures/pareto_macs.png" in card) is drawn
+    assert (image / "figures" / "pareto_macs.png").is_file() is drawn
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": "cifar_resnet20"}'])
+def test_a_damaged_study_is_named(image, text):
+    put_study(image, text)
+    with pytest.raises(HubError, match=r"results\.json: .*not the results of a comparison"):
+        render(image, figures=True)
+
+
+def test_peak_memory_is_told_with_batch_and_type(image):
+    def measured(report):
+        stated = {"batch": 8, "dtype": "float32", "hardware": "Example CPU"}
+        report["peak_memory"] = {
+            "before": {"bytes": 4_000_000, **stated},
+            "after": {"bytes": 2_500_000, **stated},
+        }
+
+    card = render(changed(image, measured))
+    row = "| Peak memory of one forward pass, batch of 8, float32 | 4 MB | 2.5 MB |"
+    assert row in card
+    assert "latency, peak memory" not in card

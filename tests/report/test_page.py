@@ -1,0 +1,139 @@
+"""The static page, opened in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from sosp_hub.errors import HubError
+from sosp_hub.report.page import write_page, write_study
+from tests.report import reports
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+# the page's own policy forbids scripts; the copy that is tested may run this one
+_PROBE = """<script>
+window.onload = () => {
+  const broken = [...document.images].filter(image => !image.complete || image.naturalWidth < 50);
+  const wide = document.documentElement.scrollWidth > window.innerWidth;
+  const asked = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:"));
+  document.title = JSON.stringify({
+    images: document.images.length, broken: broken.length, wide: wide, asked: asked.length,
+    rows: document.querySelectorAll("tbody tr").length
+  });
+};
+</script>"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    return reports.write(tmp_path / "digits-small", *reports.image_report())
+
+
+def open_in_browser(page, tmp_path, width=1000):
+    """What the page looks like from inside, and what the browser wrote to its console."""
+    text = page.read_text()
+    probed = tmp_path / "probed.html"
+    probed.write_text(
+        text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+        + _PROBE
+    )
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'browser'}",
+        f"--window-size={width},900",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        probed.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    seen = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout).group(1))
+    return seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no chromium on this machine; install it (apt-get install chromium)"
+)
+
+
+@needs_browser
+@pytest.mark.parametrize("make", [reports.image_report, reports.text_report])
+def test_the_page_renders_without_a_console_error(tmp_path, make):
+    page = write_page(reports.write(tmp_path / "net", *make()))
+    seen, console = open_in_browser(page, tmp_path)
+    assert console == []
+    assert seen["images"] == 3
+    assert seen["broken"] == 0
+    assert seen["asked"] == 0
+    assert seen["rows"] >= 4
+
+
+@needs_browser
+def test_the_page_fits_a_phone(tmp_path, run):
+    seen, _ = open_in_browser(write_page(run), tmp_path, width=500)
+    assert not seen["wide"]
+
+
+@needs_browser
+def test_a_study_compares_runs(tmp_path):
+    runs = []
+    for name, macs in (("magnitude", 0.3), ("sosp_h", 0.5)):
+        report, saliency = reports.image_report()
+        report["criterion"]["name"] = name
+        report["cost"]["after"]["macs"] = int(macs * report["cost"]["before"]["macs"])
+        runs.append(reports.write(tmp_path / name, report, saliency))
+    seen, console = open_in_browser(write_study(runs, tmp_path / "study.html"), tmp_path)
+    assert console == []
+    assert (seen["images"], seen["broken"], seen["rows"]) == (1, 0, 2)
+
+
+@needs_browser
+def test_the_probe_sees_what_is_wrong(tmp_path, run):
+    page = write_page(run)
+    text = page.read_text().replace(
+        "</main>",
+        '<img src="data:image/png;base64,AAAA"><img src="https://example.org/x.png"></main>',
+    )
+    page.write_text(text)
+    seen, console = open_in_browser(page, tmp_path)
+    assert seen["broken"] == 2
+    assert any("Content Security Policy" in line for line in console)
+
+
+def test_the_page_needs_no_network_and_runs_no_script(run):
+    text = write_page(run).read_text()
+    assert "<script" not in text
+    assert re.findall(r'(?:src|href)="(?!data:)', text) == []
+    assert "default-src 'none'" in text
+
+
+def test_words_of_a_report_are_not_read_as_markup(run):
+    report = json.loads((run / "sosp_report.json").read_text())
+    report["command"] = "<script>alert(1)</script> hf_abcdefghijkl1"
+    (run / "sosp_report.json").write_text(json.dumps(report))
+    text = write_page(run).read_text()
+    assert "<script" not in text
+    assert "hf_abc" not in text
+
+
+def test_a_folder_without_a_report(tmp_path):
+    with pytest.raises(HubError, match=r"no sosp_report.json"):
+        write_page(tmp_path)
+
+
+def test_runs_that_share_no_metric(tmp_path, run):
+    other = reports.write(tmp_path / "other", *reports.text_report(2))
+    with pytest.raises(HubError, match="share no metric"):
+        write_study([run, other], tmp_path / "study.html")
