@@ -100,7 +100,12 @@ def write_result(
         max_shard_size=recipe.output.max_shard_size,
     )
     if keep_dense:
-        save_pretrained(loaded.model, draft / DENSE)
+        save_pretrained(
+            loaded.model,
+            draft / DENSE,
+            tokenizer=loaded.tokenizer,
+            processor=loaded.image_processor,
+        )
     save_file(saliency, draft / SALIENCY)
     if curvature is not None:
         shutil.copyfile(curvature, draft / CURVATURE)

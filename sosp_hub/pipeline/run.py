@@ -61,6 +61,8 @@ def run(
         graph = stages.trace()
     stages.train_dense()
     dense = stages.measure("dense_metrics", stages.model)
+    if scores is not None:
+        scores.check_dense(dense)
     stages.train_masks(graph)
     saliency = decide.score(stages, graph)
     plan, pruned = decide.plan_and_cut(stages, graph, saliency)

@@ -1,18 +1,19 @@
 """The scores of a finished run: what another budget is cut from, without scoring again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sosp_hub.distributed import logger
 from sosp_hub.errors import ModelError, OutputExistsError, RecipeError
 from sosp_hub.hub.contents import DENSE
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import BUDGETS, ModelSection, Recipe
-from sosp_hub.report.facts import read_report
+from sosp_hub.report.facts import read_report, with_spread
 
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency
@@ -34,6 +35,8 @@ class Scores:
         calibration: What they were made with, for the report.
         base: What its report says of the dense model.
         damping: What it compensated with.
+        made: The recipe of that run, as it was.
+        dense: What that run measured of its dense model.
     """
 
     folder: Path
@@ -42,6 +45,8 @@ class Scores:
     calibration: Mapping[str, Any]
     base: Mapping[str, Any]
     damping: float | None = None
+    made: Recipe | None = None
+    dense: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def curvature(self) -> Path | None:
@@ -79,6 +84,34 @@ class Scores:
             )
         revision = section.revision or self.base.get("revision")
         return section.model_copy(update={"revision": revision})
+
+    def check_dense(self, measured: Mapping[str, Any]) -> None:
+        """Compares what the dense model measures now with what that run measured.
+
+        Raises:
+            ModelError: They differ by more than the standard error, on the same data: weights,
+            tokenizer or data are not those that were scored.
+        """
+        if not measured or not self.dense or self.made is None:
+            return
+        if _which_data(self.made) != _which_data(self.recipe):
+            logger.info("measured on other data than %s: nothing is compared", self.folder)
+            return
+        for name, now in measured.items():
+            stored = self.dense.get(name)
+            if "/" in name or not stored:
+                continue
+            if stored["n"] != now["n"]:
+                what = f"{name} of {now['n']} samples, where {stored['n']} were measured"
+            elif abs(now["value"] - stored["value"]) > _spread(stored, now):
+                what = f"{with_spread(name, now)}, stored is {with_spread(name, stored)}"
+            else:
+                continue
+            raise ModelError(
+                f"--from-scores: the dense model of {self.folder} measures another {name}: {what}. "
+                "Its weights, its tokenizer or the data are not those that were scored; give the "
+                "same data, or run the recipe again"
+            )
 
 
 def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
@@ -125,7 +158,24 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
     base = {key: value for key, value in (report.get("base") or {}).items() if value is not None}
     told = (report.get("plan") or {}).get("provenance", {}).get("compensation") or {}
     calibration = report.get("calibration") or {}
-    return Scores(folder, recipe, saliency, calibration, base, told.get("damping"))
+    dense = (report.get("metrics") or {}).get("dense") or {}
+    return Scores(folder, recipe, saliency, calibration, base, told.get("damping"), made, dense)
+
+
+def _which_data(recipe: Recipe) -> dict[str, Any]:
+    """What decides which samples are measured; of a path its last part, which is all a report has.
+
+    The report of a run holds no folders of the machine it was made on.
+    """
+    data = recipe.data.model_dump(exclude={"num_workers"})
+    path = data["path"] and Path(data["path"]).name
+    return {**data, "path": path, "seed": recipe.seed, "dtype": recipe.model.dtype}
+
+
+def _spread(stored: Mapping[str, Any], now: Mapping[str, Any]) -> float:
+    """The larger standard error: of the same weights on the same samples only rounding differs."""
+    rounding = 1e-3 * abs(stored["value"])
+    return max(rounding, *((metric["stderr"] or 0.0) * (1 + 1e-9) for metric in (stored, now)))
 
 
 def _check(folder: Path, made: Recipe, overrides: Sequence[str]) -> None:

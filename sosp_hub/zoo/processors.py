@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from PIL.Image import Transpose
 from torchvision import transforms
+from transformers import ViTImageProcessor
 
 from sosp_hub.data.processing import ImageProcessing, TextProcessing, per_channel
 from sosp_hub.data.source import DataInfo
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-_INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # as PIL numbers them
+_BILINEAR = 2
+_INTERPOLATION = {0: "nearest", _BILINEAR: "bilinear", 3: "bicubic"}  # as PIL numbers them
 _UNLIMITED = 10**9  # tokenizers without a limit say 10**30
 _USUAL_SIZE = 224
 
@@ -70,6 +72,32 @@ def image_processing(
         transform=partial(_transform, own, (height, width), mean, std),
         label_order=order,
     )
+
+
+def as_trained(own: Any, processing: ImageProcessing) -> Any:
+    """An image processor that does to images what the run does, to be saved beside the weights.
+
+    Args:
+        own: The one that came with the model; None where it has none.
+        processing: Size and normalisation of the run.
+    """
+    height, width = processing.shape[1:]
+    stated: dict[str, Any] = {
+        "image_mean": list(processing.mean),
+        "image_std": list(processing.std),
+    }
+    if own is None:
+        return ViTImageProcessor(
+            size={"height": height, "width": width}, resample=_BILINEAR, **stated
+        )
+    changes: dict[str, Any] = {}
+    if _size(own) != (height, width):
+        changes |= {"size": {"height": height, "width": width}, "do_center_crop": False}
+    if own.do_normalize or processing.std != (1.0,) * len(processing.std):
+        normal = (tuple(own.image_mean), tuple(own.image_std)) if own.do_normalize else None
+        if normal != (processing.mean, processing.std):
+            changes |= {"do_normalize": True, **stated}
+    return type(own).from_dict({**own.to_dict(), **changes}) if changes else own
 
 
 @dataclass(frozen=True)

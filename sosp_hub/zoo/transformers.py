@@ -20,7 +20,7 @@ from sosp_hub.recipe.schema import ModelSection
 from sosp_hub.zoo.head import fit_head
 from sosp_hub.zoo.loaded import Loaded
 from sosp_hub.zoo.origin import Origin, origin_of_folder, origin_on_hub
-from sosp_hub.zoo.processors import image_processing, text_processing
+from sosp_hub.zoo.processors import as_trained, image_processing, text_processing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,13 +69,16 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
     elif section.pretrained:
         origin = origin_on_hub(source, section.revision, commit)
     order = None if num_labels is None or new_head else _order(data, config)
+    if tokenizer is not None:
+        processor = text_processing(model.config, tokenizer, order)
+    else:
+        processor = image_processing(section, model.config, images, data, order)
+        images = as_trained(images, processor)
     return Loaded(
         model=model.eval(),
         library="transformers",
         task=section.task,
-        processor=image_processing(section, model.config, images, data, order)
-        if tokenizer is None
-        else text_processing(model.config, tokenizer, order),
+        processor=processor,
         num_labels=num_labels,
         new_head=new_head,
         tokenizer=tokenizer,
@@ -245,7 +248,15 @@ def _check_causal(model: "PreTrainedModel") -> None:
 
 
 def _tokenizer(section: ModelSection, source: Path | str) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(source, revision=section.revision)
+    """The model's own; where its files lack, transformers makes one of special tokens alone."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=section.revision)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"model: {source} has no tokenizer, so every text would be made of unknown tokens; "
+            "put the files of its tokenizer (tokenizer.json, tokenizer_config.json) beside "
+            "config.json"
+        )
+    return tokenizer
 
 
 def _image_processor(section: ModelSection, source: Path | str) -> Any:

@@ -185,3 +185,110 @@ def test_a_group_whose_cut_cannot_be_verified_stays_whole(run, monkeypatch, caps
     assert len(kept) > 4
     assert report["cost"]["after"]["macs"] <= 0.6 * report["cost"]["before"]["macs"]
     assert f"['{group}'] stays whole" in capsys.readouterr().err
+
+
+WORDS = ("good", "bad", "film", "the", "a", "was", "plot", "song")
+
+TEXT_RECIPE = """
+model:
+  library: transformers
+  id: MODEL
+  task: text-classification
+  num_labels: 2
+  train: {epochs: 8, learning_rate: 1.0e-2, batch_size: 16}
+data: {path: DATA, text: text, label: label, test: null}
+criterion: {name: taylor, num_samples: 32, batch_size: 32}
+budget: {structures: 0.7}
+finetune: {epochs: 0}
+evaluate: {metrics: [accuracy, loss], latency: false}
+output: {figures: false}
+"""
+
+
+def write_reviews(path, flipped=False):
+    """Texts of which ``good`` or ``bad`` is the only word that tells the class."""
+    rows = ["text,label"]
+    for i in range(120):
+        words = [WORDS[2 + (i * step) % 6] for step in (1, 2, 3, 5)]
+        words.insert(i % 4, WORDS[i % 2])
+        rows.append(f"{' '.join(words)},{('yes', 'no')[i % 2 ^ flipped]}")
+    path.write_text("\n".join(rows) + "\n")
+
+
+def save_bert(folder):
+    """A tiny BERT without a head for this task, and a tokenizer of a few words beside it."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", *WORDS])}
+    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(words), intermediate_size=32, **size)
+    transformers.BertModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def finished_text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    save_bert(folder / "bert")
+    write_reviews(folder / "reviews.csv")
+    recipe = TEXT_RECIPE.replace("MODEL", str(folder / "bert"))
+    (folder / "recipe.yaml").write_text(recipe.replace("DATA", str(folder / "reviews.csv")))
+    assert main([str(folder / "recipe.yaml"), f"output.dir={folder / 'out'}"]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def text_run(finished_text, tmp_path):
+    return shutil.copytree(finished_text, tmp_path / "run")
+
+
+def measured_again(run, reviews, *overrides):
+    given = ["--from-scores", str(run), "--with-data", f"data.path={reviews}", *overrides]
+    return main([*given, "budget.structures=0.5"])
+
+
+def test_a_trained_text_classifier_keeps_its_tokenizer(text_run, finished_text):
+    import transformers
+
+    stored = json.loads((text_run / "sosp_report.json").read_text())["metrics"]["dense"]
+    assert stored["accuracy"]["value"] > 0.9  # so that other tokens would show
+    assert measured_again(text_run, finished_text.with_name("reviews.csv")) == 0
+    output = text_run.with_name("run-structures-0.5")
+    report = json.loads((output / "sosp_report.json").read_text())
+    assert report["metrics"]["dense"]["accuracy"] == stored["accuracy"]
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(one) for one in (text_run, output)]
+    before, after = (one("the good film was bad")["input_ids"] for one in tokenizers)
+    assert before == after
+    assert len(set(before)) == 5
+
+
+def test_dense_weights_without_their_tokenizer_are_refused(text_run, capsys):
+    for file in (text_run / "dense").glob("*token*"):
+        file.unlink()
+    assert main(["--from-scores", str(text_run), "budget.structures=0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer" in error, error
+    assert str(text_run / "dense") in error, error
+
+
+def test_dense_weights_that_measure_otherwise_are_refused(text_run, finished_text, capsys):
+    reviews = text_run.with_name("reviews.csv")
+    write_reviews(reviews, flipped=True)
+    assert measured_again(text_run, reviews) == 2
+    error = capsys.readouterr().err
+    for word in ("accuracy", "dense", "stored", str(text_run)):
+        assert word in error, error
+    assert not text_run.with_name("run-structures-0.5").exists()
+
+
+def test_other_data_may_measure_otherwise(text_run, capsys):
+    other = text_run.with_name("others.csv")
+    write_reviews(other, flipped=True)
+    assert measured_again(text_run, other) == 0
+    assert "other data" in capsys.readouterr().err

@@ -23,6 +23,26 @@ def load(section):
     return do
 
 
+@pytest.mark.parametrize("with_own", [False, True])
+def test_the_processor_that_is_saved_does_what_the_run_did(save, load, with_own):
+    """Weights from random, trained with the data's statistics, come back with these."""
+    folder, _ = save("ViTForImageClassification", num_labels=3)
+    if with_own:
+        from transformers import ViTImageProcessor
+
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    data = DataInfo(num_labels=3, image_shape=(3, 8, 8), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    first = load(folder, IMAGES, data, pretrained=False)
+    first.model.save_pretrained(folder)
+    first.image_processor.save_pretrained(folder)
+    second = load(folder, IMAGES, data)
+    for name in ("shape", "mean", "std", "interpolation"):
+        assert getattr(second.processor, name) == getattr(first.processor, name), name
+    image = Image.new("RGB", (8, 8), (10, 100, 200))
+    one, other = (loaded.processor.transform(False)(image) for loaded in (first, second))
+    assert_close(other, one, relative=1e-6)
+
+
 def test_language_model(save, load):
     folder, model = save("LlamaForCausalLM")
     loaded = load(folder, CAUSAL)
