@@ -2,12 +2,14 @@
 
 All structures of all groups are one row of gates, ``Q`` their Gauss-Newton matrix. An order lists
 structures from the first to go to the last; no group falls under its floor. Where ``Q = B'B`` has
-low rank, nothing of its size is held: what is solved with is as large as ``B`` has rows.
+low rank, nothing of its size is held: what is solved with is as large as ``B`` has rows, and
+structures are removed in blocks (``_eliminate``).
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +19,8 @@ from sosp_hub.derivatives import LowRank, Matrix
 
 BLOCK = 64  # eliminations between two updates of a whole inverse
 ROWS = 1024  # of a matrix of low rank, computed at once
+CANDIDATES = 4096  # structures that are looked at between two computations of all costs
+REMOVALS = 256  # most removals between them
 Units = Float[Tensor, " structures"] | None
 
 
@@ -50,20 +54,85 @@ class _Open:
         group = floors.group()
         lost = group[~there].bincount(minlength=len(floors.sizes))
         self._left, self._group = floors.removable().clamp(min=0) - lost, group[there]
-        self._units = 1.0 if units is None else units[there]
+        self._units = torch.ones(len(self._group)) if units is None else units[there]
         self.places = there.nonzero()[:, 0]
         self.blocked = self._left[self._group] <= 0
         self.num = int(self._left.sum())
 
-    def take_cheapest(self, cost: Float[Tensor, " structures"]) -> int:
-        """Closes the structure that costs least, and its group where that comes to its floor."""
-        chosen = int((cost / self._units).masked_fill(self.blocked, torch.inf).argmin())
-        group = self._group[chosen]
+    def per_unit(
+        self, cost: Float[Tensor, " some"], some: Int[Tensor, " some"]
+    ) -> Float[Tensor, " some"]:
+        """The cost of some structures per unit that is saved; infinite where one has to stay."""
+        return (cost / self._units[some]).masked_fill(self.blocked[some], torch.inf)
+
+    def take_cheapest(
+        self, cost: Float[Tensor, " some"], some: Int[Tensor, " some"], most: float = torch.inf
+    ) -> int | None:
+        """Closes the one of some structures that costs least, and its group at its floor.
+
+        Returns:
+            Its place among them; None where all have to stay, or cost more than ``most``.
+        """
+        cost = self.per_unit(cost, some)
+        chosen = int(cost.argmin())
+        if not cost[chosen] <= most or cost[chosen] == torch.inf:
+            return None
+        group = self._group[some[chosen]]
         self._left[group] -= 1
-        self.blocked[chosen] = True
+        self.num -= 1
+        self.blocked[some[chosen]] = True
         if self._left[group] == 0:
             self.blocked |= self._group == group
         return chosen
+
+
+class _Costs(Protocol):
+    """What each of some structures costs now, given those that are gone."""
+
+    def costs(self) -> Float[Tensor, " some"]:
+        """Of all; of those that are gone, anything."""
+        ...
+
+    def remove(self, chosen: Int[Tensor, " removed"]) -> None:
+        """Takes structures out."""
+        ...
+
+
+class _State(_Costs, Protocol):
+    """The same of all structures."""
+
+    def close_up(self, some: Int[Tensor, " some"]) -> _Costs:
+        """Some structures alone, of which one is removed at little cost."""
+        ...
+
+
+def _eliminate(state: _State, left: _Open, most: int | None = None) -> list[int]:
+    """Removes the structure that costs least, one after the other; their positions in the row.
+
+    All costs are computed anew after a block of removals. In between only the structures that cost
+    least then are looked at, for as long as they cost less than all others did. Up to
+    ``CANDIDATES`` structures that is the order of one at a time; beyond, one that comes to cost
+    less within a block waits for the next.
+    """
+    removed, num = list[int](), left.num if most is None else min(left.num, most)
+    everything = torch.arange(len(left.places))
+    while len(removed) < num:
+        cost = left.per_unit(state.costs(), everything)
+        some, bound = (cost < torch.inf).nonzero()[:, 0], torch.inf
+        if len(some) > CANDIDATES:
+            bound = cost.kthvalue(CANDIDATES + 1).values.item()
+            least, ties = (cost < bound).nonzero()[:, 0], (cost == bound).nonzero()[:, 0]
+            some = torch.cat([least, ties[: CANDIDATES - len(least)]]).sort().values
+        view, taken = state.close_up(some), list[int]()
+        while len(taken) < min(REMOVALS, num - len(removed)):
+            chosen = left.take_cheapest(view.costs(), some, bound if taken else torch.inf)
+            if chosen is None:
+                break
+            view.remove(torch.tensor([chosen]))
+            taken.append(int(some[chosen]))
+        state.remove(torch.tensor(taken))
+        removed += taken
+    return removed
 
 
 def greedy_order(
@@ -80,12 +149,34 @@ def greedy_order(
     is saved.
     """
     cost = matrix.diagonal() / 2 + (0 if gradient is None else gradient.abs())
-    left, order = _Open(floors, units), []
-    for _ in range(left.num):
-        order.append(left.take_cheapest(cost))
-        row = matrix[order[-1]]
-        cost = cost + (row if gradient is None else row.abs())
-    return order
+    return _eliminate(_Greedy(matrix, cost, gradient is not None), _Open(floors, units))
+
+
+@dataclass
+class _Greedy:
+    """What each structure would add to the loss, given those that are gone."""
+
+    matrix: Matrix
+    cost: Float[Tensor, " structures"]
+    absolute: bool
+
+    def costs(self) -> Float[Tensor, " structures"]:
+        return self.cost
+
+    def close_up(self, some: Int[Tensor, " some"]) -> "_Greedy":
+        return _Greedy(_part(self.matrix, some), self.cost[some], self.absolute)
+
+    def remove(self, chosen: Int[Tensor, " removed"]) -> None:
+        for block in chosen.split(BLOCK):
+            rows = self.matrix[block]
+            self.cost = self.cost + (rows.abs() if self.absolute else rows).sum(0)
+
+
+def _part(matrix: Matrix, some: Int[Tensor, " some"]) -> Matrix:
+    """The rows and columns of some structures."""
+    if isinstance(matrix, LowRank):
+        return LowRank(matrix.factor[:, some])
+    return matrix[some][:, some]
 
 
 def absolute_row_sums(matrix: Matrix) -> Float[Tensor, " structures"]:
@@ -131,23 +222,35 @@ def _operate(
 ) -> tuple[list[int], Tensor]:
     """The next removals, and where all gates are then: none under 0."""
     places = left.places
+    matrix, moved = _part(matrix, places), gates[places].clamp(min=0)
+    size = _damping(matrix, damping)
     if isinstance(matrix, LowRank):
-        matrix = LowRank(matrix.factor[:, places])
-        inverse = _LowRankInverse(matrix, _damping(matrix, damping))
+        state = _LowRankSurgeon(matrix, moved, size)
+        chosen = _eliminate(state, left, most)
+        moved = state.gates()
     else:
-        matrix = matrix[places][:, places]
-        inverse = _Inverse(matrix, _damping(matrix, damping))
-    moved, diagonal, removed = gates[places].clamp(min=0), inverse.diagonal(), list[int]()
-    for _ in range(left.num if most is None else min(left.num, most)):
-        s = left.take_cheapest(moved.square() / diagonal)
-        column = inverse.remove(s)
-        moved -= moved[s] / column[s] * column
-        diagonal -= column.square() / column[s]
-        moved[s], diagonal[s] = 0.0, 1.0
-        removed.append(int(places[s]))
+        chosen = _operate_whole(matrix, moved, left, size, most)
+    removed = places[chosen].tolist()
     gates = torch.zeros_like(gates).index_copy_(0, places, moved.clamp(min=0))
     gates[removed] = 0.0  # but for rounding they are
     return removed, gates
+
+
+def _operate_whole(
+    matrix: Tensor, gates: Tensor, left: _Open, damping: float, most: int | None
+) -> list[int]:
+    """One removal after the other, of a matrix that is held whole; moves ``gates``."""
+    inverse, everything, removed = _Inverse(matrix, damping), torch.arange(len(matrix)), list[int]()
+    diagonal = inverse.diagonal()
+    for _ in range(left.num if most is None else min(left.num, most)):
+        s = left.take_cheapest(gates.square() / diagonal, everything)
+        assert s is not None  # `left.num` may go
+        column = inverse.remove(s)
+        gates -= gates[s] / column[s] * column
+        diagonal -= column.square() / column[s]
+        gates[s], diagonal[s] = 0.0, 1.0
+        removed.append(s)
+    return removed
 
 
 class _Inverse:
@@ -173,29 +276,87 @@ class _Inverse:
         return column
 
 
-class _LowRankInverse:
-    """The same for ``Q = B'B``: ``(1 - B' (lambda + B B')^-1 B) / lambda`` by Woodbury."""
+class _LowRankSurgeon:
+    """Gates and costs for ``Q = B'B``, with ``K = (lambda + B B')^-1`` of what is left of ``B``.
 
-    def __init__(self, matrix: LowRank, damping: float) -> None:
-        self._factor, self._damping = matrix.factor.clone(), damping
+    By Woodbury ``A = (1 - B' K B) / lambda``, and once a set ``R`` is gone the gates that started
+    at ``m`` are ``m + B' K B_R m_R``: both follow from the set alone, so no error builds up.
+    """
+
+    def __init__(self, matrix: LowRank, gates: Tensor, damping: float) -> None:
+        self._size, self._damping = len(matrix), damping
+        self._there = torch.arange(len(matrix))  # columns of the others are no longer held
+        self._factor, self._start = matrix.factor, gates
+        self._gone = torch.zeros(len(matrix), dtype=torch.bool)
+        self._removed = gates.new_zeros(len(matrix.factor))  # B_R m_R
+        self._small = self._damped_gram()
+
+    def gates(self) -> Float[Tensor, " structures"]:
+        """Of all structures; 0 for those that are gone."""
+        return self._everywhere(self._moved(self._inverse())).masked_fill(self._gone, 0.0)
+
+    def costs(self) -> Float[Tensor, " structures"]:
+        inverse = self._inverse()
+        blocks = self._factor.split(ROWS, 1)
+        diagonal = 1 - torch.cat([(inverse @ block * block).sum(0) for block in blocks])
+        self._now = inverse, self._moved(inverse), diagonal
+        return self._everywhere(self._now[1].square() / diagonal)
+
+    def close_up(self, some: Int[Tensor, " some"]) -> "_FewOfLowRank":
+        inverse, moved, diagonal = self._now
+        columns = torch.searchsorted(self._there, some)
+        factor = self._factor[:, columns].T.contiguous()
+        return _FewOfLowRank(factor, inverse.clone(), moved[columns], diagonal[columns])
+
+    def remove(self, chosen: Int[Tensor, " removed"]) -> None:
+        columns = torch.searchsorted(self._there, chosen)
+        gone = self._factor[:, columns]
+        self._removed += gone @ self._start[columns]
+        self._gone[chosen] = True
+        there = ~self._gone[self._there]
+        if there.sum() < 0.9 * len(there):
+            self._there, self._start = self._there[there], self._start[there]
+            self._factor = self._factor[:, there]
+            self._small = self._damped_gram()
+        else:
+            self._factor[:, columns] = 0.0
+            self._small -= gone @ gone.T
+
+    def _moved(self, inverse: Tensor) -> Tensor:
+        return self._start + self._factor.T @ (inverse @ self._removed)
+
+    def _damped_gram(self) -> Tensor:
         small = self._factor @ self._factor.T
-        small.diagonal().add_(damping)
-        self._small_inverse = torch.cholesky_inverse(torch.linalg.cholesky(small))
+        small.diagonal().add_(self._damping)
+        return small
 
-    def diagonal(self) -> Tensor:
-        inner = (self._factor * (self._small_inverse @ self._factor)).sum(0)
-        return (1 - inner) / self._damping
+    def _inverse(self) -> Tensor:
+        return torch.cholesky_inverse(torch.linalg.cholesky(self._small))
 
-    def remove(self, s: int) -> Tensor:
-        """The column of a structure, which is then gone."""
-        own = self._factor[:, s].clone()
-        moved = self._small_inverse @ own
-        left = 1 - own @ moved
-        column = -(moved @ self._factor)
-        column[s] = left
-        self._small_inverse.addr_(moved, moved, alpha=1 / left.item())
-        self._factor[:, s] = 0.0
-        return column / self._damping
+    def _everywhere(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self._size).index_copy_(0, self._there, values)
+
+
+@dataclass
+class _FewOfLowRank:
+    """The same for some structures, with all that changes when one of them goes."""
+
+    columns: Float[Tensor, "some rows"]
+    inverse: Float[Tensor, "rows rows"]
+    gates: Float[Tensor, " some"]
+    diagonal: Float[Tensor, " some"]
+
+    def costs(self) -> Float[Tensor, " some"]:
+        return self.gates.square() / self.diagonal
+
+    def remove(self, chosen: Int[Tensor, " one"]) -> None:
+        s = int(chosen)
+        moved = self.inverse @ self.columns[s]
+        row, left = self.columns @ moved, 1 - (self.columns[s] @ moved).item()
+        self.gates = self.gates + self.gates[s] / left * row
+        self.diagonal = self.diagonal - row.square() / left
+        self.inverse.addr_(moved, moved, alpha=1 / left)
+        self.gates[s], self.diagonal[s] = 0.0, 1.0
 
 
 def compensation(

@@ -165,15 +165,44 @@ def test_compensation_is_the_best_set_of_gates():
     ],
     ids=["signed", "greedy", "surgeon"],
 )
-@pytest.mark.parametrize("block", [1, 3, 256])
-def test_low_rank_gives_the_order_of_the_matrix(order, block, monkeypatch):
+@pytest.mark.parametrize(("block", "candidates"), [(1, 1), (3, 40), (256, 40)])
+def test_low_rank_gives_the_order_of_the_matrix(order, block, candidates, monkeypatch):
     few, more = _low_rank(40, 5), _low_rank(40, 12)
     few.factor[:, ::4] = 0.0  # dead structures, which cost the same
     few.factor[:, ::3] *= 1e-4
     monkeypatch.setattr("sosp_hub.criteria.elimination.BLOCK", block)
+    monkeypatch.setattr("sosp_hub.criteria.elimination.REMOVALS", block)
+    monkeypatch.setattr("sosp_hub.criteria.elimination.CANDIDATES", candidates)
     for matrix in (few, more):
         assert order(matrix) == order(matrix.dense())
         assert sorted(order(matrix)) != order(matrix)
+
+
+@pytest.mark.parametrize(("candidates", "removals"), [(5, 3), (5, 5), (12, 4)])
+def test_beyond_the_candidates_a_block_goes_before_all_costs_are_computed_again(
+    candidates, removals, monkeypatch
+):
+    monkeypatch.setattr("sosp_hub.criteria.elimination.CANDIDATES", candidates)
+    monkeypatch.setattr("sosp_hub.criteria.elimination.REMOVALS", removals)
+    matrix = _low_rank(24, 6)
+    dense = matrix.dense()
+
+    def growth(chosen, s):
+        return _best_gates(dense, [*chosen, s], 0.05)[1] - _best_gates(dense, chosen, 0.05)[1]
+
+    expected: list[int] = []
+    while len(expected) < 20:
+        rest = [s for s in range(24) if s not in expected]
+        at_first = sorted((growth(expected, s), s) for s in rest)
+        some, bound = [s for _, s in at_first[:candidates]], at_first[candidates:][:1]
+        for number in range(min(removals, 20 - len(expected))):
+            cost, cheapest = min((growth(expected, s), s) for s in some if s not in expected)
+            if number and bound and cost > bound[0][0]:
+                break
+            expected.append(cheapest)
+    order = surgeon_order(matrix, Floors([24], 1 / 6), damping=0.05)
+    assert order == expected
+    assert order != surgeon_order(dense, Floors([24], 1 / 6), damping=0.05)  # it does matter
 
 
 def test_low_rank_gives_the_sums_and_gates_of_the_matrix():
