@@ -13,6 +13,7 @@ from sosp_hub.cost import CostModel
 from sosp_hub.errors import BudgetError, PlanError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import cut
 from tests.cases import CASES
 from tests.compare import assert_close
 
@@ -346,3 +347,68 @@ def test_no_group_is_left_with_a_count_that_it_must_not_have():
     assert found == {12, 16}
     with pytest.raises(PlanError, match="must not keep 13 of its 20"):
         strict.check(PruningPlan({name: tuple(range(13))}, {name: 20}))
+
+
+@pytest.mark.parametrize("round_to", [1, 2, 3, 6, 8])
+def test_rounding_never_breaks_what_a_kernel_needs(round_to):
+    """A kernel that runs for multiples of 4 alone, as the grouped product of experts does."""
+    graph = graph_of()
+    name = next(name for name in graph.groups if graph.groups[name].size == 20)
+    strict = replace(graph, groups={**graph.groups, name: replace(graph.groups[name], multiple=4)})
+    saliency = {name: random_saliency(graph)[name]}
+    for share in (0.3, 0.5, 0.65, 0.8):
+        try:
+            plan = allocate(strict, saliency, structures=share, round_to=round_to)
+        except BudgetError:
+            continue
+        count = plan.num_kept()[name]
+        assert count % 4 == 0
+        assert count % round_to == 0
+        assert count <= share * 20
+
+
+def test_tied_groups_meet_half_way_and_obey_each_others_barred_counts():
+    """Four zeros and four ones that keep equally many: two go of each, not four."""
+    graph = graph_of()
+    one, two = graph.ties[0]
+    saliency = {one: torch.zeros(4), two: torch.ones(4), "three:neuron": torch.full((20,), 0.5)}
+
+    def kept(graph):
+        plan = allocate(
+            graph, saliency, structures=24 / 28, keep_at_least=0, kinds=EVERY
+        )  # four structures go
+        graph.check(plan)
+        return [plan.num_kept().get(name, 4) for name in (one, two)]
+
+    assert kept(graph) == [2, 2]
+    for name in (one, two):
+        barred = replace(graph.groups[name], barred=frozenset({2}))
+        assert kept(replace(graph, groups={**graph.groups, name: barred})) == [3, 3]
+
+
+def test_a_structure_that_scores_the_threshold_stays():
+    scores = torch.tensor([-1.0, 0.0, -0.5, 0.0, 2.0, 0.0, 1.0, -2.0])
+    plan = allocate(graph_of(), {"one:neuron": scores}, threshold=0.0)
+    assert plan.kept["one:neuron"] == (1, 3, 4, 5, 6)
+
+
+def test_only_the_kinds_that_leave_the_rest_as_it_is_go_unasked():
+    """Streams, widths of heads and whole layers are cut only where they are named."""
+    graph = graph_of("llama")
+    saliency = {name: torch.zeros(group.size) for name, group in graph.groups.items()}
+    kinds = {graph.groups[name].kind for name in allocate(graph, saliency, macs=0.7).kept}
+    assert kinds
+    assert kinds <= {"channel", "head", "kv_group", "neuron"}
+    assert {"residual", "layer"} <= {group.kind for group in graph.groups.values()}
+
+
+def test_a_budget_with_whole_layers_holds_for_what_is_left():
+    (case,) = [case for case in CASES if case.name == "llama"]
+    graph = graph_of("llama")
+    saliency = {name: torch.zeros(g.size) for name, g in graph.groups.items() if g.kind == "layer"}
+    share = 0.7
+    plan = allocate(graph, saliency, params=share, kinds="layer")
+    dense = sum(parameter.numel() for parameter in case.model().parameters())
+    left = sum(p.numel() for p in cut(case.model(), graph, plan).parameters())
+    assert left <= share * dense
+    assert plan.provenance["predicted"]["params"] == left

@@ -1,5 +1,7 @@
 """Predicted costs against what PyTorch counts on the cut model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -146,3 +148,65 @@ def test_a_unit_costs_what_a_cut_of_it_alone_saves(name, quantity):
         assert len(units[group]) == graph.groups[group].size
     every = [unit for values in units.values() for unit in values]
     assert sum(every) / len(every) == pytest.approx(1, rel=1e-2)
+
+
+class Joined(nn.Module):
+    """What reads a concatenation: half of it can be cut, the other half is the model's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 6), nn.Linear(11, 3)
+
+    def forward(self, x):
+        return self.down(torch.cat([x, self.up(x).relu()], -1))
+
+
+def test_a_concatenation_costs_what_its_parts_cost():
+    graph = trace(Joined(), (torch.randn(2, 5),))
+    plan = plan_of(graph, {"up:neuron": (0, 3)})
+    pruned = cut(Joined(), graph, plan)
+    assert cost(graph, plan) == measured(pruned, graph.example_inputs, 2)
+    assert cost(graph, plan).params == 5 * 2 + 2 + 7 * 3 + 3
+
+
+class Stack(nn.Module):
+    """A dozen residual blocks, so that the name of one begins with that of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4)) for _ in range(12)
+        )
+        self.blocks = nn.ModuleList(Residual(block) for block in self.blocks)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def test_a_layer_that_goes_takes_its_own_cost_alone():
+    graph = trace(Stack(), (torch.randn(2, 4),))
+    for gone in (1, 11):
+        plan = plan_of(graph, {"blocks:layer": tuple(i for i in range(12) if i != gone)})
+        pruned = cut(Stack(), graph, plan)
+        assert cost(graph, plan) == measured(pruned, graph.example_inputs, 2)
+
+
+def test_a_structure_that_saves_nothing_counts_as_nearly_nothing():
+    """A norm without scales has no parameter: scores per parameter must stay finite."""
+    graph = trace(Stack(), (torch.randn(2, 4),))
+    free = {name: replace(group, layers=()) for name, group in graph.groups.items() if group.layers}
+    units = unit_costs(replace(graph, groups={**graph.groups, **free}), "params")
+    assert set(units["blocks:layer"]) == {1e-3}
+    assert min(value for values in units.values() for value in values) == 1e-3

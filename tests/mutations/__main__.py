@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=600, help="seconds for one mutation (600)")
     options = parser.parse_args()
     everything = [mutation for room in rooms() for mutation in mutations(room)]
-    asked = [m for m in everything if not options.what or {m.room, str(m)} & {*options.what}]
+    asked = [m for what in options.what or rooms() for m in everything if what in (m.room, str(m))]
     if not asked:
         parser.error(f"no mutation of {' '.join(options.what)}; rooms: {' '.join(rooms())}")
     records: dict[str, Record] = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
