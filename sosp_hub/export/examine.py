@@ -6,11 +6,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sosp_hub.checkpoint.fake import to_fake
@@ -20,6 +18,7 @@ from sosp_hub.checkpoint.format.record import KEY, parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.io import PLAN
 from sosp_hub.checkpoint.skeleton import as_checkpoint_error, build_skeleton, faults_of
+from sosp_hub.compat.torch import FakeMode, grouped_product_flops
 from sosp_hub.errors import CheckpointError, HubError
 from sosp_hub.export.readers import Reader, readers
 
@@ -136,7 +135,7 @@ def _count_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]:
 
     ``""`` is the whole model.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeMode():
         return _count_fake_macs(to_fake(model))
 
 
@@ -148,8 +147,7 @@ def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]
     sizes = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in named)
     batch = next(value.shape[0] for _, value in named if isinstance(value, Tensor))
     try:
-        experts = {torch.ops.aten._grouped_mm: _grouped_flops}
-        with FlopCounterMode(display=False, custom_mapping=experts) as counter:
+        with FlopCounterMode(display=False, custom_mapping=grouped_product_flops()) as counter:
             model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     except Exception as error:  # noqa: BLE001 - code that reads values
         (line, *_) = str(error).strip().splitlines() or [""]
@@ -162,11 +160,6 @@ def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]
     }
     found[""] = sum(counter.get_flop_counts()["Global"].values()) // (2 * batch)
     return sizes, found, None
-
-
-def _grouped_flops(rows: tuple[int, ...], weights: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Products of a mixture's experts: every row meets one expert."""
-    return 2 * rows[-2] * rows[-1] * weights[-1]
 
 
 def _layers(

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sosp_hub.compat.torch import FakeMode
 from sosp_hub.structure.traced_int import Attribute, TracedInt
 
 
-def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+def shadow(model: nn.Module, fake: FakeMode | None) -> nn.Module:
     """A deep copy whose ints are traced; with ``fake`` its tensors hold no data."""
     memo: dict[int, Any] = {}
     if fake is not None:
@@ -30,7 +30,7 @@ def shadow(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     return twin
 
 
-def fake_inputs(value: Any, fake: FakeTensorMode) -> Any:
+def fake_inputs(value: Any, fake: FakeMode) -> Any:
     """The same nesting with tensors that hold no data."""
     if isinstance(value, Tensor):
         return fake.from_tensor(value)

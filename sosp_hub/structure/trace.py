@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 
+from sosp_hub.compat.torch import FakeMode
 from sosp_hub.errors import TraceError
 from sosp_hub.structure import rules
 from sosp_hub.structure import traced_int as ints
@@ -72,7 +72,7 @@ def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bo
     has_data = not any(tensor.is_meta for tensor in model.parameters())
     if fake or not has_data:
         try:
-            return _watch(model, inputs, wanted, FakeTensorMode(allow_non_fake_inputs=True))
+            return _watch(model, inputs, wanted, FakeMode())
         except TraceError:
             raise
         except Exception as error:
@@ -142,7 +142,7 @@ def output_tensors(result: Any) -> list[Tensor]:
 
 
 def _watch(
-    model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: FakeTensorMode | None
+    model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: FakeMode | None
 ) -> Run:
     twin = shadow(model, fake).eval()
     twin_inputs = inputs if fake is None else fake_inputs(inputs, fake)

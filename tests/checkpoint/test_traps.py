@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sosp_hub
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedBlock, RemovedMlp
+from sosp_hub.compat.transformers import cache_in
 from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
@@ -141,9 +142,11 @@ def test_removed_attention_generates_with_padding_and_caches(options, tmp_path):
 
 def test_removed_attention_in_a_loop_over_tokens():
     model, tokens = without_attention(), torch.arange(3, 11)[None]
-    expected, cache, seen = output(model, {"input_ids": tokens}), transformers.DynamicCache(), []
+    expected, cache, seen = output(model, {"input_ids": tokens}), {}, []
     for at in range(tokens.shape[1]):
-        step = model(tokens[:, at : at + 1], past_key_values=cache, use_cache=True)
+        step = model(tokens[:, at : at + 1], **cache, use_cache=True)
+        cache = cache_in(step)
+        assert len(cache) == 1
         seen.append(step.logits.detach())
     assert_close(torch.cat(seen, dim=1), expected, relative=1e-5)
 

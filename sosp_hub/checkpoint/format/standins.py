@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sosp_hub.checkpoint.format.record import Replacement
+from sosp_hub.compat.transformers import find_cache
 
 
 class StandIn(nn.Module):
@@ -59,16 +60,13 @@ class RemovedAttention(StandIn):
         self.layer_idx = layer_idx
 
     def forward(  # noqa: D102
-        self,
-        hidden_states: Tensor,
-        *_: Any,
-        past_key_values: Any = None,
-        **__: Any,
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        if past_key_values is not None and self.layer_idx is not None:
+        cache = find_cache((*args, *kwargs.values()))
+        if cache is not None and self.layer_idx is not None:
             batch, tokens = hidden_states.shape[:2]
             empty = hidden_states.new_zeros(batch, 1, tokens, 1)
-            past_key_values.update(empty, empty.clone(), self.layer_idx)
+            cache.update(empty, empty.clone(), self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 

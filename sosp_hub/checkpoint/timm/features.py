@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.compat.torch import FakeMode
 
 _Shapes = dict[str, tuple[int, ...]]
 
@@ -30,7 +30,7 @@ def announced_channels(model: nn.Module, dense: nn.Module) -> tuple[list[int], d
     entries = feature_entries(model)
     try:
         after = _shapes(model, entries)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeMode():
             before = _shapes(to_fake(dense), entries)
     except Exception:  # noqa: BLE001 - a model that only runs on other inputs announces what it did
         return [], {}
