@@ -16,6 +16,7 @@ from sosp_hub.checkpoint.transformers import load as adapter
 
 _FILES = {
     "sosp_hub.errors": "sosp_hub_errors",
+    "sosp_hub.compat.transformers": "sosp_hub_compat_transformers",
     "sosp_hub.checkpoint.format.record": "sosp_hub_record",
     "sosp_hub.checkpoint.format.modules": "sosp_hub_modules",
     "sosp_hub.checkpoint.format.standins": "sosp_hub_standins",
