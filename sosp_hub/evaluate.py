@@ -5,16 +5,19 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sosp_hub.distributed import process_sum, to_device
 from sosp_hub.errors import DataError
-from sosp_hub.zoo.loss import batch_loss
+from sosp_hub.tasks.loss import Loss, batch_loss
+
+if TYPE_CHECKING:
+    from sosp_hub.types import LossFn
 
 _LOSS, _CORRECT, _CLASSES = 0, 1, 2  # rows of the sums; one more for each class
 
@@ -41,6 +44,7 @@ def evaluate(
     metrics: Sequence[str] = ("accuracy",),
     *,
     class_names: Sequence[str] = (),
+    loss_fn: "LossFn | None" = None,
 ) -> dict[str, Metric]:
     """Measures a model on the batches of all processes; each sample counts once.
 
@@ -51,8 +55,10 @@ def evaluate(
             for each class that occurs).
         class_names: Names for ``per_class_accuracy``; the class's number where none is given.
 
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
+
     Raises:
-        DataError: No batches at all.
+        DataError: No batches at all, or a metric that this loss has not.
     """
     was_training = model.training
     model.eval()
@@ -60,8 +66,7 @@ def evaluate(
     try:
         for batch in batches:
             batch = to_device(batch)
-            labels = batch["labels"] if isinstance(batch, dict) else batch[1]
-            new = _sums(batch_loss(model, batch).logits, labels).cpu()
+            new = _sums(batch_loss(model, batch, loss_fn)).cpu()
             sums = new + F.pad(sums, (0, 0, 0, len(new) - len(sums)))
     finally:
         model.train(was_training)
@@ -82,7 +87,13 @@ def evaluate(
             value = math.exp(min(loss.value, 700.0))
             found[name] = Metric(value, loss.n, loss.stderr and value * loss.stderr)
         else:
-            found[name] = _ratio(sums[{"loss": _LOSS, "accuracy": _CORRECT}[name]])
+            row = sums[{"loss": _LOSS, "accuracy": _CORRECT}[name]]
+            if not row[0]:
+                raise DataError(
+                    f"evaluate.metrics: {name} counts classes, and the loss of this model reads "
+                    "none of its outputs as such; write loss"
+                )
+            found[name] = _ratio(row)
     return found
 
 
@@ -114,32 +125,36 @@ def measure_latency(
     return [statistics.median(mine[3:]) for mine in seconds]  # the first ones warm up
 
 
-def _sums(
-    logits: Float[Tensor, "*batch classes"], labels: Int[Tensor, "..."]
-) -> Float[Tensor, "rows 6"]:
-    """Samples, sum of x, w, x^2, x w, w^2 of each row, for means sum(x) / sum(w) over samples."""
-    if (
-        logits.ndim == 3
-    ):  # a language model: a sample is a text, its weight the number of its labels
-        texts = [_text(row[:-1], label[1:]) for row, label in zip(logits, labels, strict=True)]
-        loss, correct, weight = torch.stack(texts, dim=1)
-        return torch.stack([_moments(loss, weight), _moments(correct, weight)])
-    loss = F.cross_entropy(logits.float(), labels, reduction="none").double()
-    correct = (logits.argmax(-1) == labels).double()
-    weight = torch.ones_like(loss)
-    rows = [_moments(loss, weight), _moments(correct, weight)]
-    for label in range(logits.shape[-1]):
-        mine = labels == label
-        rows.append(_moments(correct[mine], weight[mine]))
+def _sums(loss: Loss) -> Float[Tensor, "rows 6"]:
+    """Samples, sum of x, w, x^2, x w, w^2 of each row, for means sum(x) / sum(w) over samples.
+
+    Rows are the loss, what is right, and where a sample is of one class, what is right of each. A
+    sample's weight is that of its places: of the tokens, say, that have a label.
+    """
+    read = loss.predictions
+    if read is None:  # one number a batch, with the spread of batches
+        weight = torch.tensor([float(loss.weight)], dtype=torch.float64)
+        value = loss.value.double().cpu().view(1) * weight
+        return torch.stack([_moments(value, weight), torch.zeros(6, dtype=torch.float64)])
+    weights = read.weights.double()
+    losses = torch.where(weights != 0, weights * read.losses().double(), 0.0)
+    rows = [_moments(losses.sum(1), weights.sum(1))]
+    if read.form == "squared":
+        return torch.stack([*rows, torch.zeros_like(rows[0])])
+    if read.form == "sigmoid":
+        right = (read.values > 0) == (read.targets > 0.5)
+    else:
+        targets = read.targets
+        targets = targets.argmax(-1) if targets.is_floating_point() else targets
+        right = read.values.argmax(-1) == targets
+        if weights.shape[1] == 1:
+            rows.append(_moments((right * weights).sum(1), weights.sum(1)))
+            for label in range(read.values.shape[-1]):
+                mine = (targets == label)[:, 0]
+                rows.append(_moments((right * weights)[mine, 0], weights[mine, 0]))
+            return torch.stack(rows)
+    rows.append(_moments((right * weights).sum(1), weights.sum(1)))
     return torch.stack(rows)
-
-
-def _text(logits: Float[Tensor, "tokens vocabulary"], labels: Int[Tensor, " tokens"]) -> Tensor:
-    counted = labels != -100
-    logits, labels = logits[counted].float(), labels[counted]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    correct = (logits.argmax(-1) == labels).sum()
-    return torch.stack([loss, correct, counted.sum()]).double()
 
 
 def _moments(x: Float[Tensor, " samples"], w: Float[Tensor, " samples"]) -> Float[Tensor, " 6"]:

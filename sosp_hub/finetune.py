@@ -9,13 +9,12 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset
 
@@ -31,7 +30,12 @@ from sosp_hub.distributed import (
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
-from sosp_hub.zoo.loss import batch_loss
+from sosp_hub.tasks.batches import num_samples
+from sosp_hub.tasks.loss import Loss, batch_loss, forward
+from sosp_hub.tasks.predictions import Predictions
+
+if TYPE_CHECKING:
+    from sosp_hub.types import LossFn
 
 _POINTS = 100  # of the loss curve, at most
 
@@ -41,6 +45,7 @@ def finetune(
     train: Dataset[Any],
     config: TrainSection,
     *,
+    loss_fn: "LossFn | None" = None,
     teacher: nn.Module | None = None,
     checkpoint_dir: Path | None = None,
     accelerator: Accelerator | None = None,
@@ -56,6 +61,7 @@ def finetune(
         model: The model.
         train: A split that gives whole batches, as `load_split` does.
         config: How to train.
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
         teacher: The dense model; its outputs count with ``config.distill``.
         checkpoint_dir: Where resumable state is kept; a call that finds some goes on from there.
         accelerator: Of this run; None = a new one.
@@ -111,12 +117,15 @@ def finetune(
                 rank, world = accelerator.process_index, accelerator.num_processes
                 _seed(seed * 1_000_003 + index * world + rank)
                 with accelerator.accumulate(wrapped):
-                    loss = batch_loss(wrapped, batch, _loss_fn(config))
+                    loss = batch_loss(wrapped, batch, loss_fn)
                     value = loss.value
+                    if config.label_smoothing:
+                        value = _read(loss, "label_smoothing").value(config.label_smoothing)
                     if teacher and isinstance(config, FinetuneSection) and config.distill:
+                        mine = _read(loss, "distill")
                         with torch.no_grad(), accelerator.autocast():
-                            target = batch_loss(teacher, batch).logits
-                        follow = _distillation(loss.logits, target, batch, config.temperature)
+                            target = _read(batch_loss(teacher, batch, loss_fn), "distill")
+                        follow = mine.divergence(target, config.temperature)
                         value = (1 - config.distill) * value + config.distill * follow
                     accelerator.backward(value if penalty is None else value + penalty())
                     if accelerator.sync_gradients and config.max_grad_norm is not None:
@@ -149,7 +158,9 @@ def finetune(
     model.eval()
     if last is not None:  # what the last step did shows only in another pass
         with torch.no_grad(), accelerator.autocast():
-            _point([batch_loss(model, last).value], step, config.epochs, config.learning_rate)
+            _point(
+                [batch_loss(model, last, loss_fn).value], step, config.epochs, config.learning_rate
+            )
     return history
 
 
@@ -171,7 +182,7 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]
-    larger = any(_num_samples(batch) > 1 for batch in batches)
+    larger = any(num_samples(batch) > 1 for batch in batches)
     one_is_normal = not process_sum(torch.tensor(float(larger)))
     done = 0
     try:
@@ -180,8 +191,8 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
             norm.momentum = None  # the plain mean over the batches
             norm.train()
         for batch in batches:
-            if one_is_normal or _num_samples(batch) > 1:
-                batch_loss(model, to_device(batch))
+            if one_is_normal or num_samples(batch) > 1:
+                forward(model, to_device(batch))
                 done += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -287,26 +298,15 @@ def _schedule(step: int, total: int, config: TrainSection) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def _loss_fn(config: TrainSection) -> Any:
-    if config.label_smoothing == 0:
-        return None
-
-    def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
-        if logits.ndim == 3:  # a language model: the next token is the label
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        return F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-
-    return smoothed
-
-
-def _distillation(logits: Tensor, target: Tensor, batch: Any, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence from the teacher, times the squared temperature (Hinton 2015)."""
-    if logits.ndim == 3:
-        counted = batch["labels"][:, 1:] != -100
-        logits, target = logits[:, :-1][counted], target[:, :-1][counted]
-    student = F.log_softmax(logits.float() / temperature, dim=-1)
-    wanted = F.log_softmax(target.float() / temperature, dim=-1)
-    return F.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2
+def _read(loss: Loss, key: str) -> Predictions:
+    """What the loss reads of the outputs, which smoothing and distillation work on."""
+    if loss.predictions is None:
+        raise ModelError(
+            f"finetune.{key}: this loss does not say what it reads of the outputs; leave it out, "
+            "or give a loss_fn that returns sosp_hub.tasks.softmax(logits, labels), sigmoid(...) "
+            "or squared(...)"
+        )
+    return loss.predictions
 
 
 def _point(losses: list[Tensor], step: int, epoch: float, learning_rate: float) -> dict[str, float]:
@@ -317,7 +317,3 @@ def _point(losses: list[Tensor], step: int, epoch: float, learning_rate: float) 
             f" the learning rate (now {learning_rate:g}), or train without mixed precision"
         )
     return {"step": step, "epoch": epoch, "loss": mean.item(), "learning_rate": learning_rate}
-
-
-def _num_samples(batch: Any) -> int:
-    return len(batch["labels"] if isinstance(batch, dict) else batch[1])

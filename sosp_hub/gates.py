@@ -131,7 +131,7 @@ def _places(
 ) -> dict[nn.Module | str, list[tuple[Group, Site]]]:
     """The sites at each module, whose input is gated, and at each parameter."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = _parameters(model)
     places: dict[nn.Module | str, list[tuple[Group, Site]]] = {}
     for group in groups.values():
         sites = group.sites if gate == "activation" else _filters(group, parameters)
@@ -163,6 +163,15 @@ def _filters(group: Group, parameters: Mapping[str, nn.Parameter]) -> tuple[Site
         for member in group.members
         if not member.reads and member.tensor in parameters and parameters[member.tensor].ndim > 1
     )
+
+
+def has_gate(model: nn.Module, group: Group, gate: GateKind) -> bool:
+    """Whether there is a place for the group's gates."""
+    return bool(group.sites if gate == "activation" else _filters(group, _parameters(model)))
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,6 @@ Batch = "tuple[Any, Tensor] | Mapping[str, Tensor]"
 """``(inputs, labels)``, or a dict as a transformers model takes it (labels under ``labels``)."""
 
 if TYPE_CHECKING:
-    Batches = Iterable[tuple[Any, Tensor] | Mapping[str, Tensor]]
-    LossFn = Callable[[Any, Tensor], Tensor]
+    Batches = Iterable[tuple[Any, Any] | Mapping[str, Any]]
+    LossFn = Callable[[Any, Any], Any]
     Saliency = dict[str, Tensor]

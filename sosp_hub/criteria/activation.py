@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.criteria.activations import Seen, mean_of_sites, site_means
+from sosp_hub.criteria.activations import (
+    WATCHED,
+    Seen,
+    is_watched,
+    mean_of_sites,
+    site_means,
+)
 from sosp_hub.criteria.ranking import standardized
 from sosp_hub.criteria.registry import HasGroups, Needs, register
 
@@ -41,6 +47,8 @@ class Activation:
     name: ClassVar[str] = "activation"
     paper: ClassVar[str] = "arXiv 2407.14679"
     needs: ClassVar[Needs] = "inputs"
+    scores_only: ClassVar[str] = WATCHED
+    able = staticmethod(is_watched)
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
         """One forward pass per batch."""

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.derivatives import is_sharded, num_samples
+from sosp_hub.derivatives import is_sharded
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import gated
 from sosp_hub.structure.groups import Group, Groups, Site
-from sosp_hub.zoo.loss import batch_loss
+from sosp_hub.tasks.batches import num_samples
+from sosp_hub.tasks.loss import forward
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches
@@ -59,6 +60,14 @@ class Seen(NamedTuple):
 
 Measure = Callable[[Seen], tuple[Tensor, Tensor | int]]
 """From what is seen at a site to sums over it, and the number of what was added up."""
+
+
+WATCHED = "read by a layer, whose input can be watched"
+
+
+def is_watched(group: Group) -> bool:
+    """Whether a module reads the group."""
+    return any(site.module is not None for site in group.sites)
 
 
 def site_means(
@@ -166,8 +175,7 @@ def run(
         for batch in batches:
             is_dict = isinstance(batch, Mapping)
             mask = batch.get("attention_mask") if is_dict else None
-            full: Any = {"labels": torch.zeros(0), **batch} if is_dict else batch
-            batch_loss(model, full, lambda *_: torch.zeros(()))
+            forward(model, batch)
             seen += num_samples(batch)
     return seen
 

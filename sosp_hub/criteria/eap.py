@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.criteria.activations import Seen, mean_of_sites, site_means
+from sosp_hub.criteria.activations import (
+    WATCHED,
+    Seen,
+    is_watched,
+    mean_of_sites,
+    site_means,
+)
 from sosp_hub.criteria.ranking import standardized
 from sosp_hub.criteria.registry import HasGroups, Needs, register
 
@@ -52,6 +58,8 @@ class Eap:
     name: ClassVar[str] = "eap"
     paper: ClassVar[str] = "arXiv 2103.10858"
     needs: ClassVar[Needs] = "inputs"
+    scores_only: ClassVar[str] = WATCHED
+    able = staticmethod(is_watched)
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
         """One forward pass per batch."""

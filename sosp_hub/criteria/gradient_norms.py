@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sosp_hub.derivatives import num_samples
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import gated
-from sosp_hub.zoo.loss import batch_loss
+from sosp_hub.tasks.batches import num_samples
+from sosp_hub.tasks.loss import batch_loss
 
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
@@ -56,7 +56,7 @@ class GradientNorms:
 
     Attributes:
         samples: Batches of this process.
-        loss_fn: Loss of (logits, labels); None = what the task says.
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
         process_sum: Sum over processes.
     """
 

@@ -34,7 +34,7 @@ class Grasp:
         gate: What a gate multiplies.
         eps: Step of the differences; None = by the weights' dtype.
         micro_batch_size: Most samples of one pass; None = whole batches.
-        loss_fn: Loss of (logits, labels).
+        loss_fn: Loss of (outputs, targets).
         process_sum: Sum over processes.
     """
 
@@ -47,6 +47,7 @@ class Grasp:
     name: ClassVar[str] = "grasp"
     paper: ClassVar[str] = "arXiv 2002.07376"
     needs: ClassVar[Needs] = "labels"
+    first_order: ClassVar[bool] = True
     signed: ClassVar[bool] = True
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":

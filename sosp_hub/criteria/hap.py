@@ -38,7 +38,7 @@ class Hap:
         gate: What a gate multiplies.
         eps: Step of the differences; None = by the weights' dtype.
         micro_batch_size: Most samples of one pass; None = whole batches.
-        loss_fn: Loss of (logits, labels).
+        loss_fn: Loss of (outputs, targets).
         seed: Of the random vectors.
         process_sum: Sum over processes.
     """

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import sosp_hub.criteria
 from sosp_hub.cost import Quantity, unit_costs
 from sosp_hub.errors import CriterionError
+from sosp_hub.gates import GateKind, has_gate
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
 from sosp_hub.types import DEFAULT_KINDS, Kind
@@ -43,7 +44,8 @@ class Criterion(Protocol):
     filled by ``score``. A class attribute ``kinds`` lists the kinds of structures that it can
     score; without it they are all but whole layers. Where it cannot score every group of these, a
     static method ``able(group)`` tells which, and ``scores_only`` says it in words; the others have
-    no score. A class attribute ``signed`` says that scores may be negative.
+    no score. A class attribute ``signed`` says that scores may be negative,
+    ``first_order`` that they are made of the gradient alone, which is 0 at a minimum of the loss.
 
     Attributes:
         name: Name in recipes and in ``score``.
@@ -146,7 +148,7 @@ def score(
         graph: What ``trace`` found in it.
         batches: Calibration data, ``(inputs, labels)`` or dicts; ``[]`` where none is needed.
         criterion: Name of the criterion.
-        loss_fn: Loss of (logits, labels); None = what the task says.
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
         kinds: Kinds of structures to score; None = channels, heads, KV groups and neurons, or
             layers where the criterion scores those alone.
         seed: Of everything random.
@@ -174,9 +176,14 @@ def score(
     wanted = {name: value for name, value in common.items() if name in has}
     method = make_criterion(criterion, **wanted, **options)
     check_per(criterion, per, options)
+    if getattr(loss_fn, "at_minimum", False) and getattr(method, "first_order", False):
+        raise CriterionError(
+            f"criterion {criterion!r} ranks by the gradient, which is zero where a model is "
+            "compared with its own outputs; use sosp_h, sosp_i or hap, or a loss with labels"
+        )
     groups = scorable_groups(graph, criterion, kinds)
-    if getattr(method, "gate", None) == "activation":
-        groups = _with_sites(groups, criterion)
+    if gate := getattr(method, "gate", None):
+        groups = _with_gates(model, groups, criterion, gate)
     units = _units(graph, groups, per)
     if "units" in has:
         method = make_criterion(criterion, **wanted, **options, units=units)
@@ -253,16 +260,20 @@ def scorable_groups(
     return _able(criteria()[criterion], chosen)
 
 
-def _with_sites(groups: Groups, criterion: str) -> Groups:
-    """The groups that a gate on activations can stand for; the others stay whole."""
-    gated = {name: group for name, group in groups.items() if group.sites}
+def _with_gates(model: nn.Module, groups: Groups, criterion: str, gate: GateKind) -> Groups:
+    """The groups that a gate can stand for; the others stay whole."""
+    gated = {name: group for name, group in groups.items() if has_gate(model, group, gate)}
     rest = [name for name in groups if name not in gated]
     if rest and gated:
         shown = ", ".join(rest[:4]) + ", ..." * (len(rest) > 4)
+        where = {
+            "activation": "activations where weights read them; %d of %d groups are read otherwise",
+            "weight": "the filters that make what is cut; %d of %d groups have none",
+        }
         logger.info(
-            "criterion %r gates activations where weights read them; %d of %d groups are read "
-            "otherwise and stay whole: %s", criterion, len(rest), len(groups), shown,
-        )  # fmt: skip
+            f"criterion %r gates {where[gate]} and stay whole: %s",
+            *(criterion, len(rest), len(groups), shown),
+        )
     return gated or groups  # none at all: the gates say so
 
 
@@ -307,6 +318,12 @@ def _checked(saliency: "Saliency", groups: Groups, criterion: str) -> "Saliency"
                 f"criterion {criterion!r}: the scores of group {name!r} are not finite; look at "
                 "the weights and the data, or score in float32"
             )
+    seen_data = criteria()[criterion].needs != "nothing"
+    if seen_data and not any(scores.any() for scores in result.values()):
+        raise CriterionError(
+            f"criterion {criterion!r}: all scores are 0, which ranks nothing: the activations are "
+            "0, or the loss does not change with them. Look at the data, the weights and the loss"
+        )
     return result
 
 

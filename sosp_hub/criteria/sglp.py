@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from sosp_hub.criteria.gradient_norms import FreshNet, GradientNorms
 from sosp_hub.criteria.registry import HasGroups, Needs, register
 from sosp_hub.criteria.similarity import cka_matrix, segments
-from sosp_hub.derivatives import num_samples, split_batch
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Groups
+from sosp_hub.tasks.batches import num_samples, split_batch
 from sosp_hub.types import Kind
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Sglp:
         max_rows: Samples or tokens of a batch that compare.
         norm_samples: Samples of a gradient norm, of each process.
         norms: ``auto`` = ``pretrained`` for language models (labels for tokens), else ``fresh``.
-        loss_fn: Loss of (logits, labels).
+        loss_fn: Loss of (outputs, targets).
         seed: Of the fresh weights.
         process_sum: Sum over processes.
     """
@@ -110,6 +110,7 @@ class Sglp:
     name: ClassVar[str] = "sglp"
     paper: ClassVar[str] = "arXiv 2410.14720"
     needs: ClassVar[Needs] = "labels"
+    first_order: ClassVar[bool] = True
     signed: ClassVar[bool] = True
     kinds: ClassVar[tuple[Kind, ...]] = ("layer",)
 

@@ -32,7 +32,7 @@ class SospH:
         gate: What a gate multiplies.
         eps: Step of the differences; None = by the weights' dtype.
         micro_batch_size: Most samples of one pass; None = whole batches.
-        loss_fn: Loss of (logits, labels).
+        loss_fn: Loss of (outputs, targets).
         process_sum: Sum over processes.
     """
 

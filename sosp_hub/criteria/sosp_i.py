@@ -55,13 +55,13 @@ class SospI:
             gates so far, which first take a damped step toward the dense model's outputs where that
             brings them nearer; two more passes over the data each time. None = never.
         keep_at_least: Share of each group that no order removes.
-        loss: Which curvature of the loss by the logits.
-        max_classes: Up to so many classes are summed over; above, labels are drawn from the model.
+        loss: Which curvature by the outputs: the loss's own, or another whatever the loss.
+        max_classes: Up to so many classes (times places) are summed over; above, labels are drawn.
         num_draws: Labels drawn per sample.
         gate: What a gate multiplies.
         micro_batch_size: Most samples of one pass; None = whole batches.
         seed: Of the drawn labels.
-        loss_fn: Loss of (logits, labels).
+        loss_fn: Loss of (outputs, targets).
         process_sum: Sum over processes.
         process_rows: Rows of all processes, where there are so few that they are exchanged.
         curvature: What ``measure`` returned for the same groups; no data is needed then.
@@ -72,7 +72,7 @@ class SospI:
     damping: float = 0.01
     rescore_every: int | None = None
     keep_at_least: float = 0.1
-    loss: Literal["cross_entropy", "squared"] = "cross_entropy"
+    loss: Literal["auto", "cross_entropy", "squared"] = "auto"
     max_classes: int = 32
     num_draws: int = 1
     gate: GateKind = "activation"

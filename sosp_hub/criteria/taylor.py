@@ -28,7 +28,7 @@ class Taylor:
             the squared gradient of each batch, which depends on the batch size.
         gate: What a gate multiplies.
         micro_batch_size: Most samples of one pass; None = whole batches.
-        loss_fn: Loss of (logits, labels).
+        loss_fn: Loss of (outputs, targets).
         process_sum: Sum over processes.
     """
 
@@ -40,6 +40,7 @@ class Taylor:
     name: ClassVar[str] = "taylor"
     paper: ClassVar[str] = "arXiv 1906.10771"
     needs: ClassVar[Needs] = "labels"
+    first_order: ClassVar[bool] = True
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
         """One backward pass per batch."""

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from torch import Tensor, nn
 
-from sosp_hub.criteria.activations import Seen, mean_of_sites, site_means
+from sosp_hub.criteria.activations import (
+    WATCHED,
+    Seen,
+    is_watched,
+    mean_of_sites,
+    site_means,
+)
 from sosp_hub.criteria.ranking import standardized
 from sosp_hub.criteria.registry import HasGroups, Needs, register
 from sosp_hub.criteria.weights import by_structure, check_read, reading
@@ -41,6 +47,8 @@ class WandaSp:
     name: ClassVar[str] = "wanda_sp"
     paper: ClassVar[str] = "arXiv 2312.11983"
     needs: ClassVar[Needs] = "inputs"
+    scores_only: ClassVar[str] = WATCHED
+    able = staticmethod(is_watched)
 
     def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
         """One forward pass per batch."""

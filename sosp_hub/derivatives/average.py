@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.errors import CriterionError, DataError
+from sosp_hub.errors import CriterionError
 from sosp_hub.gates import GateKind, Gates, gated
 from sosp_hub.structure.groups import Groups
+from sosp_hub.tasks.batches import num_samples, split_batch
+from sosp_hub.tasks.predictions import whole
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn
@@ -26,7 +28,7 @@ class Protocol:
     """How the loss is measured, the same for every derivative.
 
     Attributes:
-        loss_fn: Loss of (logits, labels); None = what the task says.
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
         gate: What a gate multiplies.
         micro_batch_size: Most samples of one pass; None = whole batches.
         process_sum: Sum of a tensor over all processes; None = this is the only one.
@@ -47,7 +49,7 @@ class Seen(NamedTuple):
     """The mean loss of a batch, what it averages over, which groups it depends on, and rows."""
 
     loss: float
-    weight: int
+    weight: float
     used: list[bool]
     rows: Tensor | None = None
 
@@ -60,7 +62,7 @@ class Average(NamedTuple):
     """What was added up, divided by the samples (or label tokens) that were seen."""
 
     loss: float
-    weight: int
+    weight: float
     num_samples: int
     totals: list[Tensor]
 
@@ -105,7 +107,7 @@ def average(
         counts, *totals = [part.view_as(old) for part, old in zip(parts, sums, strict=True)]
     weight, samples, loss, num_bad, *used = counts.tolist()
     _check(weight, num_bad, [name for name, count in zip(groups, used, strict=True) if not count])
-    return Average(loss / weight, int(weight), int(samples), [total / weight for total in totals])
+    return Average(loss / weight, whole(weight), int(samples), [total / weight for total in totals])
 
 
 @contextmanager
@@ -200,37 +202,3 @@ def out_of_memory(error: Exception) -> bool:
     """Whether it says that memory does not suffice."""
     words = "can't allocate memory", "could not create a primitive"  # the CPU's, oneDNN's
     return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
-
-
-def num_samples(batch: Any) -> int:
-    """Samples of a batch: the length of its first tensor."""
-    for tensor in tensors(batch):
-        return len(tensor)
-    raise DataError(f"a batch is a {type(batch).__name__} without a tensor; expected tensors")
-
-
-def split_batch(batch: Any, most: int | None) -> list[Any]:
-    """Parts of a batch with at most ``most`` samples; None = the batch as it is."""
-    size = num_samples(batch)
-    if most is None or size <= most:
-        return [batch]
-    return [_slice(batch, size, slice(start, start + most)) for start in range(0, size, most)]
-
-
-def tensors(batch: Any) -> Iterator[Tensor]:
-    """All tensors of a batch, in their order."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors(part)
-
-
-def _slice(batch: Any, size: int, part: slice) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[part] if batch.ndim and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {key: _slice(value, size, part) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return tuple(_slice(value, size, part) for value in batch)
-    return batch

@@ -1,24 +1,29 @@
 """The Gauss-Newton matrix of the loss by the gates."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average, num_samples, tensors
-from sosp_hub.derivatives.divergence import counted, dense_logits, distance
+from sosp_hub.derivatives.average import DEFAULT, Protocol, Seen, average
+from sosp_hub.derivatives.divergence import OutputLoss, chosen, dense_predictions
 from sosp_hub.derivatives.gram import Gram, Matrix
 from sosp_hub.derivatives.rows import by_group, gradient_by, row, used
 from sosp_hub.gates import Gates
 from sosp_hub.structure.groups import Groups
-from sosp_hub.zoo.loss import batch_loss
+from sosp_hub.tasks.batches import num_samples, tensors
+from sosp_hub.tasks.loss import batch_loss
+from sosp_hub.tasks.predictions import Predictions, at_least_float32
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, Saliency
+
+logger = logging.getLogger("sosp_hub")
 
 
 class GaussNewton(NamedTuple):
@@ -31,6 +36,9 @@ class GaussNewton(NamedTuple):
         matrix: Structures x structures, float64, positive semidefinite; ``LowRank`` where there
             were few samples.
         exact: Whether labels were summed over; otherwise they were drawn from the model.
+        form: How outputs enter the loss, which says its curvature: ``softmax``, ``sigmoid``,
+            ``squared``; ``empirical`` where that is not known and the matrix is the empirical
+            Fisher, the mean of the outer products of the samples' own gradients.
     """
 
     loss: float
@@ -38,6 +46,7 @@ class GaussNewton(NamedTuple):
     gradient: "Saliency"
     matrix: Matrix
     exact: bool
+    form: str = "softmax"
 
 
 def gauss_newton(
@@ -46,81 +55,121 @@ def gauss_newton(
     batches: "Batches",
     protocol: Protocol = DEFAULT,
     *,
-    loss: Literal["cross_entropy", "squared"] = "cross_entropy",
+    loss: OutputLoss = "auto",
     max_classes: int = 32,
     num_draws: int = 1,
     seed: int = 0,
     at: "Saliency | None" = None,
 ) -> GaussNewton:
-    """``mean_n J' R J`` with ``J`` the Jacobian of the logits by the gates.
+    """``mean_n J' R J`` with ``J`` the Jacobian of the outputs by the gates.
 
-    Each sample has its own gates, so that one backward pass gives one row per sample of a factor
-    ``B`` with ``B'B = J'RJ``: for each class ``d`` the row ``sqrt(p_d) (J_d - sum_k p_k J_k)``, or
-    for a class ``d`` drawn from the model ``J_d - sum_k p_k J_k``, the gradient of the loss with
-    that label. The sum of the latter over the tokens of a sequence is a row as well: terms between
-    tokens vanish in the mean.
+    ``R`` is the second derivative of the loss by the outputs, which the loss's form says
+    (``Predictions``). Each sample has its own gates, so that one backward pass gives one row per
+    sample of a factor ``B`` with ``B'B = J'RJ``. For a softmax and each class ``d`` that is
+    ``sqrt(p_d) (J_d - sum_k p_k J_k)``, or for a class ``d`` drawn from the model ``J_d - sum_k p_k
+    J_k``, the gradient of the loss with that label; for a sigmoid ``sqrt(p (1 - p)) J`` or the
+    gradient with a label that is drawn; for a squared error ``sqrt(2) J`` or that with a random
+    sign. The sum of drawn ones over the places of a sample (tokens, pixels, numbers) is a row as
+    well: terms between places vanish in the mean.
+
+    Where the loss does not say what it reads, the rows are the samples' own gradients: the
+    empirical Fisher. A log line says so.
 
     Args:
         model: The model.
         groups: The groups that have gates.
         batches: Calibration data, gone through once.
         protocol: How the loss is measured; the labels matter for the gradient alone.
-        loss: Which curvature ``R`` by the logits: ``diag(p) - pp'`` of the cross-entropy, or 1.
-        max_classes: Up to so many classes are summed over; above, and for tokens, labels are drawn.
+        loss: Which curvature ``R`` by the outputs: the loss's own; or ``diag(p) - pp'`` of the
+            cross-entropy, or 1, whatever the loss.
+        max_classes: Up to so many classes (times places) are summed over; above, labels are drawn.
         num_draws: Labels drawn per sample.
         seed: Of the drawn labels. They depend on it and on the sample alone, so that they are the
             same in whichever batch and process the sample is.
         at: The gates where derivatives are taken, of every group; the gradient is then that of
             ``divergence``, and so is ``loss``. None = all 1, and the gradient of the loss.
     """
-    exact, gram = True, Gram(_size(groups), alone=protocol.process_sum is None)
+    exact, form = True, "softmax"
+    gram = Gram(_size(groups), alone=protocol.process_sum is None)
 
     def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
-        nonlocal exact
-        dense = None if at is None else dense_logits(model, gates, batch, protocol)
+        nonlocal exact, form
+        dense = None if at is None else dense_predictions(model, gates, batch, protocol, loss)
         gates.set_(at or 1.0, num_samples=num_samples(batch))
-        found = batch_loss(model, batch, protocol.loss_fn)
-        value = found.value if dense is None else distance(found, dense, batch, loss)
+        measured = batch_loss(model, batch, protocol.loss_fn)
+        predictions = chosen(measured, loss)
+        value = measured.value
+        if dense is not None and predictions is not None:
+            value = predictions.divergence(dense)
         gradient = gradient_by(value, gates, retain_graph=True)
-        exact = found.logits.ndim == 2 and found.logits.shape[1] <= max_classes
-        if exact:
-            factors = _class_factors(found.logits, loss)
+        own_rows = row(gradient, gates, measured.weight)
+        if predictions is None:
+            if form != "empirical":
+                logger.info(
+                    "the curvature of this loss by the outputs is not known: the matrix is the "
+                    "empirical Fisher, of the samples' own gradients"
+                )
+            form, rows = "empirical", [own_rows]
         else:
-            factors = _drawn_factors(found.logits, batch, num_draws, seed)
-        rows = [row(gradient_by(f, gates, retain_graph=True), gates, 1) for f in factors]
-        whole, summed = torch.cat(rows), row(gradient, gates, found.weight).sum(0)
+            form = predictions.form
+            size = math.prod(predictions.values.shape[1:])
+            exact = exact and size <= max_classes
+            if size <= max_classes:
+                factors = _summed_factors(predictions)
+            else:
+                factors = _drawn_factors(predictions, batch, num_draws, seed)
+            rows = [row(gradient_by(f, gates, retain_graph=True), gates, 1) for f in factors]
+        whole, summed = torch.cat(rows), own_rows.sum(0)
         totals[0] += summed  # last: a batch that runs out of memory leaves no trace
-        return Seen(value.item(), found.weight, used(gradient), whole)
+        return Seen(value.item(), measured.weight, used(gradient), whole)
 
     mean = average(model, groups, batches, protocol, 1, step, gram.add)
     matrix = gram.mean(mean.weight, protocol.process_sum, protocol.process_rows)
     gradient = by_group(groups, mean.totals[0])
-    return GaussNewton(mean.loss, mean.num_samples, gradient, matrix, exact)
+    return GaussNewton(mean.loss, mean.num_samples, gradient, matrix, exact, form)
 
 
 def _size(groups: Groups) -> int:
     return sum(group.size for group in groups.values())
 
 
-def _class_factors(logits: Tensor, loss: str) -> Iterator[Tensor]:
-    """For each class a scalar whose gradients by the samples' gates are rows of ``B``."""
-    if loss == "squared":
-        yield from logits.sum(0)
+def _summed_factors(predictions: Predictions) -> Iterator[Tensor]:
+    """Scalars whose gradients by the samples' gates are rows of ``B``; none is random."""
+    values = at_least_float32(predictions.values)
+    scale = predictions.weights.to(values).sqrt()
+    if predictions.form == "softmax":
+        share = values.detach().softmax(-1)
+        mean = (share * values).sum(-1, keepdim=True)
+        each = scale.unsqueeze(-1) * share.sqrt() * (values - mean)
+    elif predictions.form == "sigmoid":
+        share = values.detach().sigmoid()
+        each = scale * (share * (1 - share)).sqrt() * values
+    else:
+        each = scale * math.sqrt(2) * values
+    yield from each.flatten(1).sum(0)
+
+
+def _drawn_factors(
+    predictions: Predictions, batch: Any, num_draws: int, seed: int
+) -> Iterator[Tensor]:
+    """The same with targets drawn from the model, all places of a sample in one row."""
+    values = at_least_float32(predictions.values)
+    scale = (predictions.weights.to(values) / num_draws).sqrt()
+    counts = predictions.weights != 0
+    chance = _chance(batch, values.shape[1], num_draws, seed)
+    if predictions.form == "softmax":
+        log_share = values.log_softmax(-1)
+        for drawn in _drawn(log_share.detach(), chance).split(1, -1):
+            loss = -log_share.gather(-1, drawn)[..., 0]
+            yield (scale * loss)[counts].sum()
         return
-    share = logits.detach().softmax(-1)
-    mean = (share * logits).sum(-1)
-    for d in range(logits.shape[-1]):
-        yield (share[:, d].sqrt() * (logits[:, d] - mean)).sum()
-
-
-def _drawn_factors(logits: Tensor, batch: Any, num_draws: int, seed: int) -> Iterator[Tensor]:
-    """The same with labels drawn from the model, at the tokens that have a label."""
-    logits, counts = counted(logits, batch)
-    log_share = logits.log_softmax(-1).reshape(len(logits), -1, logits.shape[-1])
-    chance = _chance(batch, log_share.shape[1], num_draws, seed)
-    for drawn in _drawn(log_share.detach(), chance).split(1, -1):
-        loss = -log_share.gather(-1, drawn)[..., 0] / math.sqrt(num_draws)
-        yield (loss if counts is None else loss[counts.flatten(1)]).sum()
+    share = values.detach().sigmoid()
+    for points in chance.to(values.device, torch.float32).unbind(-1):
+        if predictions.form == "sigmoid":
+            factor = share - (points < share).to(share)
+        else:
+            factor = math.sqrt(2) * torch.where(points < 0.5, -1.0, 1.0).to(share)
+        yield (scale * factor * values)[counts].sum()
 
 
 def _drawn(

@@ -15,7 +15,6 @@ from sosp_hub.derivatives.average import (
     Seen,
     average,
     is_sharded,
-    num_samples,
     out_of_memory,
 )
 from sosp_hub.derivatives.rows import by_group, first_order, gradient_by, row, used
@@ -23,7 +22,8 @@ from sosp_hub.double_backward import CheapSecondDerivatives
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import Gates
 from sosp_hub.structure.groups import Groups
-from sosp_hub.zoo.loss import batch_loss
+from sosp_hub.tasks.batches import num_samples
+from sosp_hub.tasks.loss import batch_loss
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, Saliency
@@ -41,14 +41,14 @@ class GateDerivatives(NamedTuple):
 
     Attributes:
         loss: The loss.
-        weight: What was averaged: samples, or label tokens of a causal language model.
+        weight: What was averaged: samples, or the tokens or pixels that have a label.
         num_samples: Samples that were seen.
         gradient: ``g`` of each group.
         second: What else was asked for, of each group; empty where it was the gradient alone.
     """
 
     loss: float
-    weight: int
+    weight: float
     num_samples: int
     gradient: "Saliency"
     second: "Saliency"

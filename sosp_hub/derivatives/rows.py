@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sosp_hub.derivatives.average import Protocol, Seen
 from sosp_hub.gates import Gates
 from sosp_hub.structure.groups import Groups
-from sosp_hub.zoo.loss import batch_loss
+from sosp_hub.tasks.loss import batch_loss
 
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency
@@ -42,7 +42,7 @@ def used(parts: list[Tensor | None]) -> list[bool]:
     return [part is not None for part in parts]
 
 
-def row(parts: list[Tensor | None], gates: Gates, weight: int) -> Tensor:
+def row(parts: list[Tensor | None], gates: Gates, weight: float) -> Tensor:
     """All groups in a row, times ``weight``: float64 on the CPU, 0 where None."""
     whole = [
         torch.zeros_like(leaf) if part is None or not weight else part.detach()

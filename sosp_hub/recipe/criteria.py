@@ -112,8 +112,8 @@ class SospISection(GateSection):
     keep_at_least: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="share of each group that no order removes"
     )
-    loss: Literal["cross_entropy", "squared"] = Field(
-        default="cross_entropy", description="which curvature of the loss by the logits"
+    loss: Literal["auto", "cross_entropy", "squared"] = Field(
+        default="auto", description="which curvature by the outputs; auto = that of the loss"
     )
     max_classes: Count = Field(
         default=32, description="above so many classes, labels are drawn from the model"

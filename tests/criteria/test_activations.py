@@ -9,7 +9,7 @@ from sosp_hub.criteria.registry import score
 from sosp_hub.errors import CriterionError
 from tests.compare import assert_close
 from tests.criteria.processes import in_processes
-from tests.gates.toys import attention, group, perceptron, residual, stand_in
+from tests.gates.toys import Toy, attention, group, perceptron, residual, stand_in
 
 WATCHING = ["activation", "eap", "flap", "wanda_sp"]
 
@@ -192,9 +192,13 @@ def test_padding_does_not_count(name):
 
 
 @pytest.mark.parametrize("name", WATCHING)
-def test_a_group_that_no_module_reads_is_named(name):
+def test_a_group_that_no_module_reads_is_named_and_stays_whole(name, caplog):
     toy = attention()
-    with pytest.raises(CriterionError, match=r"'neurons' \(neuron\).* or use"):
+    with caplog.at_level("INFO"):
+        assert scores(toy, name).keys() == {"heads"}
+    assert "neurons" in caplog.text
+    toy = Toy(toy.model, stand_in(toy.groups["neurons"]), toy.batch)
+    with pytest.raises(CriterionError, match=r"none of the 1 of this model \(neuron\).*; use "):
         scores(toy, name)
 
 

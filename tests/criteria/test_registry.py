@@ -19,6 +19,7 @@ from sosp_hub.criteria.registry import (
 )
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.trace import trace
+from sosp_hub.tasks import OwnOutputs
 from tests.cases import CASES
 from tests.compare import assert_close
 from tests.gates.toys import group, perceptron, residual, stand_in
@@ -26,7 +27,8 @@ from tests.gates.toys import group, perceptron, residual, stand_in
 WIDTH = [
     name
     for name, criterion in criteria().items()
-    if "channel" in scorable_kinds(name) and not hasattr(criterion, "able")
+    if "channel" in scorable_kinds(name)
+    and all(getattr(criterion, "able", bool)(g) for g in residual().groups.values())
 ]
 
 
@@ -203,3 +205,63 @@ def test_what_standardised_weights_read_has_gates():
     assert set(saliency) == set(groups)
     assert len(groups) > 20
     assert saliency["stem.conv1:channel"].min() > 0
+
+
+def _with_one_without_a_place(toy):
+    """A group that nothing reads through a module or weight, beside those that can be gated."""
+    nowhere = group("nowhere", "neuron", 2, [], [("c.bias", 0, [0, 1, -1], False)])
+    return stand_in(*toy.groups.values(), nowhere)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *[(name, {}) for name in ("taylor", "fisher", "sosp_h", "sosp_i", "hap", "grasp")],
+        *[(name, {}) for name in ("activation", "eap", "flap", "wanda_sp")],
+        *[(name, {"gate": "weight"}) for name in ("taylor", "sosp_h")],
+    ],
+)
+def test_a_group_without_a_place_is_named_and_stays_whole(name, options, caplog):
+    toy = perceptron()
+    with caplog.at_level("INFO"):
+        found = score(toy.model, _with_one_without_a_place(toy), [toy.batch], name, **options)
+    assert found.keys() == toy.groups.keys()
+    assert "nowhere" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["taylor", "fisher", "grasp", "sglp"])
+def test_a_loss_at_its_minimum_has_no_first_order(name):
+    toy = perceptron()
+    with pytest.raises(CriterionError, match=r"zero where .* its own outputs; use sosp_h, sosp_i"):
+        score(toy.model, toy.graph, [toy.batch], name, loss_fn=OwnOutputs())
+
+
+@pytest.mark.parametrize("form", ["softmax", "sigmoid", "squared"])
+def test_without_labels_the_second_order_is_that_of_the_divergence(form):
+    toy = perceptron()
+    dense = toy.logits(toy.ones()).detach()
+
+    def divergence(row):
+        logits = toy.logits(row)
+        if form == "squared":
+            return (logits - dense).square().mean()
+        if form == "sigmoid":
+            logits, own = (torch.stack([x, 0 * x], -1) for x in (logits, dense))
+            p, q = own.softmax(-1), logits.softmax(-1)
+            return (p * (p / q).log()).sum(-1).mean()
+        p, q = dense.softmax(-1), logits.softmax(-1)
+        return (p * (p / q).log()).sum(-1).mean()
+
+    hessian = torch.autograd.functional.hessian(divergence, toy.ones())
+    for batch in (toy.batch, (toy.batch[0], None)):
+        found = score(toy.model, toy.graph, [batch], "sosp_h", loss_fn=OwnOutputs(form))
+        assert_close(found, toy.split(hessian.sum(1).abs() / 2), relative=1e-9)
+        found = score(toy.model, toy.graph, [batch], "sosp_i", loss_fn=OwnOutputs(form))
+        assert_close(found, toy.split(hessian.abs().sum(1) / 2), relative=1e-9)
+
+
+@pytest.mark.parametrize("name", ["taylor", "fisher", "sosp_h", "sosp_i", "hap", "grasp"])
+def test_scores_that_are_zero_everywhere_are_an_error(name):
+    toy = perceptron()
+    with pytest.raises(CriterionError, match=r"all scores are 0, which ranks nothing"):
+        score(toy.model, toy.graph, [toy.batch], name, loss_fn=lambda x, _: 0 * x.mean())

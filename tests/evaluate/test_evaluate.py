@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sosp_hub.errors import DataError
 from sosp_hub.evaluate import Metric, evaluate, measure_latency
+from sosp_hub.tasks import next_token
 from tests.compare import assert_close
 
 
@@ -80,7 +81,7 @@ def test_a_language_model_is_measured_per_token_with_the_spread_of_its_texts():
     for text, length in enumerate((9, 4, 7, 2, 9, 5)):
         labels[text, length:] = -100
     batches = [{"input_ids": tokens[i : i + 4], "labels": labels[i : i + 4]} for i in (0, 4)]
-    found = evaluate(Model(), batches, ("perplexity", "loss", "accuracy"))
+    found = evaluate(Model(), batches, ("perplexity", "loss", "accuracy"), loss_fn=next_token)
     sums, counts = [], []
     for text in range(6):
         counted = [t for t in range(1, 9) if labels[text, t] != -100]

@@ -9,7 +9,7 @@ import sosp_hub
 from sosp_hub.criteria.registry import score
 from sosp_hub.derivatives import Protocol, hessian_product
 from sosp_hub.gates import gated
-from sosp_hub.zoo.loss import batch_loss
+from sosp_hub.tasks.loss import batch_loss
 from tests.cases import CASES, with_trait
 from tests.compare import assert_close
 
@@ -24,8 +24,10 @@ def _double(value):
     return tuple(_double(part) for part in value)
 
 
-def _loss(logits, labels):
-    """Cross-entropy in float64; `batch_loss` takes it in float32."""
+def _loss(outputs, targets):
+    """Cross-entropy in float64; models take their own in float32."""
+    logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+    labels = targets["labels"] if isinstance(targets, dict) else targets
     if labels.ndim > 1:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return F.cross_entropy(logits, labels)

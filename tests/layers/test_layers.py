@@ -16,7 +16,7 @@ WRONG_IMPORTS = (
     ("sosp_hub.structure.groups", "sosp_hub.surgery"),
     ("sosp_hub.structure.groups", "sosp_hub.zoo"),
     ("sosp_hub.criteria", "sosp_hub.surgery"),
-    ("sosp_hub.zoo.loss", "sosp_hub.checkpoint"),
+    ("sosp_hub.tasks.loss", "sosp_hub.checkpoint"),
     ("sosp_hub.recipe.schema", "sosp_hub.data"),
     ("sosp_hub.data.source", "sosp_hub.distributed"),
     ("sosp_hub.structure.groups", "sosp_hub.cost"),

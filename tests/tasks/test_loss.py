@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from sosp_hub.errors import DataError
-from sosp_hub.zoo.loss import batch_loss
+from sosp_hub.tasks.loss import batch_loss
 from tests.compare import assert_close
 
 
@@ -25,7 +25,8 @@ def test_images_and_labels():
     loss = batch_loss(model, (images, labels))
     assert_close(loss.value, torch.stack(surprise(model(images), labels)).mean())
     assert loss.weight == 5
-    assert_close(loss.logits, model(images))
+    assert_close(loss.outputs, model(images))
+    assert_close(loss.predictions.value(), loss.value)
     assert batch_loss(model, ((images,), labels)).value == loss.value
 
 
@@ -75,12 +76,12 @@ def test_texts_with_a_label(save):
     assert (loss.weight, set(batch)) == (4, {"input_ids", "labels"})
 
 
-def test_own_loss_function_gets_logits_and_labels(llama):
+def test_a_given_loss_function_gets_whole_outputs_and_whole_targets(llama):
     tokens = torch.randint(10, (2, 7))
 
-    def squares(logits, labels):
-        assert labels is tokens
-        return logits.square().mean()
+    def squares(outputs, targets):
+        assert targets["labels"] is tokens
+        return outputs.logits.square().mean()
 
     loss = batch_loss(llama, {"input_ids": tokens, "labels": tokens}, squares)
     assert_close(loss.value, llama(input_ids=tokens).logits.square().mean())
@@ -89,7 +90,7 @@ def test_own_loss_function_gets_logits_and_labels(llama):
 def test_images_take_the_dtype_of_the_weights():
     model = nn.Linear(6, 4, dtype=torch.bfloat16)
     loss = batch_loss(model, (torch.randn(5, 6), torch.zeros(5, dtype=torch.int64)))
-    assert loss.logits.dtype == torch.bfloat16
+    assert loss.outputs.dtype == torch.bfloat16
     assert loss.value.dtype == torch.float32
 
 

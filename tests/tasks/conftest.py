@@ -1,0 +1,3 @@
+from tests.zoo.conftest import save, tokenizer_folder
+
+__all__ = ["save", "tokenizer_folder"]
