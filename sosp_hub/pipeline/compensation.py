@@ -59,9 +59,11 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
         else:
             whole["matrix"] = found.matrix
         about = {"loss": found.loss, "num_samples": found.num_samples, "exact": found.exact}
+        about["form"] = found.form
         about["groups"] = {name: group.size for name, group in groups.items()}
         stages.save(lambda: save_file(whole, tensors, {"about": json.dumps(about)}))
-        return {} if found.exact else {"drawn_labels": criterion.num_draws}
+        told = {} if found.form == "softmax" else {"curvature": found.form}
+        return told if found.exact else {**told, "drawn_labels": criterion.num_draws}
 
     stages.stage("curvature", make, with_peak=True)
     return _read(tensors, groups)

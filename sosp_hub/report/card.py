@@ -215,6 +215,8 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
         words.append(f"of {scrub(str(calibration['data']))}")
     if drawn := calibration.get("drawn_labels"):
         words.append(f"with {drawn} label{'s' * (drawn > 1)} drawn from the model for each")
+    if calibration.get("curvature") == "empirical":
+        words.append("with the empirical Fisher in place of the curvature, which is not known")
     if calibration.get("seed") is not None:
         words.append(f"(seed {calibration['seed']})")
     return " ".join(words)

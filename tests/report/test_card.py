@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from sosp_hub.errors import HubError
 from sosp_hub.recipe.criteria import CRITERION_NAMES
-from sosp_hub.report.card import render_card
+from sosp_hub.report.card import _calibration, render_card
 from sosp_hub.report.facts import collect
 from sosp_hub.report.figures import pictures
 from sosp_hub.report.markers import BEGIN, END
@@ -417,3 +417,11 @@ def test_peak_memory_is_told_with_batch_and_type(image):
     row = "| Peak memory of one forward pass, batch of 8, float32 | 4 MB | 2.5 MB |"
     assert row in card
     assert "latency, peak memory" not in card
+
+
+def test_a_curvature_that_is_not_known_is_said():
+    told = _calibration({"num_samples": 8, "curvature": "empirical", "seed": 0})
+    assert told == (
+        "8 samples with the empirical Fisher in place of the curvature, which is not known (seed 0)"
+    )
+    assert "curvature" not in _calibration({"num_samples": 8, "curvature": "squared"})
