@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+import sosp_hub
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from tests.compare import assert_close
@@ -158,3 +160,36 @@ def test_a_stack_whose_results_are_collected_but_not_used_can_lose_layers():
     plan = plan_of(graph, {"towers.0.layers:layer": (1,)})
     assert_close(run(apply(model, graph, plan), graph), gated(model, graph, plan))
     assert_close(model.state_dict(), before, relative=0)
+
+
+def test_settings_of_each_layer_go_with_the_layer():
+    """Lists with one entry per layer, such as which of them have a sliding window."""
+    settings = ["first", "second", "third"]
+    model, graph = traced(Tower(Config("a", 3, layer_types=settings)))
+    plan = plan_of(graph, {"towers.0.layers:layer": (0, 2)})
+    pruned = apply(model, graph, plan)
+    assert pruned.towers[0].config.layer_types == ["first", "third"]
+    assert model.towers[0].config.layer_types == settings
+
+
+def test_a_sliding_window_stays_with_its_layer(tmp_path):
+    """Sliding, full, full attention: without the first layer no attention slides."""
+    config = transformers.Qwen2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, sliding_window=3, use_sliding_window=True,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    inputs = {"input_ids": torch.arange(3, 15)[None]}
+    graph = trace(model, inputs, outputs="logits")
+    pruned = apply(model, graph, plan_of(graph, {"model.layers:layer": (1, 2)}))
+    sosp_hub.save_pretrained(pruned, tmp_path)
+    loaded = sosp_hub.from_pretrained(tmp_path)
+    first, second = (run(each, graph)[0] for each in (loaded, pruned))
+    assert_close(first, second, what="what was loaded")
+    changed = inputs["input_ids"].clone()
+    changed[0, 0] = 20  # out of every window, and seen by full attention
+    with torch.no_grad():
+        moved = loaded(input_ids=changed).logits[0, -1] - first[0, -1]
+    assert moved.abs().max() > 1e-4 * first.abs().max()

@@ -11,7 +11,7 @@ from sosp_hub.errors import VerificationError
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery.apply import apply, cut
-from sosp_hub.surgery.verify import masked_outputs
+from sosp_hub.surgery.verify import masked_outputs, verified_cut
 from tests.cases import CASES
 from tests.compare import assert_close
 from tests.structure.oracles import fill, gated, half, plan_of, run
@@ -178,6 +178,68 @@ def test_groups_that_only_fail_together_are_all_named(monkeypatch, block):
     with pytest.raises(VerificationError, match=r"the cut fails: IndexError\('both") as caught:
         apply(model, graph, plan)
     assert {one, two} <= set(caught.value.groups)
+
+
+@pytest.mark.parametrize("off", [1.003, 0.997])
+def test_outputs_that_are_wrong_by_three_in_a_thousand_are_refused(block, off):
+    """Rounding is a hundred times less, even in deep networks."""
+    model, graph = block
+    plan = half(graph)
+
+    def almost(pruned, graph, plan):
+        pruned = cut(pruned, graph, plan)
+        with torch.no_grad():
+            for parameter in pruned.three.parameters():
+                parameter.mul_(off)
+        return pruned
+
+    verified_cut(model, graph, plan, thorough=True, cut=cut)
+    with pytest.raises(VerificationError, match=r"differ .* by 3\.\de-03"):
+        verified_cut(model, graph, plan, thorough=True, cut=almost)
+
+
+class Averaged(nn.Module):
+    """Its sum is divided by a width that it reads as text, which no trace can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.up(x).relu()
+        return self.down(x * (1 / float(f"{x.shape[-1]}")))
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_a_size_that_becomes_a_value_is_noticed_also_without_data(verify):
+    torch.manual_seed(0)
+    model = fill(Averaged().eval())
+    graph = trace(model, (torch.randn(2, 5),))
+    (name,) = graph.groups
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan_of(graph, {name: (0, 1, 5)}), verify=verify)
+
+
+class Pair(nn.Module):
+    """Two outputs, of which the second alone reads the group."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(5, 2), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.first(x), self.down(self.up(x).relu())
+
+
+def test_every_output_counts(monkeypatch):
+    model = fill(Pair().eval())
+    graph = trace(model, (torch.randn(2, 5),))
+    (name,) = graph.groups
+    plan = plan_of(graph, {name: (3, 4, 5)})
+    apply(model, graph, plan)
+    sabotage_positions(monkeypatch, graph, "up.weight", 0)
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan)
 
 
 # --- the masked model itself ---
