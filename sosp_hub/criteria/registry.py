@@ -4,7 +4,7 @@ import difflib
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin
 
@@ -15,8 +15,10 @@ import sosp_hub.criteria
 from sosp_hub.cost import Quantity, unit_costs
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import GateKind, has_gate
+from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
+from sosp_hub.structure.isolation import isolated
 from sosp_hub.types import DEFAULT_KINDS, Kind
 
 if TYPE_CHECKING:
@@ -187,10 +189,30 @@ def score(
     units = _units(graph, groups, per)
     if "units" in has:
         method = make_criterion(criterion, **wanted, **options, units=units)
-    saliency = _checked(method.saliency(model, _Groups(groups), batches), groups, criterion)
+    with isolated(model):
+        found = method.saliency(model, _Groups(groups), _copies(batches))
+    saliency = _checked(found, groups, criterion)
     if units is None or "units" in has:
         return saliency
     return {name: scores / units[name].to(scores.dtype) for name, scores in saliency.items()}
+
+
+def _copies(batches: "Batches") -> "Batches":
+    """Batches that a model may write to; an iterator still goes through them once."""
+    if isinstance(batches, Iterator):
+        return map(copy_inputs, batches)
+    return _Copies(batches)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    batches: "Batches"
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(copy_inputs, self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
 
 
 def check_per(criterion: str, per: str | None, options: Mapping[str, Any]) -> None:

@@ -4,9 +4,10 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sosp_hub.compat.torch import FakeMode
+from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.traced_int import Attribute, TracedInt
 
 
@@ -22,23 +23,12 @@ def shadow(model: nn.Module, fake: FakeMode | None) -> nn.Module:
                 )
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-    twin = copy.deepcopy(model, memo)
+    twin = copy_model(model, memo)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
     for name, module in twin.named_modules():
         _trace_ints(module, name)
     return twin
-
-
-def fake_inputs(value: Any, fake: FakeMode) -> Any:
-    """The same nesting with tensors that hold no data."""
-    if isinstance(value, Tensor):
-        return fake.from_tensor(value)
-    if isinstance(value, tuple | list):
-        return type(value)(fake_inputs(item, fake) for item in value)
-    if isinstance(value, dict):
-        return {key: fake_inputs(item, fake) for key, item in value.items()}
-    return value
 
 
 def _trace_ints(module: nn.Module, name: str) -> None:

@@ -15,9 +15,11 @@ from sosp_hub.structure import rules
 from sosp_hub.structure import traced_int as ints
 from sosp_hub.structure.axes import fixed, free, pin
 from sosp_hub.structure.build_graph import assemble
+from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
-from sosp_hub.structure.shadow import fake_inputs, shadow
+from sosp_hub.structure.shadow import shadow
 from sosp_hub.structure.terms import Axes, Step, Terms
 
 Run = tuple[nn.Module, Terms, dict[str, Axes], dict[str, Axes]]
@@ -55,9 +57,10 @@ def trace(
     if isinstance(outputs, str):
         outputs = (outputs,)
     wanted = None if outputs is None else tuple(outputs)
-    twin, terms, entries, exits = _run(model, example_inputs, wanted, fake)
-    samples = next(iter(rules.tensors(example_inputs))).shape[0]
-    return assemble(twin, terms, (entries, exits), example_inputs, wanted, int(samples))
+    with isolated(model):
+        twin, terms, entries, exits = _run(model, example_inputs, wanted, fake)
+        samples = next(iter(rules.tensors(example_inputs))).shape[0]
+        return assemble(twin, terms, (entries, exits), example_inputs, wanted, int(samples))
 
 
 def retrace(model: nn.Module, example_inputs: Any) -> tuple[Step, ...]:
@@ -106,7 +109,10 @@ def describe(value: Any) -> str:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Runs a model on positional (tuple, tensor) or keyword (mapping) inputs."""
+    """Runs a model on positional (tuple, tensor) or keyword (mapping) inputs.
+
+    Run it ``isolated``, and on copies of what a caller gave.
+    """
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
@@ -145,7 +151,7 @@ def _watch(
     model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: FakeMode | None
 ) -> Run:
     twin = shadow(model, fake).eval()
-    twin_inputs = inputs if fake is None else fake_inputs(inputs, fake)
+    twin_inputs = copy_inputs(inputs, fake)
     terms = Terms()
     for name, tensor in _named_tensors(twin):
         if tensor in terms.axes:
@@ -169,7 +175,7 @@ def _watch(
     listener = ints.Listener(terms.leak, terms.compare, terms.hold)
     _FAKE_LOG.disabled = True  # it prints what is reported here as an error, or tried with data
     try:
-        with torch.no_grad(), ints.listening(listener), ExitStack() as modes:
+        with isolated(model), torch.no_grad(), ints.listening(listener), ExitStack() as modes:
             for mode in (fake, dispatch, FunctionWatch(terms, dispatch)):
                 if mode is not None:
                     modes.enter_context(mode)

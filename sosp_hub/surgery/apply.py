@@ -1,6 +1,5 @@
 """``apply``: a plan becomes a smaller model of the same class."""
 
-import copy
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
+from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.layers import drop_layers
@@ -47,7 +47,7 @@ def apply(
     check_model(model, graph)
     if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError("the model has no weights (meta device): give verify='fast', or load them")
-    dense = fold(copy.deepcopy(model), graph, plan) if plan.gates or plan.shifts else model
+    dense = fold(copy_model(model), graph, plan) if plan.gates or plan.shifts else model
     return verified_cut(dense, graph, plan, thorough=verify == "thorough", cut=cut)
 
 

@@ -5,7 +5,6 @@ that combine values
 along a cut axis (normalisations, means) see the kept positions only.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,9 @@ from sosp_hub.errors import SospHubError, TraceError, VerificationError
 from sosp_hub.plan import GrowthPlan, Plan, PruningPlan
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import keep_mask, size_of
+from sosp_hub.structure.copies import copy_inputs, copy_model
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import body_of
 from sosp_hub.structure.terms import Axes, Step
 from sosp_hub.structure.trace import call, output_tensors, retrace, trace, wanted_outputs
@@ -41,9 +42,11 @@ def verified_cut(
     Raises:
         VerificationError: It does not, or the cut fails; names the fewest groups that show it.
     """
-    try:
-        return _checked_cut(model, graph, plan, thorough, cut)
-    except Exception as failure:
+    with isolated(model):
+        try:
+            return _checked_cut(model, graph, plan, thorough, cut)
+        except Exception as error:  # noqa: BLE001 - whatever a wrong cut makes the code raise
+            failure = error
         groups = _culprits(model, graph, plan, thorough, cut)
         told = failure if isinstance(failure, SospHubError) else f"the cut fails: {failure!r}"
         named = " and ".join(repr(name) for name in groups[:3])
@@ -58,11 +61,11 @@ def verified_cut(
 def _checked_cut(
     model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut
 ) -> nn.Module:
-    pruned = cut(copy.deepcopy(model), graph, plan)
+    pruned = cut(copy_model(model), graph, plan)
     check_shapes(pruned, graph, plan)
     if thorough and plan.kept:
-        dense = _without_zeros(copy.deepcopy(model).eval())
-        error = relative_error(dense, cut(copy.deepcopy(dense), graph, plan), graph, plan)
+        dense = _without_zeros(copy_model(model).eval())
+        error = relative_error(dense, cut(copy_model(dense), graph, plan), graph, plan)
         if not error <= TOLERANCE:
             raise VerificationError(
                 f"the cut model's outputs differ from the masked model's by {error:.1e} (relative)"
@@ -141,7 +144,7 @@ def verify_growth(
     check_shapes(wide, graph, growth)
     if not thorough:
         return
-    dense = _without_zeros(copy.deepcopy(model).eval())
+    dense = _without_zeros(copy_model(model).eval())
     expected = _outputs(dense, graph)
     error = _difference(_outputs(grow(dense, graph, growth), graph), expected)
     if error <= TOLERANCE:
@@ -163,8 +166,8 @@ def verify_growth(
 
 
 def _outputs(model: nn.Module, graph: Graph) -> list[Tensor]:
-    with torch.no_grad():
-        result = call(model.eval(), graph.example_inputs)
+    with isolated(model), torch.no_grad():
+        result = call(model.eval(), copy_inputs(graph.example_inputs))
     return output_tensors(wanted_outputs(result, graph.outputs))
 
 
@@ -185,16 +188,17 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def masked_outputs(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[Tensor]:
     """Outputs of the masked model."""
     real = trace(model, graph.example_inputs, graph.outputs, fake=False)
-    twin = copy.deepcopy(model).eval().requires_grad_(False)  # matmul takes its path by it
+    twin = copy_model(model).eval().requires_grad_(False)  # matmul takes its path by it
     masks = {atom: torch.as_tensor(mask) for atom, mask in real.keep(plan).items()}
     replay = _Replay(list(real.steps), {atom: mask.numpy() for atom, mask in masks.items()})
     tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
+    inputs = copy_inputs(real.example_inputs)
     with torch.no_grad():
         for name, axes in real.tensors.items():
             tensors[name].copy_(replay.masked(tensors[name], axes))
         bypassed(twin, graph, plan)
-        with replay, _AttentionSteps(replay):
-            result = call(twin, real.example_inputs)
+        with isolated(twin), replay, _AttentionSteps(replay):
+            result = call(twin, inputs)
     return output_tensors(wanted_outputs(result, graph.outputs))
 
 

@@ -1,6 +1,5 @@
 """``widen``: more structures of a kind, in a new model that computes what the old one computed."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import GrowthPlan
+from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.apply import Verify, check_model, cut, get_tensor
 from sosp_hub.surgery.verify import verify_growth
@@ -68,7 +68,7 @@ def widen(
         raise PlanError("the model has no weights (meta device): give verify='fast', or load them")
 
     def grow(model: nn.Module, graph: Graph, growth: GrowthPlan) -> nn.Module:
-        wide = cut(copy.deepcopy(model), graph, growth)
+        wide = cut(copy_model(model), graph, growth)
         _set_new_weights(wide, graph, growth, init, spread, torch.Generator().manual_seed(seed))
         return wide
 

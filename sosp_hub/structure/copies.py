@@ -1,0 +1,78 @@
+"""Copies of models and inputs that share nothing that a pass could write to."""
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sosp_hub.compat.torch import FakeMode
+
+_PLAIN = {str, int, float, bool, type(None)}
+_TABLES = {name for name in vars(nn.Module()) if name.startswith("_")} - {"_buffers"}
+
+
+def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of ``functools`` caches that a module keeps for its own methods.
+
+    Args:
+        model: Any module. What it cached while gradients were recorded is copied without them.
+        memo: What stands for what in the copy, by id; as for ``copy.deepcopy``.
+    """
+    memo = {} if memo is None else memo
+    caches: list[tuple[nn.Module, str, Any]] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        inside = {key: value for key, value in vars(module).items() if key not in _TABLES}
+        caches += [
+            (module, key, value)
+            for key, value in inside.items()
+            if type(value) is functools._lru_cache_wrapper
+        ]
+        for tensor in _tensors_within(inside, seen):
+            if not tensor.is_leaf:
+                memo.setdefault(id(tensor), tensor.detach().clone())
+    twin = copy.deepcopy(model, memo)
+    for module, key, cache in caches:
+        function = copy.deepcopy(cache.__wrapped__, memo)  # a method of the copy
+        vars(memo[id(module)])[key] = functools.lru_cache(**cache.cache_parameters())(function)
+    return twin
+
+
+def copy_inputs(inputs: Any, fake: FakeMode | None = None) -> Any:
+    """The same nesting with tensors of their own, without data where a mode is given.
+
+    A pass may write to its inputs, as caches of key and value tensors are there for.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _tensors_within(inputs, set()):
+        memo[id(tensor)] = tensor.detach().clone() if fake is None else fake.from_tensor(tensor)
+    return _copied(inputs, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # a lock, a generator, a file
+        if isinstance(value, tuple | list):
+            return type(value)(_copied(item, memo) for item in value)
+        if isinstance(value, dict):
+            return {key: _copied(item, memo) for key, item in value.items()}
+        return value
+
+
+def _tensors_within(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if type(value) in _PLAIN or id(value) in seen or isinstance(value, type | nn.Module):
+        return
+    seen.add(id(value))
+    inside: Any = ()
+    if isinstance(value, Mapping):
+        inside = list(value.values())
+    elif isinstance(value, tuple | list):
+        inside = value
+    for item in (*inside, *getattr(value, "__dict__", {}).values()):
+        yield from _tensors_within(item, seen)
