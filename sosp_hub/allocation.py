@@ -1,6 +1,8 @@
 """From saliency and a budget to a plan: how many structures each group keeps, and which."""
 
-from collections.abc import Callable, Iterable, Mapping
+import difflib
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, isfinite, lcm
 from numbers import Integral, Real
@@ -30,10 +32,13 @@ def allocate(
     memory_bytes: float | None = None,
     latency_s: float | None = None,
     threshold: float | None = None,
-    keep_at_least: float = 0.1,
+    groups: Mapping[str, float] | None = None,
+    keep_at_least: float | Mapping[str, float] = 0.1,
     round_to: int = 1,
     uniform: bool = False,
     kinds: Kind | Iterable[Kind] | None = None,
+    only: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
     measure: Callable[[PruningPlan], float] | None = None,
 ) -> PruningPlan:
     """Removes the least salient structures of all groups until every budget holds, and no more.
@@ -54,12 +59,18 @@ def allocate(
         latency_s: Share of the dense model's latency that is kept; needs ``measure``.
         threshold: Structures that score below it go, as far as floors and ties allow; with a
             budget, more go until it holds.
+        groups: Share that each of some groups keeps of its own structures, whatever the others
+            do: by name, with ``*`` for any text (``{"*.mlp.*": 0.5}``). Alone, without a budget,
+            all other groups stay whole.
         keep_at_least: Share of each group that always stays (at least one structure): guards
-            against layer collapse.
+            against layer collapse. Also by name, ``{"*": 0.1, "layer4.*": 0.5}``; where several
+            fit the largest holds, and 0.1 where none does.
         round_to: Kept counts are multiples of this, where the group is large enough.
         uniform: Groups of the same kind and size keep equally many, so that a plain config can say
             it.
         kinds: Kinds that may be cut; channels, heads, KV groups and neurons by default.
+        only: Names of the groups that may be cut, with ``*`` for any text; None = all.
+        exclude: Names of groups that stay whole.
         measure: Latency in seconds of a plan; measured, so only for ``latency_s``.
 
     Returns:
@@ -84,11 +95,16 @@ def allocate(
             f"allocate got a {type(graph).__name__} and a {type(saliency).__name__}; expected "
             "allocate(graph, saliency, macs=...), with what trace(...) and score(...) return"
         )
-    _check(budgets, threshold, keep_at_least, round_to, measure)
+    floors = keep_at_least if isinstance(keep_at_least, Mapping) else {"*": keep_at_least}
+    _check(budgets, threshold, groups or {}, floors, round_to, measure)
     allowed = (kinds,) if isinstance(kinds, str) else tuple(kinds or DEFAULT_KINDS)
-    chosen = _eligible(graph, saliency, allowed)
+    chosen = selected(_eligible(graph, saliency, allowed), only, exclude)
     scores = {name: _scores(graph.groups[name], saliency[name]) for name in chosen}
-    candidates = _Candidates(graph, scores, keep_at_least, round_to, uniform)
+    candidates = _Candidates(
+        graph, scores, _floors(chosen, floors), round_to, uniform, _fixed(chosen, groups or {})
+    )
+    if not budgets and threshold is None:
+        candidates.rest_stays = True
     meter = _Meter(graph, candidates, measure)
     dense = meter.of({name: graph.groups[name].size for name in chosen})
 
@@ -125,7 +141,8 @@ def allocate(
         sizes=plan.sizes,
         provenance={
             "budget": budgets | ({} if threshold is None else {"threshold": threshold}),
-            "keep_at_least": keep_at_least,
+            **({"groups": dict(groups)} if groups else {}),
+            "keep_at_least": dict(floors) if isinstance(keep_at_least, Mapping) else keep_at_least,
             "round_to": round_to,
             "uniform": uniform,
             "floors": candidates.floors(low),
@@ -137,18 +154,20 @@ def allocate(
 def _check(
     budgets: Mapping[str, float],
     threshold: float | None,
-    keep_at_least: float,
+    groups: Mapping[str, float],
+    floors: Mapping[str, float],
     round_to: int,
     measure: Callable[[PruningPlan], float] | None,
 ) -> None:
-    if not budgets and threshold is None:
+    if not budgets and threshold is None and not groups:
         raise BudgetError(
             "budget: give at least one of macs, params, structures, memory_bytes, latency_s, "
-            "threshold"
+            "threshold, groups"
         )
     if threshold is not None and not (isinstance(threshold, Real) and isfinite(threshold)):
         raise BudgetError(f"budget: threshold is a score, a finite number; got {threshold!r}")
-    for name, value in {**budgets, "keep_at_least": keep_at_least}.items():
+    shares = [*budgets.items(), *((f"groups: {pattern!r}", n) for pattern, n in groups.items())]
+    for name, value in [*shares, *(("keep_at_least", share) for share in floors.values())]:
         number = isinstance(value, Real)
         least = number and (value >= 0 if name == "keep_at_least" else value > 0)
         if not (least and value <= 1):
@@ -159,6 +178,73 @@ def _check(
         raise BudgetError(
             "budget: latency_s is measured; give measure=, a function from a plan to seconds"
         )
+
+
+def matching(names: Collection[str], pattern: str, key: str) -> list[str]:
+    """The groups whose name fits a pattern, with ``*`` for any text.
+
+    Raises:
+        BudgetError: There is none; says which there are.
+    """
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        near = difflib.get_close_matches(pattern, list(names), n=1)
+        guess = f" (did you mean {near[0]!r}?)" if near else ""
+        more = f" and {len(names) - 20} others" if len(names) > 20 else ""
+        raise BudgetError(
+            f"{key}: {pattern!r} is no group that may be cut{guess}; there are "
+            f"{', '.join(list(names)[:20])}{more}"
+        )
+    return found
+
+
+def selected(
+    names: Collection[str], only: str | Iterable[str] | None, exclude: str | Iterable[str]
+) -> list[str]:
+    """The groups that are named, without those that are excluded, in their order.
+
+    Raises:
+        BudgetError: A name that is no group's, or nothing is left.
+    """
+    patterns = [[each] if isinstance(each, str) else list(each or ()) for each in (only, exclude)]
+    found = list(names)
+    if only is not None:
+        named = {name for pattern in patterns[0] for name in matching(names, pattern, "only")}
+        found = [name for name in names if name in named]
+    gone = {name for pattern in patterns[1] for name in matching(names, pattern, "exclude")}
+    found = [name for name in found if name not in gone]
+    if not found:
+        raise BudgetError(
+            f"nothing to cut: only {patterns[0] or ['*']} without {patterns[1]} leaves none of the "
+            f"{len(names)} groups"
+        )
+    return found
+
+
+def _fixed(names: Collection[str], groups: Mapping[str, float]) -> dict[str, float]:
+    """The share of its own that a group keeps, where it is named."""
+    fixed: dict[str, tuple[str, float]] = {}
+    for pattern, share in groups.items():
+        for name in matching(names, pattern, "budget.groups"):
+            other, told = fixed.setdefault(name, (pattern, share))
+            if told != share:
+                raise BudgetError(
+                    f"budget.groups: {name!r} is to keep {told} ({other!r}) and {share} "
+                    f"({pattern!r}); name it once"
+                )
+    return {name: share for name, (_, share) in fixed.items()}
+
+
+def _floors(names: Collection[str], floors: Mapping[str, float]) -> dict[str, float]:
+    """The least share that each group keeps."""
+    found: dict[str, float] = {}
+    for pattern, share in floors.items():
+        for name in matching(names, pattern, "budget.keep_at_least"):
+            found[name] = max(found.get(name, 0.0), share)
+    return {name: found.get(name, _FLOOR) for name in names}
+
+
+_FLOOR = 0.1  # where a mapping of floors leaves a group out
 
 
 def _eligible(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind, ...]) -> list[str]:
@@ -202,9 +288,11 @@ class _Candidates:
 
     graph: Graph
     scores: dict[str, NDArray[np.float64]]
-    keep_at_least: float
+    keep_at_least: Mapping[str, float]
     round_to: int
     uniform: bool
+    fixed: Mapping[str, float]
+    rest_stays: bool = False
 
     def __post_init__(self) -> None:
         names = list(self.scores)
@@ -240,10 +328,14 @@ class _Candidates:
         result: dict[str, int] = {}
         for names in self._sets:
             size = len(self.scores[names[0]])
-            count = (
-                size if self._frozen(names) else ceil(sum(raw[name] for name in names) / len(names))
-            )
-            count = max(count, self._floor(size))
+            fixed = [self.fixed[name] for name in names if name in self.fixed]
+            if self._frozen(names) or (self.rest_stays and not fixed):
+                count = size
+            elif fixed:
+                count = ceil(max(fixed) * size - 1e-9)
+            else:
+                count = ceil(sum(raw[name] for name in names) / len(names))
+            count = max(count, self._floor(names, size))
             step = lcm(self.round_to, *(self.graph.groups[name].multiple for name in names))
             count = min(ceil(count / step) * step, size)
             barred = {n for name in names for n in self.graph.groups[name].barred}
@@ -251,8 +343,8 @@ class _Candidates:
             result.update(dict.fromkeys(names, count))
         return result
 
-    def _floor(self, size: int) -> int:
-        return max(1, ceil(self.keep_at_least * size - 1e-9))
+    def _floor(self, names: list[str], size: int) -> int:
+        return max(1, ceil(max(self.keep_at_least[name] for name in names) * size - 1e-9))
 
     def below(self, threshold: float | None) -> int:
         """How many structures score less."""
@@ -265,6 +357,9 @@ class _Candidates:
         lost = np.bincount(self._owner[:removed], minlength=len(self._names))
         counts = self.counts(removed)
         wanted = {name: len(self.scores[name]) - int(lost[i]) for i, name in enumerate(self._names)}
+        for name in self._names if self.rest_stays else self.fixed:
+            size = len(self.scores[name])
+            wanted[name] = ceil(self.fixed.get(name, 1.0) * size - 1e-9)
         return {
             n: {"wanted": wanted[n], "kept": counts[n]}
             for n in self._names

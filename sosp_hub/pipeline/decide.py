@@ -32,7 +32,7 @@ def check(stages: "Stages", graph: Graph) -> None:
     )
     targets = stages.recipe.budget.targets()
     targets.pop("latency_s", None)  # is measured, and takes its time
-    if targets:
+    if targets or stages.recipe.budget.groups:
         equal = {name: torch.ones(group.size) for name, group in able.items()}
         _allocated(stages, graph, equal, targets)
 
@@ -183,6 +183,7 @@ def _allocated(
         saliency,
         measure=measure,
         **targets,
+        groups=budget.groups,
         keep_at_least=budget.keep_at_least,
         round_to=budget.round_to,
         uniform=budget.uniform,

@@ -1,9 +1,8 @@
 """Which groups of a model a recipe lets go."""
 
-import fnmatch
-
+from sosp_hub.allocation import selected
 from sosp_hub.criteria.registry import scorable_kinds
-from sosp_hub.errors import TraceError
+from sosp_hub.errors import BudgetError, TraceError
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
@@ -30,16 +29,8 @@ def eligible_groups(graph: Graph, recipe: Recipe) -> dict[str, Group]:
                 else "no structure of it can be cut at all; choose another model"
             )
         )
-    if only is None:
-        return found
-    for pattern in only:
-        if not fnmatch.filter(found, pattern):
-            raise TraceError(
-                f"structure.only: {pattern!r} is no group of {recipe.model.id}; its groups of "
-                f"these kinds are {', '.join(list(found)[:20])}"
-            )
-    return {
-        name: group
-        for name, group in found.items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in only)
-    }
+    try:
+        names = selected(found, only, recipe.structure.exclude)
+    except BudgetError as error:
+        raise TraceError(f"{recipe.model.id}: structure.{error}") from error
+    return {name: found[name] for name in names}

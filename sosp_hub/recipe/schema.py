@@ -96,6 +96,9 @@ class StructureSection(Section):
     only: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = Field(
         default=None, description="names of groups, with * for any text; null = all of these kinds"
     )
+    exclude: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="names of groups that stay whole, with * for any text"
+    )
     outputs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
         default=None, description="outputs that count, where a model returns more; null = all"
     )
@@ -121,8 +124,15 @@ class BudgetSection(Section):
         default=None,
         description="no share: what scores less goes; 0 alone is the default of scp and sglp",
     )
-    keep_at_least: Share = Field(
-        default=0.1, description="floor of each group, as a share of it; at least one stays"
+    groups: dict[str, Share] = Field(
+        default_factory=dict,
+        description="shares that single groups keep, by name with * for any text, such as "
+        '{"*.mlp.*": 0.5}; alone, all others stay whole',
+    )
+    keep_at_least: Share | dict[str, Share] = Field(
+        default=0.1,
+        description="floor of each group, as a share of it; at least one stays. Also by name, with "
+        "* for any text: the largest that fits holds",
     )
     round_to: Count = Field(
         default=1, description="kept counts are multiples of this, where the group allows"
@@ -134,7 +144,8 @@ class BudgetSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_budget(cls, data: Any) -> Any:
-        if isinstance(data, dict) and all(data.get(key) is None for key in BUDGETS):
+        named = isinstance(data, dict) and data.get("groups")
+        if isinstance(data, dict) and not named and all(data.get(key) is None for key in BUDGETS):
             return {**data, "macs": 0.5}
         return data
 
@@ -297,7 +308,9 @@ class Recipe(Section):
         if not isinstance(data, dict) or not isinstance(data.get("criterion"), dict):
             return data
         budget = {} if data.get("budget") is None else data["budget"]
-        given = not isinstance(budget, dict) or any(budget.get(key) is not None for key in BUDGETS)
+        given = not isinstance(budget, dict) or any(
+            budget.get(key) is not None for key in (*BUDGETS, "groups")
+        )
         if data["criterion"].get("name") not in _DECIDING or given:
             return data
         return {**data, "budget": {**budget, "threshold": 0.0}}

@@ -412,3 +412,68 @@ def test_a_budget_with_whole_layers_holds_for_what_is_left():
     left = sum(p.numel() for p in cut(case.model(), graph, plan).parameters())
     assert left <= share * dense
     assert plan.provenance["predicted"]["params"] == left
+
+
+def test_named_groups_keep_their_own_share_and_the_others_stay_whole():
+    graph = graph_of()
+    saliency = random_saliency(graph)
+    plan = allocate(graph, saliency, groups={"one*": 0.5, "three*": 0.3})
+    (one,) = [name for name in plan.kept if name.startswith("one")]
+    (three,) = [name for name in plan.kept if name.startswith("three")]
+    assert set(plan.kept) == {one, three}
+    assert (len(plan.kept[one]), len(plan.kept[three])) == (4, 6)
+    best = saliency[one].argsort(descending=True)[:4].sort().values.tolist()
+    assert list(plan.kept[one]) == best
+    assert plan.provenance["groups"] == {"one*": 0.5, "three*": 0.3}
+
+
+@pytest.mark.parametrize("share", [0.4, 0.8])
+def test_a_budget_beside_named_groups_is_met_by_the_others(share):
+    graph = graph_of()
+    saliency = random_saliency(graph)
+    plan = allocate(graph, saliency, groups={"three*": 0.9}, macs=share)
+    (three,) = [name for name in plan.kept if name.startswith("three")]
+    assert len(plan.kept[three]) == 18
+    assert shares(graph, plan, saliency)["macs"] <= share
+
+
+def test_floors_by_name():
+    graph = graph_of()
+    saliency = random_saliency(graph, kinds=("head", "kv_group", "neuron"))
+    saliency = {name: s * (name[:5] != "three") for name, s in saliency.items()}
+    loose, tight = (
+        allocate(graph, saliency, structures=0.5, keep_at_least=floor)
+        for floor in (0.1, {"*": 0.05, "thr*": 0.75})
+    )
+    (three,) = [name for name in loose.kept if name.startswith("three")]
+    assert len(loose.kept[three]) == 2
+    assert len(tight.kept[three]) == 15
+    assert shares(graph, tight, saliency)["structures"] <= 0.5
+
+
+def test_only_and_exclude():
+    graph = graph_of()
+    saliency = random_saliency(graph)
+    plan = allocate(graph, saliency, structures=0.5, only=["one*", "two*"], exclude="two*")
+    assert [name[:3] for name in plan.kept] == ["one"]
+    whole = allocate(graph, saliency, structures=0.5, exclude=["one*", "two*"])
+    assert whole.kept
+    assert not [name for name in whole.kept if name.startswith(("one", "two"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"groups": {"onne*": 0.5}}, r"budget.groups: 'onne\*' is no group that may be cut"),
+        ({"groups": {"one*": 0.5, "*ne*": 0.4}}, r"keep 0.5 \('one\*'\) and 0.4"),
+        ({"groups": {"one*": 1.5}}, "groups: 'one.*share that is kept.*1.5"),
+        ({"macs": 0.5, "keep_at_least": {"five*": 0.1}}, r"keep_at_least: 'five\*'"),
+        ({"macs": 0.5, "only": ["five"]}, "only: 'five' is no group"),
+        ({"macs": 0.5, "exclude": ["five"]}, "exclude: 'five' is no group"),
+        ({"macs": 0.5, "exclude": "*"}, "nothing to cut"),
+    ],
+)
+def test_names_that_select_nothing_are_errors(options, words):
+    graph = graph_of()
+    with pytest.raises(BudgetError, match=words):
+        allocate(graph, random_saliency(graph), **options)
