@@ -1,10 +1,41 @@
 """Every error a user can meet: what was given, what was expected, what to write instead."""
 
+import re
 from collections.abc import Sequence
+
+_LONGEST = 10_000  # characters of an error; beyond, nobody reads it
+_LONGEST_FAULT = 600
+_LONGEST_VALUE = 120
+_MOST_FAULTS = 20
+_CONTROL = re.compile(
+    # What moves a cursor, hides text, ends a line or turns the direction of reading.
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+    "\ud800-\udfff\ufff9-\ufffb]"
+)
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters spelled out, so that a terminal does not obey them.
+
+    >>> printable("a class" + chr(27) + "[2J")
+    'a class\\x1b[2J'
+    """
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def shortened(text: str, longest: int = _LONGEST_VALUE) -> str:
+    """The text, or its beginning and how much more there is."""
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
 
 
 class SospHubError(Exception):
-    """Base of all errors that are about the user's input and not a defect of the program."""
+    """Base of all errors that are about the user's input and not a defect of the program.
+
+    Its words come from files of strangers too: they are of limited length and safe to print.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(printable(message), _LONGEST))
 
 
 class RecipeError(SospHubError):
@@ -12,8 +43,10 @@ class RecipeError(SospHubError):
 
     def __init__(self, source: str, faults: Sequence[str]) -> None:
         self.source = source
-        self.faults = tuple(faults)
-        lines = "\n".join(f"  - {fault}" for fault in self.faults)
+        self.faults = tuple(shortened(fault, _LONGEST_FAULT) for fault in faults)
+        lines = "\n".join(f"  - {fault}" for fault in self.faults[:_MOST_FAULTS])
+        if len(self.faults) > _MOST_FAULTS:
+            lines += f"\n  and {len(self.faults) - _MOST_FAULTS} more"
         noun = "fault" if len(self.faults) == 1 else "faults"
         super().__init__(f"{source}: {len(self.faults)} {noun}\n{lines}")
 

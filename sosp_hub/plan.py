@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from sosp_hub.errors import PlanError
+from sosp_hub.errors import PlanError, shortened
+from sosp_hub.untrusted import UnreadableError, parse_json
 
 SCHEMA_VERSION = 1
 
@@ -114,27 +115,33 @@ class PruningPlan:
             PlanError: Text that is no plan, or a plan of another schema version.
         """
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"plan: not JSON ({error})") from error
+            record = parse_json(text)
+        except UnreadableError as error:
+            raise PlanError(f"plan: {error}") from error
         if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
             given = (
                 record.get("schema_version") if isinstance(record, dict) else type(record).__name__
             )
-            raise PlanError(f"plan: schema_version is {given!r}, expected {SCHEMA_VERSION}")
+            given = shortened(repr(given))
+            raise PlanError(f"plan: schema_version is {given}, expected {SCHEMA_VERSION}")
+        for key in ("base_model", "base_revision"):
+            if not isinstance(record.get(key), str | None):
+                given = shortened(repr(record[key]))
+                raise PlanError(f"plan: {key} is {given}, expected text or null")
         try:
             return cls(
                 kept={str(name): tuple(kept) for name, kept in record["kept"].items()},
                 sizes={str(name): size for name, size in record["sizes"].items()},
                 base_model=record.get("base_model"),
                 base_revision=record.get("base_revision"),
-                provenance=record.get("provenance", {}),
+                provenance=dict(record.get("provenance", {})),
                 gates=record.get("gates", {}),
                 shifts=record.get("shifts", {}),
             )
-        except (KeyError, AttributeError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(
-                f"plan: `kept` and `sizes` must map group names to indices and sizes ({error})"
+                "plan: `kept` and `sizes` must map group names to indices and sizes "
+                f"({shortened(str(error))})"
             ) from error
 
 

@@ -41,7 +41,7 @@ def read_table(files: Sequence[Path]) -> "Dataset":
             raise DataError(f"data.path: {file} is empty; give a file with rows")
         try:
             tables.append(_read_one(file))
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
             raise DataError(f"data.path: cannot read {file} as {file.suffix} ({error})") from error
     try:
         return Dataset(pa.concat_tables(tables, promote_options="default"))

@@ -22,7 +22,8 @@ from sosp_hub.hub.attempts import Patience, answering_within, explain
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import Recipe
-from sosp_hub.report.facts import format_metric, is_share, overall_metrics, read_report
+from sosp_hub.report.facts import format_metric, is_share, overall_metrics
+from sosp_hub.report.schema import read_report
 from sosp_hub.zoo.load import load_model
 
 _ROUNDING = 1e-4

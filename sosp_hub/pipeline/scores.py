@@ -13,7 +13,8 @@ from sosp_hub.errors import ModelError, OutputExistsError, RecipeError
 from sosp_hub.hub.contents import DENSE
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import BUDGETS, ModelSection, Recipe
-from sosp_hub.report.facts import read_report, with_spread
+from sosp_hub.report.facts import with_spread
+from sosp_hub.report.schema import read_report
 
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency

@@ -13,6 +13,13 @@ from sosp_hub.recipe.criteria import CRITERION_NAMES, CriterionSection
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import Recipe, Verb
 from sosp_hub.recipe.study_grid import cells_of
+from sosp_hub.untrusted import (
+    MOST_YAML_BYTES,
+    LimitedLoader,
+    UnreadableError,
+    parse_yaml,
+    read_text,
+)
 
 
 def load_recipe(
@@ -100,7 +107,7 @@ def dump_recipe(recipe: Recipe, *, whole: bool = True) -> str:
     return yaml.safe_dump(record, sort_keys=False, default_flow_style=None)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(LimitedLoader):
     """Plain YAML that refuses repeated keys, where 1e-3 is a number and ``no`` is a word."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
@@ -132,26 +139,21 @@ _Loader.add_implicit_resolver(
 
 def _read(path: Path) -> str:
     source = str(path)
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         fault = "no such file; write the path of a recipe, such as recipes/quickstart.yaml"
-        raise RecipeError(source, [fault]) from None
-    except UnicodeDecodeError:
-        raise RecipeError(source, ["not a text file; a recipe is YAML in UTF-8"]) from None
-    except OSError as error:
-        fault = f"cannot be read ({error.strerror}); write the path of a recipe file"
+        raise RecipeError(source, [fault])
+    try:
+        return read_text(path, MOST_YAML_BYTES)
+    except UnreadableError as error:
+        fault = f"{error}; write the path of a recipe, which is YAML in UTF-8"
         raise RecipeError(source, [fault]) from None
 
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise RecipeError(source, [f"not valid YAML: {where}{problem}"]) from None
+        return parse_yaml(text, _Loader)
+    except UnreadableError as error:
+        raise RecipeError(source, [str(error)]) from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:

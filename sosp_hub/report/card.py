@@ -19,7 +19,6 @@ from sosp_hub.report.facts import (
     Facts,
     collect,
     overall_metrics,
-    read_report,
     scrub,
     without_tokens,
 )
@@ -27,6 +26,7 @@ from sosp_hub.report.figures import Picture, write_figures
 from sosp_hub.report.licence import copy_licence_files
 from sosp_hub.report.markers import fence, split_card
 from sosp_hub.report.methods import method
+from sosp_hub.report.schema import read_report
 from sosp_hub.report.snippets import (
     Checkpoint,
     load_snippet,

@@ -3,7 +3,6 @@
 A value that was not measured has no row. Card and static page are two templates over these facts.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from sosp_hub.report.schema import check_report
+from sosp_hub.untrusted import UnreadableError, parse_yaml
 
 STAGES = (
     ("dense", "dense"),
@@ -86,14 +86,13 @@ class Facts:
     local_base: bool
 
 
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report that a run left in its folder; None where there is none."""
-    path = folder / "sosp_report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def collect(report: Mapping[str, Any]) -> Facts:
-    """Everything a card says, from a report whose keys may be missing."""
+    """Everything a card says, from a report whose keys may be missing.
+
+    Raises:
+        HubError: Values of other kinds than a run writes.
+    """
+    check_report(report)
     base = report.get("base") or {}
     recipe_text = str(report.get("recipe") or "")
     recipe = read_recipe(recipe_text)
@@ -409,10 +408,12 @@ def _data_words(data: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
 def read_recipe(text: str) -> dict[str, Any]:
     """The recipe in a report, as it was written; empty where it cannot be read."""
     try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError:
+        recipe = parse_yaml(text)
+    except UnreadableError:
         return {}
-    return recipe if isinstance(recipe, dict) else {}
+    if not isinstance(recipe, dict):
+        return {}
+    return {key: value for key, value in recipe.items() if isinstance(value, dict)}
 
 
 def _loss(name: str, before: float, after: float) -> float:

@@ -16,11 +16,11 @@ from sosp_hub.report.facts import (
     Facts,
     collect,
     overall_metrics,
-    read_report,
     with_spread,
     without_tokens,
 )
 from sosp_hub.report.figures import Picture, pareto_picture, pictures, read_saliency
+from sosp_hub.report.schema import read_report
 
 
 @dataclass(frozen=True)

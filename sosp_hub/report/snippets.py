@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from sosp_hub.checkpoint.format.headers import read_tensors
 from sosp_hub.errors import CheckpointError, HubError
 from sosp_hub.types import Library
+from sosp_hub.untrusted import UnreadableError, read_json
 
 Tier = Literal["native", "delta"]
 
@@ -52,9 +52,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             "write the folder with sosp_hub.save_pretrained(model, folder)"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise HubError(f"{path}: not JSON ({error}); save the model again") from error
+        config = read_json(path)
+    except UnreadableError as error:
+        raise HubError(f"{path}: {error}; save the model again") from error
     if not isinstance(config, dict):
         raise HubError(f"{path}: expected a JSON object, got {type(config).__name__}")
     library: Library = "timm" if "architecture" in config else "transformers"

@@ -1,6 +1,5 @@
 """The plots of a comparison: quality over cost, and how alike criteria rank."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from sosp_hub.errors import HubError
 from sosp_hub.report.facts import is_share, read_recipe
 from sosp_hub.report.figures import INK, MUTED, Picture, bare, new_figure
 from sosp_hub.report.study_numbers import Compared
+from sosp_hub.untrusted import read_json
 
 _COSTS = (("macs", "MACs"), ("params", "parameters"))
 _MARKERS = "osD^vP*X<>"
@@ -60,7 +60,7 @@ def study_picture(folder: Path, report: Mapping[str, Any]) -> Picture | None:
     if not path.is_file():
         return None
     try:
-        compared = Compared(json.loads(path.read_text(encoding="utf-8")))
+        compared = Compared(read_json(path))
         model = read_recipe(str(report.get("recipe") or "")).get("model") or {}
         if compared.results["model"] != model.get("id"):
             return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sosp_hub.errors import SospHubError
+from sosp_hub.untrusted import MOST_CARD_BYTES, UnreadableError, front_matter, read_text
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,15 @@ def origin_on_hub(repo_id: str, revision: str | None, commit: str | None = None)
 
 
 def _inherited(file: Path) -> dict[str, Any]:
-    from huggingface_hub import ModelCard
-
     try:
-        data = ModelCard(file.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, TypeError) as error:
+        data = front_matter(read_text(file, MOST_CARD_BYTES))
+    except UnreadableError as error:
         log.warning("%s is not readable as a card (%s)", file, error)
         return {}
-    return {key: data[key] for key in _INHERITED if data.get(key)}
+    return {key: data[key] for key in _INHERITED if _is_text(data.get(key))}
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is words, or a list of words."""
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) and word for word in words)

@@ -4,7 +4,6 @@ Importing this file is enough for ``timm.create_model("cifar_resnet20")``.
 """
 
 import difflib
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import ModelError
 from sosp_hub.recipe.schema import ModelSection
+from sosp_hub.untrusted import UnreadableError, read_json
 from sosp_hub.zoo import cifar_resnet  # noqa: F401 - registers its models
 from sosp_hub.zoo.head import fit_head
 from sosp_hub.zoo.loaded import Loaded
@@ -134,15 +134,15 @@ def _describe(section: ModelSection) -> tuple[str, dict[str, Any]]:
 def _read_config(file: Path) -> dict[str, Any]:
     """The weights' configuration from a ``config.json`` as timm writes it."""
     try:
-        config = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
+        config = read_json(file)
+    except UnreadableError as error:
+        if file.exists():
+            raise ModelError(f"model.id: {file}: {error}") from error
         raise ModelError(
             f"model.id: {file.parent} has no config.json, so it is no timm checkpoint; for a bare "
             "weight file write model.kwargs: {checkpoint_path: FILE} and the architecture as "
             "model.id"
         ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.id: cannot read {file} ({error})") from error
     if not isinstance(config, dict) or "architecture" not in config:
         kind = config.get("model_type") if isinstance(config, dict) else None
         advice = "; it is a transformers model: write model.library: transformers" if kind else ""

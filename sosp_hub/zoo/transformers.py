@@ -1,7 +1,6 @@
 """transformers models by folder or hub id, through the Auto class of the task."""
 
 import difflib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import ModelError, SospHubError
 from sosp_hub.recipe.schema import ModelSection
+from sosp_hub.untrusted import UnreadableError, read_json
 from sosp_hub.zoo.head import fit_head
 from sosp_hub.zoo.loaded import Loaded
 from sosp_hub.zoo.origin import Origin, origin_of_folder, origin_on_hub
@@ -144,7 +144,12 @@ def _loading(section: ModelSection, source: Path | str) -> Iterator[None]:
 def _config(section: ModelSection, source: Path | str, data: DataInfo | None) -> Any:
     """The config with the recipe's ``kwargs``; random weights also take the data's channels."""
     if isinstance(source, Path):
-        record = json.loads((source / "config.json").read_text("utf-8"))
+        try:
+            record = read_json(source / "config.json")
+        except UnreadableError as error:
+            raise ModelError(f"model.id: {source / 'config.json'}: {error}") from error
+        if not isinstance(record, dict):
+            raise ModelError(f"model.id: {source / 'config.json'} holds no config")
         if "architecture" in record and "model_type" not in record:
             raise ModelError(f"model.id: {source} is a timm checkpoint; write model.library: timm")
     chosen: dict[str, Any] = dict(section.kwargs)
