@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 from sosp_hub.report.card import render_card
-from sosp_hub.report.facts import collect, format_metric, overall_metrics, read_report
+from sosp_hub.report.facts import collect, overall_metrics
+from sosp_hub.report.numbers import metric_value
+from sosp_hub.report.schema import read_report
 
 HERE = Path(__file__).parent
 _KEPT = (
@@ -58,12 +60,12 @@ def index(folder: Path = HERE) -> str:
 
 def _row(card: Path) -> str:
     report = read_report(card) or {}
-    costs = {row.name: row.change for row in collect(report).costs}
+    costs = {name: change for name, _, _, change in collect(report).costs.rows}
     name = overall_metrics(report["metrics"])[0]
     dense, final = (report["metrics"][stage][name]["value"] for stage in ("dense", "final"))
     macs = next((change for row, change in costs.items() if row.startswith("Multiply")), "")
     cells = [f"[{card.name}]({card.name}/README.md)", costs.get("Parameters", ""), macs, name]
-    cells += [format_metric(name, value) for value in (dense, final)]
+    cells += [metric_value(name, value) for value in (dense, final)]
     return f"| {' | '.join(cells)} |\n"
 
 

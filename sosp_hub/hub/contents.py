@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, get_session
+from huggingface_hub import get_session
 from huggingface_hub.utils import hf_raise_for_status
 
-from sosp_hub.errors import HubError
+from sosp_hub.errors import HubError, shortened
 from sosp_hub.report.facts import has_token, hub_id
+from sosp_hub.report.listing import CARD, CURVATURE, DENSE, REPORT, SALIENCY
+from sosp_hub.report.markers import read_card
 from sosp_hub.report.snippets import read_checkpoint
+from sosp_hub.untrusted import MOST_CARD_BYTES, UnreadableError, read_text
 
 _TEXT_SUFFIXES = (".md", ".json", ".yaml", ".yml", ".txt", ".html", ".jinja", ".py", ".log")
 _MOST_TEXT_BYTES = 20_000_000
-DENSE = "dense"
-"""Folder of the dense weights that a run made itself; they stay where they are."""
 
 
 def local_files(folder: Path) -> list[str]:
@@ -41,13 +42,13 @@ def check_folder(folder: Path, secret: str | None = None) -> None:
         raise HubError(f"{folder}: no such folder; give the output folder of a run")
     read_checkpoint(folder)
     names = local_files(folder)
-    scores = ("saliency.safetensors", "curvature.safetensors")
+    scores = (SALIENCY, CURVATURE)
     if not any(name.endswith(".safetensors") and name not in scores for name in names):
         raise HubError(
             f"{folder}: there are no weights (model.safetensors); "
             "write the folder with sosp_hub.save_pretrained(model, folder)"
         )
-    if "sosp_report.json" not in names and "README.md" not in names:
+    if REPORT not in names and CARD not in names:
         raise HubError(
             f"{folder}: there is neither sosp_report.json nor README.md, so nobody could tell what "
             "this model is; save it with save_pretrained(model, folder, report=...), or write a "
@@ -69,15 +70,13 @@ def check_card(folder: Path) -> None:
     Raises:
         HubError: With every fault.
     """
-    path = folder / "README.md"
+    path = folder / CARD
     if not path.is_file():
         return
     try:
-        data = ModelCard(
-            path.read_text(encoding="utf-8"), ignore_metadata_errors=True
-        ).data.to_dict()
-    except Exception as error:  # yaml's errors, and a block that is no mapping
-        raise HubError(f"{path}: the metadata at the top is not valid YAML: {error}") from error
+        data, _ = read_card(read_text(path, MOST_CARD_BYTES))
+    except UnreadableError as error:
+        raise HubError(f"{path}: {error}") from error
     faults = [*_ids(data, "base_model"), *_ids(data, "datasets")]
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults)
@@ -105,9 +104,10 @@ def check_with_hub(card: str, endpoint: str) -> None:
 
 def _ids(data: dict[str, Any], key: str) -> list[str]:
     value = data.get(key) or []
-    names = [value] if isinstance(value, str) else value
+    names = value if isinstance(value, list) else [value]
     return [
-        f"{key}: {name!r} is a local path or no hub id; write NAMESPACE/NAME, or leave it out"
+        f"{key}: {shortened(repr(name))} is a local path or no hub id; write NAMESPACE/NAME, or "
+        "leave it out"
         for name in names
         if hub_id(name) is None and not (key == "datasets" and "/" not in str(name))
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 from torch import nn
@@ -22,8 +22,11 @@ from sosp_hub.hub.attempts import Patience, answering_within, explain
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import Recipe
-from sosp_hub.report.facts import format_metric, is_share, overall_metrics
+from sosp_hub.report.facts import overall_metrics
+from sosp_hub.report.markers import read_card
+from sosp_hub.report.numbers import is_share, metric_value
 from sosp_hub.report.schema import read_report
+from sosp_hub.untrusted import MOST_CARD_BYTES, UnreadableError, read_text
 from sosp_hub.zoo.load import load_model
 
 _ROUNDING = 1e-4
@@ -157,9 +160,16 @@ def _check_card(folder: Path, report: Mapping[str, Any]) -> Check:
     path = folder / "README.md"
     if not path.is_file():
         return Check("card", None, "there is no README.md")
-    results = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    try:
+        data, _ = read_card(read_text(path, MOST_CARD_BYTES))
+    except (HubError, UnreadableError) as error:
+        return Check("card", False, str(error))
     final = (report.get("metrics") or {}).get("final") or {}
-    stated = {one.metric_type: one.metric_value for one in results.get("eval_results") or []}
+    stated = {
+        one.metric_type: one.metric_value
+        for one in data.get("eval_results") or []
+        if isinstance(one.metric_value, int | float)
+    }
     wrong = [
         f"{name} {value} (report: {final[name]['value']:.6g})"
         for name, value in stated.items()
@@ -228,7 +238,7 @@ def _compare(name: str, published: Mapping[str, Any], found: Mapping[str, Any]) 
         )
     holds = abs(found["value"] - published["value"]) <= spread
     said = (
-        f"{format_metric(name, found['value'])} on {found['n']:,} test samples, published "
-        f"{format_metric(name, published['value'])} on {published.get('n') or 0:,}"
+        f"{metric_value(name, found['value'])} on {found['n']:,} test samples, published "
+        f"{metric_value(name, published['value'])} on {published.get('n') or 0:,}"
     )
     return Check(f"metric {name}", holds, said)

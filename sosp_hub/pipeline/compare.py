@@ -21,7 +21,8 @@ from sosp_hub.pipeline.stages import Stages
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.study_grid import Cell, cells_of
-from sosp_hub.report.facts import format_metric, scrub
+from sosp_hub.report.facts import scrub
+from sosp_hub.report.numbers import metric_value
 from sosp_hub.report.study import brief, write_comparison
 from sosp_hub.structure.graph import Graph
 
@@ -91,7 +92,7 @@ def _run(cells: Sequence[Cell], folder: Path) -> None:
             row = stages.stage("cell", lambda stages=stages: _row(stages, graph))
             work.forget("final")  # its numbers are in the row, and weights are large
             name = next(iter(row["metrics"]["cut"]))
-            values = [format_metric(name, one[name]["value"]) for one in row["metrics"].values()]
+            values = [metric_value(name, one[name]["value"]) for one in row["metrics"].values()]
             said = cell.criterion, cell.budget, cell.seed, name, ", ".join(values)
             logger.info("%s, %s, seed %d: %s %s", *said)
 

@@ -31,7 +31,8 @@ from sosp_hub.plan import GrowthPlan
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import BudgetSection, ExpandSection, Recipe
 from sosp_hub.report.expansion import VARIANTS, brief, write_expansion
-from sosp_hub.report.facts import format_metric, overall_metrics, scrub
+from sosp_hub.report.facts import overall_metrics, scrub
+from sosp_hub.report.numbers import metric_value
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.widen import why_not, widen
 
@@ -157,7 +158,7 @@ class _Seed:
             cell.work.forget("final")  # its numbers are in the row
             metric = overall_metrics(row["metrics"])[0]
             last = list(row["metrics"].values())[-1][metric]["value"]
-            said = name, label, self.seed, metric, format_metric(metric, last)
+            said = name, label, self.seed, metric, metric_value(metric, last)
             logger.info("%s, %s, seed %d: %s %s", *said)
             metrics = {"dense": dense, **row["metrics"]}
             yield {"criterion": name, "budget": label, "seed": self.seed, **row, "metrics": metrics}

@@ -17,16 +17,15 @@ from sosp_hub.cost import cost
 from sosp_hub.distributed import logger, to_device
 from sosp_hub.errors import HubError
 from sosp_hub.evaluate import measure_latency
-from sosp_hub.hub.contents import DENSE
 from sosp_hub.pipeline.memory import forward_peak
 from sosp_hub.pipeline.output_folder import put
-from sosp_hub.pipeline.scores import CURVATURE, SALIENCY
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import PushSection, Recipe
 from sosp_hub.report.card import render_card
 from sosp_hub.report.facts import scrub
 from sosp_hub.report.licence import copy_licence_files
+from sosp_hub.report.listing import CURVATURE, DENSE, SALIENCY
 from sosp_hub.report.page import write_page
 from sosp_hub.structure.graph import Graph
 from sosp_hub.zoo.load import Loaded, example_inputs

@@ -10,17 +10,15 @@ from safetensors.torch import load_file
 
 from sosp_hub.distributed import logger
 from sosp_hub.errors import ModelError, OutputExistsError, RecipeError
-from sosp_hub.hub.contents import DENSE
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import BUDGETS, ModelSection, Recipe
 from sosp_hub.report.facts import with_spread
+from sosp_hub.report.listing import CURVATURE, DENSE, REPORT, SALIENCY
 from sosp_hub.report.schema import read_report
 
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency
 
-SALIENCY = "saliency.safetensors"
-CURVATURE = "curvature.safetensors"
 _FREE = ("budget", "data", "evaluate", "finetune", "output", "push")
 _FREE_KEYS = ("model.id", "model.path", "model.revision", "structure.verify")
 
@@ -132,7 +130,7 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
         raise OutputExistsError(f"--from-scores: {folder}: no such folder")
     report = read_report(folder)
     for name, there in (
-        ("sosp_report.json", report is not None),
+        (REPORT, report is not None),
         (SALIENCY, (folder / SALIENCY).is_file()),
     ):
         if not there:

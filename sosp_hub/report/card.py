@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from sosp_hub.errors import HubError
 from sosp_hub.report.facts import (
+    UNNAMED,
     Facts,
     collect,
     overall_metrics,
@@ -25,6 +26,7 @@ from sosp_hub.report.facts import (
 from sosp_hub.report.figures import Picture, write_figures
 from sosp_hub.report.licence import copy_licence_files
 from sosp_hub.report.markers import fence, split_card
+from sosp_hub.report.markup import Markdown, block, code, markdown
 from sosp_hub.report.methods import method
 from sosp_hub.report.schema import read_report
 from sosp_hub.report.snippets import (
@@ -107,9 +109,10 @@ def card_text(
     body = _template("card.md.jinja").render(
         title=address.rpartition("/")[2],
         facts=facts,
-        note=notes(facts, data),
+        base=_base(facts),
+        notes=notes(facts, data),
         snippet=load_snippet(checkpoint, address, facts.task),
-        where=where_it_loads(checkpoint),
+        where=Markdown(where_it_loads(checkpoint)),
         pictures=drawn,
         criterion=criterion,
         options=", ".join(f"{k}: {v}" for k, v in (criterion.get("options") or {}).items()),
@@ -183,6 +186,14 @@ def notes(facts: Facts, data: ModelCardData) -> list[str]:
     return found
 
 
+def _base(facts: Facts) -> str:
+    """The base model in a sentence: a link where it is on the hub."""
+    if facts.base_model:
+        address = f"https://huggingface.co/{facts.base_model}"
+        return Markdown(f"[{facts.base_model}]({address})")
+    return code(facts.base_name) if facts.base_name else UNNAMED
+
+
 def _merge(made: ModelCardData, kept: Mapping[str, Any]) -> ModelCardData:
     """Generated metadata over a person's own; licence and language are the person's to decide."""
     data = dict(kept)
@@ -192,7 +203,8 @@ def _merge(made: ModelCardData, kept: Mapping[str, Any]) -> ModelCardData:
             continue
         if key in _UNION:
             mine = data.get(key) or []
-            value = list(dict.fromkeys([*([mine] if isinstance(mine, str) else mine), *value]))
+            mine = mine if isinstance(mine, list) else [mine]
+            value = [*mine, *(one for one in value if one not in mine)]
         data[key] = value
     data.setdefault("model_name", old_name)
     return ModelCardData(**data)
@@ -225,6 +237,11 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
 @cache
 def _template(name: str) -> Template:
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # which is for HTML
+        finalize=markdown,
     )
+    environment.filters |= {"code": code, "block": block, "markdown": Markdown}
     return environment.from_string((files("sosp_hub.report") / name).read_text(encoding="utf-8"))

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from sosp_hub.report.facts import format_metric, is_share
-from sosp_hub.report.figures import CUT, KEPT, MUTED, Picture, bare, new_figure
-from sosp_hub.report.page import Grid, Part, render_page
+from sosp_hub.report import numbers
+from sosp_hub.report.drawing import CUT, KEPT, MUTED, Picture, bare, new_figure
+from sosp_hub.report.grid import Grid
+from sosp_hub.report.listing import new_console, show_files
+from sosp_hub.report.markup import block, escaped, markdown
+from sosp_hub.report.page import Part, render_page
 from sosp_hub.report.study_numbers import RULE, Compared, Spread
 
 VARIANTS = ("base", "bottlenecks widened", "all widened")
@@ -38,16 +38,15 @@ def write_expansion(results: Mapping[str, Any], folder: Path, *, figures: bool =
     for picture in drawn:
         picture.save(folder / f"{picture.name}.png")
     grid = _grid(compared)
-    lines = [grid.head, ("---", "---", *("--:",) * (len(grid.head) - 2)), *grid.rows]
     words = list(_words(compared))
     parts = [
-        f"# Expand-pruning of {results['model']}",
-        "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        "\n".join(f"- {point}" for point in words),
-        *(f"![{picture.title}]({picture.name}.png)" for picture in drawn),
+        f"# Expand-pruning of {markdown(results['model'])}",
+        grid.markdown(),
+        "\n".join(f"- {markdown(point)}" for point in words),
+        *(f"![{markdown(picture.title)}]({picture.name}.png)" for picture in drawn),
     ]
     if results["command"]:
-        parts.append(f"```\n{results['command']}\n```")
+        parts.append(block(results["command"]))
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     if figures:
         page = render_page(
@@ -66,19 +65,9 @@ def write_expansion(results: Mapping[str, Any], folder: Path, *, figures: bool =
 
 def brief(results: Mapping[str, Any], output: Path) -> None:
     """Prints the table and the files."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    grid = _grid(Compared(results))
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    for number, name in enumerate(grid.head):
-        table.add_column(name, justify="right" if number > 1 else "left", overflow="fold")
-    for row in grid.rows:
-        table.add_row(*row)
-    console.print(table)
-    console.out(f"{output}/", style="bold", highlight=False)
-    for path in sorted(output.iterdir()):
-        console.out(f"  {path.name}{'/' * path.is_dir()}", highlight=False)
+    console = new_console()
+    console.print(_grid(Compared(results)).terminal())
+    show_files(console, output)
 
 
 def _grid(compared: Compared) -> Grid:
@@ -101,7 +90,8 @@ def _grid(compared: Compared) -> Grid:
         for budget in compared.budgets
         for variant in VARIANTS
     ]
-    return Grid(f"{name.replace('_', ' ')} at the same cost", head, tuple(rows))
+    title = f"{numbers.metric_name(name)} at the same cost"
+    return Grid(title, head, tuple(rows), num_left=2)
 
 
 def _cost(compared: Compared, variant: str, budget: str, when: str, what: str) -> Spread:
@@ -190,11 +180,11 @@ def _draw_parameters(compared: Compared) -> Figure:
         axes.errorbar(
             before, dense.mean, yerr=dense.std or 0.0, capsize=2, fillstyle="none", **style
         )
-    if is_share(name):
+    if numbers.is_share(name):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel("parameters")
-    axes.set_ylabel(name.replace("_", " "))
+    axes.set_ylabel(numbers.metric_name(name))
     axes.legend(frameon=False)
     bare(axes, grid="y")
     return figure
@@ -202,7 +192,7 @@ def _draw_parameters(compared: Compared) -> Figure:
 
 def _draw_ratios(compared: Compared) -> Figure:
     found = compared.results["found"]
-    names = [group["name"] for group in found[0]["groups"]]
+    names = [escaped(group["name"], "figure") for group in found[0]["groups"]]
     shares = np.array([[1 - g["kept"] / g["size"] for g in seed["groups"]] for seed in found])
     often = [sum(name in seed["bottlenecks"] for seed in found) for name in names]
     figure = new_figure(max(5.0, 1.5 + 0.28 * len(names)), 3.6)
@@ -220,13 +210,8 @@ def _draw_ratios(compared: Compared) -> Figure:
 
 
 def _shown(name: str, found: Spread) -> str:
-    shown = format_metric(name, found.mean)
-    if found.std is None:
-        return shown
-    if is_share(name):
-        return f"{shown.removesuffix(' %')} ± {100 * found.std:.1f} %"
-    return f"{shown} ± {found.std:.2g}"
+    return numbers.metric_value(name, found.mean, found.std)
 
 
 def _mean(found: Spread) -> str:
-    return f"{found.mean:,.0f}"
+    return numbers.whole(found.mean)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sosp_hub.report import numbers
+from sosp_hub.report.grid import Grid
 from sosp_hub.report.schema import check_report
 from sosp_hub.untrusted import UnreadableError, parse_yaml
 
@@ -19,21 +21,11 @@ STAGES = (
     ("recalibrated", "norms re-estimated"),
     ("final", "final"),
 )
-_LOWER_IS_BETTER = ("loss", "perplexity", "wer", "error")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bapi_org_[A-Za-z0-9]{8,}")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~|\$\w+)?/(?:[\w.@+-]+/)+([\w.@+-]+)")
 _MOST_CLASSES = 10
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the before/after table, ready to print."""
-
-    name: str
-    before: str
-    after: str
-    change: str
+UNNAMED = "its dense base model"
 
 
 @dataclass(frozen=True)
@@ -41,41 +33,39 @@ class Facts:
     """All that the templates print.
 
     Attributes:
-        headline: One sentence: what became smaller, and what it cost.
+        smaller: What became smaller than what; the name of the base model follows.
+        base_name: The dense model: a hub id, or the last part of another name; None = no name.
+        outcome: What it cost, after the name of the base model.
         costs: Rows about size and speed.
-        stages: Labels of the stages that were measured.
-        metrics: For each metric its name, its value at each stage and the number of samples.
+        metrics: A row for each metric: its value at each stage that was measured.
         removed: For each kind of structure: how many of how many remain, in how many groups.
         made_up: What was folded into the kept weights to make up for the cut.
         floors: Groups where the floor stopped the cut.
         worse: Sentences about what got worse.
         drops: Classes that lost most: class, before, after, change.
         unmeasured: What a reader may look for and was not measured.
-        speed_note: Where and how latency was measured.
         versions: Package and version.
         base_model: Hub id of the base model; None where there is none.
-        base_words: The base model in words, for running text.
         inexact: Number of cut groups that a mask can only approximate.
         trained_here: The dense model came out of the same run.
         local_base: The dense weights came from a folder, so that nobody else can name them.
     """
 
-    headline: str
-    costs: tuple[Row, ...]
-    stages: tuple[str, ...]
-    metrics: tuple[tuple[str, tuple[str, ...], str], ...]
+    smaller: str
+    base_name: str | None
+    outcome: str
+    costs: Grid
+    metrics: Grid
     removed: tuple[str, ...]
     made_up: tuple[str, ...]
     floors: tuple[str, ...]
     inexact: int
     worse: tuple[str, ...]
-    drops: tuple[Row, ...]
+    drops: Grid
     unmeasured: tuple[str, ...]
-    speed_note: str
     versions: Mapping[str, str]
     base_model: str | None
     base_revision: str | None
-    base_words: str
     task: str | None
     data_id: str | None
     data_words: str
@@ -84,6 +74,11 @@ class Facts:
     recipe: str
     trained_here: bool
     local_base: bool
+
+    @property
+    def headline(self) -> str:
+        """One sentence: what became smaller, and what it cost."""
+        return f"{self.smaller}{self.base_name or UNNAMED}{self.outcome}"
 
 
 def collect(report: Mapping[str, Any]) -> Facts:
@@ -104,27 +99,25 @@ def collect(report: Mapping[str, Any]) -> Facts:
     task = report.get("task") or model.get("task")
     provenance = (report.get("plan") or {}).get("provenance") or {}
     unit = "test tokens" if task == "causal-lm" else "test samples"
-    worse, drops = _what_got_worse(metrics, report.get("latency") or {}, unit)
-    stages = tuple(label for key, label in STAGES if metrics.get(key))
+    latency = report.get("latency") or {}
     return Facts(
-        headline=_headline(cost, metrics, _base_words(base), unit),
-        costs=_cost_rows(cost, report.get("latency") or {}, report.get("peak_memory") or {}),
-        stages=stages,
-        metrics=tuple(_metric_rows(metrics)),
+        smaller=_smaller(cost),
+        base_name=_base_name(base),
+        outcome=_outcome(metrics, unit),
+        costs=_costs(cost, latency, report.get("peak_memory") or {}),
+        metrics=_metrics(metrics),
         removed=tuple(_removed(groups)),
         made_up=tuple(_made_up(provenance)),
         floors=tuple(provenance.get("floors") or ()),
         inexact=sum(
             not group.get("exact", True) and group["kept"] < group["size"] for group in groups
         ),
-        worse=worse,
-        drops=drops,
+        worse=tuple(_what_got_worse(metrics, latency, unit)),
+        drops=_drops(metrics),
         unmeasured=_unmeasured(report),
-        speed_note=_speed_note(report.get("latency") or {}),
         versions={str(k): str(v) for k, v in (report.get("versions") or {}).items()},
         base_model=base_model,
         base_revision=base.get("revision") if base_model else None,
-        base_words=_base_words(base),
         task=task,
         data_id=hub_id(data.get("id")) if not data.get("path") else None,
         data_words=_data_words(data, report.get("calibration") or {}),
@@ -159,17 +152,20 @@ def hub_id(name: object) -> str | None:
     """The name if it can be a ``namespace/name`` of the hub: no folder, no data in the box."""
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
         return None
-    return None if name.startswith("sklearn/") or Path(name).exists() else name
+    return None if name.startswith("sklearn/") or _is_here(name) else name
 
 
 def is_path(name: str) -> bool:
     """Whether the name can only be a folder or file of the machine it was written on."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or _is_here(name)
 
 
-def is_share(metric: str) -> bool:
-    """Whether the metric is a fraction that people read in percent."""
-    return metric.startswith(("accuracy", "top", "f1", "precision", "recall"))
+def _is_here(name: str) -> bool:
+    """Whether there is such a file or folder; what cannot be a path is none."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
 
 
 def overall_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -182,43 +178,34 @@ def overall_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return list(names)
 
 
-def format_metric(name: str, value: float) -> str:
-    """The value as people write it: percent for shares, three digits otherwise."""
-    if not math.isfinite(value):
-        return str(value)
-    if is_share(name):
-        return f"{100 * value:.1f} %"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 def with_spread(name: str, metric: Mapping[str, Any]) -> str:
     """The value with its standard error, where one was measured."""
-    value, stderr = metric["value"], metric.get("stderr")
-    if stderr is None or not math.isfinite(value):
-        return format_metric(name, value)
-    if is_share(name):
-        return f"{100 * value:.1f} ± {100 * stderr:.1f} %"
-    return f"{format_metric(name, value)} ± {stderr:.2g}"
+    return numbers.metric_value(name, metric["value"], metric.get("stderr"))
 
 
-def _headline(cost: Mapping[str, Any], metrics: Mapping[str, Any], base: str, unit: str) -> str:
+def _smaller(cost: Mapping[str, Any]) -> str:
     parts = []
     before, after = cost.get("before") or {}, cost.get("after") or {}
     for key, words in (("params", "parameters"), ("macs", "multiply-accumulates")):
         if before.get(key) and after.get(key) is not None:
             change = after[key] / before[key] - 1
-            parts.append(f"{abs(100 * change):.1f} % {'fewer' if change <= 0 else 'more'} {words}")
-    size = f"{' and '.join(parts)} than {base}" if parts else f"A pruned version of {base}"
+            more = "fewer" if change <= 0 else "more"
+            parts.append(f"{numbers.share(abs(change))} {more} {words}")
+    return f"{' and '.join(parts)} than " if parts else "A pruned version of "
+
+
+def _outcome(metrics: Mapping[str, Any], unit: str) -> str:
     names = overall_metrics(metrics)
     dense, final = metrics.get("dense") or {}, metrics.get("final") or {}
     if not names or names[0] not in final:
-        return f"{size}; its quality was not measured."
+        return "; its quality was not measured."
     name = names[0]
-    words = f"{name.replace('_', ' ')} {format_metric(name, final[name]['value'])}"
+    shown = numbers.metric_value(name, final[name]["value"])
+    words = f"; {numbers.metric_name(name)} {shown}"
     if name not in dense:
-        return f"{size}; {words}, with no measurement of the dense model to compare with."
+        return f"{words}, with no measurement of the dense model to compare with."
     verdict = _verdict(dense[name], final[name], unit)
-    return f"{size}; {words}, from {format_metric(name, dense[name]['value'])} dense ({verdict})."
+    return f"{words}, from {numbers.metric_value(name, dense[name]['value'])} dense ({verdict})."
 
 
 def _verdict(dense: Mapping[str, Any], final: Mapping[str, Any], unit: str) -> str:
@@ -234,27 +221,27 @@ def _verdict(dense: Mapping[str, Any], final: Mapping[str, Any], unit: str) -> s
     return f"a difference beyond the 95 % spread of {samples}"
 
 
-def _cost_rows(
-    cost: Mapping[str, Any], latency: Mapping[str, Any], memory: Mapping[str, Any]
-) -> tuple[Row, ...]:
+def _costs(cost: Mapping[str, Any], latency: Mapping[str, Any], memory: Mapping[str, Any]) -> Grid:
     before, after = cost.get("before") or {}, cost.get("after") or {}
     rows = [
-        Row(words, show(before[key]), show(after[key]), _percent(after[key] / before[key] - 1))
+        (words, show(before[key]), show(after[key]), numbers.change(before[key], after[key]))
         for key, words, show in (
-            ("params", "Parameters", _count),
-            ("macs", "Multiply-accumulates of one input", _count),
-            ("bytes", "Weights", _bytes),
+            ("params", "Parameters", numbers.count),
+            ("macs", "Multiply-accumulates of one input", numbers.count),
+            ("bytes", "Weights", numbers.size),
         )
         if before.get(key) and after.get(key) is not None
     ]
     for measured, words, key, show in (
-        (latency, "Latency of one forward pass", "seconds", _seconds),
-        (memory, _memory_words(memory), "bytes", _bytes),
+        (latency, "Latency of one forward pass", "seconds", numbers.seconds),
+        (memory, _memory_words(memory), "bytes", numbers.size),
     ):
         pair = [(measured.get(when) or {}).get(key) for when in ("before", "after")]
         if pair[0] and pair[1]:
-            rows.append(Row(words, show(pair[0]), show(pair[1]), _percent(pair[1] / pair[0] - 1)))
-    return tuple(rows)
+            rows.append((words, show(pair[0]), show(pair[1]), numbers.change(pair[0], pair[1])))
+    speed = _speed_note(latency) if rows else ""
+    note = f"Latency was measured on: {speed}." if speed else ""
+    return Grid("Size and speed", ("", "dense", "this model", "change"), tuple(rows), note)
 
 
 def _memory_words(memory: Mapping[str, Any]) -> str:
@@ -268,14 +255,17 @@ def _memory_words(memory: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _metric_rows(
-    metrics: Mapping[str, Mapping[str, Any]],
-) -> Iterable[tuple[str, tuple[str, ...], str]]:
-    stages = [stage for stage, _ in STAGES if metrics.get(stage)]
+def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> Grid:
+    stages = [(stage, label) for stage, label in STAGES if metrics.get(stage)]
+    rows = []
     for name in overall_metrics(metrics):
-        found = [(metrics[stage] or {}).get(name) for stage in stages]
-        numbers = sorted({f"{m['n']:,}" for m in found if m and m.get("n")})
-        yield name, tuple(with_spread(name, m) if m else "" for m in found), " / ".join(numbers)
+        found = [metrics[stage].get(name) for stage, _ in stages]
+        samples = sorted({f"{m['n']:,}" for m in found if m and m.get("n")})
+        values = [with_spread(name, m) if m else "" for m in found]
+        rows.append((numbers.metric_name(name), *values, " / ".join(samples)))
+    head = ("metric", *(label for _, label in stages), "samples")
+    note = "± is one standard error over the samples. One run with one seed."
+    return Grid("Quality", head, tuple(rows), note)
 
 
 def _removed(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -309,39 +299,33 @@ def _made_up(provenance: Mapping[str, Any]) -> Iterable[str]:
 
 def _what_got_worse(
     metrics: Mapping[str, Any], latency: Mapping[str, Any], unit: str
-) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+) -> Iterable[str]:
     dense, final = metrics.get("dense") or {}, metrics.get("final") or {}
-    sentences = []
     for name in overall_metrics(metrics):
-        if (
-            name in dense
-            and name in final
-            and _loss(name, dense[name]["value"], final[name]["value"]) > 0
-        ):
-            pair = dense[name]["value"], final[name]["value"]
-            arrow = " → ".join(format_metric(name, value) for value in pair)
+        if name not in dense or name not in final:
+            continue
+        pair = dense[name]["value"], final[name]["value"]
+        if (pair[1] > pair[0]) if numbers.lower_is_better(name) else (pair[1] < pair[0]):
+            arrow = " → ".join(numbers.metric_value(name, value) for value in pair)
             verdict = _verdict(dense[name], final[name], unit)
-            sentences.append(
-                f"{name.replace('_', ' ')}: {arrow} ({_change(name, *pair)}; {verdict})"
-            )
+            change = numbers.metric_change(name, *pair)
+            yield f"{numbers.metric_name(name)}: {arrow} ({change}; {verdict})"
     pair = [(latency.get(when) or {}).get("seconds") for when in ("before", "after")]
     if pair[0] and pair[1] and pair[1] > pair[0]:
-        sentences.append(
-            f"latency: {_seconds(pair[0])} → {_seconds(pair[1])}, slower although it is smaller"
-        )
-    before, after = _per_class(dense), _per_class(final)
+        arrow = f"{numbers.seconds(pair[0])} → {numbers.seconds(pair[1])}"
+        yield f"latency: {arrow}, slower although it is smaller"
+
+
+def _drops(metrics: Mapping[str, Any]) -> Grid:
+    """Classes whose accuracy fell, the most first."""
+    before, after = (_per_class(metrics.get(stage) or {}) for stage in ("dense", "final"))
     lost = sorted((after[c][0] - before[c][0], c) for c in before.keys() & after.keys())
+    pairs = [(c, before[c], after[c]) for difference, c in lost[:_MOST_CLASSES] if difference < 0]
     rows = tuple(
-        Row(
-            c,
-            _class_value(before[c]),
-            _class_value(after[c]),
-            f"{_signed(100 * difference, 1)} points",
-        )
-        for difference, c in lost[:_MOST_CLASSES]
-        if difference < 0
+        (c, _class_value(one), _class_value(other), numbers.points(one[0], other[0]))
+        for c, one, other in pairs
     )
-    return tuple(sentences), rows
+    return Grid("Classes that lost most", ("class", "dense", "this model", "change"), rows)
 
 
 def _per_class(stage: Mapping[str, Any]) -> dict[str, tuple[float, int | None]]:
@@ -354,7 +338,7 @@ def _per_class(stage: Mapping[str, Any]) -> dict[str, tuple[float, int | None]]:
 
 def _class_value(value: tuple[float, int | None]) -> str:
     share, n = value
-    return f"{100 * share:.1f} %" + (f" (n = {n})" if n else "")
+    return numbers.share(share) + (f" (n = {n})" if n else "")
 
 
 def _unmeasured(report: Mapping[str, Any]) -> tuple[str, ...]:
@@ -388,20 +372,16 @@ def _speed_note(latency: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _base_words(base: Mapping[str, Any]) -> str:
+def _base_name(base: Mapping[str, Any]) -> str | None:
     name = base.get("model") or base.get("architecture")
     if not name:
-        return "its dense base model"
-    known = hub_id(name)
-    if known:
-        return f"[{known}](https://huggingface.co/{known})"
-    return f"`{Path(str(name)).name}`"
+        return None
+    return hub_id(name) or Path(str(name)).name
 
 
 def _data_words(data: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
     if data.get("path"):
-        name = data.get("id") or f"local files `{Path(str(data['path'])).name}`"
-        return str(name)
+        return str(data.get("id") or f"local files {Path(str(data['path'])).name}")
     return scrub(str(data.get("id") or calibration.get("data") or ""))
 
 
@@ -414,43 +394,3 @@ def read_recipe(text: str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         return {}
     return {key: value for key, value in recipe.items() if isinstance(value, dict)}
-
-
-def _loss(name: str, before: float, after: float) -> float:
-    """How much worse ``after`` is; negative where it is better."""
-    return after - before if name.startswith(_LOWER_IS_BETTER) else before - after
-
-
-def _change(name: str, before: float, after: float) -> str:
-    if is_share(name):
-        return f"{_signed(100 * (after - before), 1)} points"
-    return _percent(after / before - 1) if before else ""
-
-
-def _percent(change: float) -> str:
-    return f"{_signed(100 * change, 1)} %"
-
-
-def _signed(value: float, digits: int) -> str:
-    text = f"{value:+.{digits}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _count(value: float) -> str:
-    return _scaled(value, 1000, ("", " k", " M", " G", " T"))
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, 1000, (" B", " kB", " MB", " GB", " TB"))
-
-
-def _seconds(value: float) -> str:
-    return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
-
-
-def _scaled(value: float, step: int, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if abs(value) < 999.5:
-            return f"{value:.3g}{unit}"
-        value /= step
-    return f"{value:,.3g}{units[-1]}"

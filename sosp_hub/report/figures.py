@@ -5,13 +5,11 @@ Every function draws from plain data into a matplotlib figure; pyplot's global s
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -21,55 +19,27 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from sosp_hub.report.facts import STAGES, format_metric, is_share, overall_metrics
-
-INK, MUTED, PALE = "#1f2933", "#7b8794", "#e4e7eb"
-KEPT, CUT = "#2a6f97", "#e07a5f"
-KIND_COLOURS = {
-    "channel": "#2a6f97",
-    "head": "#b5651d",
-    "kv_group": "#9c4f96",
-    "head_dim": "#c9a227",
-    "neuron": "#2f8f83",
-    "residual": "#5c6bc0",
-    "expert": "#a44a3f",
-    "layer": "#6b7280",
-}
-MOST_NAMED_GROUPS = 26  # more rows than this are drawn as columns without names
-MOST_DRAWN = 2000  # structures of a picture of pairs; of more, every second, third, ...
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "svg.hashsalt": "sosp_hub",
-    "axes.titlesize": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure that belongs on the card.
-
-    Attributes:
-        name: File name without its ending.
-        title: A few words, used as the text that stands in for the picture.
-        caption: One sentence that says how to read it.
-        draw: Makes the figure.
-    """
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[], Figure]
-
-    def save(self, file: Path | BinaryIO, kind: str = "png") -> None:
-        """Draws the figure into a file (``png`` or ``svg``); the same data gives the same bytes."""
-        metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-        with rc_context(_STYLE):
-            self.draw().savefig(file, format=kind, dpi=160, metadata=metadata)
+from sosp_hub.report.drawing import (
+    CUT,
+    INK,
+    KEPT,
+    KIND_COLOURS,
+    MOST_DRAWN,
+    MOST_NAMED_GROUPS,
+    MUTED,
+    PALE,
+    Picture,
+    bare,
+    kind_words,
+    new_figure,
+    short_name,
+)
+from sosp_hub.report.facts import STAGES, overall_metrics
+from sosp_hub.report.listing import CURVATURE, SALIENCY
+from sosp_hub.report.markup import escaped
+from sosp_hub.report.matrices import draw_correlation
+from sosp_hub.report.numbers import is_share, metric_name, metric_value, share, whole
+from sosp_hub.report.study_figures import study_picture
 
 
 def pictures(
@@ -85,8 +55,6 @@ def pictures(
         folder: Where ``curvature.safetensors`` is, for runs that measured correlations, and
             ``compare/results.json``, where there is a study of the same model.
     """
-    from sosp_hub.report.study_figures import study_picture  # which draws with what is here
-
     found = []
     groups = report.get("groups") or []
     kept = (report.get("plan") or {}).get("kept") or {}
@@ -110,7 +78,7 @@ def pictures(
                 lambda: draw_saliency(scored, saliency, kept),
             )
         )
-    path = folder / "curvature.safetensors" if folder is not None else None
+    path = folder / CURVATURE if folder is not None else None
     if path is not None and path.is_file():
         found.append(
             Picture(
@@ -160,7 +128,7 @@ def write_figures(
 
 def read_saliency(folder: Path) -> dict[str, NDArray[Any]]:
     """The full scores that a run leaves beside its report; empty where there are none."""
-    path = folder / "saliency.safetensors"
+    path = folder / SALIENCY
     if not path.is_file():
         return {}
     return load_file(path)
@@ -168,8 +136,6 @@ def read_saliency(folder: Path) -> dict[str, NDArray[Any]]:
 
 def _draw_curvature(path: Path, groups: Sequence[Mapping[str, Any]]) -> Figure:
     """The matrix that a run leaves beside its report, with its groups as the report has them."""
-    from sosp_hub.report.matrices import draw_correlation  # which draws with what is here
-
     with safe_open(path, "np") as file:
         names = json.loads(file.metadata()["about"])["groups"]
         by_name = {group["name"]: group for group in groups}
@@ -195,9 +161,9 @@ def _rows(groups: Sequence[Mapping[str, Any]], floors: set[str]) -> Figure:
     figure = new_figure(7.2, 0.9 + 0.27 * len(groups))
     axes = figure.subplots()
     place = np.arange(len(groups))
-    share = _shares(groups)
+    kept = _shares(groups)
     axes.barh(place, np.ones(len(groups)), height=0.72, color=PALE)
-    axes.barh(place, share, height=0.72, color=[_colour(group) for group in groups])
+    axes.barh(place, kept, height=0.72, color=[_colour(group) for group in groups])
     for row, group in enumerate(groups):
         floor = "  (at its floor)" if group["name"] in floors else ""
         label = f"{group['kept']:,} of {group['size']:,}{floor}"
@@ -232,7 +198,8 @@ def _columns(groups: Sequence[Mapping[str, Any]], floors: set[str]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         kept, size = (sum(group[key] for group in members) for key in ("kept", "size"))
-        axes.set_title(f"{_words(kind)}: {kept:,} of {size:,} kept ({kept / size:.0%})", loc="left")
+        words = f"{kind_words(kind)}: {whole(kept)} of {whole(size)} kept"
+        axes.set_title(f"{words} ({share(kept / size, 0)})", loc="left")
         _mean_line(axes.axhline, members)
         bare(axes, grid="y")
     panels[-1].set_xlabel("group, from input to output")
@@ -253,7 +220,7 @@ def draw_saliency(
         members = [group for group in groups if group["kind"] == kind]
         _strip(strip, side, members, saliency, kept)
         if len(kinds) > 1:
-            strip.set_title(_words(kind), loc="left")
+            strip.set_title(kind_words(kind), loc="left")
         if named:
             strip.set_xticks(
                 np.arange(len(members)),
@@ -339,7 +306,7 @@ def draw_recovery(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.scatter(place, values, s=52, color=colours, zorder=3)
         for x, (_, metric), half in zip(place, measured, spread, strict=True):
             axes.annotate(
-                format_metric(name, metric["value"]),
+                metric_value(name, metric["value"]),
                 (x, metric["value"] + half),
                 xytext=(0, 7),
                 textcoords="offset points",
@@ -357,7 +324,7 @@ def draw_recovery(metrics: Mapping[str, Mapping[str, Any]]) -> Figure:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(place, [label.replace(" ", "\n", 1) for label, _ in measured], color=INK)
-        axes.set_title(name.replace("_", " "), loc="left")
+        axes.set_title(escaped(metric_name(name), "figure"), loc="left")
         bare(axes, grid="y")
     return figure
 
@@ -386,7 +353,8 @@ def draw_pareto(runs: Mapping[str, Mapping[str, Any]], metric: str) -> Figure:
             final["value"],
             1.96 * (final.get("stderr") or 0.0),
         )
-        lines.setdefault(str((report.get("criterion") or {}).get("name")), []).append(point)
+        name = escaped(str((report.get("criterion") or {}).get("name")), "figure")
+        lines.setdefault(name, []).append(point)
         if metric in (metrics.get("dense") or {}):
             dense.append(metrics["dense"][metric]["value"])
     colours = list(KIND_COLOURS.values())
@@ -402,16 +370,11 @@ def draw_pareto(runs: Mapping[str, Mapping[str, Any]], metric: str) -> Figure:
     if is_share(metric):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("multiply-accumulates that are kept")
-    axes.set_ylabel(metric.replace("_", " "))
+    axes.set_ylabel(escaped(metric_name(metric), "figure"))
     axes.margins(x=0.08, y=0.1)
     figure.legend(loc="outside upper left", ncols=min(len(lines), 5), frameon=False)
     bare(axes, grid="y")
     return figure
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty one; inches."""
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def _shares(groups: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
@@ -420,17 +383,6 @@ def _shares(groups: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
 
 def _colour(group: Mapping[str, Any]) -> str:
     return KIND_COLOURS.get(group["kind"], MUTED)
-
-
-def _words(kind: str) -> str:
-    return {"kv_group": "KV groups", "residual": "residual channels"}.get(
-        kind, kind.replace("_", " ") + "s"
-    )
-
-
-def short_name(group: Mapping[str, Any]) -> str:
-    """Without its kind."""
-    return group["name"].rpartition(":")[0] or group["name"]
 
 
 def _share_ticks(low: float, high: float) -> list[float]:
@@ -446,7 +398,7 @@ def _mean_line(draw: Callable[..., Any], groups: Sequence[Mapping[str, Any]]) ->
 def _kind_legend(figure: Figure, groups: Sequence[Mapping[str, Any]]) -> None:
     mean = sum(group["kept"] for group in groups) / sum(group["size"] for group in groups)
     handles: list[Any] = [
-        Patch(color=KIND_COLOURS.get(kind, MUTED), label=_words(kind))
+        Patch(color=KIND_COLOURS.get(kind, MUTED), label=kind_words(kind))
         for kind, _ in groupby(sorted(group["kind"] for group in groups))
     ]
     handles.append(
@@ -456,7 +408,7 @@ def _kind_legend(figure: Figure, groups: Sequence[Mapping[str, Any]]) -> None:
             color=INK,
             linewidth=0.9,
             linestyle=(0, (4, 3)),
-            label=f"all groups: {mean:.0%} kept",
+            label=f"all groups: {share(mean, 0)} kept",
         )
     )
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False)
@@ -483,11 +435,3 @@ def _bins(axes: Axes, values: NDArray[np.float64]) -> NDArray[np.float64]:
     if axes.get_yscale() == "log":
         return np.geomspace(low, high, number + 1)
     return np.linspace(low, high if high > low else low + 1.0, number + 1)
-
-
-def bare(axes: Axes, grid: Literal["x", "y"]) -> None:
-    """Takes away all lines but a pale grid."""
-    axes.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
-    axes.grid(axis=grid, color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, which="both")

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from sosp_hub.report.figures import (
+from sosp_hub.report.drawing import (
     CUT,
     INK,
     KEPT,

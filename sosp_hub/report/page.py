@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from sosp_hub.errors import HubError
+from sosp_hub.report import numbers
 from sosp_hub.report.facts import (
     Facts,
     collect,
@@ -20,17 +21,10 @@ from sosp_hub.report.facts import (
     without_tokens,
 )
 from sosp_hub.report.figures import Picture, pareto_picture, pictures, read_saliency
+from sosp_hub.report.grid import Grid
+from sosp_hub.report.listing import PAGE
+from sosp_hub.report.markup import html
 from sosp_hub.report.schema import read_report
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table of the page."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,12 +49,12 @@ def write_page(folder: str | Path) -> Path:
     page = render_page(
         title=folder.resolve().name,
         headline=facts.headline,
-        tiles=facts.costs,
-        tables=_tables(facts),
+        tiles=facts.costs.rows,
+        tables=[grid for grid in (facts.costs, facts.metrics, facts.drops) if grid.rows],
         drawn=pictures(report, read_saliency(folder), folder),
         parts=_parts(facts),
     )
-    return _write(folder / "report.html", page)
+    return _write(folder / PAGE, page)
 
 
 def write_study(folders: Sequence[str | Path], path: str | Path) -> Path:
@@ -84,9 +78,10 @@ def write_study(folders: Sequence[str | Path], path: str | Path) -> Path:
         )
     grid = Grid(
         title="Runs",
-        head=("run", "criterion", "parameters", "MACs", *(n.replace("_", " ") for n in shared)),
+        head=("run", "criterion", "parameters", "MACs", *map(numbers.metric_name, shared)),
         rows=tuple(_run_row(name, report, shared) for name, report in runs.items()),
         note="Parameters and MACs: the share that is kept. ± is one standard error.",
+        num_left=2,
     )
     page = render_page(
         title=Path(path).stem,
@@ -111,7 +106,7 @@ def render_page(
     """The HTML of a page: a sentence, big numbers, tables, pictures, sections of words."""
     text = _template().render(
         title=title,
-        headline=_plain(headline),
+        headline=headline,
         tiles=tiles,
         tables=tables,
         figures=[
@@ -120,25 +115,6 @@ def render_page(
         parts=parts,
     )
     return without_tokens(text)
-
-
-def _tables(facts: Facts) -> list[Grid]:
-    grids = []
-    if facts.costs:
-        rows = tuple((row.name, row.before, row.after, row.change) for row in facts.costs)
-        note = f"Latency was measured on: {facts.speed_note}." if facts.speed_note else ""
-        grids.append(Grid("Size and speed", ("", "dense", "pruned", "change"), rows, note))
-    if facts.metrics:
-        rows = tuple(
-            (name.replace("_", " "), *values, number) for name, values, number in facts.metrics
-        )
-        note = "± is one standard error over the samples. One run with one seed."
-        grids.append(Grid("Quality", ("metric", *facts.stages, "samples"), rows, note))
-    if facts.drops:
-        rows = tuple((row.name, row.before, row.after, row.change) for row in facts.drops)
-        head = ("class", "dense", "pruned", "change")
-        grids.append(Grid("Classes that lost most", head, rows))
-    return grids
 
 
 def _parts(facts: Facts) -> list[Part]:
@@ -162,7 +138,7 @@ def _run_row(run: str, report: Mapping[str, Any], metrics: Sequence[str]) -> tup
     cost = report.get("cost") or {}
     before, after = cost.get("before") or {}, cost.get("after") or {}
     kept = [
-        f"{after[key] / before[key]:.1%}" if before.get(key) and key in after else ""
+        numbers.share(after[key] / before[key]) if before.get(key) and key in after else ""
         for key in ("params", "macs")
     ]
     final = (report.get("metrics") or {}).get("final") or {}
@@ -184,16 +160,6 @@ def _as_data(picture: Picture) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _plain(markdown: str) -> str:
-    """The sentence without the card's markup."""
-    text = markdown.replace("`", "")
-    start = text.find("[")
-    if start >= 0 and "](" in text:
-        label, _, rest = text[start + 1 :].partition("](")
-        text = text[:start] + label + rest.partition(")")[2]
-    return text
-
-
 def _write(path: Path, text: str) -> Path:
     draft = path.with_suffix(".html.part")
     draft.write_text(text, encoding="utf-8")
@@ -204,7 +170,11 @@ def _write(path: Path, text: str) -> Path:
 @cache
 def _template() -> Template:
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+        finalize=html,
     )
     source = files("sosp_hub.report") / "page.html.jinja"
     return environment.from_string(source.read_text(encoding="utf-8"))

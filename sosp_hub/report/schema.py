@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sosp_hub.errors import HubError, shortened
+from sosp_hub.report.listing import REPORT
 from sosp_hub.untrusted import UnreadableError, read_json
 
-REPORT = "sosp_report.json"
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]
@@ -75,7 +75,7 @@ class _Compensation(_Part):
 
 
 class _Provenance(_Part):
-    floors: list[str] | None = None
+    floors: list[str] | dict[str, Any] | None = None
     compensation: _Compensation | None = None
     shifted_biases: Count | None = None
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from sosp_hub.checkpoint.format.headers import read_tensors
 from sosp_hub.errors import CheckpointError, HubError
+from sosp_hub.report.markers import quoted
 from sosp_hub.types import Library
 from sosp_hub.untrusted import UnreadableError, read_json
 
@@ -18,6 +19,7 @@ _AUTO = {
     "text-classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
 }
+_LARGEST_SIDE = 16_384  # pixels of an input that a card shows
 _REGISTERED_HERE = "cifar_resnet"  # timm knows these networks only once sosp_hub is imported
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 
@@ -58,7 +60,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not isinstance(config, dict):
         raise HubError(f"{path}: expected a JSON object, got {type(config).__name__}")
     library: Library = "timm" if "architecture" in config else "transformers"
-    delta = "sosp_hub" in config or "delta" in (config.get("model_args") or {})
+    arguments = config.get("model_args")
+    delta = "sosp_hub" in config or (isinstance(arguments, dict) and "delta" in arguments)
     delta = delta or str(config.get("architecture")).startswith(_REGISTERED_HERE)
     return Checkpoint(
         folder=folder,
@@ -85,7 +88,7 @@ def load_snippet(checkpoint: Checkpoint, address: str, task: str | None) -> str:
     size = _image_size(checkpoint.config)
     if checkpoint.library == "transformers" and checkpoint.has_tokenizer:
         imports["transformers"] = (*imports.get("transformers", ()), "AutoTokenizer")
-        use += [f'tokenizer = AutoTokenizer.from_pretrained("{address}")']
+        use += [f"tokenizer = AutoTokenizer.from_pretrained({quoted(address)})"]
         use += ['inputs = tokenizer("The weather today is", return_tensors="pt")']
         if task == "causal-lm":
             use += ["tokens = model.generate(**inputs, max_new_tokens=20)"]
@@ -141,19 +144,23 @@ def _loading(
     """Packages with the names to import from them, and the line that loads."""
     if checkpoint.tier == "native" and checkpoint.library == "timm":
         prefix = "local-dir" if Path(address).is_dir() else "hf-hub"
-        line = f'model = timm.create_model("{prefix}:{address}", pretrained=True).eval()'
+        source = quoted(f"{prefix}:{address}")
+        line = f"model = timm.create_model({source}, pretrained=True).eval()"
         return {"timm": ()}, line
     if checkpoint.tier == "native" and task in _AUTO:
-        line = f'model = {_AUTO[task]}.from_pretrained("{address}").eval()'
+        line = f"model = {_AUTO[task]}.from_pretrained({quoted(address)}).eval()"
         return {"transformers": (_AUTO[task],)}, line
-    return {"sosp_hub": ()}, f'model = sosp_hub.from_pretrained("{address}").eval()'
+    return {"sosp_hub": ()}, f"model = sosp_hub.from_pretrained({quoted(address)}).eval()"
 
 
 def _image_size(config: dict[str, Any]) -> tuple[int, int, int] | None:
-    size = (config.get("pretrained_cfg") or {}).get("input_size")
-    if isinstance(size, list) and len(size) == 3:
+    """Channels, height and width; whole numbers alone, since they become lines that are run."""
+    own = config.get("pretrained_cfg")
+    size = own.get("input_size") if isinstance(own, dict) else None
+    if not isinstance(size, list):
+        pixels = config.get("image_size")
+        sides = pixels if isinstance(pixels, list) else [pixels, pixels]
+        size = [config.get("num_channels", 3), *sides]
+    if len(size) == 3 and all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in size):
         return size[0], size[1], size[2]
-    pixels = config.get("image_size")
-    if isinstance(pixels, int):
-        return config.get("num_channels", 3), pixels, pixels
     return None

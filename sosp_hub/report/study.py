@@ -1,18 +1,15 @@
 """The files of a comparison: tables, plots and a page."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from sosp_hub.report.facts import format_metric, is_share
-from sosp_hub.report.page import Grid, Part, render_page
+from sosp_hub.report import numbers
+from sosp_hub.report.grid import Grid
+from sosp_hub.report.listing import new_console, show_files
+from sosp_hub.report.markup import block, markdown
+from sosp_hub.report.page import Part, render_page
 from sosp_hub.report.study_figures import comparison_pictures
 from sosp_hub.report.study_numbers import RULE, Compared, Difference, Spread
 
@@ -32,7 +29,7 @@ def write_comparison(results: Mapping[str, Any], folder: Path, *, figures: bool 
         "differences": [found.record() for found in compared.differences()],
     }
     (folder / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (folder / "results.csv").write_text(_csv(compared))
+    (folder / "results.csv").write_text(_cells(compared).csv())
     pictures = comparison_pictures(compared) if figures else []
     for picture in pictures:
         picture.save(folder / f"{picture.name}.png")
@@ -55,20 +52,10 @@ def write_comparison(results: Mapping[str, Any], folder: Path, *, figures: bool 
 
 def brief(results: Mapping[str, Any], output: Path) -> None:
     """Prints a table for each budget and the files."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = _WIDTH
-    compared = Compared(results)
-    for grid in _grids(compared):
-        table = Table(title=grid.title, box=box.SIMPLE_HEAD, header_style="bold")
-        for number, name in enumerate(grid.head):
-            table.add_column(name, justify="right" if number else "left", overflow="fold")
-        for row in grid.rows:
-            table.add_row(*row)
-        console.print(table)
-    console.out(f"{output}/", style="bold", highlight=False)
-    for path in sorted(output.iterdir()):
-        console.out(f"  {path.name}", highlight=False)
+    console = new_console()
+    for grid in _grids(Compared(results)):
+        console.print(grid.terminal())
+    show_files(console, output)
 
 
 def _headline(compared: Compared) -> str:
@@ -104,10 +91,10 @@ def _grids(compared: Compared) -> list[Grid]:
                         _shown(name, compared.metric(criterion, budget, stage, name))
                         for stage, _ in compared.stages
                     ),
-                    *(f"{compared.kept(criterion, budget, what).mean:.1%}" for what in _KEPT),
-                    _one(compared.of(criterion, budget, _latency_share), _percent),
-                    _one(compared.of(criterion, budget, _scoring_s), _seconds),
-                    _one(compared.of(criterion, budget, _peak_bytes), _megabytes),
+                    *(numbers.share(compared.kept(criterion, budget, x).mean) for x in _KEPT),
+                    _one(compared.of(criterion, budget, _latency_share), _whole_percent),
+                    _one(compared.of(criterion, budget, _scoring_s), numbers.seconds),
+                    _one(compared.of(criterion, budget, _peak_bytes), numbers.size),
                 )
                 for criterion in compared.ranked(budget)
             ),
@@ -119,7 +106,6 @@ def _grids(compared: Compared) -> list[Grid]:
 _KEPT = ("macs", "params")
 _NAMED = 4  # criteria that are clearly behind a leader, the nearest; results.json has them all
 _UNEQUAL = 0.05  # share of the MACs, between criteria at one budget, that has to be said
-_WIDTH = 160  # of a table that is not shown in a terminal
 
 
 def _latency_share(cell: Mapping[str, Any]) -> float | None:
@@ -150,8 +136,9 @@ def _notes(compared: Compared) -> Iterator[str]:
         macs = [compared.kept(criterion, budget, "macs").mean for criterion in compared.criteria]
         if max(macs) - min(macs) > _UNEQUAL:
             yield (
-                f"With {budget} the criteria keep from {min(macs):.0%} to {max(macs):.0%} of the "
-                "MACs: its table does not compare at equal cost, the plots over MACs do."
+                f"With {budget} the criteria keep from {_whole_percent(min(macs))} to "
+                f"{_whole_percent(max(macs))} of the MACs: its table does "
+                "not compare at equal cost, the plots over MACs do."
             )
     floors = sum(cell["floors"] > 0 for cell in results["cells"])
     if floors:
@@ -205,58 +192,51 @@ def _changes(changes: list[Difference]) -> str:
 
 
 def _markdown(compared: Compared, figures: list[tuple[str, str]]) -> str:
-    parts = [f"# {compared.results['model']}", _headline(compared)]
+    parts = [f"# {markdown(compared.results['model'])}", markdown(_headline(compared))]
     for grid in _grids(compared):
-        lines = [grid.head, ("---", *("--:",) * (len(grid.head) - 1)), *grid.rows]
-        parts.append(f"## {grid.title[0].upper()}{grid.title[1:]}")
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        title = f"{grid.title[0].upper()}{grid.title[1:]}"
+        parts += [f"## {markdown(title)}", grid.markdown()]
     for title, points in (
         ("Which differences are larger than the seed spread", _words(compared)),
         ("How it was measured", _notes(compared)),
     ):
         parts.append(f"## {title}")
-        parts.append("\n".join(f"- {point}" for point in points))
-    parts += [f"![{title}]({name}.png)" for name, title in figures]
+        parts.append("\n".join(f"- {markdown(point)}" for point in points))
+    parts += [f"![{markdown(title)}]({name}.png)" for name, title in figures]
     if compared.results["command"]:
-        parts.append(f"```\n{compared.results['command']}\n```")
+        parts.append(block(compared.results["command"]))
     return "\n\n".join(parts) + "\n"
 
 
-def _csv(compared: Compared) -> str:
-    """A row for each cell."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+def _cells(compared: Compared) -> Grid:
+    """A row for each cell, as they were measured."""
     measured = [(stage, name) for stage, _ in compared.stages for name in compared.metrics]
-    writer.writerow(
-        (
-            "criterion",
-            "budget",
-            "seed",
-            *(f"{name}_{stage}" for stage, name in measured),
-            *(f"{name}_dense" for name in compared.metrics),
-            *(f"{what}_{when}" for what in (*_KEPT, "bytes") for when in ("before", "after")),
-            "structures_before",
-            "structures_after",
-            "latency_before_s",
-            "latency_after_s",
-            "scoring_s",
-            "scoring_peak_bytes",
-        )
+    costs = [(what, when) for what in (*_KEPT, "bytes") for when in ("before", "after")]
+    head = (
+        "criterion",
+        "budget",
+        "seed",
+        *(f"{name}_{stage}" for stage, name in measured),
+        *(f"{name}_dense" for name in compared.metrics),
+        *(f"{what}_{when}" for what, when in costs),
+        "structures_before",
+        "structures_after",
+        "latency_before_s",
+        "latency_after_s",
+        "scoring_s",
+        "scoring_peak_bytes",
     )
+    rows = []
     for cell in compared.results["cells"]:
         latency, dense = cell["latency"], compared.results["dense"][str(cell["seed"])]
-        writer.writerow(
+        rows.append(
             (
                 cell["criterion"],
                 cell["budget"],
                 cell["seed"],
                 *(cell["metrics"][stage][name]["value"] for stage, name in measured),
                 *(dense[name]["value"] for name in compared.metrics),
-                *(
-                    cell["cost"][when][what]
-                    for what in (*_KEPT, "bytes")
-                    for when in ("before", "after")
-                ),
+                *(cell["cost"][when][what] for what, when in costs),
                 cell["structures"]["before"],
                 cell["structures"]["after"],
                 *(latency[when]["seconds"] if latency else "" for when in ("before", "after")),
@@ -264,29 +244,16 @@ def _csv(compared: Compared) -> str:
                 cell["scoring"]["peak_bytes"],
             )
         )
-    return buffer.getvalue()
+    return Grid("cells", head, tuple(rows))
 
 
 def _shown(name: str, found: Spread) -> str:
-    shown = format_metric(name, found.mean)
-    if found.std is None:
-        return shown
-    if is_share(name):
-        return f"{shown.removesuffix(' %')} ± {100 * found.std:.1f} %"
-    return f"{shown} ± {found.std:.2g}"
+    return numbers.metric_value(name, found.mean, found.std)
 
 
 def _one(found: Spread | None, show: Any) -> str:
     return "" if found is None else show(found.mean)
 
 
-def _percent(share: float) -> str:
-    return f"{share:.0%}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s"
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.0f} MB"
+def _whole_percent(share: float) -> str:
+    return numbers.share(share, 0)

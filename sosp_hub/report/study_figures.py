@@ -12,8 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from sosp_hub.errors import HubError
-from sosp_hub.report.facts import is_share, read_recipe
-from sosp_hub.report.figures import INK, MUTED, Picture, bare, new_figure
+from sosp_hub.report.drawing import INK, MUTED, Picture, bare, new_figure
+from sosp_hub.report.facts import read_recipe
+from sosp_hub.report.markup import escaped
+from sosp_hub.report.numbers import is_share, metric_name
 from sosp_hub.report.study_numbers import Compared
 from sosp_hub.untrusted import read_json
 
@@ -23,7 +25,7 @@ _MARKERS = "osD^vP*X<>"
 
 def comparison_pictures(compared: Compared) -> list[Picture]:
     """Every plot that there are numbers for."""
-    name = compared.metrics[0].replace("_", " ")
+    name = metric_name(compared.metrics[0])
     found = [
         Picture(
             f"pareto_{what}",
@@ -98,7 +100,7 @@ def draw_pareto(compared: Compared, what: str, words: str) -> Figure:
         axes.margins(x=0.08, y=0.06)
         _scale(axes, name)
         bare(axes, grid="y")
-    panels[0].set_ylabel(name.replace("_", " "))
+    panels[0].set_ylabel(escaped(metric_name(name), "figure"))
     handles = [Line2D([], [], **styles[criterion]) for criterion in compared.criteria]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=7)
     return figure
@@ -127,14 +129,14 @@ def _styles(compared: Compared) -> dict[str, dict[str, Any]]:
             "markersize": 4,
             "linewidth": 2.0 if one["name"].startswith("sosp") else 1.1,
             "linestyle": ":" if one.get("compensate") else "-",
-            "label": one["label"],
+            "label": escaped(one["label"], "figure"),
         }
     return styles
 
 
 def draw_ranks(found: Mapping[str, Any]) -> Figure:
     """The matrix, with its numbers."""
-    names = found["criteria"]
+    names = [escaped(name, "figure") for name in found["criteria"]]
     matrix = np.array([[np.nan if x is None else x for x in row] for row in found["matrix"]])
     side = 2.2 + 0.42 * len(names)
     figure = new_figure(side + 0.8, side)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sosp_hub.report.facts import is_share, overall_metrics
+from sosp_hub.report.facts import overall_metrics
+from sosp_hub.report.numbers import is_share, lower_is_better
 
 STAGES = (
     ("cut", "after the cut"),
@@ -137,7 +138,7 @@ class Compared:
     def ranked(self, budget: str) -> list[str]:
         """Criteria at a budget, the best first, by what the last stage left."""
         stage, name = self.stages[-1][0], self.metrics[0]
-        sign = 1 if _lower_is_better(name) else -1
+        sign = 1 if lower_is_better(name) else -1
         return sorted(
             self.criteria, key=lambda one: sign * self.metric(one, budget, stage, name).mean
         )
@@ -152,7 +153,7 @@ class Compared:
     def leads(self, budget: str, stage: str) -> list[Difference]:
         """The leader's lead over every other criterion, the nearest first."""
         name = self.metrics[0]
-        sign = 1 if _lower_is_better(name) else -1
+        sign = 1 if lower_is_better(name) else -1
         order = sorted(
             self.criteria, key=lambda one: sign * self.metric(one, budget, stage, name).mean
         )
@@ -209,12 +210,8 @@ class Compared:
         ]
 
 
-def _lower_is_better(metric: str) -> bool:
-    return metric in ("loss", "perplexity")
-
-
 def _gain(metric: str, one: float, other: float) -> float:
     """By how much ``one`` is better."""
     if metric == "perplexity":
         return math.log(other) - math.log(one)
-    return other - one if _lower_is_better(metric) else one - other
+    return other - one if lower_is_better(metric) else one - other

@@ -379,7 +379,7 @@ def test_facts_are_made_from_metrics_that_are_not_finite(image):
 
     changed(image, explode)
     facts = collect(json.loads((image / "sosp_report.json").read_text()))
-    assert facts.metrics[1][1][1] == "inf"
+    assert facts.metrics.rows[1][2] == "inf"
     render(image, figures=True)
 
 

@@ -122,7 +122,7 @@ def test_the_files_hold_every_cell(tmp_path):
     first = record["summary"][0]["metrics"]["cut"]["accuracy"]
     assert first == {"mean": 0.6, "std": pytest.approx(0.1), "values": [0.5, 0.6, 0.7]}
     table = (tmp_path / "table.md").read_text()
-    assert "| a | 60.0 ± 10.0 % | 50.0% | 40.0% |" in table
+    assert "| a | 60.0 ± 10.0 % | 50.0 % | 40.0 % |" in table
     assert table.index("| a |") < table.index("| b compensate |") < table.index("| b |")
     assert "a leads by more than the seed spread over b (+49.7 ± 9.5 points); within" in table
     assert "against the same without compensation: b compensate +49" in table
@@ -138,7 +138,7 @@ def test_criteria_that_keep_unequal_costs_are_told(tmp_path):
     for one in found["cells"][:2]:
         one["cost"]["after"]["macs"] = 60
     write_comparison(found, tmp_path, figures=False)
-    assert "from 50% to 60% of the MACs" in (tmp_path / "table.md").read_text()
+    assert "from 50 % to 60 % of the MACs" in (tmp_path / "table.md").read_text()
 
 
 def test_of_many_that_are_clearly_behind_the_nearest_are_named(tmp_path):

@@ -1,0 +1,53 @@
+"""The files of an output folder: their names, what each is, and how they are listed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from sosp_hub.report import numbers
+from sosp_hub.report.markup import escaped
+
+CARD = "README.md"
+PAGE = "report.html"
+REPORT = "sosp_report.json"
+SALIENCY = "saliency.safetensors"
+CURVATURE = "curvature.safetensors"
+DENSE = "dense"
+"""Folder of the dense weights that a run made itself; they stay where they are."""
+
+_WORDS: Mapping[str, str] = {
+    CARD: "model card",
+    CURVATURE: "correlations of structures",
+    DENSE: "the dense model, for --from-scores",
+    PAGE: "the same as a page",
+    REPORT: "plan, metrics, costs, timings, versions",
+    SALIENCY: "scores of all structures",
+    "config.json": "configuration",
+    "figures": "kept widths, saliency, recovery",
+    "results.csv": "a row for each cell",
+    "results.json": "every number",
+    "table.md": "tables and findings",
+    "tokenizer.json": "tokenizer",
+}
+_NAME_WIDTH = 24
+_WIDTH = 160  # of what is not shown in a terminal
+
+
+def new_console() -> Console:
+    """Where results are printed; nothing in their words is read as markup."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    return console
+
+
+def show_files(console: Console, output: Path) -> None:
+    """Prints the files of a finished output with their sizes."""
+    console.out(escaped(f"{output}/", "terminal"), style="bold", highlight=False)
+    for path in sorted(output.iterdir()):
+        words = _WORDS.get(path.name, "weights" if path.suffix == ".safetensors" else "")
+        size = numbers.size(path.stat().st_size) if path.is_file() else ""
+        name = escaped(path.name + ("/" if path.is_dir() else ""), "terminal")
+        line = f"  {name:<{_NAME_WIDTH}}{size:>9}  {words}"
+        console.out(line.rstrip(), highlight=False)
