@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset
 
+from sosp_hub.compat.torch import BatchNorm
 from sosp_hub.data.loading import make_loader
 from sosp_hub.distributed import (
     logger,
@@ -178,7 +178,7 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     Returns:
         The number of layers that were re-estimated.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]

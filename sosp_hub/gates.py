@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from sosp_hub.compat.accelerate import running_device
+from sosp_hub.compat.torch import parameter_table
 from sosp_hub.double_backward.pieces import pieces, pieces_with_scratch
 from sosp_hub.double_backward.smooth import Smooth, smooth_source
 from sosp_hub.errors import CriterionError
@@ -94,10 +96,7 @@ def _device(model: nn.Module, parameters: list[Any]) -> torch.device:
     """Where the gates are: with the first weight, or where it comes when it is offloaded."""
     if not parameters[0].is_meta:
         return parameters[0].device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    found = (getattr(hook, "execution_device", None) for hook in hooks)
-    device = next((device for device in found if device is not None), "cpu")
-    return torch.device(device)
+    return torch.device(running_device(model) or "cpu")
 
 
 def _precision(dtype: torch.dtype) -> float:
@@ -267,7 +266,8 @@ def _scaled_weights(
                 f"{name}: its gates {', '.join(weights[name][0].names)} scale the weight itself, "
                 "which is offloaded or sharded; keep it whole in memory, or score other kinds"
             )
-    homes = {name: model.get_submodule(name.rpartition(".")[0])._parameters for name in weights}
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    homes = {name: parameter_table(owner) for name, owner in owners.items()}
 
     def scale(*_: Any) -> None:
         for name, vectors in weights.items():
@@ -279,7 +279,7 @@ def _scaled_weights(
             weight: Tensor = plain[name]
             for vector in vectors:
                 weight = (weight * vector.read(gates, weight)).to(weight.dtype)
-            homes[name][name.rpartition(".")[2]] = weight  # pyright: ignore[reportArgumentType]
+            homes[name][name.rpartition(".")[2]] = weight
 
     handle = model.register_forward_pre_hook(scale)
     try:

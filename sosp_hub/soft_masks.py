@@ -11,8 +11,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from sosp_hub.compat.torch import BatchNorm
 from sosp_hub.structure.groups import Group, Groups
 
 
@@ -79,7 +79,7 @@ class SoftMasks:
         ``sparsity * sum(beta + 2 abs(gamma))`` over the channels with masks, and the L2 penalty
         ``weight_decay / 2 * sum(gamma^2)`` of all BatchNorms, whose ``beta`` has none.
         """
-        scales = [m.weight for m in self.model.modules() if isinstance(m, _BatchNorm) and m.affine]
+        scales = [m.weight for m in self.model.modules() if isinstance(m, BatchNorm) and m.affine]
         total = 0.5 * weight_decay * torch.stack([gamma.square().sum() for gamma in scales]).sum()
         for name, masked in self._positions.items():
             gamma, beta = self._parameters(name)

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.accelerate import is_spread
+from sosp_hub.compat.timm import built_with
+
 
 def made_up_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...] | None:
     """Inputs of one forward pass; None where the config does not tell how they look."""
     place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if place.type == "meta" or hasattr(model, "hf_device_map"):
+    if place.type == "meta" or is_spread(model):
         return None
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config = getattr(model, "config", None)
@@ -56,7 +59,7 @@ def _timm_size(model: nn.Module) -> tuple[int, int, int] | None:
     cfg = getattr(model, "pretrained_cfg", None)
     if not isinstance(cfg, Mapping) or not cfg.get("input_size"):
         return None
-    args = getattr(model, "_model_args", {})
+    args = built_with(model)
     size = args.get("img_size") or cfg["input_size"][-2:]
     size = (size, size) if isinstance(size, int) else tuple(size)
     channels = getattr(model, "in_chans", args.get("in_chans", cfg["input_size"][0]))

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sosp_hub.checkpoint.format import headers
+from sosp_hub.compat.transformers import as_stored, tied_names
 from sosp_hub.errors import CheckpointError
 
 
@@ -72,8 +73,8 @@ def as_checkpoint_error() -> Iterator[None]:
 
 def faults_of(model: nn.Module, tensors: Mapping[str, headers.TensorHeader]) -> Iterator[str]:
     """Tensors that are missing, not expected, or of another shape than the model's."""
-    built = {name: tuple(tensor.shape) for name, tensor in _as_stored(model).items()}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    built = {name: tuple(tensor.shape) for name, tensor in as_stored(model).items()}
+    tied = tied_names(model)
     for name in sorted(built.keys() | tensors.keys()):
         if name not in tensors:
             if name not in tied:
@@ -85,13 +86,3 @@ def faults_of(model: nn.Module, tensors: Mapping[str, headers.TensorHeader]) -> 
                 f"tensor {name!r}: {tensors[name].file} holds {list(tensors[name].shape)}, "
                 f"the config builds {list(built[name])}"
             )
-
-
-def _as_stored(model: Any) -> dict[str, Tensor]:
-    """The state under the names of the files: transformers renames some tensors as it loads."""
-    state = dict(model.state_dict())
-    if not hasattr(model, "all_tied_weights_keys"):
-        return state
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, state)

@@ -1,10 +1,36 @@
-"""What the package uses of torch and torch does not promise."""
+"""What the package uses of torch and torch does not promise.
+
+Copied beside weights that carry their own code (``ship_code``), so it imports torch alone.
+"""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import batchnorm, conv
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+from torch.utils.weak import WeakIdKeyDictionary as TensorTable
+
+__all__ = ["DispatchMode", "TensorTable"]
+
+aten = torch.ops.aten
+"""Operations below Python's arguments."""
+
+FAKE_LOG = "torch._subclasses.fake_tensor"
+"""Logger that prints what goes wrong without data, before the error is raised."""
+
+BatchNorm = batchnorm._BatchNorm
+"""Class of all batch norms."""
+
+RunningNorm = batchnorm._NormBase
+"""Class of all norms that may keep running statistics."""
+
+Convolution = conv._ConvNd
+"""Class of all convolutions."""
+
+TransposedConvolution = conv._ConvTransposeNd
+"""Class of the transposed ones."""
 
 
 class FakeMode(FakeTensorMode):
@@ -18,14 +44,55 @@ class FakeMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._grouped_mm.default:
+        if func is _grouped_mm():
             return _grouped_shape(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def grouped_product_flops() -> dict[Any, Any]:
     """What `FlopCounterMode` has to be told of ``aten._grouped_mm``."""
-    return {torch.ops.aten._grouped_mm: _grouped_flops}
+    return {} if _grouped_mm() is None else {aten._grouped_mm: _grouped_flops}
+
+
+def parameter_table(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters, to be replaced where they are, also by tensors of other kinds."""
+    return module._parameters
+
+
+def buffer_table(module: nn.Module) -> dict[str, Any]:
+    """A module's own buffers, to be replaced where they are."""
+    return module._buffers
+
+
+def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children, also those that are None, to be replaced where they are."""
+    return module._modules
+
+
+def save_buffer(module: nn.Module, name: str) -> None:
+    """Makes a buffer part of the state dict."""
+    module._non_persistent_buffers_set.discard(name)
+
+
+def result_aliases(func: Any) -> list[Any]:
+    """How each result of an operation shares memory with its arguments; None where it does not."""
+    schema = getattr(func, "_schema", None)
+    return [] if schema is None else [value.alias_info for value in schema.returns]
+
+
+def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
+    """Gradient by the input of a softmax over the last dimension, from its output."""
+    return aten._softmax_backward_data(grad, output, -1, output.dtype)
+
+
+def safe_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; rows that hold nothing but ``-inf`` give zeros."""
+    return aten._safe_softmax(scores, -1)
+
+
+def _grouped_mm() -> Any:
+    packet = getattr(aten, "_grouped_mm", None)
+    return packet and packet.default
 
 
 def _grouped_shape(

@@ -1,7 +1,18 @@
-"""What the package uses of transformers and transformers does not promise."""
+"""What the package uses of transformers and transformers does not promise.
 
-from collections.abc import Iterable, Mapping
+Copied beside weights that carry their own code (``ship_code``). transformers is imported where it
+is used: one of its own modules, while it is being imported, sets off the import of this one.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+ATTENTION_KEY = "_attn_implementation_internal"
+EXPERTS_KEY = "_experts_implementation_internal"
+CONFIG_STATE = frozenset({ATTENTION_KEY, EXPERTS_KEY})
+"""Attributes of a config that say how a model runs, not what it is."""
+
+_LOADER = "_load_pretrained_model"
 
 
 def find_cache(values: Iterable[Any]) -> Any:
@@ -20,3 +31,71 @@ def find_cache(values: Iterable[Any]) -> Any:
 def cache_in(output: Mapping[str, Any]) -> dict[str, Any]:
     """The cache that a model's output holds, under the name by which the next call takes it."""
     return {name: value for name, value in output.items() if find_cache([value]) is not None}
+
+
+def get_loader() -> Callable[..., Any] | None:
+    """The function that fills a built model from weight files: gives ``(info, ...)``."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    return getattr(PreTrainedModel, _LOADER, None)
+
+
+def set_loader(loader: Callable[..., Any]) -> None:
+    """Puts another function in the place of `get_loader`."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    setattr(PreTrainedModel, _LOADER, staticmethod(loader))
+
+
+def takes_other_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether `get_loader`'s arguments (after the model) say ``ignore_mismatched_sizes``."""
+    said = [vars(each) for each in (*args, *kwargs.values()) if hasattr(each, "__dict__")]
+    return any(each.get("ignore_mismatched_sizes") is True for each in (kwargs, *said))
+
+
+def tied_names(model: Any) -> Mapping[str, str]:
+    """Names of tensors that are the same as others, which weight files hold."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def as_stored(model: Any) -> dict[str, Any]:
+    """A model's state under the names of its files: transformers renames some as it loads."""
+    state = dict(model.state_dict())
+    if not hasattr(model, "all_tied_weights_keys"):  # a model of another library
+        return state
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+def no_init_weights() -> Any:
+    """Context in which models are built without random numbers."""
+    from transformers.initialization import no_init_weights
+
+    return no_init_weights()
+
+
+def classes_for(auto: Any, config_class: type) -> tuple[type, ...]:
+    """The model classes that an Auto class gives for a config class."""
+    mapping = auto._model_mapping
+    given = mapping.get(config_class, ())
+    return tuple(given) if isinstance(given, tuple | list) else (given,)
+
+
+def auto_classes(cls: Any) -> list[str]:
+    """Names of the Auto classes that give a model class for its config."""
+    from transformers.models.auto import modeling_auto
+
+    autos = {name: getattr(modeling_auto, name) for name in dir(modeling_auto)}
+    return [
+        name
+        for name, auto in autos.items()
+        if name.startswith("Auto")
+        and getattr(auto, "_model_mapping", None) is not None
+        and cls in classes_for(auto, cls.config_class)
+    ]
+
+
+def name_of(config: Any) -> str:
+    """The folder or hub id that a config was read from; empty where it was made."""
+    return getattr(config, "_name_or_path", "") or ""

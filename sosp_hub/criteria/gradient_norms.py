@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from sosp_hub.compat.torch import BatchNorm
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import gated
 from sosp_hub.tasks.batches import num_samples
@@ -34,7 +34,7 @@ class FreshNet:
                 reset = getattr(module, "reset_parameters", None)
                 if callable(reset):
                     reset()
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BatchNorm):
                     module.train()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())

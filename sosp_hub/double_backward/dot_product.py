@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from sosp_hub.compat.torch import safe_softmax, softmax_backward
 from sosp_hub.double_backward.pieces import constant, empty, fitting, where_reached
-
-_aten = torch.ops.aten
 
 
 class _Attention(Function):
@@ -69,7 +68,7 @@ class _AttentionBackward(Function):
             if share is None:
                 p = _share(q, k, shift, scale)
             torch.bmm(p.mT, g, out=v_grad)
-            score_grad = torch._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype)
+            score_grad = softmax_backward(torch.bmm(g, v.mT), p)
             torch.bmm(score_grad, k, out=q_grad).mul_(scale)
             torch.bmm(score_grad.mT, q, out=k_grad).mul_(scale)
         return results
@@ -94,7 +93,7 @@ class _AttentionBackward(Function):
             torch.bmm(share_dot.mT, g, out=out[2])
             torch.bmm(share_dot, v, out=out[3]).baddbmm_(p, v_dot)
             score_grad_dot = score_dot.mul_(value_grad).baddbmm_(g, v_dot.mT)
-            score_grad_dot = torch._softmax_backward_data(score_grad_dot, p, -1, p.dtype)
+            score_grad_dot = softmax_backward(score_grad_dot, p)
             score_grad = value_grad.mul_(p)
             torch.bmm(score_grad_dot, k, out=out[0]).mul_(scale).baddbmm_(score_grad, k_dot)
             torch.bmm(score_grad_dot.mT, q, out=out[1]).mul_(scale).baddbmm_(score_grad.mT, q_dot)
@@ -124,7 +123,7 @@ def _share(
     score = torch.bmm(query * scale, key.mT)
     if bias is None:
         return torch.softmax(score, -1, out=out)
-    share = _aten._safe_softmax(score.add_(bias), -1)
+    share = safe_softmax(score.add_(bias))
     return share if out is None else out.copy_(share)
 
 

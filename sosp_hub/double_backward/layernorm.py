@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from sosp_hub.compat.torch import aten
 from sosp_hub.double_backward.pieces import constant, where_reached
-
-_aten = torch.ops.aten
 
 
 class _LayerNorm(Function):
@@ -23,7 +21,7 @@ class _LayerNorm(Function):
         eps: float,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        output, mean, rstd = _aten.native_layer_norm(x, shape, weight, bias, eps)
+        output, mean, rstd = aten.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x)
         ctx.constants = shape, weight, bias, mean, rstd
         return output
@@ -46,7 +44,7 @@ class _LayerNormBackward(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, grad: Tensor, *constants: Any) -> Tensor:
         shape, weight, bias, mean, rstd = constants
-        result = _aten.native_layer_norm_backward(
+        result = aten.native_layer_norm_backward(
             grad, x, shape, mean, rstd, weight, bias, [True, False, False]
         )[0]
         ctx.save_for_backward(x, grad)
@@ -64,7 +62,7 @@ class _LayerNormBackward(Function):
             grad = grad * weight
         # The Jacobian is symmetric: what it makes of a tensor is a backward without weights.
         projected_dot, projected_grad = (
-            _aten.native_layer_norm_backward(
+            aten.native_layer_norm_backward(
                 tensor, x, shape, mean, rstd, None, None, [True, False, False]
             )[0]
             for tensor in (dot, grad)

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from sosp_hub.compat.torch import aten
 from sosp_hub.double_backward.pieces import constant, where_reached
-
-_aten = torch.ops.aten
 
 
 class _LinearMap(Function):
@@ -57,15 +56,15 @@ def conv(
     shape = x.detach()
 
     def linear(x: Tensor) -> Tensor:
-        return _aten.convolution(x, weight, None, *settings)
+        return aten.convolution(x, weight, None, *settings)
 
     def transpose(grad: Tensor) -> Tensor:
-        return _aten.convolution_backward(
+        return aten.convolution_backward(
             grad, shape, weight, None, *settings, [True, False, False]
         )[0]
 
     return _LinearMap.apply(
-        x, lambda x: _aten.convolution(x, weight, bias, *settings), transpose, linear
+        x, lambda x: aten.convolution(x, weight, bias, *settings), transpose, linear
     )
 
 
@@ -142,7 +141,7 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor | None:
     if not x.requires_grad:
         return None
     forward = torch.relu_ if inplace else torch.relu
-    return _Kinked.apply(x, forward, lambda grad, y: _aten.threshold_backward(grad, y, 0), inplace)
+    return _Kinked.apply(x, forward, lambda grad, y: aten.threshold_backward(grad, y, 0), inplace)
 
 
 def relu6(x: Tensor, inplace: bool = False) -> Tensor | None:
@@ -153,6 +152,6 @@ def relu6(x: Tensor, inplace: bool = False) -> Tensor | None:
     return _Kinked.apply(
         x,
         lambda x: forward(x, 0.0, 6.0),
-        lambda grad, y: _aten.hardtanh_backward(grad, y, 0, 6),
+        lambda grad, y: aten.hardtanh_backward(grad, y, 0, 6),
         inplace,
     )

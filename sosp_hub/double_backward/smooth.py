@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from sosp_hub.compat.torch import aten
 from sosp_hub.double_backward.pieces import empty, pieces_with_scratch, where_reached
-
-_aten = torch.ops.aten
 
 
 class Smooth(NamedTuple):
@@ -75,7 +74,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
     """``F.gelu``; None where this is not for it."""
     if approximate != "none" or not x.requires_grad:
         return None
-    return _Pointwise.apply(x, Smooth(F.gelu, _aten.gelu_backward, _gelu_derivatives))
+    return _Pointwise.apply(x, Smooth(F.gelu, aten.gelu_backward, _gelu_derivatives))
 
 
 def _gelu_derivatives(
@@ -94,7 +93,7 @@ def silu(x: Tensor, inplace: bool = False) -> Tensor | None:
     """``F.silu``; None where this is not for it."""
     if inplace or not x.requires_grad:
         return None
-    return _Pointwise.apply(x, Smooth(F.silu, _aten.silu_backward, _silu_derivatives))
+    return _Pointwise.apply(x, Smooth(F.silu, aten.silu_backward, _silu_derivatives))
 
 
 def _silu_derivatives(

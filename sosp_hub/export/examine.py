@@ -18,7 +18,8 @@ from sosp_hub.checkpoint.format.record import KEY, parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.io import PLAN
 from sosp_hub.checkpoint.skeleton import as_checkpoint_error, build_skeleton, faults_of
-from sosp_hub.compat.torch import FakeMode, grouped_product_flops
+from sosp_hub.compat.torch import FakeMode, grouped_product_flops, parameter_table
+from sosp_hub.compat.transformers import tied_names
 from sosp_hub.errors import CheckpointError, HubError
 from sosp_hub.export.readers import Reader, readers
 
@@ -169,12 +170,12 @@ def _layers(
     macs: Mapping[str, int],
 ) -> Iterator[Layer]:
     before = {} if dense is None else {name: tuple(p.shape) for name, p in dense.named_parameters()}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     num_values = sum(math.prod(each.shape) for each in tensors.values())
     # Bytes of a value, for tensors that the file has under another name.
     item = sum(each.num_bytes for each in tensors.values()) / max(num_values, 1)
     for name, module in model.named_modules():
-        own = {key: p for key, p in module._parameters.items() if p is not None and p.numel()}
+        own = {key: p for key, p in parameter_table(module).items() if p is not None and p.numel()}
         if not own:
             continue
         full = {f"{name}.{key}".lstrip("."): p for key, p in own.items()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sosp_hub.checkpoint.format import proof
 from sosp_hub.checkpoint.format.modules import own_config
 from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.compat.transformers import EXPERTS_KEY
 from sosp_hub.errors import CheckpointError, ModelError
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
@@ -133,16 +134,17 @@ def _plain_experts(model: nn.Module) -> Iterator[None]:
 
     The model gets back what it had.
     """
-    name = "_experts_implementation_internal"
     configs = {id(each): each for module in model.modules() if (each := own_config(module))}
-    before = [(each, vars(each)[name]) for each in configs.values() if vars(each).get(name)]
+    before = [
+        (each, vars(each)[EXPERTS_KEY]) for each in configs.values() if vars(each).get(EXPERTS_KEY)
+    ]
     try:
         for each, _ in before:
-            setattr(each, name, "batched_mm")
+            setattr(each, EXPERTS_KEY, "batched_mm")
         yield
     finally:
         for each, was in before:
-            setattr(each, name, was)
+            setattr(each, EXPERTS_KEY, was)
 
 
 def _last_cause(error: BaseException) -> str:

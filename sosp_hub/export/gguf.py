@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
+from sosp_hub.compat.transformers import name_of
 from sosp_hub.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _describe(writer: "GGUFWriter", model: Any) -> None:
     config, layers = model.config, list(model.model.layers)
     rope, size = config.rope_parameters, layers[0].self_attn.head_dim
     heads = [_heads(layer) for layer in layers]
-    writer.add_name(Path(config._name_or_path or type(model).__name__).name)
+    writer.add_name(Path(name_of(config) or type(model).__name__).name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))

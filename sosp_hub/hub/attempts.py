@@ -1,7 +1,6 @@
 """Asking a hub that may fail: what to try again and how long to wait, and what to tell the user."""
 
 import contextlib
-import importlib
 import json
 import logging
 import random
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from sosp_hub.compat.huggingface_hub import transport_error
 from sosp_hub.errors import HubError
 from sosp_hub.report.facts import without_tokens
 
@@ -214,8 +214,7 @@ def _is_missing(error: BaseException) -> bool:
 
 def _cut_connections() -> tuple[type[Exception], ...]:
     """Errors of the transport below the client, whichever HTTP library this client uses."""
-    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
-    return (library.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)
+    return (transport_error(), ConnectionError, TimeoutError, json.JSONDecodeError)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import HFValidationError, sha, validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from sosp_hub.compat.huggingface_hub import git_hash
 from sosp_hub.errors import HubError
 from sosp_hub.hub.attempts import (
     CONFLICT,
@@ -447,7 +448,7 @@ def _same(add: CommitOperationAdd, remote: RepoFile | None) -> bool:
     if remote.lfs is not None:
         return remote.lfs.sha256 == add.upload_info.sha256.hex()
     with add.as_file() as file:
-        return remote.blob_id == sha.git_hash(file.read())
+        return remote.blob_id == git_hash(file.read())
 
 
 def _batches(additions: list[CommitOperationAdd]) -> Iterator[list[CommitOperationAdd]]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import sha
 from torch import nn
 
 from sosp_hub.checkpoint.io import from_pretrained
+from sosp_hub.compat.huggingface_hub import git_hash
 from sosp_hub.data.loading import load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import HubError, PlanError, SospHubError
@@ -136,7 +136,7 @@ def _is_listed(path: Path, entry: RepoFile) -> bool:
     if not path.is_file() or path.stat().st_size != entry.size:
         return False
     if entry.lfs is None:
-        return sha.git_hash(path.read_bytes()) == entry.blob_id
+        return git_hash(path.read_bytes()) == entry.blob_id
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == entry.lfs.sha256
 

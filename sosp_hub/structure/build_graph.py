@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from sosp_hub.compat.torch import Convolution
 from sosp_hub.structure.axes import (
     Atom,
     Axis,
@@ -309,7 +310,7 @@ def _sites(
 
 def _input_dim(module: nn.Module) -> int | None:
     """Dimension of a layer's input that its weight is multiplied with."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, Convolution):
         return 1
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return -1

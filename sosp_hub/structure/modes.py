@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from sosp_hub.compat.torch import DispatchMode
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import Axis, size_of
 from sosp_hub.structure.size_constraints import note_demands
@@ -17,7 +17,7 @@ from sosp_hub.structure.terms import Step, Terms
 from sosp_hub.structure.traced_int import TracedInt, deaf
 
 
-class DispatchWatch(TorchDispatchMode):
+class DispatchWatch(DispatchMode):
     """Runs the rule of each operation after it, and writes the step down."""
 
     def __init__(self, terms: Terms) -> None:

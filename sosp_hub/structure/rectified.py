@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from sosp_hub.compat.torch import BatchNorm
 from sosp_hub.structure.axes import Atom, atoms
 from sosp_hub.structure.groups import Site
 from sosp_hub.structure.terms import Axes, Step
@@ -22,7 +22,7 @@ def behind_pairs(model: nn.Module, steps: Sequence[Step]) -> Behind:
     scaled = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.affine
+        if isinstance(module, BatchNorm) and module.affine
     }
     normed: dict[int, str] = {}
     behind: Behind = {}

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from sosp_hub.compat.torch import TensorTable
 from sosp_hub.structure.axes import UNIT, Atom, Axis, Prod, Sum, fixed, flag, pin, size_of
 from sosp_hub.structure.traced_int import Expr, Op, TracedInt
 
@@ -56,10 +56,10 @@ class Constraint:
 class Terms:
     """State of one trace. Rules read axes with ``of`` and write them with ``set``."""
 
-    axes: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    source: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    numbers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    tallies: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    axes: TensorTable = field(default_factory=TensorTable)
+    source: TensorTable = field(default_factory=TensorTable)
+    numbers: TensorTable = field(default_factory=TensorTable)
+    tallies: TensorTable = field(default_factory=TensorTable)
     reads: list[Read] = field(default_factory=list)
     macs: list[tuple[str, Axes]] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Terms:
     leaks: list[tuple[Expr, str]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
-    results: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    results: TensorTable = field(default_factory=TensorTable)
     uses: dict[tuple[str, int], dict[str, None]] = field(default_factory=dict)
     refilled: set[str] = field(default_factory=set)
     normalised: set[str] = field(default_factory=set)

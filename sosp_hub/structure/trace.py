@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sosp_hub.compat.torch import FakeMode
+from sosp_hub.compat.torch import FAKE_LOG, FakeMode
 from sosp_hub.errors import TraceError
 from sosp_hub.structure import rules
 from sosp_hub.structure import traced_int as ints
@@ -24,7 +24,7 @@ from sosp_hub.structure.terms import Axes, Step, Terms
 
 Run = tuple[nn.Module, Terms, dict[str, Axes], dict[str, Axes]]
 
-_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+_FAKE_LOG = logging.getLogger(FAKE_LOG)
 
 
 def trace(

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.torch import buffer_table, parameter_table
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
@@ -151,8 +152,8 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
     """The parameter or buffer of this name."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    parameter = module._parameters.get(leaf)
-    found = parameter if parameter is not None else module._buffers[leaf]
+    parameter = parameter_table(module).get(leaf)
+    found = parameter if parameter is not None else buffer_table(module)[leaf]
     assert found is not None
     return found
 
@@ -160,5 +161,5 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    table = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-    table[leaf] = tensor  # type: ignore[assignment]
+    table_of = parameter_table if isinstance(tensor, nn.Parameter) else buffer_table
+    table_of(module)[leaf] = tensor

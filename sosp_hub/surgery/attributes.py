@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from sosp_hub.compat.torch import Convolution, RunningNorm, TransposedConvolution
 from sosp_hub.plan import Plan
 from sosp_hub.structure.constraint_solver import attribute_values
 from sosp_hub.structure.graph import Graph
@@ -67,13 +68,13 @@ def _follow_shapes(module: nn.Module) -> None:
     found: dict[str, Any] = {}
     if isinstance(module, nn.Linear):
         found = {"out_features": shape[0], "in_features": shape[1]}
-    elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+    elif isinstance(module, TransposedConvolution):
         found = {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
-    elif isinstance(module, nn.modules.conv._ConvNd):
+    elif isinstance(module, Convolution):
         depthwise = shape[1] == 1 and module.groups == module.out_channels  # which nobody has read
         groups = shape[0] if depthwise else module.groups
         found = {"out_channels": shape[0], "in_channels": shape[1] * groups, "groups": groups}
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
+    elif isinstance(module, RunningNorm):
         found = {"num_features": shape[0]}
     elif isinstance(module, nn.GroupNorm):
         found = {"num_channels": shape[0]}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from sosp_hub.compat.torch import DispatchMode, result_aliases
 from sosp_hub.errors import SospHubError, TraceError, VerificationError
 from sosp_hub.plan import GrowthPlan, Plan, PruningPlan
 from sosp_hub.structure import rules
@@ -215,7 +215,7 @@ def _essential(steps: Sequence[Step]) -> list[Step]:
 _COPIES = {"clone", "contiguous", "as_strided"}
 
 
-class _Replay(TorchDispatchMode):
+class _Replay(DispatchMode):
     """Runs the dense model with masked tensors, step by step beside the record of its trace."""
 
     def __init__(self, steps: list[Step], masks: dict[int, Any]) -> None:
@@ -255,12 +255,9 @@ class _Replay(TorchDispatchMode):
         out = func(*args, **kwargs)
         if step.counts:
             return out
-        schema = getattr(func, "_schema", None)
-        if schema is not None and any(value.alias_info is not None for value in schema.returns):
-            if any(
-                value.alias_info is not None and value.alias_info.is_write
-                for value in schema.returns
-            ):
+        aliases = [alias for alias in result_aliases(func) if alias is not None]
+        if aliases:
+            if any(alias.is_write for alias in aliases):
                 for tensor, axes in zip(rules.tensors(out), step.outputs, strict=True):
                     tensor.copy_(self.masked(tensor, axes))
             return out  # a view of what is masked already

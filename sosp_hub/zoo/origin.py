@@ -41,14 +41,13 @@ def origin_of_folder(folder: Path) -> Origin:
     return Origin(snapshot["id"].replace("--", "/"), snapshot["commit"], card)
 
 
-def origin_on_hub(repo_id: str, revision: str | None, commit: str | None = None) -> Origin:
+def origin_on_hub(repo_id: str, revision: str | None) -> Origin:
     """The origin of weights that were just loaded from the hub, or from its cache."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    if commit is None:
-        file = try_to_load_from_cache(repo_id, "config.json", revision=revision)
-        snapshot = _IN_CACHE.search(Path(file).parent.as_posix()) if isinstance(file, str) else None
-        commit = snapshot["commit"] if snapshot else None
+    file = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    snapshot = _IN_CACHE.search(Path(file).parent.as_posix()) if isinstance(file, str) else None
+    commit = snapshot["commit"] if snapshot else None
     try:
         card = _inherited(Path(hf_hub_download(repo_id, "README.md", revision=commit or revision)))
     except (OSError, ValueError, SospHubError) as error:

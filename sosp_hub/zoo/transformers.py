@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from sosp_hub.compat.transformers import classes_for
 from sosp_hub.data.labels import label_order
 from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
 from sosp_hub.data.source import DataInfo
@@ -62,12 +63,11 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
-    commit = getattr(config, "_commit_hash", None)
     origin = Origin()
     if isinstance(source, Path):
         origin = origin_of_folder(source)
     elif section.pretrained:
-        origin = origin_on_hub(source, section.revision, commit)
+        origin = origin_on_hub(source, section.revision)
     order = None if num_labels is None or new_head else _order(data, config)
     if tokenizer is not None:
         processor = text_processing(model.config, tokenizer, order)
@@ -164,7 +164,7 @@ def _config(section: ModelSection, source: Path | str, data: DataInfo | None) ->
             f"model.kwargs: the config of {config.model_type} has no {odd!r}"
             + (f"; did you mean {close[0]!r}?" if close else "")
         )
-    if type(config) not in _AUTO[section.task]._model_mapping:
+    if not classes_for(_AUTO[section.task], type(config)):
         raise ModelError(
             f"model.task: transformers has no {config.model_type} for {section.task}; "
             "write another task, or give another model"
@@ -182,9 +182,7 @@ def _config(section: ModelSection, source: Path | str, data: DataInfo | None) ->
 
 def _outputs(section: ModelSection, config: Any) -> int | None:
     """Outputs of the head among the weights; None where they bring none for this task."""
-    made_for = _AUTO[section.task]._model_mapping[type(config)]
-    classes = made_for if isinstance(made_for, tuple | list) else (made_for,)
-    names = {cls.__name__ for cls in classes}
+    names = {cls.__name__ for cls in classes_for(_AUTO[section.task], type(config))}
     found = section.pretrained and names.intersection(config.architectures or ())
     return config.num_labels if found else None
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sosp_hub
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedBlock, RemovedMlp
-from sosp_hub.compat.transformers import cache_in
+from sosp_hub.compat.transformers import cache_in, find_cache
 from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
@@ -158,6 +158,47 @@ def test_removed_blocks_load_again(tmp_path):
     folder = sosp_hub.save_pretrained(model, tmp_path / "small")
     loaded = sosp_hub.from_pretrained(folder)
     assert_close(output(loaded, TOKENS), output(model, TOKENS), relative=1e-6)
+
+
+def blind(self, hidden_states, *_, past_keys=None, **__):
+    """A stand-in of before the argument was renamed, which leaves the cache alone."""
+    return torch.zeros_like(hidden_states), None
+
+
+def failing(self, hidden_states, *_, **__):
+    raise TypeError("forward() got an unexpected keyword argument")
+
+
+@pytest.mark.parametrize("forward", [blind, failing])
+def test_a_stand_in_that_does_not_keep_the_cache_is_not_saved_nor_loaded(
+    forward, tmp_path, monkeypatch
+):
+    model = without_attention()
+    folder = sosp_hub.save_pretrained(model, tmp_path / "sound")
+
+    def breaks(self, hidden_states, *args, **kwargs):
+        cached = find_cache((*args, *kwargs.values())) is not None
+        return (forward if cached else blind)(self, hidden_states)
+
+    monkeypatch.setattr(RemovedAttention, "forward", breaks)
+    with pytest.raises(CheckpointError, match=r"key-value cache.*doctor"):
+        sosp_hub.save_pretrained(model, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+    for load in (sosp_hub.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"key-value cache.*doctor"):
+            load(folder)
+
+
+def test_a_cache_that_nobody_knows_is_no_proof(tmp_path, monkeypatch):
+    monkeypatch.setattr("sosp_hub.checkpoint.format.proof.cache_in", lambda output: {})
+    with pytest.raises(CheckpointError, match="key-value cache"):
+        sosp_hub.save_pretrained(without_attention(), tmp_path / "small")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_sound_stand_in_is_proven_in_half_precision_too(dtype, tmp_path):
+    folder = sosp_hub.save_pretrained(without_attention().to(dtype), tmp_path / "small")
+    assert sosp_hub.from_pretrained(folder).dtype == dtype
 
 
 # Trap 3: a single weight file of an older save is what loads.

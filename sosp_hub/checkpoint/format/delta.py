@@ -33,11 +33,11 @@ from sosp_hub.checkpoint.format.record import (
     Shape,
 )
 from sosp_hub.checkpoint.format.standins import build_standin, describe_standin
+from sosp_hub.compat.torch import buffer_table, child_table, parameter_table, save_buffer
+from sosp_hub.compat.transformers import CONFIG_STATE
 from sosp_hub.errors import CheckpointError
 
-_CONFIG_STATE = frozenset(
-    {"sosp_hub", "_attn_implementation_internal", "_experts_implementation_internal"}
-)
+_CONFIG_STATE = CONFIG_STATE | {"sosp_hub"}
 
 
 def diff(
@@ -143,8 +143,8 @@ class _Found:
         self.attributes(skeleton, model, name)
         self.config(skeleton, model, name)
         self.sizes(skeleton, model, name)
-        ours = dict(skeleton._modules)
-        for child, theirs in model._modules.items():
+        ours = dict(child_table(skeleton))
+        for child, theirs in child_table(model).items():
             if theirs is not None and ours.get(child) is None:
                 raise CheckpointError(
                     f"module {join(name, child)!r} is not in what the config builds"
@@ -152,7 +152,7 @@ class _Found:
         for child, original in ours.items():
             if original is None or (full := join(name, child)) == skip:
                 continue
-            theirs = model._modules.get(child)
+            theirs = child_table(model).get(child)
             if theirs is None:
                 self.dropped.append(full)
             elif (one := describe_standin(theirs, original)) is not None:
@@ -251,13 +251,13 @@ class _Applied:
         for name in section.biases:
             if (module := self.module(name, "biases")) is not None and (
                 "bias" not in natural_shapes(module, vars(module))
-                or module._parameters.get("bias") is not None
+                or parameter_table(module).get("bias") is not None
             ):
                 raise CheckpointError(f"{self.path}.biases: {name!r} cannot take a bias")
         for name in section.buffers:
             owner, _, key = name.rpartition(".")
             module = self.module(owner, "buffers")
-            if module is not None and module._buffers.get(key) is None:
+            if module is not None and buffer_table(module).get(key) is None:
                 raise CheckpointError(f"{self.path}.buffers: there is no buffer {name!r}")
         self.check_dropped()
         self.check_sizes()
@@ -276,8 +276,8 @@ class _Applied:
             return self.modules[name]
         reached = self.model
         for child in name.split("."):
-            if child in vars(reached) or child in reached._modules:
-                reached = reached._modules.get(child)
+            if child in vars(reached) or child in child_table(reached):
+                reached = child_table(reached).get(child)
                 if reached is None:
                     return None
             else:
@@ -296,7 +296,7 @@ class _Applied:
         for parent, children in left.items():
             container = self.modules[parent]
             if isinstance(container, nn.ModuleList | nn.Sequential):
-                names = list(container._modules)
+                names = list(child_table(container))
                 if set(names[len(names) - len(children) :]) != children:
                     raise CheckpointError(
                         f"{self.path}.dropped: of {parent!r} only the last modules can go, "
@@ -358,27 +358,27 @@ class _Applied:
             _resize(module, key, shape, done)
         for name in section.biases:
             if (module := self.module(name, "biases")) is not None:
-                weight: Any = module._parameters["weight"]
+                weight: Any = parameter_table(module)["weight"]
                 size = natural_shapes(module, vars(module))["bias"]
-                module._parameters["bias"] = nn.Parameter(weight.new_zeros(size))
+                parameter_table(module)["bias"] = nn.Parameter(weight.new_zeros(size))
         for name in section.buffers:
             owner, _, key = name.rpartition(".")
             if (module := self.module(owner, "buffers")) is not None:
-                module._non_persistent_buffers_set.discard(key)
+                save_buffer(module, key)
 
     def put(self, name: str, module: nn.Module | None) -> None:
         parent, _, child = name.rpartition(".")
-        if (holder := self.modules.get(parent)) is None or holder._modules.get(child) is None:
+        if (holder := self.modules.get(parent)) is None or child_table(holder).get(child) is None:
             return
         if module is None and isinstance(holder, nn.ModuleList | nn.Sequential):
-            del holder._modules[child]
+            del child_table(holder)[child]
         else:
-            holder._modules[child] = module
+            child_table(holder)[child] = module
 
 
 def _resize(module: nn.Module, key: str, shape: tuple[int, ...], done: dict[int, Tensor]) -> None:
-    is_parameter = module._parameters.get(key) is not None
-    table: dict[str, Any] = module._parameters if is_parameter else module._buffers
+    is_parameter = parameter_table(module).get(key) is not None
+    table = parameter_table(module) if is_parameter else buffer_table(module)
     old: Tensor = table[key]
     if id(old) not in done:
         if old.is_meta:

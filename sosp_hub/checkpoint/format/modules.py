@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sosp_hub.checkpoint.format.record import Plain
+from sosp_hub.compat.torch import Convolution, RunningNorm, buffer_table, parameter_table
 
 _TORCH_STATE = frozenset(nn.Module().__dict__)
 _RUN_STATE = frozenset({"max_seq_len_cached"})  # grows while a model runs
@@ -43,13 +44,13 @@ def natural_shapes(module: nn.Module, values: Mapping[str, Any]) -> dict[str, tu
             "weight": (values["out_features"], values["in_features"]),
             "bias": (values["out_features"],),
         }
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, Convolution):
         groups = max(values["groups"], 1)
         channels = (values["out_channels"], values["in_channels"] // groups)
         if module.transposed:
             channels = (values["in_channels"], values["out_channels"] // groups)
         return {"weight": (*channels, *values["kernel_size"]), "bias": (values["out_channels"],)}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
+    if isinstance(module, RunningNorm):
         names = ("weight", "bias", "running_mean", "running_var")
         return dict.fromkeys(names, (values["num_features"],))
     if isinstance(module, nn.GroupNorm):
@@ -65,7 +66,7 @@ def natural_shapes(module: nn.Module, values: Mapping[str, Any]) -> dict[str, tu
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own parameters and buffers, without those of its children."""
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+    for name, tensor in (*parameter_table(module).items(), *buffer_table(module).items()):
         if tensor is not None:
             yield name, tensor
 

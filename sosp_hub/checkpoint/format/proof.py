@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.checkpoint.format.standins import has_standins
+from sosp_hub.compat.torch import buffer_table
+from sosp_hub.compat.transformers import cache_in, find_cache
 from sosp_hub.errors import CheckpointError
 
 OTHER_OUTPUT = (
     "{}: the config and the delta build a model of the same shapes that computes something else; "
     "an attribute was changed that is no number"
+)
+OTHER_CACHED = (
+    "{}: where a module was taken out, the installed library cannot generate with a key-value "
+    "cache (`python -m sosp_hub.doctor` says which version was tested)"
 )
 _TOLERANCE = 1e-6  # of the largest output
 
@@ -53,9 +60,9 @@ def adopt(rebuilt: nn.Module, model: nn.Module) -> None:
     rebuilt.load_state_dict(model.state_dict(), strict=False, assign=True)
     theirs = dict(model.named_buffers())
     for name, module in rebuilt.named_modules():
-        for key in module._buffers:
+        for key in (table := buffer_table(module)):
             if (full := f"{name}.{key}".lstrip(".")) in theirs:
-                module._buffers[key] = theirs[full]
+                table[key] = theirs[full]
     if callable(tie := getattr(rebuilt, "tie_weights", None)):
         tie()
 
@@ -85,6 +92,59 @@ def same_output(
     )
 
 
+def check_cache(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...] | None) -> None:
+    """Compares one step with a key-value cache and the same step without, on padded tokens.
+
+    What stands where a module was taken out has to keep the cache in step, and gets it under a name
+    that libraries change. Nothing is run where nothing was taken out, or where no cache is kept.
+
+    Args:
+        model: Any model, left as it was.
+        inputs: Arguments of a forward pass.
+
+    Raises:
+        CheckpointError: The outputs differ, the step fails, or the cache is not to be found.
+    """
+    if not has_standins(model) or not isinstance(inputs, Mapping):
+        return
+    name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    config: Any = getattr(model, "config", None)
+    if name not in inputs or not hasattr(config, "use_cache"):
+        return
+    failed = OTHER_CACHED.format(type(model).__name__)
+    tokens: Tensor = inputs[name]
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    runs: Callable[..., Any] = model
+
+    def run(tokens: Tensor, **kwargs: Any) -> Any:
+        padded = {} if name == "decoder_input_ids" else {"attention_mask": mask}
+        if kwargs.pop("without_last", False):
+            padded = {key: value[:, :-1] for key, value in padded.items()}
+        return runs(**{**inputs, name: tokens, **padded, **kwargs})
+
+    with _eval(model), torch.no_grad():
+        try:
+            expected = _tensors(run(tokens, use_cache=False))[0][:, -1]
+        except Exception:  # noqa: BLE001 - inputs that we made up; the caller does without
+            return
+        try:
+            held = cache_in(run(tokens[:, :-1], use_cache=True, without_last=True))
+            if not held and not _must_cache(model):
+                return
+            given = _tensors(run(tokens[:, -1:], use_cache=True, **held))[0][:, -1]
+        except Exception as error:
+            raise CheckpointError(f"{failed}: {error}") from error
+    counted = [int(find_cache([cache]).get_seq_length()) for cache in held.values()]
+    difference = (given - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    noise = max(1e-3, 16 * torch.finfo(expected.dtype).eps)
+    if counted != [tokens.shape[1]] or not difference <= noise:
+        raise CheckpointError(
+            f"{failed}: it counts {counted or 'no'} of "
+            f"{tokens.shape[1]} tokens, and its output is off by {float(difference):.1e} (relative)"
+        )
+
+
 @contextlib.contextmanager
 def without_data() -> Iterator[None]:
     """Builds modules whose parameters have no data and whose buffers have."""
@@ -92,6 +152,11 @@ def without_data() -> Iterator[None]:
 
     with init_empty_weights(include_buffers=False):
         yield
+
+
+def _must_cache(model: nn.Module) -> bool:
+    can_generate = getattr(model, "can_generate", lambda: False)
+    return bool(can_generate() and getattr(getattr(model, "config", None), "is_decoder", True))
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Any:

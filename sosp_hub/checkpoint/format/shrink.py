@@ -7,6 +7,7 @@ import transformers
 
 from sosp_hub.checkpoint.format.delta import apply_section, versions_said
 from sosp_hub.checkpoint.format.record import KEY, Delta, Section, parse_delta
+from sosp_hub.compat.torch import child_table
 from sosp_hub.errors import CheckpointError
 
 if TYPE_CHECKING:  # the hook that its import sets off needs this file
@@ -68,10 +69,10 @@ def _of_sibling(model: "PreTrainedModel", section: Section) -> Section | None:
     """
 
     def here(name: str) -> bool:
-        return name.partition(".")[0] in model._modules
+        return name.partition(".")[0] in child_table(model)
 
     roots = {name.partition(".")[0] for name in (*section.modules, *section.tensors) if name}
-    if not any(hasattr(model._modules.get(root), "base_model_prefix") for root in roots):
+    if not any(hasattr(child_table(model).get(root), "base_model_prefix") for root in roots):
         return None
     return dataclasses.replace(
         section,

@@ -70,6 +70,11 @@ class RemovedAttention(StandIn):
         return torch.zeros_like(hidden_states), None
 
 
+def has_standins(model: nn.Module) -> bool:
+    """Whether modules of a model were taken out."""
+    return any(isinstance(module, StandIn) for module in model.modules())
+
+
 def build_standin(one: Replacement) -> StandIn:
     """The stand-in that a delta asks for."""
     if one.kind == "attention":

@@ -16,7 +16,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import _builder, _hub, _registry
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -26,6 +25,16 @@ from sosp_hub.checkpoint.format.delta import apply_section, diff, versions_said
 from sosp_hub.checkpoint.format.record import Delta, parse_delta
 from sosp_hub.checkpoint.timm import shards as timm_shards
 from sosp_hub.checkpoint.timm.features import announce, announced_channels, feature_entries
+from sosp_hub.compat.timm import (
+    ADAPT,
+    READ_FOLDER,
+    READ_HUB,
+    built_with,
+    forget_architecture,
+    get_step,
+    read_config,
+    set_step,
+)
 from sosp_hub.errors import CheckpointError
 
 ARCHITECTURE = "sosp_hub_pruned"
@@ -115,9 +124,9 @@ def hook() -> None:
     """Registers the architecture, and the networks of the zoo, with timm."""
     importlib.import_module(_ZOO)
     if not _ORIGINALS:
-        _ORIGINALS.update({name: getattr(_builder, name) for name in _STAND_INS})
+        _ORIGINALS.update({name: get_step(name) for name in _STAND_INS})
         for name, stand_in in _STAND_INS.items():
-            setattr(_builder, name, stand_in(_ORIGINALS[name]))
+            set_step(name, stand_in(_ORIGINALS[name]))
         if not timm.is_model(ARCHITECTURE):
             timm.models.register_model(sosp_hub_pruned)
 
@@ -126,8 +135,8 @@ def unhook() -> None:
     """Leaves timm without the architecture."""
     if _ORIGINALS:
         for name in _STAND_INS:
-            setattr(_builder, name, _ORIGINALS.pop(name))
-        _registry._model_entrypoints.pop(ARCHITECTURE, None)
+            set_step(name, _ORIGINALS.pop(name))
+        forget_architecture(ARCHITECTURE)
 
 
 @contextlib.contextmanager
@@ -156,9 +165,7 @@ def base_architecture(model: nn.Module) -> str:
 
 def model_args(model: nn.Module) -> dict[str, Any]:
     """Arguments that make timm build the skeleton of this model again, as JSON data."""
-    args = dict(getattr(model, "_model_args", {}))
-    with contextlib.suppress(ImportError):  # timm < 1.0.31 keeps only what create_model was given
-        args = importlib.import_module("timm.models._input").get_model_args(model)
+    args = built_with(model)
     if isinstance(channels := getattr(model, "in_chans", None), int):
         args["in_chans"] = channels
     own = ("base_architecture", "delta", "pruned", "features_only", "pretrained_model_args")
@@ -208,7 +215,7 @@ def build_from_folder(folder: Path, *, dense: bool = False) -> nn.Module:
         folder: Holds ``config.json``.
         dense: Leave the delta out.
     """
-    cfg, name, args = _hub.load_model_config_from_path(folder)
+    cfg, name, args = read_config(folder)
     if dense and name == ARCHITECTURE:
         name = args["base_architecture"]
         args = {key: args[key] for key in args if key not in ("base_architecture", "delta")}
@@ -232,9 +239,9 @@ def _adapting(timms_own: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 _STAND_INS: dict[str, Callable[..., Any]] = {
-    "adapt_model_from_file": _adapting,
-    "load_state_dict_from_hf": timm_shards.from_hub,
-    "load_state_dict_from_path": timm_shards.from_folder,
+    ADAPT: _adapting,
+    READ_HUB: timm_shards.from_hub,
+    READ_FOLDER: timm_shards.from_folder,
 }
 
 if hooks.is_enabled():

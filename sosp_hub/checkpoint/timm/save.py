@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from timm.models import _hub
 from torch import Tensor, nn
 
 from sosp_hub.checkpoint.format import proof
 from sosp_hub.checkpoint.format.record import Delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.timm import load as adapter
+from sosp_hub.compat.timm import write_config
 from sosp_hub.errors import CheckpointError
 
 _NO_LIMIT = 2**62
@@ -54,7 +54,7 @@ def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> None:
 def _write_config(model: nn.Module, folder: Path, args: dict[str, Any], delta: Delta) -> None:
     path = folder / "config.json"
     try:
-        _hub.save_config_for_hf(model, path)  # type: ignore[arg-type]
+        write_config(model, path)
     except ValueError as error:  # an argument that is no JSON data
         raise CheckpointError(f"{type(model).__name__}: {error}") from error
     config = json.loads(path.read_text())

@@ -7,10 +7,10 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
-from timm.models import _hub
 from torch import Tensor
 
 from sosp_hub.checkpoint.format import headers
+from sosp_hub.compat.timm import split_id
 
 State = dict[str, Tensor]
 
@@ -42,7 +42,7 @@ def from_hub(timms_own: Callable[..., State]) -> Callable[..., State]:
         try:
             return timms_own(model_id, *args, cache_dir=cache_dir, **kwargs)
         except EntryNotFoundError as none:
-            repo_id, revision = _hub.hf_split(model_id)
+            repo_id, revision = split_id(model_id)
             where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
             try:
                 folder = Path(hf_hub_download(repo_id, headers.INDEX, **where)).parent

@@ -8,6 +8,7 @@ adapters.
 import contextlib
 import contextvars
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,10 +20,22 @@ from transformers.modeling_utils import PreTrainedModel
 import sosp_hub
 from sosp_hub.checkpoint import hooks
 from sosp_hub.checkpoint.format.delta import diff
+from sosp_hub.checkpoint.format.proof import check_cache
 from sosp_hub.checkpoint.format.record import KEY, Delta, Section
 from sosp_hub.checkpoint.format.shrink import APPLIED, shrink
+from sosp_hub.checkpoint.format.standins import has_standins
+from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.compat.torch import child_table
+from sosp_hub.compat.transformers import (
+    ATTENTION_KEY,
+    get_loader,
+    set_loader,
+    takes_other_sizes,
+    tied_names,
+)
 from sosp_hub.errors import CheckpointError
 
+_LOG = logging.getLogger(__name__)
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
 _CHECKED: contextvars.ContextVar[bool] = contextvars.ContextVar("checked", default=False)
 
@@ -34,9 +47,17 @@ def hook() -> None:
         PreTrainedModel.post_init = _post_init
         _ORIGINALS["set_attn_implementation"] = PreTrainedModel.set_attn_implementation
         PreTrainedModel.set_attn_implementation = _set_attn_implementation
-        if hasattr(PreTrainedModel, "_load_pretrained_model"):
-            _ORIGINALS["_load_pretrained_model"] = PreTrainedModel._load_pretrained_model
-            PreTrainedModel._load_pretrained_model = staticmethod(_load_pretrained_model)
+        _ORIGINALS["from_pretrained"] = vars(PreTrainedModel)["from_pretrained"]
+        PreTrainedModel.from_pretrained = classmethod(_from_pretrained)
+        if (loader := get_loader()) is not None:
+            _ORIGINALS["loader"] = loader
+            set_loader(_load)
+        else:
+            _LOG.warning(
+                "transformers %s loads weights in a way that sosp_hub does not know: it cannot see "
+                "whether a pruned checkpoint is loaded with tensors of other sizes",
+                transformers.__version__,
+            )
 
 
 def unhook() -> None:
@@ -44,10 +65,9 @@ def unhook() -> None:
     if _ORIGINALS:
         PreTrainedModel.post_init = _ORIGINALS["post_init"]
         PreTrainedModel.set_attn_implementation = _ORIGINALS["set_attn_implementation"]
-        if "_load_pretrained_model" in _ORIGINALS:
-            PreTrainedModel._load_pretrained_model = staticmethod(
-                _ORIGINALS["_load_pretrained_model"]
-            )
+        PreTrainedModel.from_pretrained = _ORIGINALS["from_pretrained"]
+        if "loader" in _ORIGINALS:
+            set_loader(_ORIGINALS["loader"])
         _ORIGINALS.clear()
 
 
@@ -121,7 +141,7 @@ def config_tree(config: Any) -> Iterator[Any]:
 def base_name(model: PreTrainedModel) -> str:
     """Name of the child that holds the base model; empty where the model is its own base."""
     prefix = model.base_model_prefix
-    inner = model._modules.get(prefix) if prefix else None
+    inner = child_table(model).get(prefix) if prefix else None
     return prefix if isinstance(inner, PreTrainedModel) else ""
 
 
@@ -177,7 +197,7 @@ def follow(model: nn.Module) -> None:
         for child in _own_part(module):
             config: Any = child.__dict__.get("config")
             if type(config) is type(module.config) and config is not module.config:
-                config._attn_implementation_internal = module.config._attn_implementation_internal
+                setattr(config, ATTENTION_KEY, getattr(module.config, ATTENTION_KEY))
 
 
 def _own_part(model: nn.Module) -> Iterator[nn.Module]:
@@ -188,12 +208,11 @@ def _own_part(model: nn.Module) -> Iterator[nn.Module]:
             yield from _own_part(child)
 
 
-def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _load(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Refuses what would load a pruned checkpoint wrongly without a word."""
     record = vars(model.config).get(KEY)
     if record is not None:
-        config = kwargs.get("load_config", args[2] if len(args) > 2 else None)
-        if getattr(config, "ignore_mismatched_sizes", False):
+        if takes_other_sizes(args, kwargs):
             raise CheckpointError(
                 "ignore_mismatched_sizes=True fills every tensor of another size with random "
                 "numbers; load the pruned model without it, and replace its head afterwards"
@@ -204,9 +223,17 @@ def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) ->
                 f"the checkpoint holds a pruned {base}, "
                 f"which a {type(model).__name__} does not contain"
             )
-    loaded = _ORIGINALS["_load_pretrained_model"](model, *args, **kwargs)
+    loaded = _ORIGINALS["loader"](model, *args, **kwargs)
     if record is not None or _CHECKED.get():
         _refuse_invented(model, loaded[0])
+    return loaded
+
+
+def _from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Proves what was loaded where modules were taken out."""
+    loaded = _ORIGINALS["from_pretrained"].__get__(None, cls)(*args, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    check_cache(model, made_up_inputs(model) if has_standins(model) else None)
     return loaded
 
 
@@ -216,7 +243,7 @@ def _refuse_invented(model: nn.Module, info: Any) -> None:
         raise CheckpointError(
             f"tensor {name!r}: the files hold {list(held)}, the config builds {list(built)}"
         )
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     missing = {name: sizes.get(name, 0) for name in info.missing_keys if name not in tied}
     if sum(missing.values()) > sum(sizes.values()) / 2:

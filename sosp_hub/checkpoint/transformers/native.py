@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from sosp_hub.checkpoint.format.modules import own_config, plain_attributes
 from sosp_hub.checkpoint.format.record import Delta, Section
 from sosp_hub.checkpoint.transformers import load as adapter
+from sosp_hub.compat.torch import child_table
 from sosp_hub.errors import CheckpointError
 
 _MOST_BUILDS = 64
@@ -125,7 +126,7 @@ def _pairs(skeleton: nn.Module, base: str, delta: Delta) -> Counter[_Pair] | Non
             pairs[old, new] += 1
         gone = Counter(name.rpartition(".")[0] for name in section.dropped)
         for parent, num in gone.items():
-            size = len(root.get_submodule(parent)._modules)
+            size = len(child_table(root.get_submodule(parent)))
             pairs[size, size - num] += num
     return None if any(len(each) > 1 for each in seen.values()) else pairs
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 
 from sosp_hub.checkpoint.format import proof
@@ -16,6 +15,7 @@ from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.checkpoint.transformers import native
 from sosp_hub.checkpoint.transformers.ship import ship
+from sosp_hub.compat.transformers import no_init_weights
 from sosp_hub.errors import CheckpointError
 
 
@@ -82,6 +82,7 @@ def describe(model: PreTrainedModel, *, uniform: bool = True) -> tuple[Any, Delt
     proof.adopt(rebuilt, model)
     if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
         raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
+    proof.check_cache(rebuilt, inputs)
     return config, delta
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from sosp_hub.checkpoint.transformers import load as adapter
+from sosp_hub.compat.transformers import auto_classes
 
 _FILES = {
     "sosp_hub.errors": "sosp_hub_errors",
+    "sosp_hub.compat.torch": "sosp_hub_compat_torch",
     "sosp_hub.compat.transformers": "sosp_hub_compat_transformers",
     "sosp_hub.checkpoint.format.record": "sosp_hub_record",
     "sosp_hub.checkpoint.format.modules": "sosp_hub_modules",
@@ -68,18 +69,6 @@ def ship(model: PreTrainedModel, folder: Path) -> None:
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {
-        auto: f"{_MODELING}.{cls.__name__}" for cls in classes for auto in _auto_classes(cls)
+        auto: f"{_MODELING}.{cls.__name__}" for cls in classes for auto in auto_classes(cls)
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _auto_classes(cls: type) -> list[str]:
-    """The Auto classes that give this class for its config."""
-    found = []
-    for name in dir(modeling_auto):
-        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
-        if name.startswith("Auto") and mapping is not None:
-            given = mapping.get(cls.config_class, ())
-            if cls in (given if isinstance(given, tuple) else (given,)):
-                found.append(name)
-    return found

@@ -1,0 +1,24 @@
+"""Smoke tests of `sosp_hub.compat.accelerate`."""
+
+import torch
+from accelerate import cpu_offload, dispatch_model
+from torch import nn
+
+from sosp_hub.compat import accelerate as compat
+from sosp_hub.compat.smoke import expect, smoke
+
+
+@smoke("scores of offloaded models")
+def offloaded_models() -> None:
+    model = cpu_offload(nn.Sequential(nn.Linear(1, 1)), execution_device=torch.device("cpu"))
+    given = compat.running_device(model)
+    expect(given is not None and torch.device(given).type == "cpu", f"it runs on {given}")
+    expect(compat.running_device(nn.Linear(1, 1)) is None, "a plain model has a hook")
+
+
+@smoke("saving models that lie on several devices")
+def spread_models() -> None:
+    layers = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    model = dispatch_model(layers, {"0": "cpu", "1": "cpu"}, force_hooks=True)
+    expect(compat.is_spread(model), "nothing says so")
+    expect(not compat.is_spread(nn.Linear(1, 1)), "a plain model is spread")

@@ -1,0 +1,137 @@
+"""Smoke tests of `sosp_hub.compat.torch`."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sosp_hub.compat import torch as compat
+from sosp_hub.compat.smoke import expect, smoke
+
+
+@smoke("trace without data; MACs of a checkpoint that was not loaded")
+def fake_mode() -> None:
+    with compat.FakeMode() as mode:
+        made = nn.Linear(3, 5)(torch.empty(2, 3))
+    taken = mode.from_tensor(torch.ones(4))
+    for tensor, shape in ((made, (2, 5)), (taken, (4,))):
+        expect(type(tensor).__name__ == "FakeTensor", f"a {type(tensor).__name__} holds data")
+        expect(tuple(tensor.shape) == shape, f"shape {tuple(tensor.shape)}, not {shape}")
+    expect(compat.FAKE_LOG.startswith("torch."), compat.FAKE_LOG)
+
+
+@smoke("trace and MACs of mixtures of experts")
+def grouped_products() -> None:
+    for packet in compat.grouped_product_flops():
+        with compat.FakeMode():
+            ends = torch.empty(2, dtype=torch.int32)
+            made = packet(torch.empty(8, 6), torch.empty(2, 6, 5), ends)
+        expect(tuple(made.shape) == (8, 5), f"shape {tuple(made.shape)}")
+
+
+@smoke("trace and the verification of every cut")
+def dispatch_mode() -> None:
+    class Names(compat.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+            seen.append((func.namespace, str(func)))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[tuple[str, str]] = []
+    with torch.no_grad(), Names():
+        nn.Linear(3, 5)(torch.zeros(2, 3))
+    expect(("aten", "aten.addmm.default") in seen, f"a linear layer is {seen}")
+
+
+@smoke("trace: what is known of each tensor")
+def tensor_table() -> None:
+    table, tensor, other = compat.TensorTable(), torch.zeros(2), torch.zeros(2)
+    table[tensor] = "known"
+    expect(tensor in table and other not in table, "tensors are told apart by their values")
+    del tensor
+    expect(len(table) == 0, "tensors are kept alive")
+
+
+@smoke("cutting, saving and loading: tensors and modules are replaced where they are")
+def tables_of_a_module() -> None:
+    module = nn.BatchNorm1d(3)
+    module.add_module("none", None)
+    compat.parameter_table(module)["weight"] = nn.Parameter(torch.zeros(2))
+    compat.buffer_table(module)["running_mean"] = torch.zeros(2)
+    compat.child_table(module)["child"] = nn.ReLU()
+    expect(module.weight.shape == (2,), "the parameter stays")
+    expect(dict(module.named_buffers())["running_mean"].shape == (2,), "the buffer stays")
+    expect([name for name, _ in module.named_children()] == ["child"], "the child is not there")
+    expect(list(compat.child_table(module)) == ["none", "child"], "children that are None")
+    module.register_buffer("loose", torch.zeros(1), persistent=False)
+    expect("loose" not in module.state_dict(), "a loose buffer is saved")
+    compat.save_buffer(module, "loose")
+    expect("loose" in module.state_dict(), "the buffer is not saved")
+
+
+@smoke("sizes that follow from the numbers of a module; norms in training and scoring")
+def classes_of_layers() -> None:
+    for module in (nn.Conv1d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Conv3d(1, 1, 1)):
+        expect(isinstance(module, compat.Convolution), f"{module} is no convolution")
+    expect(isinstance(nn.ConvTranspose1d(1, 1, 1), compat.TransposedConvolution), "transposed")
+    expect(not isinstance(nn.Conv1d(1, 1, 1), compat.TransposedConvolution), "not transposed")
+    for module in (nn.BatchNorm1d(1), nn.BatchNorm2d(1), nn.SyncBatchNorm(1)):
+        expect(isinstance(module, compat.BatchNorm), f"{module} is no batch norm")
+    for module in (nn.BatchNorm3d(1), nn.InstanceNorm2d(1)):
+        expect(isinstance(module, compat.RunningNorm), f"{module} keeps no statistics")
+
+
+@smoke("the verification of every cut: views and operations that write")
+def aliases_of_results() -> None:
+    def kinds(func: object) -> list[bool | None]:
+        return [alias and alias.is_write for alias in compat.result_aliases(func)]
+
+    for func, expected in (
+        (compat.aten.view.default, [False]),
+        (compat.aten.add_.Tensor, [True]),
+        (compat.aten.add.Tensor, [None]),
+    ):
+        expect(kinds(func) == expected, f"{func} gives {kinds(func)}")
+
+
+@smoke("second-order scores of attention")
+def softmax_below_autograd() -> None:
+    scores = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    shares = torch.softmax(scores, -1)
+    grad = torch.randn_like(shares)
+    (expected,) = torch.autograd.grad(shares, scores, grad)
+    given = compat.softmax_backward(grad, shares.detach())
+    expect(torch.equal(given, expected), "another gradient than autograd's")
+    masked = compat.safe_softmax(torch.full((1, 2), -torch.inf))
+    expect(torch.equal(masked, torch.zeros(1, 2)), f"an empty row gives {masked.tolist()}")
+
+
+@smoke("second-order scores of convolutions, norms and activations")
+def operations_below_autograd() -> None:
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(x.shape, dtype=torch.float64)
+    aten = compat.aten
+    stats = aten.native_layer_norm(x.detach(), [5], None, None, 1e-5)[1:]
+    mask = [True, False, False]
+    for name, function, backward in (
+        ("relu", F.relu, lambda x: aten.threshold_backward(grad, x, 0)),
+        ("relu6", F.relu6, lambda x: aten.hardtanh_backward(grad, x, 0, 6)),
+        ("gelu", F.gelu, lambda x: aten.gelu_backward(grad, x)),
+        ("silu", F.silu, lambda x: aten.silu_backward(grad, x)),
+        (
+            "layer norm",
+            lambda x: F.layer_norm(x, (5,)),
+            lambda x: aten.native_layer_norm_backward(grad, x, [5], *stats, None, None, mask)[0],
+        ),
+        (
+            "convolution",
+            lambda x: F.conv2d(x, _KERNEL, padding=1),
+            lambda x: aten.convolution_backward(
+                grad, x, _KERNEL, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+            )[0],
+        ),
+    ):
+        (expected,) = torch.autograd.grad(function(x), x, grad)
+        error = (backward(x.detach()) - expected).abs().max()
+        expect(error < 1e-12, f"{name}: a gradient that is off by {error:.1e}")
+
+
+_KERNEL = torch.linspace(-1, 1, 4 * 4 * 3 * 3, dtype=torch.float64).reshape(4, 4, 3, 3)

@@ -1,0 +1,135 @@
+"""Smoke tests of `sosp_hub.compat.transformers`, on models of a few thousand parameters."""
+
+import tempfile
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from sosp_hub.compat import transformers as compat
+from sosp_hub.compat.smoke import expect, smoke
+
+_SIZES = {
+    "vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+def _llama(**changes: Any) -> Any:
+    config = transformers.LlamaConfig(**_SIZES, **changes)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@smoke("models from which attention was removed: wrong text with padding")
+def cache_of_a_model() -> None:
+    model, tokens, seen = _llama(), torch.arange(3, 8)[None], []
+
+    def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(compat.find_cache((*args, *kwargs.values())))
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        whole = model(tokens, use_cache=True)
+        first = model(tokens[:, :-1], use_cache=True)
+        held = compat.cache_in(first)
+        expect(len(held) == 1, f"an output of {sorted(first)} holds the caches {sorted(held)}")
+        (cache,) = held.values()
+        expect(seen[-1] is cache, "its attention is not handed the cache of the output")
+        last = model(tokens[:, -1:], **held, use_cache=True)
+    expect(cache.get_seq_length() == 5, f"{cache.get_seq_length()} of 5 tokens in the cache")
+    error = (last.logits[:, -1] - whole.logits[:, -1]).abs().max()
+    expect(error < 1e-5, f"a cached step is off by {error:.1e}")
+
+
+@smoke("refusing a pruned checkpoint that is loaded with random tensors")
+def loading_function() -> None:
+    seen: list[Any] = []
+
+    def loader(model: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = original(model, *args, **kwargs)  # pyright: ignore[reportOptionalCall]
+        seen.append((compat.takes_other_sizes(args, kwargs), loaded[0]))
+        return loaded
+
+    original = compat.get_loader()
+    expect(original is not None, "transformers loads weights by another function")
+    model = _llama()
+    with tempfile.TemporaryDirectory() as folder, _silence():
+        model.save_pretrained(folder)
+        compat.set_loader(loader)
+        try:
+            for kwargs in ({}, {"ignore_mismatched_sizes": True, "intermediate_size": 6}):
+                type(model).from_pretrained(folder, **kwargs)
+        finally:
+            compat.set_loader(original)  # type: ignore[arg-type]
+    expect(len(seen) == 2, f"it was called {len(seen)} times for two models")
+    expect([each for each, _ in seen] == [False, True], "it is not told of ignore_mismatched_sizes")
+    expect(not seen[0][1].missing_keys, f"{seen[0][1].missing_keys} missing")
+    names = sorted(name for name, _, _ in seen[1][1].mismatched_keys)
+    expect(len(names) == 3, f"three tensors of another size are {names}")
+
+
+@smoke("inspect and misfits: tensors that files rightly lack")
+def tied_tensors() -> None:
+    names = compat.tied_names(_llama(tie_word_embeddings=True))
+    expect(list(names) == ["lm_head.weight"], f"the tied tensors are {list(names)}")
+
+
+@smoke("inspect and misfits of models whose files have other names")
+def names_in_files() -> None:
+    config = transformers.MixtralConfig(**_SIZES, num_local_experts=2)
+    state = compat.as_stored(transformers.MixtralForCausalLM(config))
+    name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    expect(name in state, f"no {name!r} among {sorted(state)}")
+    expect("weight" in compat.as_stored(nn.Linear(1, 1)), "models of other libraries")
+
+
+@smoke("saving: models are built to be compared")
+def building_without_random_numbers() -> None:
+    before = torch.get_rng_state()
+    with compat.no_init_weights():
+        _llama()
+    expect(torch.equal(before, torch.get_rng_state()), "random numbers are drawn")
+
+
+@smoke("tasks that fit a model; code that is shipped beside weights")
+def auto_classes() -> None:
+    auto = transformers.AutoModelForCausalLM
+    given = compat.classes_for(auto, transformers.LlamaConfig)
+    expect(given == (transformers.LlamaForCausalLM,), f"a Llama is {given}")
+    given = compat.classes_for(auto, transformers.ViTConfig)
+    expect(given == (), f"a ViT is {given} that writes text")
+    names = compat.auto_classes(transformers.LlamaForCausalLM)
+    expect("AutoModelForCausalLM" in names, f"a Llama is found as {names}")
+
+
+@smoke("attention and experts of pruned models run as they were told; ONNX of experts")
+def state_of_configs() -> None:
+    config = _llama().config
+    config._attn_implementation = "eager"
+    expect(vars(config).get(compat.ATTENTION_KEY) == "eager", "the choice of attention moved")
+    config._experts_implementation = "batched_mm"
+    expect(vars(config).get(compat.EXPERTS_KEY) == "batched_mm", "the choice of experts moved")
+    expect(vars(config).keys() >= compat.CONFIG_STATE, "names of both moved")
+
+
+@smoke("the base model's name in GGUF files")
+def origin_of_configs() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _llama().config.save_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        expect(compat.name_of(config) == folder, f"read from {compat.name_of(config)!r}")
+
+
+def _silence() -> Any:
+    """No report of what is loaded, which the test wants to be odd."""
+    import contextlib
+
+    logging = transformers.logging
+    stack, before = contextlib.ExitStack(), logging.get_verbosity()
+    stack.callback(logging.set_verbosity, before)
+    if logging.is_progress_bar_enabled():
+        stack.callback(logging.enable_progress_bar)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return stack
