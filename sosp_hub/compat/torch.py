@@ -74,6 +74,16 @@ def save_buffer(module: nn.Module, name: str) -> None:
     module._non_persistent_buffers_set.discard(name)
 
 
+def num_writes(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; views count with what they show."""
+    return tensor._version
+
+
+def compiled_from(model: nn.Module) -> Any:
+    """What ``torch.compile`` made a model of; None where it did not."""
+    return getattr(model, "_orig_mod", None)
+
+
 def result_aliases(func: Any) -> list[Any]:
     """How each result of an operation shares memory with its arguments; None where it does not."""
     schema = getattr(func, "_schema", None)

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.torch import num_writes
+
 _Cache = functools._lru_cache_wrapper
 
 _FOREIGN = frozenset(sys.stdlib_module_names) | frozenset(
@@ -125,7 +127,7 @@ class _Places:
             *((c, (list(vars(c)), list(vars(c).values()))) for c in self.classes),
             *((c, _entries(c)) for c in self.containers),
             *((cell, _content(cell)) for cell in self.cells),
-            *((tensor, (tensor._version, tensor.detach().clone())) for tensor in self.tensors),
+            *((tensor, (num_writes(tensor), tensor.detach().clone())) for tensor in self.tensors),
         ]
 
     def exchange_caches(self) -> None:
@@ -381,7 +383,7 @@ def _restore_cell(cell: types.CellType, before: Any) -> None:
 
 
 def _restore_tensor(tensor: Tensor, before: tuple[int, Tensor]) -> None:
-    if tensor._version != before[0]:
+    if num_writes(tensor) != before[0]:
         with torch.no_grad():
             tensor.set_(before[1])
 

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.torch import compiled_from
 from sosp_hub.errors import DataError
 from sosp_hub.tasks.batches import check_batch, described, num_samples
 from sosp_hub.tasks.predictions import IGNORED, Predictions, check_classes, softmax, whole
@@ -266,7 +267,7 @@ def _default(outputs: Any, batch: Any) -> Predictions:
 def inner(model: nn.Module) -> Any:
     """The model without what DistributedDataParallel or torch.compile wrap it in."""
     while True:
-        wrapped = getattr(model, "_orig_mod", None)
+        wrapped = compiled_from(model)
         if wrapped is None and type(model).__name__ in _WRAPPERS:
             wrapped = getattr(model, "module", None)
         if not isinstance(wrapped, nn.Module):

@@ -18,7 +18,7 @@ DOCUMENTED = {  # modules whose pages say what is in them
     *("torch.utils.data", "torch.utils.flop_counter", "torch.utils.hooks"),
     "transformers.modeling_utils",
 }
-PYTHONS_OWN = {"_initializing"}  # of a module that is being imported
+PYTHONS_OWN = {"_fields", "_initializing", "_lru_cache_wrapper"}
 ASKING = {"getattr", "hasattr", "setattr", "delattr"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if "compat" not in path.relative_to(ROOT).parts)
 

@@ -92,6 +92,21 @@ def aliases_of_results() -> None:
         expect(kinds(func) == expected, f"{func} gives {kinds(func)}")
 
 
+@smoke("leaving tensors that a model shares with others as they were")
+def writes_to_a_tensor() -> None:
+    tensor = torch.zeros(2, 2)
+    before = compat.num_writes(tensor)
+    tensor[0].add_(1)
+    expect(compat.num_writes(tensor) > before, "a write through a view is not counted")
+
+
+@smoke("scoring and training of compiled models")
+def compiled_models() -> None:
+    model = nn.Linear(1, 1)
+    expect(compat.compiled_from(torch.compile(model)) is model, "a compiled model hides its own")
+    expect(compat.compiled_from(model) is None, "a plain model is compiled")
+
+
 @smoke("second-order scores of attention")
 def softmax_below_autograd() -> None:
     scores = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
