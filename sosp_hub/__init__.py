@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from sosp_hub.allocation import allocate
     from sosp_hub.checkpoint.io import from_pretrained, save_pretrained
     from sosp_hub.checkpoint.weightless import apply_plan_file, save_plan
-    from sosp_hub.criteria.registry import score
     from sosp_hub.hub.push import push_to_hub
     from sosp_hub.plan import PruningPlan
+    from sosp_hub.scoring import score
     from sosp_hub.structure.trace import trace
     from sosp_hub.surgery.apply import apply, apply_
 
@@ -30,7 +30,7 @@ _HOME = {
     "push_to_hub": "sosp_hub.hub.push",
     "save_plan": "sosp_hub.checkpoint.weightless",
     "save_pretrained": "sosp_hub.checkpoint.io",
-    "score": "sosp_hub.criteria.registry",
+    "score": "sosp_hub.scoring",
     "trace": "sosp_hub.structure.trace",
 }
 

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +22,9 @@ from sosp_hub.double_backward.pieces import pieces, pieces_with_scratch
 from sosp_hub.double_backward.smooth import Smooth, smooth_source
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Group, Groups, Site
+from sosp_hub.types import GateKind
 
 logger = logging.getLogger(__name__)
-
-GateKind = Literal["activation", "weight"]
-"""``activation``: at the group's sites. ``weight``: on the filters that make its slices, as in the
-literature."""
 
 
 class Gates:

@@ -12,6 +12,18 @@ Kind = Literal["channel", "head", "kv_group", "head_dim", "neuron", "residual", 
 DEFAULT_KINDS: tuple[Kind, ...] = ("channel", "head", "kv_group", "neuron")
 """What may go unless somebody says otherwise."""
 
+GateKind = Literal["activation", "weight"]
+"""What a gate multiplies. ``activation``: what is read at the group's sites. ``weight``: the
+filters that make its slices, as in the literature."""
+
+Mode = Literal["exact", "differences", "auto"]
+"""How second derivatives are taken. ``exact``: double backward. ``differences``: central
+differences of the gradient, which need no second derivative of any kernel. ``auto``: exact, and
+differences where a kernel has none or memory does not suffice for that of a single sample."""
+
+OutputLoss = Literal["auto", "cross_entropy", "squared"]
+"""Which curvature by the outputs: the loss's own, or another whatever the loss."""
+
 Task = Literal["image-classification", "text-classification", "causal-lm"]
 Library = Literal["timm", "transformers"]
 

@@ -11,7 +11,7 @@ import torch
 
 import sosp_hub
 from sosp_hub.cost import cost
-from sosp_hub.criteria.registry import criteria
+from sosp_hub.recipe.criteria import CRITERIA
 from sosp_hub.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -52,8 +52,8 @@ def recipe_table() -> str:
 
 def criteria_table() -> str:
     rows = []
-    for name, criterion in criteria().items():
-        what = criterion.__doc__.splitlines()[0].rstrip(".").replace("``", "`")
+    for name, criterion in CRITERIA.known().items():
+        what = criterion.summary().replace("``", "`")
         rows.append((f"`{name}`", what, criterion.needs, criterion.paper))
     return table(("criterion", "what it is", "needs", "paper"), rows)
 

@@ -1,30 +1,19 @@
 """Size of activations."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
-from sosp_hub.criteria.activations import (
-    WATCHED,
-    Seen,
-    is_watched,
-    mean_of_sites,
-    site_means,
-)
-from sosp_hub.criteria.ranking import standardized
-from sosp_hub.criteria.registry import HasGroups, Needs, register
+from sosp_hub.recipe.criteria import CRITERIA, Needs, WatchedCriterion
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, Saliency
+    from torch import Tensor
+
+    from sosp_hub.criteria.compute.activations import Seen
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Activation:
+@CRITERIA.declare
+class Activation(WatchedCriterion):
     """How large a structure's activation is: mean over places, root mean square over samples.
 
     ``sqrt(E_n (mean_t ||a_nts||_2)^2)`` with ``a_nts`` what structure ``s`` hands on at token or
@@ -36,28 +25,30 @@ class Activation:
     Differs from the paper: root mean square for L2, so that the number of samples does not matter;
     padding does not count; scores are standardised within each group, so that layers compare (our
     choice); places that read the same group are averaged.
-
-    Attributes:
-        standardize: Mean 0 and standard deviation 1 within each group.
-        process_sum: Sum over processes.
     """
 
-    standardize: bool = True
-    process_sum: Callable[[Tensor], Tensor] | None = None
-    name: ClassVar[str] = "activation"
     paper: ClassVar[str] = "arXiv 2407.14679"
     needs: ClassVar[Needs] = "inputs"
-    scores_only: ClassVar[str] = WATCHED
-    able = staticmethod(is_watched)
+    formula: ClassVar[str] = "sqrt(mean over samples of (mean over places of ||a_s||_2)^2)"
+    words: ClassVar[str] = "a is what the structure hands on at a pixel or token"
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["activation"] = "activation"
+
+    def saliency(self, context: "Context") -> "Saliency":
         """One forward pass per batch."""
-        means = site_means(model, graph.groups, batches, _squares, self.process_sum)
-        roots = {name: {i: m.sqrt() for i, m in found.items()} for name, found in means.items()}
+        from sosp_hub.criteria.compute.activations import mean_of_sites, site_means
+        from sosp_hub.criteria.compute.ranking import standardized
+
+        means = site_means(
+            context.model, context.groups, context.batches, _squares, context.process_sum
+        )
+        roots = {name: {i: m.sqrt() for i, m in sites.items()} for name, sites in means.items()}
         scores = mean_of_sites(roots)
         return standardized(scores, "the size of activations") if self.standardize else scores
 
 
-def _squares(seen: Seen) -> tuple[Tensor, int]:
+def _squares(seen: "Seen") -> "tuple[Tensor, int]":
+    import torch
+
     sizes = torch.linalg.vector_norm(seen.by_structure(), dim=-1)
     return (sizes.sum(-1) / seen.places.clamp(min=1)).square().sum(-1), len(seen.rows)

@@ -1,32 +1,24 @@
 """Nuclear norm of feature maps."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from sosp_hub.criteria.activations import (
-    WATCHED,
-    Seen,
-    is_watched,
-    mean_of_sites,
-    site_means,
-)
-from sosp_hub.criteria.ranking import standardized
-from sosp_hub.criteria.registry import HasGroups, Needs, register
+from sosp_hub.recipe.criteria import CRITERIA, Method, Needs, WatchedCriterion
+from sosp_hub.recipe.section import Count
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, Saliency
+    from torch import Tensor
+
+    from sosp_hub.criteria.compute.activations import Seen
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 _STRUCTURES = 64  # feature maps of so many structures are copied at once
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Eap:
+@CRITERIA.declare
+class Eap(WatchedCriterion):
     """Nuclear norm of what a structure hands on, its sum of singular values per sample.
 
     ``set``: the maps of up to ``set_size`` samples of a batch are the rows of one matrix of each
@@ -43,33 +35,40 @@ class Eap:
     (our choice); heads, neurons and groups that are read in several places are scored too; padding
     does not count; scores are standardised within each group. With ``set`` the scores depend on how
     the data is cut into batches.
-
-    Attributes:
-        reading: What the matrix is.
-        set_size: Most samples of one matrix with ``set``.
-        standardize: Mean 0 and standard deviation 1 within each group.
-        process_sum: Sum over processes.
     """
 
-    reading: Literal["set", "map"] = "set"
-    set_size: int = 32
-    standardize: bool = True
-    process_sum: Callable[[Tensor], Tensor] | None = None
-    name: ClassVar[str] = "eap"
     paper: ClassVar[str] = "arXiv 2103.10858"
     needs: ClassVar[Needs] = "inputs"
-    scores_only: ClassVar[str] = WATCHED
-    able = staticmethod(is_watched)
+    formula: ClassVar[str] = "||A_s||_*, the sum of singular values, per sample"
+    words: ClassVar[str] = "the rows of A_s are the maps of several samples"
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["eap"] = "eap"
+    reading: Literal["set", "map"] = Field(
+        default="set", description="one matrix of several samples' maps, or one of each map"
+    )
+    set_size: Count = Field(default=32, description="most samples of one matrix with `set`")
+
+    def saliency(self, context: "Context") -> "Saliency":
         """One forward pass per batch."""
-        means = site_means(model, graph.groups, batches, self._measure, self.process_sum)
+        from sosp_hub.criteria.compute.activations import mean_of_sites, site_means
+        from sosp_hub.criteria.compute.ranking import standardized
+
+        means = site_means(
+            context.model, context.groups, context.batches, self._measure, context.process_sum
+        )
         scores = mean_of_sites(means)
         if not self.standardize:
             return scores
         return standardized(scores, "the nuclear norm of feature maps")
 
-    def _measure(self, seen: Seen) -> tuple[Tensor, int]:
+    def method(self) -> Method:
+        """By its reading."""
+        of_map = "A_n,s is the map of one sample"
+        return Method(self.formula, self.scaled(of_map if self.reading == "map" else self.words))
+
+    def _measure(self, seen: "Seen") -> "tuple[Tensor, int]":
+        import torch
+
         norms = []
         for part in seen.by_structure().split(_STRUCTURES):  # (structures, samples, places, each)
             if self.reading == "map":
@@ -82,7 +81,9 @@ class Eap:
         return torch.cat(norms), len(seen.rows)
 
 
-def _nuclear_norms(matrices: Tensor) -> Tensor:
+def _nuclear_norms(matrices: "Tensor") -> "Tensor":
+    import torch
+
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     gram = (wide @ wide.mT).to(torch.float64)
     if not gram.isfinite().all():  # said by `score`; eigenvalues would not converge

@@ -1,23 +1,19 @@
 """The diagonal of the empirical Fisher matrix in gate space."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor, nn
+from pydantic import Field
 
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.derivatives import Protocol, sample_squares
-from sosp_hub.structure.groups import Group
+from sosp_hub.recipe.criteria import CRITERIA, Needs, PerSampleCriterion, gate_words
+from sosp_hub.recipe.section import Count
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, LossFn, Saliency
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Fisher:
+@CRITERIA.declare
+class Fisher(PerSampleCriterion):
     """Mean over samples of the squared gate gradient of each sample's own loss.
 
     ``F_s = E_n (dL_n / dm_s)^2``: how much the loss of a sample moves with a structure, whichever
@@ -29,28 +25,22 @@ class Fisher:
     Differs from the paper: the factor 1/2 is left out, which changes no order, and costs are left
     to the budget. A group that is read by a weight outside of its module stays whole, since all
     samples share the gate of such a weight.
-
-    Attributes:
-        micro_batch_size: Most samples of one pass; None = whole batches.
-        loss_fn: Loss of (outputs, targets).
-        process_sum: Sum over processes.
     """
 
-    micro_batch_size: int | None = None
-    loss_fn: "LossFn | None" = None
-    process_sum: Callable[[Tensor], Tensor] | None = None
-    name: ClassVar[str] = "fisher"
     paper: ClassVar[str] = "arXiv 1801.05787"
     needs: ClassVar[Needs] = "labels"
+    formula: ClassVar[str] = "mean over samples of (g_n,s)^2"
     first_order: ClassVar[bool] = True
-    scores_only: ClassVar[str] = "read by layers, in front of which each sample has its own gates"
+    words: ClassVar[str] = f"{gate_words()}, g_n of one sample's loss."
 
-    @staticmethod
-    def able(group: Group) -> bool:
-        """Gates that scale a weight would be shared by all samples."""
-        return bool(group.sites) and all(site.module is not None for site in group.sites)
+    name: Literal["fisher"] = "fisher"
+    micro_batch_size: Count | None = Field(
+        default=None, description="most samples of one pass; null = whole batches"
+    )
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    def saliency(self, context: "Context") -> "Saliency":
         """One backward pass per batch, with gates of their own for every sample."""
-        protocol = Protocol(self.loss_fn, "activation", self.micro_batch_size, self.process_sum)
-        return sample_squares(model, graph.groups, batches, protocol).second
+        from sosp_hub.derivatives import sample_squares
+
+        protocol = context.protocol(micro_batch_size=self.micro_batch_size)
+        return sample_squares(context.model, context.groups, context.batches, protocol).second

@@ -1,31 +1,19 @@
 """Weights times how much what they read fluctuates."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
-from sosp_hub.criteria.activations import (
-    WATCHED,
-    Seen,
-    is_watched,
-    mean_of_sites,
-    site_means,
-)
-from sosp_hub.criteria.ranking import standardized
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.criteria.weights import by_structure, check_read, reading
+from sosp_hub.recipe.criteria import CRITERIA, Needs, WatchedCriterion
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, Saliency
+    from torch import Tensor
+
+    from sosp_hub.criteria.compute.activations import Seen
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Flap:
+@CRITERIA.declare
+class Flap(WatchedCriterion):
     """Variance of input ``j`` times the squared norm of the weights ``W_:j`` that read it.
 
     An input that hardly changes can be replaced by its mean, however large it is. Where a structure
@@ -41,47 +29,38 @@ class Flap:
     BatchNorm follows, re-estimated statistics (``finetune.recalibrate_norm``) do the same;
     ``compensate`` makes up for the cut by factors. The variance is over all tokens, padding left
     out; weights that read the same group in several places are averaged.
-
-    Attributes:
-        standardize: Mean 0 and standard deviation 1 within each group.
-        process_sum: Sum over processes.
     """
 
-    standardize: bool = True
-    process_sum: Callable[[Tensor], Tensor] | None = None
-    name: ClassVar[str] = "flap"
     paper: ClassVar[str] = "arXiv 2312.11983"
     needs: ClassVar[Needs] = "inputs"
-    scores_only: ClassVar[str] = WATCHED
-    able = staticmethod(is_watched)
+    formula: ClassVar[str] = "sum over inputs j of s of Var(x_j) * ||W_:j||^2"
+    words: ClassVar[str] = "W are the weights that read the structure, x what they read"
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["flap"] = "flap"
+
+    def saliency(self, context: "Context") -> "Saliency":
         """One forward pass per batch."""
-        groups = graph.groups
-        norms = {
-            name: reading(model, group, lambda weight: weight.square().sum(1))
-            for name, group in groups.items()
-        }
-        check_read(groups, norms, self.name)
-        means = site_means(model, groups, batches, _moments, self.process_sum, per_position=2)
-        scores = mean_of_sites(
-            {
-                name: {
-                    i: by_structure(group, group.sites[i], norms[name][i] * _variance(*moments))
-                    for i, moments in means[name].items()
-                    if i in norms[name]
-                }
-                for name, group in groups.items()
-            }
+        from sosp_hub.criteria.compute.activations import weighted_inputs
+        from sosp_hub.criteria.compute.ranking import standardized
+
+        scores = weighted_inputs(
+            context,
+            self.name,
+            of_weights=lambda weight: weight.square().sum(1),
+            moments=_moments,
+            of_inputs=lambda moments: _variance(*moments),
+            num_moments=2,
         )
         return standardized(scores, "fluctuation") if self.standardize else scores
 
 
-def _moments(seen: Seen) -> tuple[Tensor, Tensor]:
+def _moments(seen: "Seen") -> "tuple[Tensor, Tensor]":
     """Sums of x and of its square over samples and places."""
+    import torch
+
     rows = seen.rows.double()
     return torch.stack([rows.sum((0, 1)), rows.square().sum((0, 1))]), seen.places.sum()
 
 
-def _variance(mean: Tensor, square: Tensor) -> Tensor:
+def _variance(mean: "Tensor", square: "Tensor") -> "Tensor":
     return (square - mean.square()).clamp(min=0)

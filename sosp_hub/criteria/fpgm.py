@@ -1,27 +1,22 @@
 """Distance of filters to the other filters of their group."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
-from sosp_hub.criteria.ranking import standardized
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.criteria.weights import filters, slices
 from sosp_hub.errors import CriterionError
-from sosp_hub.structure.groups import Group
+from sosp_hub.recipe.criteria import CRITERIA, Needs, StandardizedCriterion
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, Saliency
+    from torch import Tensor, nn
+
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.structure.groups import Group
+    from sosp_hub.types import Saliency
 
 _ROWS = 256  # distances of so many structures are in memory at once
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Fpgm:
+@CRITERIA.declare
+class Fpgm(StandardizedCriterion):
     """Sum of the distances from a structure's filters to those of all others in its group.
 
     ``sum_j ||w_s - w_j||_2``: the least is nearest to the geometric median, which the others can
@@ -33,32 +28,38 @@ class Fpgm:
     Differs from the paper: the filters are all weights that are cut together, one behind the other;
     scores are standardised within each group, so that layers compare (our choice; the paper prunes
     every layer by the same ratio: ``uniform: true``).
-
-    Attributes:
-        standardize: Mean 0 and standard deviation 1 within each group.
     """
 
-    standardize: bool = True
-    name: ClassVar[str] = "fpgm"
     paper: ClassVar[str] = "arXiv 1811.00250"
     needs: ClassVar[Needs] = "nothing"
+    formula: ClassVar[str] = "sum over j of ||w_s - w_j||_2"
+    words: ClassVar[str] = "w are the weights of the structure; no data is used"
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["fpgm"] = "fpgm"
+
+    def saliency(self, context: "Context") -> "Saliency":
         """Looks at the weights alone."""
-        del batches
-        scores = {name: _distances(model, group) for name, group in graph.groups.items()}
+        from sosp_hub.criteria.compute.ranking import standardized
+
+        scores = {name: _distances(context.model, group) for name, group in context.groups.items()}
         return standardized(scores, "the distance of filters") if self.standardize else scores
 
 
-def _distances(model: nn.Module, group: Group) -> Tensor:
+def _distances(model: "nn.Module", group: "Group") -> "Tensor":
+    import torch
+
+    from sosp_hub.criteria.compute.weights import filters, slices
+
     vectors = torch.cat(
         [_whole(group, *slices(member, weight)) for member, weight in filters(model, group)], 1
     )
     return torch.cat([torch.cdist(part, vectors).sum(1) for part in vectors.split(_ROWS)])
 
 
-def _whole(group: Group, rows: Tensor, index: Tensor) -> Tensor:
+def _whole(group: "Group", rows: "Tensor", index: "Tensor") -> "Tensor":
     """One row per structure, of all its slices in order."""
+    import torch
+
     order = index.argsort(stable=True)
     each, rest = divmod(len(index), group.size)
     if rest or not torch.equal(index[order], torch.arange(group.size).repeat_interleave(each)):

@@ -1,26 +1,19 @@
 """The diagonal of the Hessian in gate space, estimated with random vectors."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from sosp_hub.criteria.passes import several_passes
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.derivatives import Mode, Protocol, hessian_product
-from sosp_hub.gates import GateKind
-from sosp_hub.structure.groups import Groups
+from sosp_hub.recipe.criteria import CRITERIA, Needs, SecondOrderCriterion
+from sosp_hub.recipe.section import Count
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, LossFn, Saliency
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Hap:
+@CRITERIA.declare
+class Hap(SecondOrderCriterion):
     """``1/2 H_ss``: the second-order change of the loss when one structure goes, with its sign.
 
     ``H_ss`` is the mean over random signs ``v`` of ``v_s (H v)_s`` (Hutchinson), one Hessian
@@ -31,52 +24,41 @@ class Hap:
 
     Differs from the paper: in gate space a structure is one number of size 1, so the change of the
     loss needs neither the mean of the trace nor the norm of the weights; no neural implant.
-
-    Attributes:
-        num_probes: Random vectors, each one pass over the data.
-        mode: How second derivatives are taken.
-        gate: What a gate multiplies.
-        eps: Step of the differences; None = by the weights' dtype.
-        micro_batch_size: Most samples of one pass; None = whole batches.
-        loss_fn: Loss of (outputs, targets).
-        seed: Of the random vectors.
-        process_sum: Sum over processes.
     """
 
-    num_probes: int = 8
-    mode: Mode = "auto"
-    gate: GateKind = "activation"
-    eps: float | None = None
-    micro_batch_size: int | None = None
-    loss_fn: "LossFn | None" = None
-    seed: int = 0
-    process_sum: Callable[[Tensor], Tensor] | None = None
-    name: ClassVar[str] = "hap"
     paper: ClassVar[str] = "arXiv 2101.08940"
     needs: ClassVar[Needs] = "labels"
+    formula: ClassVar[str] = "1/2 H_ss"
+    words: ClassVar[str] = (
+        "H is the Hessian of the mean loss by the gates of structures; its diagonal is estimated "
+        "with random signs (Hutchinson)."
+    )
     signed: ClassVar[bool] = True
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["hap"] = "hap"
+    num_probes: Count = Field(default=8, description="random vectors, each one pass over the data")
+
+    def saliency(self, context: "Context") -> "Saliency":
         """All processes draw the same vectors."""
-        batches = several_passes(batches, self.name)
-        protocol = Protocol(self.loss_fn, self.gate, self.micro_batch_size, self.process_sum)
-        generator = torch.Generator().manual_seed(self.seed)
+        import torch
+
+        from sosp_hub.derivatives import hessian_product
+
+        measured = context.model, context.groups, context.several_passes(self.name)
+        protocol = context.protocol(self.gate, self.micro_batch_size)
+        generator = torch.Generator().manual_seed(context.seed)
         total = {
             name: torch.zeros(group.size, dtype=torch.float64)
-            for name, group in graph.groups.items()
+            for name, group in context.groups.items()
         }
         for _ in range(self.num_probes):
-            signs = _signs(graph.groups, generator)
+            signs = {
+                name: 2.0 * torch.randint(2, (group.size,), generator=generator) - 1
+                for name, group in context.groups.items()
+            }
             product = hessian_product(
-                model, graph.groups, batches, protocol, vector=signs, mode=self.mode, eps=self.eps
+                *measured, protocol, vector=signs, mode=self.mode, eps=self.eps
             )
             for name, part in product.second.items():
                 total[name] += signs[name] * part
         return {name: part / (2 * self.num_probes) for name, part in total.items()}
-
-
-def _signs(groups: Groups, generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        name: 2.0 * torch.randint(2, (group.size,), generator=generator) - 1
-        for name, group in groups.items()
-    }

@@ -1,22 +1,18 @@
 """Magnitude that compares between layers."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.criteria.weights import filters, slices, sum_by_structure
+from sosp_hub.recipe.criteria import CRITERIA, Criterion, Needs
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, Saliency
+    from torch import Tensor
+
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Lamp:
+@CRITERIA.declare
+class Lamp(Criterion):
     """Squared norm of a structure's weights over that of all in its group that are as large.
 
     ``||w_s||^2 / sum_{j: ||w_j|| >= ||w_s||} ||w_j||^2``: the largest of every group has 1, so no
@@ -29,22 +25,28 @@ class Lamp:
     structures of equal norm get equal scores.
     """
 
-    name: ClassVar[str] = "lamp"
     paper: ClassVar[str] = "arXiv 2010.07611"
     needs: ClassVar[Needs] = "nothing"
+    formula: ClassVar[str] = (
+        "||w_s||^2 / (sum over j of the group with ||w_j|| >= ||w_s|| of ||w_j||^2)"
+    )
+    words: ClassVar[str] = "w are the weights of the structure; no data is used."
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["lamp"] = "lamp"
+
+    def saliency(self, context: "Context") -> "Saliency":
         """Looks at the weights alone."""
-        del batches
-        saliency = {}
-        for name, group in graph.groups.items():
-            rows = (slices(member, weight) for member, weight in filters(model, group))
-            squares = ((row.square().sum(1), index) for row, index in rows)
-            saliency[name] = _shares(sum_by_structure(group, squares))
-        return saliency
+        from sosp_hub.criteria.compute.weights import squared_norms
+
+        return {
+            name: _shares(squared_norms(context.model, group))
+            for name, group in context.groups.items()
+        }
 
 
-def _shares(squares: Tensor) -> Tensor:
+def _shares(squares: "Tensor") -> "Tensor":
+    import torch
+
     ascending = squares.sort().values
     from_here = ascending.flip(0).cumsum(0).flip(0)
     as_large = from_here[torch.searchsorted(ascending, squares)]

@@ -1,47 +1,52 @@
 """Weight magnitude."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import nn
+from pydantic import Field
 
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.criteria.weights import filters, slices, sum_by_structure
+from sosp_hub.recipe.criteria import CRITERIA, Criterion, Method, Needs
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, Saliency
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Magnitude:
+@CRITERIA.declare
+class Magnitude(Criterion):
     """The L2 norm of the weights that make a structure's slices.
 
     Paper: Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, arXiv 1608.08710, which
     takes the L1 norm of a filter; ours is the L2 norm, over all filters that are cut together.
 
-    Attributes:
-        normalize: ``mean`` divides the norms of a group by their mean, so that layers of larger
-            weights are not spared for that alone where all are ranked together (the paper ranks
-            within a layer).
+    ``normalize: mean`` divides the norms of a group by their mean, so that layers of larger weights
+    are not spared for that alone where all are ranked together (the paper ranks within a layer).
     """
 
-    normalize: Literal["none", "mean"] = "none"
-    name: ClassVar[str] = "magnitude"
     paper: ClassVar[str] = "arXiv 1608.08710"
     needs: ClassVar[Needs] = "nothing"
+    formula: ClassVar[str] = "||w_s||_2"
+    words: ClassVar[str] = "w are the weights of the structure; no data is used."
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["magnitude"] = "magnitude"
+    normalize: Literal["none", "mean"] = Field(
+        default="none", description="mean = over the mean of the norms in the same group"
+    )
+
+    def saliency(self, context: "Context") -> "Saliency":
         """Looks at the weights alone."""
-        del batches
+        import torch
+
+        from sosp_hub.criteria.compute.weights import squared_norms
+
         saliency = {}
-        for name, group in graph.groups.items():
-            rows = (slices(member, weight) for member, weight in filters(model, group))
-            squares = ((row.square().sum(1), index) for row, index in rows)
-            norms = sum_by_structure(group, squares).sqrt()
+        for name, group in context.groups.items():
+            norms = squared_norms(context.model, group).sqrt()
             if self.normalize == "mean":
                 norms = norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)
             saliency[name] = norms
         return saliency
+
+    def method(self) -> Method:
+        """With its division."""
+        over = " / mean over the group" * (self.normalize == "mean")
+        return Method(f"{self.formula}{over}", self.words)

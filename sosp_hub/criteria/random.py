@@ -1,39 +1,33 @@
 """The control: random scores."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-import torch
-from torch import nn
-
-from sosp_hub.criteria.registry import HasGroups, Needs, register
+from sosp_hub.recipe.criteria import CRITERIA, Criterion, Needs
 from sosp_hub.types import Kind
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, Saliency
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Random:
-    """Uniform in [0, 1), the same for the same seed.
+@CRITERIA.declare
+class Random(Criterion):
+    """Uniform in [0, 1), the same for the same seed."""
 
-    Attributes:
-        seed: Of the numbers.
-    """
-
-    seed: int = 0
-    name: ClassVar[str] = "random"
     paper: ClassVar[str] = "control"
     needs: ClassVar[Needs] = "nothing"
     kinds: ClassVar[tuple[Kind, ...]] = get_args(Kind)
+    formula: ClassVar[str] = "uniform"
+    words: ClassVar[str] = "The control: neither data nor weights are looked at."
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["random"] = "random"
+
+    def saliency(self, context: "Context") -> "Saliency":
         """Looks at nothing."""
-        del model, batches
-        generator = torch.Generator().manual_seed(self.seed)
+        import torch
+
+        generator = torch.Generator().manual_seed(context.seed)
         return {
             name: torch.rand(group.size, generator=generator)
-            for name, group in graph.groups.items()
+            for name, group in context.groups.items()
         }

@@ -1,22 +1,16 @@
 """SCP: masks that are trained with the model say which channels go."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import nn
-
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.soft_masks import off_probabilities
-from sosp_hub.structure.groups import Group
+from sosp_hub.recipe.criteria import CRITERIA, MaskTrainedCriterion, Needs
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, Saliency
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Scp:
+@CRITERIA.declare
+class Scp(MaskTrainedCriterion):
     """``c0 - CDF`` once masks were trained: below 0 where a channel is off for good.
 
     A recipe with this criterion trains the model with differentiable masks before it is scored
@@ -31,29 +25,24 @@ class Scp:
     last (early ones are the best because nothing is cut yet); the learning rate falls along a
     cosine; groups that anything reads otherwise than through a BatchNorm and its ReLU have no
     masks.
-
-    Attributes:
-        t: Below this a channel counts as off.
-        c0: Probability of being off above which a channel goes.
     """
 
-    t: float = 0.05
-    c0: float = 0.95
-    name: ClassVar[str] = "scp"
     paper: ClassVar[str] = "arXiv 2007.03938"
     needs: ClassVar[Needs] = "labels"
-    signed: ClassVar[bool] = True
-    scores_only: ClassVar[str] = "read through a BatchNorm and the ReLU directly behind it"
+    words: ClassVar[str] = (
+        "beta and gamma are of the BatchNorm in front of the structure's ReLU, so Phi is the "
+        "probability that it is off; the model was trained with masks."
+    )
+    decides_budget: ClassVar[bool] = True
+    untrained: ClassVar[str] = "scp_score"
 
-    @staticmethod
-    def able(group: Group) -> bool:
-        """Whether the group is behind such pairs alone."""
-        return bool(group.rectified)
+    name: Literal["scp"] = "scp"
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    def saliency(self, context: "Context") -> "Saliency":
         """Looks at the BatchNorms alone."""
-        del batches
+        from sosp_hub.soft_masks import off_probabilities
+
         return {
-            name: self.c0 - off_probabilities(model, group, self.t)
-            for name, group in graph.groups.items()
+            name: self.c0 - off_probabilities(context.model, group, self.t)
+            for name, group in context.groups.items()
         }

@@ -1,22 +1,16 @@
 """The probability that a ReLU lets a channel through, from the BatchNorm in front of it."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import nn
-
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.soft_masks import off_probabilities
-from sosp_hub.structure.groups import Group
+from sosp_hub.recipe.criteria import CRITERIA, Needs, RectifiedCriterion
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, Saliency
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class ScpScore:
+@CRITERIA.declare
+class ScpScore(RectifiedCriterion):
     """``c0 - CDF``: how much more probably a channel passes its ReLU than a dead one would.
 
     Behind a BatchNorm a channel is taken for normal with mean ``beta`` and deviation ``|gamma|``;
@@ -29,29 +23,22 @@ class ScpScore:
     Differs from the paper: a trained net is scored once, without training masks (that is ``scp``).
     A channel that several pairs read counts by the one where it is most probably on. Groups that
     anything reads otherwise, such as a residual stream, have no score and stay whole.
-
-    Attributes:
-        t: Below this a channel counts as off.
-        c0: Probability of being off above which a channel goes.
     """
 
-    t: float = 0.05
-    c0: float = 0.95
-    name: ClassVar[str] = "scp_score"
     paper: ClassVar[str] = "arXiv 2007.03938"
     needs: ClassVar[Needs] = "nothing"
-    signed: ClassVar[bool] = True
-    scores_only: ClassVar[str] = "read through a BatchNorm and the ReLU directly behind it"
+    words: ClassVar[str] = (
+        "beta and gamma are of the BatchNorm in front of the structure's ReLU, so Phi is the "
+        "probability that it is off; no data is used."
+    )
 
-    @staticmethod
-    def able(group: Group) -> bool:
-        """Whether the group is behind such pairs alone."""
-        return bool(group.rectified)
+    name: Literal["scp_score"] = "scp_score"
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    def saliency(self, context: "Context") -> "Saliency":
         """Looks at the BatchNorms alone."""
-        del batches
+        from sosp_hub.soft_masks import off_probabilities
+
         return {
-            name: self.c0 - off_probabilities(model, group, self.t)
-            for name, group in graph.groups.items()
+            name: self.c0 - off_probabilities(context.model, group, self.t)
+            for name, group in context.groups.items()
         }

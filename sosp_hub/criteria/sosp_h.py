@@ -1,23 +1,16 @@
 """SOSP-H: first-order term and full Hessian row sums of the loss in gate space."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor, nn
-
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.derivatives import Mode, Protocol, hessian_product
-from sosp_hub.gates import GateKind
+from sosp_hub.recipe.criteria import CRITERIA, SOSP, Method, Needs, SecondOrderCriterion
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, LossFn, Saliency
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class SospH:
+@CRITERIA.declare
+class SospH(SecondOrderCriterion):
     """``abs(g) + 1/2 abs(r)`` with ``g`` the gate gradient and ``r`` the row sums of the Hessian.
 
     Paper: Nonnenmacher et al., "SOSP: Efficiently Capturing Global Correlations by Second-Order
@@ -25,33 +18,36 @@ class SospH:
     values are our reading.
 
     Differs from the paper: a structure is the activation that disappears, one linear gate for all
-    that is cut together (``gate="weight"`` is the paper's: the filter's own weights).
-
-    Attributes:
-        mode: How second derivatives are taken.
-        gate: What a gate multiplies.
-        eps: Step of the differences; None = by the weights' dtype.
-        micro_batch_size: Most samples of one pass; None = whole batches.
-        loss_fn: Loss of (outputs, targets).
-        process_sum: Sum over processes.
+    that is cut together (``gate: weight`` is the paper's: the filter's own weights).
     """
 
-    mode: Mode = "auto"
-    gate: GateKind = "activation"
-    eps: float | None = None
-    micro_batch_size: int | None = None
-    loss_fn: "LossFn | None" = None
-    process_sum: Callable[[Tensor], Tensor] | None = None
-    name: ClassVar[str] = "sosp_h"
     paper: ClassVar[str] = "arXiv 2110.11395"
     needs: ClassVar[Needs] = "labels"
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["sosp_h"] = "sosp_h"
+
+    def saliency(self, context: "Context") -> "Saliency":
         """Absolute values are taken after the mean over all batches and processes."""
-        protocol = Protocol(self.loss_fn, self.gate, self.micro_batch_size, self.process_sum)
-        found = hessian_product(
-            model, graph.groups, batches, protocol, mode=self.mode, eps=self.eps
+        from sosp_hub.derivatives import hessian_product
+
+        protocol = context.protocol(self.gate, self.micro_batch_size)
+        derivatives = hessian_product(
+            context.model,
+            context.groups,
+            context.batches,
+            protocol,
+            mode=self.mode,
+            eps=self.eps,
         )
         return {
-            name: g.abs() + 0.5 * found.second[name].abs() for name, g in found.gradient.items()
+            name: g.abs() + 0.5 * derivatives.second[name].abs()
+            for name, g in derivatives.gradient.items()
         }
+
+    def method(self) -> Method:
+        """With its gates."""
+        return Method(
+            "|g_s| + 1/2 |r_s|,   r = H 1",
+            f"{self.gate_words()}, H the Hessian of that loss in the same gates, so that r_s also "
+            f"counts how s interacts with every other structure in every layer. {SOSP}",
+        )

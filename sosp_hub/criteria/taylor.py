@@ -1,51 +1,46 @@
 """First-order Taylor saliency."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor, nn
+from pydantic import Field
 
-from sosp_hub.criteria.registry import HasGroups, Needs, register
-from sosp_hub.derivatives import Protocol, batch_squares, gate_gradient
-from sosp_hub.gates import GateKind
+from sosp_hub.recipe.criteria import CRITERIA, GateCriterion, Method, Needs
 
 if TYPE_CHECKING:
-    from sosp_hub.types import Batches, LossFn, Saliency
+    from sosp_hub.criteria.compute.context import Context
+    from sosp_hub.types import Saliency
 
 
-@register
-@final
-@dataclass(frozen=True)
-class Taylor:
+@CRITERIA.declare
+class Taylor(GateCriterion):
     """How much the loss changes to first order when a structure goes.
 
     Paper: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, arXiv
-    1906.10771, whose gate form this is.
-
-    Attributes:
-        form: ``abs``: ``abs(g)`` of the mean gate gradient ``g``; ``squared``: mean over batches of
-            the squared gradient of each batch, which depends on the batch size.
-        gate: What a gate multiplies.
-        micro_batch_size: Most samples of one pass; None = whole batches.
-        loss_fn: Loss of (outputs, targets).
-        process_sum: Sum over processes.
+    1906.10771, whose gate form this is. ``form: squared`` depends on the batch size.
     """
 
-    form: Literal["abs", "squared"] = "abs"
-    gate: GateKind = "activation"
-    micro_batch_size: int | None = None
-    loss_fn: "LossFn | None" = None
-    process_sum: Callable[[Tensor], Tensor] | None = None
-    name: ClassVar[str] = "taylor"
     paper: ClassVar[str] = "arXiv 1906.10771"
     needs: ClassVar[Needs] = "labels"
     first_order: ClassVar[bool] = True
 
-    def saliency(self, model: nn.Module, graph: HasGroups, batches: "Batches") -> "Saliency":
+    name: Literal["taylor"] = "taylor"
+    form: Literal["abs", "squared"] = Field(
+        default="abs", description="abs(g) of the mean, or the mean over batches of g^2"
+    )
+
+    def saliency(self, context: "Context") -> "Saliency":
         """One backward pass per batch."""
-        protocol = Protocol(self.loss_fn, self.gate, self.micro_batch_size, self.process_sum)
+        from sosp_hub.derivatives import batch_squares, gate_gradient
+
+        protocol = context.protocol(self.gate, self.micro_batch_size)
         if self.form == "squared":
-            return batch_squares(model, graph.groups, batches, protocol).second
-        found = gate_gradient(model, graph.groups, batches, protocol)
-        return {name: g.abs() for name, g in found.gradient.items()}
+            return batch_squares(context.model, context.groups, context.batches, protocol).second
+        derivatives = gate_gradient(context.model, context.groups, context.batches, protocol)
+        return {name: g.abs() for name, g in derivatives.gradient.items()}
+
+    def method(self) -> Method:
+        """By its form."""
+        if self.form == "squared":
+            words = f"{self.gate_words()}, one batch at a time."
+            return Method("mean over batches of (g_s)^2", words)
+        return Method("|g_s|", f"{self.gate_words()}; first order.")

@@ -12,7 +12,6 @@ from sosp_hub.derivatives.gauss_newton import GaussNewton, gauss_newton
 from sosp_hub.derivatives.gram import LowRank, Matrix
 from sosp_hub.derivatives.hessian import (
     GateDerivatives,
-    Mode,
     batch_squares,
     gate_gradient,
     hessian_product,
@@ -25,7 +24,6 @@ __all__ = [
     "GaussNewton",
     "LowRank",
     "Matrix",
-    "Mode",
     "Protocol",
     "batch_squares",
     "by_group",

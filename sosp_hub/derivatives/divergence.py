@@ -1,6 +1,6 @@
 """How far a model's outputs are from the dense model's where its gates are not 1."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,12 @@ from sosp_hub.gates import Gates
 from sosp_hub.structure.groups import Groups
 from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.predictions import Predictions
+from sosp_hub.types import OutputLoss
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, Saliency
 
 _FAR = 1e30  # what counts as the distance where outputs are not finite
-
-OutputLoss = Literal["auto", "cross_entropy", "squared"]
-"""Which curvature by the outputs: the loss's own, or another of the same outputs."""
 
 
 def divergence(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,12 @@ from sosp_hub.gates import Gates
 from sosp_hub.structure.groups import Groups
 from sosp_hub.tasks.batches import num_samples
 from sosp_hub.tasks.loss import batch_loss
+from sosp_hub.types import Mode
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, Saliency
 
 logger = logging.getLogger("sosp_hub")
-
-Mode = Literal["exact", "differences", "auto"]
-"""``exact``: double backward. ``differences``: central differences of the gradient, which need no
-second derivative of any kernel. ``auto``: exact, and differences where a kernel has none or memory
-does not suffice for that of a single sample."""
 
 
 class GateDerivatives(NamedTuple):

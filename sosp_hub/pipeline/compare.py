@@ -164,7 +164,7 @@ def _scoring(work: WorkFolder, recipe: Recipe) -> dict[str, Any]:
     """Seconds and peak of memory until there was a plan, whoever else used the same scores."""
     criterion = recipe.criterion
     names = ["saliency"]
-    names += ["curvature"] * (criterion.name == "sosp_i" or criterion.compensates())
+    names += ["curvature"] * (criterion.uses_curvature or criterion.compensates())
     names += ["plan"] * (criterion.compensate_steps > 0)
     records = [record for name in names if (record := work.read(name)) is not None]
     peaks = [record["peak_bytes"] for record in records if record["peak_bytes"] is not None]

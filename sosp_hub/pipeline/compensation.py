@@ -9,10 +9,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sosp_hub.criteria.compensation import Means, compensated, means_at_biases, refined, shifted
-from sosp_hub.criteria.registry import scorable_groups
-from sosp_hub.criteria.sosp_i import SospI
-from sosp_hub.derivatives import GaussNewton, LowRank, by_group
+from sosp_hub.criteria.compute.compensation import (
+    Means,
+    compensated,
+    means_at_biases,
+    refined,
+    shifted,
+)
+from sosp_hub.criteria.compute.curvature import CurvatureMeasure, measurable_groups
+from sosp_hub.derivatives import GaussNewton, LowRank, Protocol, by_group
 from sosp_hub.distributed import OnDevice, logger, process_rows, process_sum
 from sosp_hub.errors import CriterionError
 from sosp_hub.evaluate import evaluate
@@ -44,14 +49,14 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
     earlier run left needs no data.
     """
     recipe, tensors = stages.recipe, stages.work.tensors("curvature")
-    groups = scorable_groups(stages.chosen(graph), "sosp_i", recipe.structure.kinds)
+    groups = measurable_groups(stages.groups(graph))
     if stages.scores is not None and stages.scores.curvature is not None:
         return _read(stages.scores.curvature, groups)
 
     def make() -> dict[str, Any]:
         auto = recipe.criterion.damping == "auto"
         batches = OnDevice(_parts(stages, hold_out=auto)[0], "curvature")
-        criterion = _sosp_i(recipe)
+        criterion = _measure(recipe)
         found = criterion.measure(stages.model, groups, batches)
         whole = {"gradient": torch.cat(list(found.gradient.values()))}
         if isinstance(found.matrix, LowRank):
@@ -69,16 +74,16 @@ def curvature(stages: "Stages", graph: Graph) -> Curvature:
     return _read(tensors, groups)
 
 
-def _sosp_i(recipe: Recipe) -> SospI:
-    """What measures the matrix, whichever criterion scores."""
-    section = recipe.criterion
-    return SospI(
-        **section.curvature(),
-        micro_batch_size=getattr(section, "micro_batch_size", None),
-        seed=recipe.seed,
+def _measure(recipe: Recipe) -> CurvatureMeasure:
+    """How the matrix is measured, whichever criterion scores."""
+    options = recipe.criterion.curvature()
+    protocol = Protocol(
+        gate=options.pop("gate"),
+        micro_batch_size=getattr(recipe.criterion, "micro_batch_size", None),
         process_sum=process_sum,
         process_rows=process_rows,
     )
+    return CurvatureMeasure(protocol, **options, seed=recipe.seed)
 
 
 def _read(path: Path, groups: Groups) -> Curvature:
@@ -98,7 +103,7 @@ def _read(path: Path, groups: Groups) -> Curvature:
 def stored_curvature(stages: "Stages") -> Path | None:
     """The file of the matrix that this run used, to be kept with its result; None if too large."""
     criterion = stages.recipe.criterion
-    if not (criterion.compensates() or criterion.name == "sosp_i"):
+    if not (criterion.compensates() or criterion.uses_curvature):
         return None
     used = stages.scores.curvature if stages.scores is not None else None
     if used is None and stages.work.read("curvature"):
@@ -146,7 +151,7 @@ def refine(stages: "Stages", graph: Graph, plan: PruningPlan, measured: Curvatur
             ", ".join(alone),
         )
         return plan
-    criterion, (batches, held_out) = _sosp_i(stages.recipe), _parts(stages, hold_out=True)
+    criterion, (batches, held_out) = _measure(stages.recipe), _parts(stages, hold_out=True)
     return refined(
         plan,
         groups,

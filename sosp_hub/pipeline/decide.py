@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sosp_hub import scoring
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria import registry
 from sosp_hub.distributed import OnDevice, from_main, logger, process_sum, to_device
 from sosp_hub.errors import VerificationError
 from sosp_hub.evaluate import measure_latency
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 def check(stages: "Stages", graph: Graph) -> None:
     """Refuses kinds that the model does not have and a budget that cannot be met."""
     criterion = stages.recipe.criterion
-    registry.check_per(criterion.name, criterion.per, criterion.options())
-    able = registry.scorable_groups(
-        stages.chosen(graph), criterion.name, stages.recipe.structure.kinds
-    )
+    scoring.check_per(criterion, criterion.per)
+    kinds = stages.recipe.structure.kinds
+    able = scoring.scorable_groups(stages.chosen(graph), type(criterion), kinds)
     targets = stages.recipe.budget.targets()
     targets.pop("latency_s", None)  # is measured, and takes its time
     if targets or stages.recipe.budget.groups:
@@ -43,7 +42,7 @@ def score(stages: "Stages", graph: Graph) -> "Saliency":
         return stages.scores.saliency
     tensors = stages.work.tensors("saliency")
     measured = damping = None
-    if stages.recipe.criterion.name == "sosp_i" and not stages.work.read("saliency"):
+    if stages.recipe.criterion.uses_curvature and not stages.work.read("saliency"):
         measured = compensation.curvature(stages, graph)
         if stages.recipe.criterion.by_damping():
             damping, _ = _damping(stages, graph, measured)
@@ -61,21 +60,19 @@ def score(stages: "Stages", graph: Graph) -> "Saliency":
 def _scores(
     stages: "Stages", graph: Graph, measured: compensation.Curvature | None, damping: float | None
 ) -> "Saliency":
-    options = stages.recipe.criterion.options()
-    if measured:
-        options["curvature"] = measured.found
+    criterion = stages.recipe.criterion
     if damping:
-        options["damping"] = damping
-    return registry.score(
+        criterion = criterion.model_copy(update={"damping": damping})
+    return scoring.score(
         stages.model,
         stages.chosen(graph),
         OnDevice(stages.calibration_batches(), "score"),
-        criterion=stages.recipe.criterion.name,
+        criterion=criterion,
         kinds=stages.recipe.structure.kinds,
         seed=stages.recipe.seed,
         process_sum=process_sum,
-        per=stages.recipe.criterion.per,
-        **options,
+        per=criterion.per,
+        curvature=measured.found if measured else None,
     )
 
 
@@ -118,7 +115,7 @@ def plan(
             plan = compensation.refine(stages, graph, plan, measured)
         provenance = {
             **plan.provenance,
-            "criterion": criterion.told(),
+            "criterion": criterion.provenance(),
             "calibration": stages.calibration,
             **({"not_verified": dict(whole)} if whole else {}),
         }

@@ -1,7 +1,6 @@
 """Which groups of a model a recipe lets go."""
 
 from sosp_hub.allocation import selected
-from sosp_hub.criteria.registry import scorable_kinds
 from sosp_hub.errors import BudgetError, TraceError
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.structure.graph import Graph
@@ -18,8 +17,7 @@ def eligible_groups(graph: Graph, recipe: Recipe) -> dict[str, Group]:
     found = {name: group for name, group in graph.groups.items() if group.kind in kinds}
     if not found:
         there = sorted(
-            {group.kind for group in graph.groups.values()}
-            & set(scorable_kinds(recipe.criterion.name))
+            {group.kind for group in graph.groups.values()} & set(recipe.criterion.kinds)
         )
         raise TraceError(
             f"{recipe.model.id}: nothing in it can be cut as {', '.join(kinds)}; "

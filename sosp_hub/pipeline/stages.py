@@ -11,7 +11,6 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from sosp_hub.criteria.registry import scorable_groups
 from sosp_hub.data.loading import Split, calibration_batches, load_split, make_loader
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
 from sosp_hub.distributed import (
@@ -30,9 +29,10 @@ from sosp_hub.pipeline.memory import PeakMemory
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stage_cache import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
-from sosp_hub.recipe.criteria import ScpSection
+from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.training import TrainSection
+from sosp_hub.scoring import scorable_groups
 from sosp_hub.soft_masks import SoftMasks
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
@@ -135,8 +135,9 @@ class Stages:
         """Whether the dense weights are of this run's own making, so that nobody else has them."""
         if self.scores is not None:
             return self.scores.has_dense
-        model, trains = self.recipe.model, self.recipe.criterion.name == "scp"
-        return self.loaded.new_head or not model.pretrained or bool(model.train) or trains
+        model = self.recipe.model
+        trains = bool(model.train) or isinstance(self.recipe.criterion, MaskTrainedCriterion)
+        return self.loaded.new_head or not model.pretrained or trains
 
     @property
     def base(self) -> dict[str, Any]:
@@ -165,9 +166,9 @@ class Stages:
     def train_masks(self, graph: Graph) -> None:
         """Trains the model on with masks, where the criterion is such a training."""
         criterion, tensors = self.recipe.criterion, self.work.tensors("masked")
-        if not isinstance(criterion, ScpSection) or self.scores is not None:
+        if not isinstance(criterion, MaskTrainedCriterion) or self.scores is not None:
             return
-        groups = scorable_groups(self.chosen(graph), criterion.name, self.recipe.structure.kinds)
+        groups = scorable_groups(self.chosen(graph), type(criterion), self.recipe.structure.kinds)
 
         def make() -> dict[str, Any]:
             config = criterion.train

@@ -1,12 +1,50 @@
-"""The section ``criterion``: one for each criterion, with its options and their defaults."""
+"""The section ``criterion``: what every criterion takes, and what it says of itself.
+
+Each criterion is one file in ``sosp_hub/criteria``, with its own options.
+"""
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from sosp_hub.recipe.section import Count, Section, Share
+from sosp_hub.recipe.declared import Declared, Registry
+from sosp_hub.recipe.section import Count, Section
 from sosp_hub.recipe.training import MaskTrainSection
+from sosp_hub.types import GateKind, Kind, Mode, OutputLoss
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Saliency
+
+Needs = Literal["nothing", "inputs", "labels"]
+WIDTH_KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "layer")
+
+
+SOSP = (
+    "Second-order structured pruning, [arXiv:2110.11395](https://arxiv.org/abs/2110.11395); gates "
+    "and their exact Hessian are this package's reading of it."
+)
+
+
+class Method(NamedTuple):
+    """A criterion in words.
+
+    Attributes:
+        formula: Saliency of one structure; higher is kept.
+        words: What the symbols mean, and the source.
+    """
+
+    formula: str
+    words: str
+
+
+def gate_words(gate: GateKind = "activation") -> str:
+    """What ``g`` is in a formula."""
+    return (
+        "g is the gradient of the mean loss over the calibration data with respect to a gate on "
+        f"the structure's {'weights' if gate == 'weight' else 'activation'} (1 in the dense model)"
+    )
 
 
 def _damping(value: Any) -> Any:
@@ -16,8 +54,47 @@ def _damping(value: Any) -> Any:
     return value
 
 
-class CriterionSection(Section):
-    """What every criterion takes."""
+class CurvatureSection(Section):
+    """How the Gauss-Newton matrix of ``sosp_i`` and of compensation is measured."""
+
+    gate: GateKind = Field(default="activation", description="what a gate multiplies")
+    loss: OutputLoss = Field(
+        default="auto", description="which curvature by the outputs; auto = that of the loss"
+    )
+    max_classes: Count = Field(
+        default=32, description="above so many classes, labels are drawn from the model"
+    )
+    num_draws: Count = Field(default=1, description="labels drawn per sample")
+
+
+class Criterion(Declared):
+    """What every criterion takes, and what it says of itself.
+
+    Attributes:
+        needs: What it needs of the calibration data.
+        formula: Saliency of one structure, for the card.
+        words: What the symbols of the formula mean.
+        kinds: Kinds of structures that it can score.
+        scores_only: In words, which groups of these kinds it can score; empty = all of them.
+        signed: Scores may be negative.
+        first_order: They are made of the gradient alone, which is 0 at a minimum of the loss.
+        uses_units: It takes account itself of what structures cost.
+        uses_curvature: It scores by the Gauss-Newton matrix, which is measured before, and kept.
+        decides_budget: What scores less than 0 goes, unless a budget is given.
+        shared_options: Of what every criterion takes, what its scores depend on.
+    """
+
+    needs: ClassVar[Needs]
+    formula: ClassVar[str]
+    words: ClassVar[str]
+    kinds: ClassVar[tuple[Kind, ...]] = WIDTH_KINDS
+    scores_only: ClassVar[str] = ""
+    signed: ClassVar[bool] = False
+    first_order: ClassVar[bool] = False
+    uses_units: ClassVar[bool] = False
+    uses_curvature: ClassVar[bool] = False
+    decides_budget: ClassVar[bool] = False
+    shared_options: ClassVar[tuple[str, ...]] = ()
 
     num_samples: Count = Field(default=1024, description="calibration samples, over all processes")
     batch_size: Count = Field(default=32, description="calibration samples of one step")
@@ -47,15 +124,41 @@ class CriterionSection(Section):
         "where they have one",
     )
 
-    def options(self) -> dict[str, Any]:
-        """The options of this criterion alone, those that are set."""
-        shared = {"name", *CriterionSection.model_fields}
-        return self.model_dump(exclude=shared, exclude_none=True)
+    def saliency(self, context: Any) -> "Saliency":
+        """One number per structure of each group of a `Context`; higher = keep."""
+        raise NotImplementedError
 
-    def told(self) -> dict[str, Any]:
+    @staticmethod
+    def can_score(group: Any) -> bool:
+        """Whether a group is one of those that ``scores_only`` tells of."""
+        del group
+        return True
+
+    def method(self) -> Method:
+        """Formula and symbols, as they are with these options."""
+        return Method(self.formula, self.words)
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The options that `score` takes: its own, without those of a run."""
+        of_run = Criterion.model_fields.keys() - set(cls.shared_options)
+        return [name for name in cls.model_fields if name not in of_run]
+
+    def options(self) -> dict[str, Any]:
+        """The options that the scores depend on, those that are set."""
+        return self.model_dump(include=set(self.option_names()), exclude_none=True)
+
+    def provenance(self) -> dict[str, Any]:
         """What a plan says of where its scores come from."""
         named = self.model_dump(include={"name", "per"}, exclude_none=True)
         return {**named, "options": self.options()}
+
+    def no_amounts(self) -> tuple[str, str] | None:
+        """Why scores cannot be divided by a cost, and what to write instead; None = they can."""
+        if not self.signed:
+            return None
+        amounts = [name for name, model in CRITERIA.known().items() if not model.signed]
+        return "these have a sign", f"leave out per, or use one of {', '.join(amounts)}"
 
     def compensates(self) -> bool:
         """Whether what is kept makes up for what is cut."""
@@ -66,293 +169,151 @@ class CriterionSection(Section):
         return False
 
     def curvature(self) -> dict[str, Any]:
-        """How the matrix of ``sosp_i`` and of compensation is measured."""
-        return SospISection().curvature()
+        """How the matrix of compensation is measured: the keys of a `CurvatureSection`."""
+        return CurvatureSection().model_dump()
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Options that do not go together: the key, and why with what to write instead."""
+        if self.compensate_steps and self.compensate_bias:
+            yield (
+                "compensate_steps",
+                "its gates would not know of the constants that compensate_bias folds; leave one "
+                "of them out",
+            )
+        if self.compensate_steps and not self.compensates():
+            yield (
+                "compensate_steps",
+                "there are no gates to move; write compensate: true, or leave it out",
+            )
 
 
-class GateSection(CriterionSection):
+class GateCriterion(Criterion):
     """What every criterion on gate derivatives takes."""
 
-    gate: Literal["activation", "weight"] = Field(
-        default="activation", description="what a gate multiplies"
-    )
+    gate: GateKind = Field(default="activation", description="what a gate multiplies")
     micro_batch_size: Count | None = Field(
         default=None, description="most samples of one pass; null = whole batches"
     )
 
+    def gate_words(self) -> str:
+        """What ``g`` is in a formula."""
+        return gate_words(self.gate)
 
-class SecondOrderSection(GateSection):
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Gates on weights are not folded."""
+        if self.compensates() and self.gate == "weight":
+            yield (
+                "compensate",
+                "gates are folded where activations are read; write criterion.gate: activation, "
+                "or compensate: false",
+            )
+        yield from super().conflicts()
+
+
+class SecondOrderCriterion(GateCriterion):
     """What every criterion on second derivatives takes."""
 
-    mode: Literal["exact", "differences", "auto"] = Field(
-        default="auto", description="auto = exact where kernels allow"
-    )
+    mode: Mode = Field(default="auto", description="auto = exact where kernels allow")
     eps: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="step of the differences; null = by the weights' dtype"
     )
 
 
-class SospHSection(SecondOrderSection):
-    """Second-order saliency with exact Hessian products in gate space."""
-
-    name: Literal["sosp_h"] = Field(default="sosp_h", description="abs(g) + 1/2 abs(r)")
-
-
-class SospISection(GateSection):
-    """Correlations between the structures of all layers, from the Gauss-Newton matrix."""
-
-    name: Literal["sosp_i"] = Field(default="sosp_i", description="correlations of structures")
-    selection: Literal["row_sum", "greedy", "signed", "surgeon"] = Field(
-        default="row_sum", description="scores, or an order of removal (see the criterion)"
-    )
-    rescore_every: Count | None = Field(
-        default=None,
-        description="of the surgeon: removals between two measurements of the matrix; null = one",
-    )
-    keep_at_least: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.1, description="share of each group that no order removes"
-    )
-    loss: Literal["auto", "cross_entropy", "squared"] = Field(
-        default="auto", description="which curvature by the outputs; auto = that of the loss"
-    )
-    max_classes: Count = Field(
-        default=32, description="above so many classes, labels are drawn from the model"
-    )
-    num_draws: Count = Field(default=1, description="labels drawn per sample")
-
-    def options(self) -> dict[str, Any]:
-        """As of any criterion, and the damping that `surgeon` shares with compensation."""
-        return {**super().options(), "damping": self.damping}
-
-    def compensates(self) -> bool:
-        """By default where the order of removal counts on it."""
-        return self.selection == "surgeon" if self.compensate is None else self.compensate
-
-    def by_damping(self) -> bool:
-        """The order of a surgeon does."""
-        return self.selection == "surgeon"
-
-    def curvature(self) -> dict[str, Any]:
-        """As this section says."""
-        return self.model_dump(include={"loss", "max_classes", "num_draws", "gate"})
-
-
-class TaylorSection(GateSection):
-    """First-order saliency."""
-
-    name: Literal["taylor"] = Field(default="taylor", description="first-order gate gradient")
-    form: Literal["abs", "squared"] = Field(
-        default="abs", description="abs(g) of the mean, or the mean over batches of g^2"
-    )
-
-
-class MagnitudeSection(CriterionSection):
-    """Norm of the weights; needs no data."""
-
-    name: Literal["magnitude"] = Field(
-        default="magnitude", description="L2 norm of a structure's weights"
-    )
-    normalize: Literal["none", "mean"] = Field(
-        default="none", description="mean = over the mean of the norms in the same group"
-    )
-
-
-class RandomSection(CriterionSection):
-    """The control; needs no data."""
-
-    name: Literal["random"] = Field(default="random", description="uniform, from the recipe's seed")
-
-
-class FisherSection(CriterionSection):
-    """Squared per-sample gate gradients."""
-
-    name: Literal["fisher"] = Field(
-        default="fisher", description="mean over samples of the squared gate gradient of each"
-    )
-    micro_batch_size: Count | None = Field(
-        default=None, description="most samples of one pass; null = whole batches"
-    )
-
-
-class StandardizedSection(CriterionSection):
+class StandardizedCriterion(Criterion):
     """What criteria take whose scores have the scale of their layer."""
 
     standardize: bool = Field(
         default=True, description="mean 0 and standard deviation 1 within each group"
     )
 
+    def method(self) -> Method:
+        """The words say whether."""
+        return Method(self.formula, self.scaled(self.words))
 
-class ScpScoreSection(CriterionSection):
-    """BatchNorm and ReLU; needs no data."""
+    def scaled(self, words: str) -> str:
+        """What the symbols mean, and whether scores are standardised."""
+        return f"{words}{'; standardised within each group' * self.standardize}."
 
-    name: Literal["scp_score"] = Field(
-        default="scp_score", description="how improbably a ReLU turns the channel off"
-    )
+    def no_amounts(self) -> tuple[str, str] | None:
+        """Standardised scores count from their mean."""
+        if self.standardize:
+            return (
+                "standardised ones count from their mean",
+                "write standardize: false, or leave out per",
+            )
+        return super().no_amounts()
+
+
+class WatchedCriterion(StandardizedCriterion):
+    """What criteria take that watch what layers read."""
+
+    scores_only: ClassVar[str] = "read by a layer, whose input can be watched"
+
+    @staticmethod
+    def can_score(group: Any) -> bool:
+        """Whether a module reads the group."""
+        return any(site.module is not None for site in group.sites)
+
+
+class PerSampleCriterion(Criterion):
+    """What criteria take that give each sample its own gates."""
+
+    scores_only: ClassVar[str] = "read by layers, in front of which each sample has its own gates"
+
+    @staticmethod
+    def can_score(group: Any) -> bool:
+        """Gates that scale a weight would be shared by all samples."""
+        return bool(group.sites) and all(site.module is not None for site in group.sites)
+
+
+class RectifiedCriterion(Criterion):
+    """What criteria take that look at a BatchNorm and the ReLU behind it."""
+
+    formula: ClassVar[str] = "c0 - Phi((t - beta_s) / (|gamma_s| + 1e-8))"
+    scores_only: ClassVar[str] = "read through a BatchNorm and the ReLU directly behind it"
+    signed: ClassVar[bool] = True
+
     t: float = Field(default=0.05, description="below this a channel counts as off")
     c0: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.95, description="probability of being off at which the score is 0"
+        default=0.95, description="probability of being off above which a score is below 0"
     )
 
+    @staticmethod
+    def can_score(group: Any) -> bool:
+        """Whether the group is behind such pairs alone."""
+        return bool(group.rectified)
 
-class ScpSection(CriterionSection):
-    """BatchNorm and ReLU, after a training with masks that decides how much goes."""
 
-    name: Literal["scp"] = Field(default="scp", description="trains with masks, then as scp_score")
-    t: float = Field(default=0.05, description="below this a channel counts as off")
-    c0: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.95, description="probability of being off above which a channel goes"
-    )
+class MaskTrainedCriterion(RectifiedCriterion):
+    """What criteria take that train the model with masks before it is scored.
+
+    Attributes:
+        untrained: The criterion that scores a model as it is by the same formula.
+    """
+
+    untrained: ClassVar[str]
+
     train: MaskTrainSection = Field(
         default=MaskTrainSection(),
         description="keys as in model.train, from its result on, and: sparsity, k, tau, held_out, "
         "select_from",
     )
 
-    def options(self) -> dict[str, Any]:
+    @classmethod
+    def option_names(cls) -> list[str]:
         """What scores after the training."""
-        return {"t": self.t, "c0": self.c0}
+        return [name for name in super().option_names() if name != "train"]
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """What was silent when it went needs nothing that makes up for it."""
+        if self.compensates():
+            yield (
+                "compensate",
+                f"what {self.name} cuts is silent already and leaves nothing to make up for; leave "
+                "it out",
+            )
+        yield from super().conflicts()
 
 
-class LampSection(CriterionSection):
-    """Magnitude that compares between layers; needs no data."""
-
-    name: Literal["lamp"] = Field(
-        default="lamp", description="squared norm over that of all in the group that are as large"
-    )
-
-
-class FpgmSection(StandardizedSection):
-    """Distance of filters; needs no data."""
-
-    name: Literal["fpgm"] = Field(
-        default="fpgm", description="sum of the distances to the other filters of the group"
-    )
-
-
-class ActivationSection(StandardizedSection):
-    """Size of activations; needs no labels."""
-
-    name: Literal["activation"] = Field(
-        default="activation", description="mean over places, root mean square over samples"
-    )
-
-
-class EapSection(StandardizedSection):
-    """Energy of feature maps; needs no labels."""
-
-    name: Literal["eap"] = Field(default="eap", description="nuclear norm of feature maps")
-    reading: Literal["set", "map"] = Field(
-        default="set", description="one matrix of several samples' maps, or one of each map"
-    )
-    set_size: Count = Field(default=32, description="most samples of one matrix with `set`")
-
-
-class WandaSpSection(StandardizedSection):
-    """Weights times activations; needs no labels."""
-
-    name: Literal["wanda_sp"] = Field(
-        default="wanda_sp", description="mean of abs(weight) times the size of its input"
-    )
-
-
-class FlapSection(StandardizedSection):
-    """Weights times the fluctuation of what they read; needs no labels."""
-
-    name: Literal["flap"] = Field(
-        default="flap", description="squared norm of weights times the variance of their input"
-    )
-
-
-class GraspSection(SecondOrderSection):
-    """Gradient flow."""
-
-    name: Literal["grasp"] = Field(
-        default="grasp", description="what the squared gradient loses with a structure"
-    )
-
-
-class HapSection(SecondOrderSection):
-    """Diagonal of the Hessian in gate space."""
-
-    name: Literal["hap"] = Field(default="hap", description="1/2 of the Hessian's diagonal")
-    num_probes: Count = Field(default=8, description="random vectors, each one pass over the data")
-
-
-class BlockInfluenceSection(CriterionSection):
-    """Depth: scores whole layers alone (``structure.kinds: [layer]``); needs no labels."""
-
-    name: Literal["block_influence"] = Field(
-        default="block_influence", description="1 - cosine of a layer's input and output"
-    )
-
-
-class SglpSection(CriterionSection):
-    """Depth: scores whole layers alone (``structure.kinds: [layer]``)."""
-
-    name: Literal["sglp"] = Field(
-        default="sglp", description="layers of the least gradient in segments of alike layers"
-    )
-    keep: Share = Field(
-        default=0.5, description="share of the layers that stays where budget.threshold decides"
-    )
-    kept_per_segment: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(
-        default=None, description="blocks that each segment keeps instead"
-    )
-    num_segments: Count | None = Field(default=None, description="null = automatic")
-    max_segments: Count | None = Field(
-        default=None, description="of the automatic number; null = a third of the blocks"
-    )
-    max_subsets: Count = Field(
-        default=20, description="above so many subsets of a segment, each layer's own norm decides"
-    )
-    max_rows: Count = Field(
-        default=500, description="samples (or tokens) of a batch whose similarity is compared"
-    )
-    norm_samples: Count = Field(default=128, description="samples of a gradient norm")
-    norms: Literal["auto", "fresh", "pretrained"] = Field(
-        default="auto", description="of layers in a new net, or (language models) as they are"
-    )
-
-
-CRITERIA = (
-    SospHSection,
-    SospISection,
-    TaylorSection,
-    MagnitudeSection,
-    RandomSection,
-    FisherSection,
-    ScpScoreSection,
-    ScpSection,
-    LampSection,
-    FpgmSection,
-    ActivationSection,
-    EapSection,
-    WandaSpSection,
-    FlapSection,
-    GraspSection,
-    HapSection,
-    BlockInfluenceSection,
-    SglpSection,
-)
-CRITERION_NAMES = tuple(section.model_fields["name"].default for section in CRITERIA)
-AnyCriterion = Annotated[
-    SospHSection
-    | SospISection
-    | TaylorSection
-    | MagnitudeSection
-    | RandomSection
-    | FisherSection
-    | ScpScoreSection
-    | ScpSection
-    | LampSection
-    | FpgmSection
-    | ActivationSection
-    | EapSection
-    | WandaSpSection
-    | FlapSection
-    | GraspSection
-    | HapSection
-    | BlockInfluenceSection
-    | SglpSection,
-    Field(discriminator="name"),
-]
+CRITERIA = Registry("sosp_hub.criteria", Criterion, noun="criterion", default="sosp_h")
+AnyCriterion = Annotated[SerializeAsAny[Criterion], CRITERIA]

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from sosp_hub.recipe.criteria import CRITERIA, CriterionSection, ScpSection
+from sosp_hub.recipe.declared import Declared, Registry
 from sosp_hub.recipe.schema import FinetuneSection, Recipe
 from sosp_hub.recipe.section import Section
-from sosp_hub.recipe.training import MaskTrainSection, TrainSection
+from sosp_hub.recipe.training import TrainSection
 
 _NAMES = {
     bool: "true or false",
@@ -30,15 +30,17 @@ def describe_recipe() -> str:
 
 def _blocks() -> Iterator[list[str]]:
     for name, field in Recipe.model_fields.items():
-        if name == "criterion":
-            yield [f"{name}:", *_rows(CriterionSection)]
-            for criterion in CRITERIA:
-                yield [
-                    f"  name: {criterion.model_fields['name'].default}",
-                    *_rows(criterion, skip=CriterionSection),
-                ]
-                if criterion is ScpSection:
-                    yield ["    train:   (and all keys of model.train)", *_rows(MaskTrainSection)]
+        if registry := Registry.of(field):
+            yield [f"{name}:", *_rows(registry.base, skip=Declared)]
+            for declared in registry.known().values():
+                summary = f"   ({declared.summary()})".replace("``", "")
+                rows = _rows(declared, skip=registry.base)
+                yield [f"  name: {declared.key()}{summary}", *rows]
+                for key, own in declared.model_fields.items():
+                    if key not in registry.base.model_fields and (
+                        inner := _section(own.annotation)
+                    ):
+                        yield [f"    {key}:   (and all keys of model.train)", *_rows(inner)]
         elif section := _section(field.annotation):
             skip = TrainSection if section is FinetuneSection else None
             note = f"   ({field.description}; default: null)" if field.description else ""
@@ -51,8 +53,7 @@ def _blocks() -> Iterator[list[str]]:
 
 
 def _rows(section: type[Section], skip: type[Section] | None = None) -> list[str]:
-    left_out = {"name"} & section.model_fields.keys() if section in CRITERIA else set()
-    left_out |= set(skip.model_fields) if skip else set()
+    left_out = set(skip.model_fields) if skip else set()
     return [
         _row(name, field) for name, field in section.model_fields.items() if name not in left_out
     ]

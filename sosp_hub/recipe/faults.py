@@ -9,30 +9,31 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sosp_hub.recipe.criteria import CRITERIA, CRITERION_NAMES
-from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.declared import Registry
 from sosp_hub.recipe.section import Section
 
 
-def explain(error: ValidationError) -> Iterator[str]:
-    """One line for each fault: key path, what was given, what was expected, what to write."""
+def explain(error: ValidationError, root: type[Section], data: Any = None) -> Iterator[str]:
+    """One line for each fault: key path, what was given, what was expected, what to write.
+
+    Args:
+        error: What pydantic raised.
+        root: The section that was read.
+        data: What it was read from.
+    """
     for fault in error.errors():
         keys = [str(key) for key in fault["loc"]]
-        if len(keys) > 1 and keys[0] == "criterion" and keys[1] in CRITERION_NAMES:
-            section: Any = CRITERIA[CRITERION_NAMES.index(keys.pop(1))]
-            if len(keys) == 1:
-                section = Recipe
-        else:
-            section = _section(keys[:-1])
+        section, registry = _section(root, keys[:-1], data)
         kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
         if kind == "too_short" and given:
             continue  # its items are at fault and reported themselves
-        if kind == "union_tag_invalid":
+        if kind == "unknown_name":
+            _, registry = _section(root, keys, data)
             keys.append("name")
             given = given["name"]
         where = ".".join(keys)
         if kind == "extra_forbidden":
-            yield f"{where}: {_unknown(keys, section)}"
+            yield f"{where}: {_unknown(keys[-1], section, registry)}"
         elif kind == "missing":
             yield f"{where}: missing; {_meaning(section, keys[-1])}"
         elif kind == "string_pattern_mismatch":
@@ -40,8 +41,10 @@ def explain(error: ValidationError) -> Iterator[str]:
             yield f"{where}: got {given!r}; expected {meaning}"
         elif kind == "value_error":
             yield f"{where}: {context['error']}" if where else str(context["error"])
-        elif kind == "union_tag_invalid":
-            yield f"{where}: got {given!r}; {_nearest(str(given), CRITERION_NAMES, 'criterion')}"
+        elif kind == "unknown_name":
+            assert registry is not None  # which has raised it
+            names = list(registry.known())
+            yield f"{where}: got {given!r}; {_nearest(str(given), names, registry.noun)}"
         elif kind == "literal_error":
             choices = [choice.strip("'") for choice in re.split(r", | or ", context["expected"])]
             yield f"{where}: got {given!r}; {_nearest(str(given), choices, 'value')}"
@@ -59,14 +62,21 @@ def _yaml(value: Any) -> str:
     )
 
 
-def _section(keys: Sequence[str]) -> type[Section]:
-    """The section that holds a key, by the names above it."""
-    section: type[Section] = Recipe
+def _section(
+    root: type[Section], keys: Sequence[str], data: Any
+) -> tuple[type[Section], Registry[Any] | None]:
+    """The section that holds a key, by the names above it, and the registry that it is one of."""
+    section, registry = root, None
     for key in keys:
+        data = data.get(key) if isinstance(data, dict) else None
         field = section.model_fields.get(key)
-        inner = next(_models(field.annotation), None) if field else None
-        section = inner or section
-    return section
+        if field is None:
+            continue
+        if (declared := Registry.of(field)) is not None:
+            section, registry = declared.given(data) or declared.base, declared
+        elif inner := next(_models(field.annotation), None):
+            section, registry = inner, None
+    return section, registry
 
 
 def _models(annotation: Any) -> Iterator[type[Section]]:
@@ -77,12 +87,12 @@ def _models(annotation: Any) -> Iterator[type[Section]]:
             yield from _models(part)
 
 
-def _unknown(keys: Sequence[str], section: type[Section]) -> str:
-    owners = [s.model_fields["name"].default for s in CRITERIA if keys[-1] in s.model_fields]
-    if keys[0] == "criterion" and owners:
+def _unknown(key: str, section: type[Section], registry: Registry[Any] | None) -> str:
+    known = registry.known().items() if registry else ()
+    if owners := [name for name, model in known if key in model.model_fields]:
         name = section.model_fields["name"].default
         return f"an option of {', '.join(owners)}, which {name} does not have; leave it out"
-    return f"unknown key; {_nearest(keys[-1], list(section.model_fields))}"
+    return f"unknown key; {_nearest(key, list(section.model_fields))}"
 
 
 def _nearest(given: str, known: Sequence[str], noun: str = "key") -> str:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from sosp_hub.errors import RecipeError
-from sosp_hub.recipe.criteria import CRITERION_NAMES, CriterionSection
+from sosp_hub.recipe.criteria import CRITERIA, Criterion
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import Recipe, Verb
 from sosp_hub.recipe.study_grid import cells_of
@@ -73,7 +73,7 @@ def parse_recipe(
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(source, [*faults, *explain(error)]) from None
+        raise RecipeError(source, [*faults, *explain(error, Recipe, data)]) from None
     faults.extend(cells_of(recipe)[1])
     if faults:
         raise RecipeError(source, faults)
@@ -174,7 +174,7 @@ def _override(data: dict[str, Any], override: str) -> None:
             raise ValueError(
                 f"override {override!r}: `{key}` holds {data!r} and has no keys of its own"
             )
-    if keys == ["criterion", "name"] and data.get("name", CRITERION_NAMES[0]) != value:
-        for key in data.keys() - CriterionSection.model_fields.keys():
+    if keys == ["criterion", "name"] and data.get("name", CRITERIA.default) != value:
+        for key in data.keys() - Criterion.model_fields.keys():
             del data[key]  # options of the criterion that was there
     data[keys[-1]] = value

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sosp_hub.recipe.criteria import AnyCriterion, SospHSection
+from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.types import DEFAULT_KINDS, Kind, Library, Task
@@ -13,8 +13,6 @@ _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
 _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
 Verb = Literal["prune", "compare", "expand"]
 BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
-_DEPTH = ("block_influence", "sglp")
-_DECIDING = ("scp", "sglp")
 
 
 class ModelSection(Section):
@@ -122,7 +120,8 @@ class BudgetSection(Section):
     )
     threshold: float | None = Field(
         default=None,
-        description="no share: what scores less goes; 0 alone is the default of scp and sglp",
+        description="no share: what scores less goes; 0 alone is the default of criteria that "
+        "decide how much goes",
     )
     groups: dict[str, Share] = Field(
         default_factory=dict,
@@ -278,7 +277,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     structure: StructureSection = Field(default=StructureSection())
-    criterion: AnyCriterion = Field(default=SospHSection())
+    criterion: AnyCriterion = Field(default_factory=lambda: CRITERIA.validate({}))
     budget: BudgetSection = Field(default=BudgetSection())
     finetune: FinetuneSection = Field(default=FinetuneSection())
     evaluate: EvaluateSection = Field(default=EvaluateSection())
@@ -296,22 +295,14 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_criterion(cls, data: Any) -> Any:
-        criterion = data.get("criterion") if isinstance(data, dict) else None
-        if isinstance(criterion, dict) and "name" not in criterion:
-            return {**data, "criterion": {"name": "sosp_h", **criterion}}
-        return data
-
-    @model_validator(mode="before")
-    @classmethod
     def _default_threshold(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("criterion"), dict):
+        criterion = CRITERIA.given(data.get("criterion")) if isinstance(data, dict) else None
+        if criterion is None or not criterion.decides_budget:
             return data
         budget = {} if data.get("budget") is None else data["budget"]
-        given = not isinstance(budget, dict) or any(
+        if not isinstance(budget, dict) or any(
             budget.get(key) is not None for key in (*BUDGETS, "groups")
-        )
-        if data["criterion"].get("name") not in _DECIDING or given:
+        ):
             return data
         return {**data, "budget": {**budget, "threshold": 0.0}}
 
@@ -319,58 +310,33 @@ class Recipe(Section):
     def _criterion_fits_the_kinds(self) -> Self:
         if self.compare is not None:  # which says for each criterion what it scores
             return self
-        name, kinds = self.criterion.name, self.structure.kinds
-        if name in _DEPTH and set(kinds) != {"layer"}:
+        criterion, kinds = self.criterion, self.structure.kinds
+        if unscorable := [kind for kind in kinds if kind not in criterion.kinds]:
+            others = [
+                name
+                for name, other in CRITERIA.known().items()
+                if set(unscorable) <= set(other.kinds)
+            ]
             raise ValueError(
-                f"criterion.name: {name} scores whole layers and cannot score "
-                f"{', '.join(kind for kind in kinds if kind != 'layer')}; "
-                "write structure.kinds: [layer]"
-            )
-        if self.criterion.compensates() and name == "scp":
-            raise ValueError(
-                "criterion.compensate: what scp cuts is silent already and leaves nothing to make "
-                "up for; leave it out"
+                f"criterion.name: {criterion.name} cannot score {', '.join(unscorable)}; "
+                + (
+                    f"write structure.kinds: [{', '.join(criterion.kinds)}]"
+                    if criterion.kinds == ("layer",)
+                    else f"write {', '.join(others[:-1])} or {others[-1]}, or leave "
+                    f"{', '.join(unscorable)} out of structure.kinds"
+                )
             )
         for key, asked in (
-            ("compensate", self.criterion.compensates()),
-            ("compensate_bias", self.criterion.compensate_bias),
+            ("compensate", criterion.compensates()),
+            ("compensate_bias", criterion.compensate_bias),
         ):
             if asked and "layer" in kinds:
                 raise ValueError(
                     f"criterion.{key}: nothing makes up for a whole layer; leave it out, or leave "
                     "layer out of structure.kinds"
                 )
-        if self.criterion.compensates() and getattr(self.criterion, "gate", None) == "weight":
-            raise ValueError(
-                "criterion.compensate: gates are folded where activations are read; write "
-                "criterion.gate: activation, or compensate: false"
-            )
-        if getattr(self.criterion, "rescore_every", None):
-            if getattr(self.criterion, "selection", None) != "surgeon":
-                raise ValueError(
-                    "criterion.rescore_every: only the surgeon's gates move on the way; write "
-                    "selection: surgeon, or leave it out"
-                )
-            if self.criterion.damping == "auto":
-                raise ValueError(
-                    "criterion.rescore_every: with damping: auto the matrix would be measured "
-                    "anew for every damping; write a number, or leave one of them out"
-                )
-        if self.criterion.compensate_steps and self.criterion.compensate_bias:
-            raise ValueError(
-                "criterion.compensate_steps: its gates would not know of the constants that "
-                "compensate_bias folds; leave one of them out"
-            )
-        if self.criterion.compensate_steps and not self.criterion.compensates():
-            raise ValueError(
-                "criterion.compensate_steps: there are no gates to move; write compensate: true, "
-                "or leave it out"
-            )
-        if name not in (*_DEPTH, "random") and "layer" in kinds:
-            raise ValueError(
-                f"criterion.name: {name} cannot score the kind layer; "
-                f"write {', '.join(_DEPTH)} or random, or leave layer out of structure.kinds"
-            )
+        for key, conflict in criterion.conflicts():
+            raise ValueError(f"criterion.{key}: {conflict}")
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sosp_hub.recipe.criteria import CriterionSection
+from sosp_hub.recipe.criteria import CRITERIA, Criterion, MaskTrainedCriterion
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import BUDGETS, Recipe
 
@@ -38,7 +38,7 @@ def cells_of(recipe: Recipe) -> tuple[list[Cell], list[str]]:
         return [], []
     base = recipe.model_dump(mode="json", exclude={"compare", "push"}, exclude_unset=True)
     faults = ["push: a comparison publishes nothing; leave it out"] if recipe.push else []
-    shared = {key: base.get("criterion", {}).get(key) for key in CriterionSection.model_fields}
+    shared = {key: base.get("criterion", {}).get(key) for key in Criterion.model_fields}
     protocol = {key: value for key, value in shared.items() if value is not None}
     rest = {k: v for k, v in base.get("budget", {}).items() if k not in BUDGETS}
     criteria, budgets = [], []
@@ -49,10 +49,11 @@ def cells_of(recipe: Recipe) -> tuple[list[Cell], list[str]]:
             changes["structure"] = {**base.get("structure", {}), "kinds": entry["kinds"]}
         made, found = _recipe({**base, **changes}, f"compare.criteria.{number}")
         faults += found
-        if made is not None and made.criterion.name == "scp":
+        if made is not None and isinstance(made.criterion, MaskTrainedCriterion):
+            name, untrained = made.criterion.name, made.criterion.untrained
             faults.append(
-                f"compare.criteria.{number}: scp trains the model, which is then another than the "
-                "one that the other criteria score; write scp_score, or run scp with "
+                f"compare.criteria.{number}: {name} trains the model, which is then another than "
+                f"the one that the other criteria score; write {untrained}, or run {name} with "
                 "python -m sosp_hub.prune"
             )
         elif made is not None:
@@ -88,7 +89,7 @@ def _recipe(data: Mapping[str, Any], where: str) -> tuple[Recipe | None, list[st
     try:
         return Recipe.model_validate(data), []
     except ValidationError as error:
-        return None, [_rephrased(fault, where) for fault in explain(error)]
+        return None, [_rephrased(fault, where) for fault in explain(error, Recipe, data)]
 
 
 def _rephrased(fault: str, where: str) -> str:
@@ -101,7 +102,7 @@ def _rephrased(fault: str, where: str) -> str:
 
 def _criterion_label(entry: Mapping[str, Any]) -> str:
     """Name and options: words as they are, switches by their names, numbers with both."""
-    return " ".join([str(entry.get("name", "sosp_h")), *_words(entry, but=("name",))])
+    return " ".join([str(entry.get("name", CRITERIA.default)), *_words(entry, but=("name",))])
 
 
 def _budget_label(recipe: Recipe, entry: Mapping[str, Any]) -> str:

@@ -13,8 +13,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
+from pydantic import ValidationError
 
 from sosp_hub.errors import HubError
+from sosp_hub.recipe.criteria import CRITERIA, Method
 from sosp_hub.report.facts import (
     UNNAMED,
     Facts,
@@ -27,7 +29,6 @@ from sosp_hub.report.figures import Picture, write_figures
 from sosp_hub.report.licence import copy_licence_files
 from sosp_hub.report.markers import fence, split_card
 from sosp_hub.report.markup import Markdown, block, code, markdown
-from sosp_hub.report.methods import method
 from sosp_hub.report.schema import read_report
 from sosp_hub.report.snippets import (
     Checkpoint,
@@ -116,13 +117,26 @@ def card_text(
         pictures=drawn,
         criterion=criterion,
         options=", ".join(f"{k}: {v}" for k, v in (criterion.get("options") or {}).items()),
-        method=method(str(criterion.get("name")), criterion.get("options") or {}),
+        method=_method(criterion),
         recovery=_recovery(report),
         calibration=_calibration(report.get("calibration") or {}),
         has_report=(checkpoint.folder / "sosp_report.json").is_file(),
     )
     text = f"{before}{without_tokens(fence(body, address))}{after}"
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
+
+
+def _method(criterion: Mapping[str, Any]) -> Method | None:
+    """The criterion of a report in words; None for one that is not known here."""
+    model = CRITERIA.get(criterion.get("name"))
+    if model is None:
+        return None
+    given = criterion.get("options") or {}
+    known = {key: value for key, value in given.items() if key in model.option_names()}
+    try:
+        return model.model_validate(known).method()
+    except ValidationError:  # of an earlier version, or not ours
+        return None
 
 
 def metadata(

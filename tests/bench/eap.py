@@ -24,12 +24,12 @@ from torch import Tensor
 
 import sosp_hub
 import sosp_hub.zoo.timm
-from sosp_hub.criteria.registry import score
 from sosp_hub.data.loading import calibration_batches, load_split
 from sosp_hub.data.source import open_data
 from sosp_hub.finetune import finetune
 from sosp_hub.recipe.schema import DataSection, ModelSection
 from sosp_hub.recipe.training import TrainSection
+from sosp_hub.scoring import score
 from sosp_hub.zoo.load import load_model
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)

@@ -31,8 +31,9 @@ from torch.profiler import ProfilerActivity
 
 import sosp_hub
 import sosp_hub.zoo.timm
-from sosp_hub.criteria.registry import DEFAULT_KINDS, score
+from sosp_hub.scoring import score
 from sosp_hub.tasks.loss import batch_loss
+from sosp_hub.types import DEFAULT_KINDS
 
 MODELS = {  # samples of a batch, image size or tokens, target of exact SOSP-H
     "cifar_resnet20": (64, 32, 2.2),

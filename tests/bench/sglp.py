@@ -21,8 +21,9 @@ import transformers
 
 import sosp_hub
 import sosp_hub.zoo.timm
-from sosp_hub.criteria.registry import scorable_groups
+from sosp_hub.criteria.compute.context import Context
 from sosp_hub.criteria.sglp import Sglp
+from sosp_hub.scoring import scorable_groups
 from tests.bench.saliency import SMOLLM2_135M
 
 
@@ -48,14 +49,14 @@ def main() -> None:
     for name in given.models:
         model, inputs, batches = subject(name)
         graph = sosp_hub.trace(model, inputs)
-        groups = scorable_groups(graph, "sglp")
+        groups = scorable_groups(graph, Sglp)
         seconds = {}
         for what, criterion in (
             ("similarity", Sglp(norm_samples=1, keep=1.0)),
             ("all", Sglp()),
         ):
             start = time.process_time()
-            found = criterion.partition(model, _Only(groups), batches)
+            found = criterion.partition(Context(model, groups, batches))
             seconds[what] = time.process_time() - start
         lengths = [
             end - start

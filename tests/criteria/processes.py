@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 
-from sosp_hub.criteria.registry import score
+from sosp_hub.scoring import score
 
 
 def in_processes(toy, name, **options):

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sosp_hub.criteria.registry import score
 from sosp_hub.distributed import process_state, process_sum
 from sosp_hub.errors import CriterionError
+from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
 from tests.cases import CASES
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sosp_hub.criteria.registry import score
 from sosp_hub.errors import CriterionError
+from sosp_hub.scoring import score
 from tests.compare import assert_close
 from tests.criteria.processes import in_processes
 from tests.gates.toys import attention, group, perceptron, residual, stand_in

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sosp_hub.criteria.registry import score
+from sosp_hub.scoring import score
 from tests.compare import assert_close
 from tests.gates.toys import TOYS, group, perceptron, residual, stand_in
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sosp_hub
-from sosp_hub.criteria.compensation import means_at_biases, shifted
+from sosp_hub.criteria.compute.compensation import means_at_biases, shifted
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import PruningPlan
 from tests.cases import CASES

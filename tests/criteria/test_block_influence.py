@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sosp_hub.criteria.registry import score
 from sosp_hub.errors import CriterionError
+from sosp_hub.scoring import score
 from sosp_hub.structure.groups import Group
 from tests.compare import assert_close
 from tests.gates.toys import stand_in

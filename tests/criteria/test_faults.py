@@ -4,15 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from sosp_hub.criteria.registry import criteria, score
 from sosp_hub.errors import CriterionError, DataError
+from sosp_hub.recipe.criteria import CRITERIA, RectifiedCriterion
+from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
 from tests.cases import CASES
 from tests.compare import assert_close
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 NEEDS = {  # without those that need a BatchNorm
-    name: known.needs for name, known in criteria().items() if name not in ("scp", "scp_score")
+    name: known.needs
+    for name, known in CRITERIA.known().items()
+    if not issubclass(known, RectifiedCriterion)
 }
 WITH_DATA = [name for name, needs in NEEDS.items() if needs != "nothing"]
 WITH_LABELS = [name for name, needs in NEEDS.items() if needs == "labels"]

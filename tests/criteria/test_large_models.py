@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import sosp_hub
-from sosp_hub.criteria.registry import score
 from sosp_hub.errors import CriterionError
+from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
 from tests.cases import CASES
 from tests.compare import assert_close

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import sosp_hub
-from sosp_hub.criteria.compensation import compensated, refined
-from sosp_hub.criteria.sosp_i import SospI
-from sosp_hub.derivatives import LowRank, by_group
+from sosp_hub.criteria.compute.compensation import compensated, refined
+from sosp_hub.criteria.compute.curvature import CurvatureMeasure
+from sosp_hub.derivatives import LowRank, Protocol, by_group
 from sosp_hub.gates import gated
 from sosp_hub.plan import PruningPlan
 from tests.cases import CASES
@@ -36,7 +36,8 @@ def _somewhere(toy):
 @pytest.mark.parametrize("make", [perceptron, residual])
 def test_the_gradient_at_other_gates_is_that_of_the_divergence(make, loss):
     toy = make()
-    row, criterion = _somewhere(toy), SospI(loss_fn=F.cross_entropy, loss=loss, micro_batch_size=2)
+    protocol = Protocol(F.cross_entropy, micro_batch_size=2)
+    row, criterion = _somewhere(toy), CurvatureMeasure(protocol, loss)
     at = by_group(toy.groups, row)
     found = criterion.measure(toy.model, toy.groups, [toy.batch], at)
     leaf = row.clone().requires_grad_()
@@ -78,7 +79,7 @@ def test_of_a_language_model_the_tokens_count_that_have_a_label():
             if row[t + 1] != -100:
                 total += float((dense[n, t].exp() * (dense[n, t] - found[n, t])).sum())
                 num += 1
-    criterion = SospI(micro_batch_size=1)
+    criterion = CurvatureMeasure(Protocol(micro_batch_size=1))
     assert criterion.divergence(model, groups, [batch], at) == pytest.approx(total / num, rel=1e-9)
     measured = criterion.measure(model, groups, [batch], at)
     assert measured.loss == pytest.approx(total / num, rel=1e-9)
@@ -97,7 +98,8 @@ def test_of_a_language_model_the_tokens_count_that_have_a_label():
 
 def test_at_the_dense_model_nothing_is_far_and_the_matrix_is_the_hessian():
     toy = perceptron()
-    criterion, ones = SospI(loss_fn=F.cross_entropy), torch.ones(toy.num_structures).double()
+    criterion = CurvatureMeasure(Protocol(F.cross_entropy))
+    ones = torch.ones(toy.num_structures).double()
     at = by_group(toy.groups, ones)
     found = criterion.measure(toy.model, toy.groups, [toy.batch], at)
     assert abs(found.loss) < 1e-12
@@ -115,7 +117,7 @@ def _plan(toy):
 
 def test_a_step_is_the_best_damped_one_and_leaves_what_is_cut_or_fixed():
     toy = perceptron()
-    criterion, seen = SospI(loss_fn=F.cross_entropy), []
+    criterion, seen = CurvatureMeasure(Protocol(F.cross_entropy)), []
 
     def measure(at):
         seen.append(criterion.measure(toy.model, toy.groups, [toy.batch], at))
@@ -155,7 +157,7 @@ def seen_at(plan, toy):
 
 def test_steps_go_down_to_where_no_gate_has_a_gradient():
     toy = perceptron(num_samples=32)
-    criterion = SospI(loss_fn=F.cross_entropy)
+    criterion = CurvatureMeasure(Protocol(F.cross_entropy))
     matrix = criterion.measure(toy.model, toy.groups, [toy.batch]).matrix
     plan = compensated(_plan(toy), toy.groups, matrix, 0.01)
     found = refined(

@@ -1,23 +1,16 @@
 """`score` and the registry: every registered criterion keeps the same promises."""
 
 import copy
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sosp_hub.cost import unit_costs
-from sosp_hub.criteria.registry import (
-    check_per,
-    criteria,
-    make_criterion,
-    register,
-    scorable_kinds,
-    score,
-)
 from sosp_hub.errors import CriterionError
+from sosp_hub.recipe.criteria import CRITERIA, Criterion, StandardizedCriterion
+from sosp_hub.scoring import check_per, make_criterion, score
 from sosp_hub.structure.trace import trace
 from sosp_hub.tasks import OwnOutputs
 from tests.cases import CASES
@@ -26,9 +19,9 @@ from tests.gates.toys import group, perceptron, residual, stand_in
 
 WIDTH = [
     name
-    for name, criterion in criteria().items()
-    if "channel" in scorable_kinds(name)
-    and all(getattr(criterion, "able", bool)(g) for g in residual().groups.values())
+    for name, criterion in CRITERIA.known().items()
+    if "channel" in criterion.kinds
+    and all(criterion.can_score(g) for g in residual().groups.values())
 ]
 
 
@@ -51,9 +44,8 @@ def test_every_criterion_scores_every_structure_and_leaves_the_model(name):
 
 
 def _may_be_divided(name):
-    return not hasattr(criteria()[name], "signed") and not hasattr(
-        make_criterion(name), "standardize"
-    )
+    criterion = CRITERIA.known()[name]
+    return not criterion.signed and not issubclass(criterion, StandardizedCriterion)
 
 
 @pytest.mark.parametrize("name", [name for name in WIDTH if _may_be_divided(name)])
@@ -74,12 +66,12 @@ def test_scores_per_cost(name):
 def test_scores_that_are_no_amounts_are_not_divided(name):
     case = next(case for case in CASES if case.name == "test_resnet")
     with pytest.raises(CriterionError, match=r"have a sign|standardize: false"):
-        check_per(name, "macs", {})
+        check_per(make_criterion(name), "macs")
     model = case.model()
     with pytest.raises(CriterionError, match="divides scores"):
         score(model, trace(model, case.inputs()), [], name, per="macs")
-    if hasattr(make_criterion(name), "standardize"):
-        check_per(name, "macs", {"standardize": False})
+    if issubclass(CRITERIA.known()[name], StandardizedCriterion):
+        check_per(make_criterion(name, standardize=False), "macs")
 
 
 def test_costs_need_the_graph_and_a_known_quantity():
@@ -103,22 +95,22 @@ def test_scores_move_with_their_structures(name):
     assert_close(moved, {"a": dense["a"][order], "b": dense["b"]}, relative=1e-9)
 
 
-@pytest.mark.parametrize("name", criteria())
+@pytest.mark.parametrize("name", CRITERIA.known())
 def test_name_is_the_file_name_and_the_paper_is_told(name):
-    criterion = criteria()[name]
+    criterion = CRITERIA.known()[name]
     assert criterion.__module__ == f"sosp_hub.criteria.{name}"
     assert criterion.paper
     assert criterion.needs in ("nothing", "inputs", "labels")
     assert criterion.__doc__
 
 
-@pytest.mark.parametrize("name", [n for n in WIDTH if criteria()[n].needs == "nothing"])
+@pytest.mark.parametrize("name", [n for n in WIDTH if CRITERIA.known()[n].needs == "nothing"])
 def test_criteria_without_data(name):
     toy = residual()
     assert score(toy.model, toy.graph, [], name)
 
 
-@pytest.mark.parametrize("name", [n for n in WIDTH if criteria()[n].needs != "nothing"])
+@pytest.mark.parametrize("name", [n for n in WIDTH if CRITERIA.known()[n].needs != "nothing"])
 def test_criteria_with_data_ask_for_it(name):
     toy = residual()
     with pytest.raises(CriterionError, match="no calibration data"):
@@ -137,9 +129,9 @@ def test_unknown_names_show_the_nearest():
 
 def test_a_wrong_choice_shows_what_there_is():
     toy = perceptron()
-    with pytest.raises(CriterionError, match=r"mode='exakt'.*exact, differences, auto"):
+    with pytest.raises(CriterionError, match=r"mode: got 'exakt'.*exact, differences, auto"):
         score(toy.model, toy.graph, [toy.batch], "sosp_h", mode="exakt")
-    with pytest.raises(CriterionError, match="micro_batch_size=0"):
+    with pytest.raises(CriterionError, match="micro_batch_size: got 0; expected at least 1"):
         score(toy.model, toy.graph, [toy.batch], "sosp_h", micro_batch_size=0)
 
 
@@ -170,12 +162,11 @@ def test_scores_that_are_not_finite_are_refused():
 
 
 def test_a_name_is_given_once():
-    @dataclass(frozen=True)
-    class Another:
-        name: ClassVar[str] = "magnitude"
+    class Another(Criterion):
+        name: Literal["magnitude"] = "magnitude"
 
-    with pytest.raises(ValueError, match="two criteria are called 'magnitude'"):
-        register(Another)
+    with pytest.raises(ValueError, match="criterion 'magnitude' is declared twice"):
+        CRITERIA.declare(Another)
 
 
 def _taylor(name, *kinds):

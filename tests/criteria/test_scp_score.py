@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.registry import score
 from sosp_hub.errors import CriterionError
+from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
 from tests.compare import assert_close
 

@@ -15,11 +15,13 @@ from torch import nn
 
 import sosp_hub.zoo.timm
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.gradient_norms import FreshNet, GradientNorms
-from sosp_hub.criteria.registry import score
-from sosp_hub.criteria.sglp import Sglp, _best, _in_proportion
-from sosp_hub.criteria.similarity import cka_matrix, segments
+from sosp_hub.criteria.compute.context import Context
+from sosp_hub.criteria.compute.gradient_norms import FreshNet, GradientNorms
+from sosp_hub.criteria.compute.layer_segments import _best, _in_proportion
+from sosp_hub.criteria.compute.similarity import cka_matrix, segments
+from sosp_hub.criteria.sglp import Sglp
 from sosp_hub.errors import CriterionError
+from sosp_hub.scoring import score
 from sosp_hub.structure.groups import Group
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
@@ -226,8 +228,8 @@ def test_quotas_are_in_proportion(total, sizes, most, expected):
 def test_scores_are_below_zero_for_what_the_best_subsets_lose():
     torch.manual_seed(0)
     model, (x, y) = bends(6), data(24)
-    criterion = Sglp(num_segments=2, seed=5)
-    found = criterion.partition(model, bend_graph(6), [(x, y)])
+    context = Context(model, bend_graph(6).groups, [(x, y)], seed=5)
+    found = Sglp(num_segments=2).partition(context)
     removed = []
     for part in np.split(np.arange(6), found.borders[1:]):
         gone = [int(name[2:]) for name in found.removed if int(name[2:]) in part]
@@ -288,9 +290,8 @@ def test_layers_of_real_models(name, caplog):
     graph = trace(model, inputs)
     options = {"max_subsets": 3, "norm_samples": 4}
     with caplog.at_level(logging.INFO, "sosp_hub"):
-        found = Sglp(**options).partition(
-            model, stand_in(*(g for g in graph.groups.values() if g.kind == "layer")), [batch]
-        )
+        layers = {name: g for name, g in graph.groups.items() if g.kind == "layer"}
+        found = Sglp(**options).partition(Context(model, layers, [batch]))
     saliency = score(model, graph, [batch], "sglp", **options)
     assert_close(dict(model.state_dict()), dict(before), relative=0)
     plan = allocate(graph, saliency, threshold=0.0, keep_at_least=0.01, kinds="layer")
@@ -322,21 +323,22 @@ def test_layers_of_real_models(name, caplog):
 
 def test_blocks_to_keep_can_be_given():
     model, (x, y) = bends(6), data(24)
-    kept = Sglp(kept_per_segment=(2, 1)).partition(model, bend_graph(6), [(x, y)])
+    context = Context(model, bend_graph(6).groups, [(x, y)])
+    kept = Sglp(kept_per_segment=(2, 1)).partition(context)
     assert len(kept.removed) == 3
     assert sum(int(name[2:]) < kept.borders[1] for name in kept.removed) == kept.borders[1] - 2
     with pytest.raises(CriterionError, match=r"kept_per_segment=\[6, 1\].*can keep"):
-        Sglp(kept_per_segment=(6, 1)).partition(model, bend_graph(6), [(x, y)])
+        Sglp(kept_per_segment=(6, 1)).partition(context)
     with pytest.raises(CriterionError, match=r"lists 2 segments, num_segments is 3"):
-        Sglp(kept_per_segment=(2, 1), num_segments=3).partition(model, bend_graph(6), [(x, y)])
-    with pytest.raises(CriterionError, match=r"keep=0"):
-        Sglp(keep=0).partition(model, bend_graph(6), [(x, y)])
+        Sglp(kept_per_segment=(2, 1), num_segments=3).partition(context)
+    with pytest.raises(CriterionError, match=r"keep: got 0; expected more than 0"):
+        score(model, bend_graph(6), [(x, y)], "sglp", keep=0)
 
 
 def test_processes_agree():
     model, (x, y) = bends(), data(18)
     parts = [(x[:9], y[:9]), (x[9:], y[9:])]
-    whole = Sglp(num_segments=2).partition(model, bend_graph(), parts)
+    whole = Sglp(num_segments=2).partition(Context(model, bend_graph().groups, parts))
     toy = SimpleNamespace(model=model, graph=bend_graph(), batch=(x, y))
     found = in_processes(toy, "sglp", num_segments=2, norms="pretrained")
     assert found["1:layer"][0] == 1

@@ -5,20 +5,20 @@ import torch
 import torch.nn.functional as F
 
 import sosp_hub
-from sosp_hub.criteria.compensation import compensated
-from sosp_hub.criteria.elimination import (
+from sosp_hub.criteria.compute.compensation import compensated
+from sosp_hub.criteria.compute.curvature import CurvatureMeasure
+from sosp_hub.criteria.compute.elimination import (
     Floors,
     absolute_row_sums,
     compensation,
     greedy_order,
     surgeon_order,
 )
-from sosp_hub.criteria.registry import make_criterion, score
-from sosp_hub.criteria.sosp_i import SospI
 from sosp_hub.derivatives import LowRank, Protocol, gauss_newton
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import gated
 from sosp_hub.plan import PruningPlan
+from sosp_hub.scoring import score
 from sosp_hub.surgery.apply import fold
 from tests.cases import with_trait
 from tests.compare import assert_close
@@ -80,7 +80,7 @@ def _best_gates(matrix, removed, damping):
 @pytest.mark.parametrize("units", UNITS, ids=["", "per unit"])
 @pytest.mark.parametrize("rank", [None, 3])
 def test_surgeon_takes_the_least_loss_after_compensation(rank, units, monkeypatch):
-    monkeypatch.setattr("sosp_hub.criteria.elimination.BLOCK", 2)
+    monkeypatch.setattr("sosp_hub.criteria.compute.elimination.BLOCK", 2)
     matrix = _matrix(7, rank)
 
     def growth(chosen, s):
@@ -101,8 +101,8 @@ def test_a_rescored_order_is_that_of_surgeries_on_what_is_left(every, steepness)
     toy, damping = perceptron(), 0.05 / steepness
     with torch.no_grad():
         toy.model.c.weight *= steepness  # softmax is then nearly a choice
+    criterion, taken = CurvatureMeasure(Protocol(F.cross_entropy)), []
     options = {"damping": damping, "loss_fn": F.cross_entropy}
-    criterion, taken = SospI(**options), []
 
     def far(gates):
         return criterion.divergence(toy.model, toy.groups, [toy.batch], toy.split(gates))
@@ -170,9 +170,9 @@ def test_low_rank_gives_the_order_of_the_matrix(order, block, candidates, monkey
     few, more = _low_rank(40, 5), _low_rank(40, 12)
     few.factor[:, ::4] = 0.0  # dead structures, which cost the same
     few.factor[:, ::3] *= 1e-4
-    monkeypatch.setattr("sosp_hub.criteria.elimination.BLOCK", block)
-    monkeypatch.setattr("sosp_hub.criteria.elimination.REMOVALS", block)
-    monkeypatch.setattr("sosp_hub.criteria.elimination.CANDIDATES", candidates)
+    monkeypatch.setattr("sosp_hub.criteria.compute.elimination.BLOCK", block)
+    monkeypatch.setattr("sosp_hub.criteria.compute.elimination.REMOVALS", block)
+    monkeypatch.setattr("sosp_hub.criteria.compute.elimination.CANDIDATES", candidates)
     for matrix in (few, more):
         assert order(matrix) == order(matrix.dense())
         assert sorted(order(matrix)) != order(matrix)
@@ -182,8 +182,8 @@ def test_low_rank_gives_the_order_of_the_matrix(order, block, candidates, monkey
 def test_beyond_the_candidates_a_block_goes_before_all_costs_are_computed_again(
     candidates, removals, monkeypatch
 ):
-    monkeypatch.setattr("sosp_hub.criteria.elimination.CANDIDATES", candidates)
-    monkeypatch.setattr("sosp_hub.criteria.elimination.REMOVALS", removals)
+    monkeypatch.setattr("sosp_hub.criteria.compute.elimination.CANDIDATES", candidates)
+    monkeypatch.setattr("sosp_hub.criteria.compute.elimination.REMOVALS", removals)
     matrix = _low_rank(24, 6)
     dense = matrix.dense()
 
@@ -316,8 +316,7 @@ def test_a_net_with_a_twin_is_cut_for_nothing():
         toy.model.a.weight[3], toy.model.a.bias[3] = toy.model.a.weight[1], toy.model.a.bias[1]
         toy.model.b.weight[:, 3] = toy.model.b.weight[:, 1]
     groups = {"a": toy.groups["a"]}
-    criterion = make_criterion("sosp_i", selection="surgeon", damping=1e-9)
-    curvature = criterion.measure(toy.model, groups, [toy.batch])
+    curvature = CurvatureMeasure().measure(toy.model, groups, [toy.batch])
     found = score(
         toy.model,
         stand_in(*groups.values()),
@@ -358,6 +357,6 @@ def test_faults():
     with pytest.raises(CriterionError, match=r"only groups that are read by layers.*and none"):
         score(toy.model, neurons, [toy.batch], "sosp_i")  # down.weight is read by the block's code
     toy = perceptron()
-    of_one = make_criterion("sosp_i").measure(toy.model, {"a": toy.groups["a"]}, [toy.batch])
+    of_one = CurvatureMeasure().measure(toy.model, {"a": toy.groups["a"]}, [toy.batch])
     with pytest.raises(CriterionError, match=r"is of 5 structures, the groups have 8"):
         score(toy.model, toy.graph, [], "sosp_i", curvature=of_one)

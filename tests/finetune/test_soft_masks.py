@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 import sosp_hub.zoo.timm
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.registry import score
 from sosp_hub.finetune import finetune
 from sosp_hub.pipeline.masking import _Best
 from sosp_hub.prune import main
 from sosp_hub.recipe.training import TrainSection
+from sosp_hub.scoring import score
 from sosp_hub.soft_masks import SoftMasks, off_probability
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
@@ -215,7 +215,7 @@ def test_from_a_recipe(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sosp_hub.criteria.registry.score", stop)
+        patch.setattr("sosp_hub.scoring.score", stop)
         assert main([str(path)]) != 0
     record = json.loads((tmp_path / "out.partial" / "masked.json").read_text())["made"]
     assert record["num_held_out"] == 20

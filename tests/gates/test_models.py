@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sosp_hub
-from sosp_hub.criteria.registry import score
 from sosp_hub.derivatives import Protocol, hessian_product
 from sosp_hub.gates import gated
+from sosp_hub.scoring import score
 from sosp_hub.tasks.loss import batch_loss
 from tests.cases import CASES, with_trait
 from tests.compare import assert_close

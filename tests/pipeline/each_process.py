@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sosp_hub.allocation import allocate
-from sosp_hub.criteria.compensation import compensated, refined
-from sosp_hub.criteria.registry import make_criterion, score
+from sosp_hub.criteria.compute.compensation import compensated, refined
+from sosp_hub.criteria.compute.context import Context
 from sosp_hub.data.loading import calibration_batches, make_loader
 from sosp_hub.distributed import (
     from_main,
@@ -24,6 +24,7 @@ from sosp_hub.distributed import (
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.recipe.training import TrainSection
+from sosp_hub.scoring import make_criterion, score
 from sosp_hub.structure.trace import trace
 
 NUM_SAMPLES = 23
@@ -71,17 +72,19 @@ def scores(rank, world):
     points: Any = Points(NUM_SAMPLES)
     batches = calibration_batches(points, 99, 4, rank=rank, num_processes=world)
     found = {}
-    for name, options in SCORED.items():
+    for name, given in SCORED.items():
+        options = dict(given)
         criterion = name.partition(" ")[0]
+        shared = {"process_sum": process_sum, "seed": options.pop("seed", 0)}
         if criterion == "sosp_i":
-            options = {**options, "process_rows": process_rows}
-        saliency = score(model, graph, batches, criterion, process_sum=process_sum, **options)
+            shared["process_rows"] = process_rows
+        saliency = score(model, graph, batches, criterion, **shared, **options)
         plan = allocate(graph, saliency, params=0.5)
         values = {group: each.tolist() for group, each in saliency.items()}
         found[name] = {"scores": values, "kept": {g: list(k) for g, k in plan.kept.items()}}
         if criterion == "sosp_i":
-            made = make_criterion(criterion, process_sum=process_sum, **options)
             each = model, graph.groups, batches
+            made = make_criterion(criterion, **options).measure(Context(*each, **shared))
             plan = compensated(plan, graph.groups, made.measure(*each).matrix, 0.1)
             found[name]["gates"] = plan.gates
             measures = partial(made.measure, *each), partial(made.divergence, *each)

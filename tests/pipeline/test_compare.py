@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sosp_hub import compare, prune
-from sosp_hub.criteria import registry
+from sosp_hub import compare, prune, scoring
 from sosp_hub.pipeline import compare as pipeline
 from sosp_hub.pipeline import stages
 from sosp_hub.pipeline.ranks import rank_correlations
@@ -68,7 +67,7 @@ def finished(tmp_path_factory):
     """A finished comparison, and how often it trained and scored."""
     folder, calls = tmp_path_factory.mktemp("finished"), []
     with pytest.MonkeyPatch.context() as patch:
-        counted(patch, registry, "score", calls)
+        counted(patch, scoring, "score", calls)
         counted(patch, stages, "finetune", calls)
         assert run(folder) == 0
     return folder, calls
@@ -124,7 +123,7 @@ def test_a_stopped_comparison_goes_on_cell_by_cell(finished, tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "recipe.yaml"]
     assert not list((tmp_path / "out.partial").glob("final-*.safetensors"))  # numbers are enough
     calls = []
-    counted(monkeypatch, registry, "score", calls)
+    counted(monkeypatch, scoring, "score", calls)
     counted(monkeypatch, stages, "finetune", calls)
     capsys.readouterr()
     assert run(tmp_path, seeds) == 0

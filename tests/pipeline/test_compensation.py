@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import sosp_hub
-from sosp_hub.criteria.sosp_i import SospI
+from sosp_hub.criteria.compute.curvature import CurvatureMeasure
 from sosp_hub.pipeline import compensation, stages
 from sosp_hub.prune import main
 from tests.compare import assert_close
@@ -53,7 +53,7 @@ def test_the_surgeon_and_its_compensation_share_one_matrix(recipe, tmp_path, mon
     with monkeypatch.context() as patched:
         patched.setattr(stages, "apply", stop)
         assert main([str(recipe), *keys, "criterion.selection=surgeon"]) == 130
-        patched.setattr(SospI, "measure", stop)
+        patched.setattr(CurvatureMeasure, "measure", stop)
         changes = ["budget.structures=0.7", "criterion.damping=0.1"]
         assert main([str(recipe), *keys, "criterion.selection=surgeon", *changes]) == 130
         plan = json.loads((tmp_path / "out.partial" / "plan.json").read_text())["made"]["plan"]
@@ -110,7 +110,7 @@ def test_a_large_matrix_is_not_kept(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("keys", [["criterion.name=sosp_i", "criterion.selection=surgeon"], []])
 def test_damping_is_chosen_on_samples_that_are_held_out(recipe, tmp_path, monkeypatch, keys):
     seen = {"matrix": set(), "loss": set()}
-    measure, evaluate = SospI.measure, compensation.evaluate
+    measure, evaluate = CurvatureMeasure.measure, compensation.evaluate
 
     def ids(batches):
         return {row.numpy().tobytes() for inputs, _ in batches for row in inputs}
@@ -123,7 +123,7 @@ def test_damping_is_chosen_on_samples_that_are_held_out(recipe, tmp_path, monkey
         seen["loss"] |= ids(batches)
         return evaluate(model, batches, metrics)
 
-    monkeypatch.setattr(SospI, "measure", measured)
+    monkeypatch.setattr(CurvatureMeasure, "measure", measured)
     monkeypatch.setattr(compensation, "evaluate", evaluated)
     monkeypatch.setattr(compensation, "DAMPINGS", (0.01, 1.0, 100.0))
     assert main([str(recipe), "criterion.damping=auto", *keys]) == 0
@@ -174,7 +174,7 @@ def test_constants_are_folded_into_biases(recipe, tmp_path, capsys):
 
 def test_gates_are_moved_on_and_the_report_tells_the_steps(recipe, tmp_path, monkeypatch, capsys):
     seen = {"step": [], "held out": []}
-    measure, distance = SospI.measure, SospI.divergence
+    measure, distance = CurvatureMeasure.measure, CurvatureMeasure.divergence
 
     def ids(batches):
         return {row.numpy().tobytes() for inputs, _ in batches for row in inputs}
@@ -187,8 +187,8 @@ def test_gates_are_moved_on_and_the_report_tells_the_steps(recipe, tmp_path, mon
         seen["held out"].append(ids(batches))
         return distance(self, model, groups, batches, at)
 
-    monkeypatch.setattr(SospI, "measure", measured)
-    monkeypatch.setattr(SospI, "divergence", apart)
+    monkeypatch.setattr(CurvatureMeasure, "measure", measured)
+    monkeypatch.setattr(CurvatureMeasure, "divergence", apart)
     monkeypatch.setattr(compensation, "DAMPINGS", (0.1, 10.0))
     assert main([str(recipe)]) == 0
     plain = json.loads((tmp_path / "out" / "sosp_report.json").read_text())["plan"]
@@ -249,13 +249,13 @@ def test_without_data_the_gates_are_those_in_closed_form(recipe, tmp_path, monke
 
 
 def test_the_surgeon_measures_again_on_the_way(recipe, tmp_path, monkeypatch):
-    num, measure = [], SospI.measure
+    num, measure = [], CurvatureMeasure.measure
 
     def measured(self, model, groups, batches, at=None):
         num.append(0 if at is None else sum(int((part == 0).sum()) for part in at.values()))
         return measure(self, model, groups, batches, at)
 
-    monkeypatch.setattr(SospI, "measure", measured)
+    monkeypatch.setattr(CurvatureMeasure, "measure", measured)
     keys = ["criterion.name=sosp_i", "criterion.selection=surgeon"]
     assert main([str(recipe), *keys]) == 0
     assert num == [0]

@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import sosp_hub
+from sosp_hub import scoring
 from sosp_hub.checkpoint.inputs import made_up_inputs
-from sosp_hub.criteria import registry
 from sosp_hub.hub.contents import local_files
 from sosp_hub.pipeline import stages
 from sosp_hub.prune import main
@@ -53,7 +53,7 @@ def unreachable(*_, **__):
 
 def test_another_budget_needs_no_data_and_no_scoring(run, monkeypatch, capsys):
     monkeypatch.setattr(stages, "open_data", unreachable)
-    monkeypatch.setattr(registry, "score", unreachable)
+    monkeypatch.setattr(scoring, "score", unreachable)
     assert main(["--from-scores", str(run), "budget.macs=0.3"]) == 0
     output = run.with_name("run-macs-0.3")
     said = capsys.readouterr()
@@ -85,7 +85,7 @@ def test_another_budget_needs_no_data_and_no_scoring(run, monkeypatch, capsys):
 
 
 def test_with_its_data_it_is_measured_and_trained(run, monkeypatch):
-    monkeypatch.setattr(registry, "score", unreachable)
+    monkeypatch.setattr(scoring, "score", unreachable)
     given = ["--from-scores", str(run), "--with-data", "budget.macs=0.4", "evaluate.latency=false"]
     assert main(given) == 0
     report = json.loads((run.with_name("run-macs-0.4") / "sosp_report.json").read_text())

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import sosp_hub
-from sosp_hub.criteria import registry
+from sosp_hub import scoring
 from sosp_hub.data.loading import load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.evaluate import evaluate
@@ -248,7 +248,7 @@ def test_ctrl_c_leaves_what_is_done_and_another_budget_goes_on_from_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "recipe.yaml"]
     work = tmp_path / "out.partial"
     kept = {name: time for name, time in files(work).items() if "plan" not in name}
-    monkeypatch.setattr(registry, "score", stop)  # is not called again
+    monkeypatch.setattr(scoring, "score", stop)  # is not called again
     assert prune(tmp_path, "budget.macs=0.7", "finetune.epochs=0") == 0
     said = capsys.readouterr().err
     assert "budget.macs was 0.5, is 0.7" in said

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 
 from sosp_hub.errors import HubError
-from sosp_hub.recipe.criteria import CRITERION_NAMES
+from sosp_hub.recipe.criteria import CRITERIA
 from sosp_hub.report.card import _calibration, render_card
 from sosp_hub.report.facts import collect
 from sosp_hub.report.figures import pictures
@@ -137,7 +137,7 @@ def test_what_is_not_in_the_report_is_not_on_the_card(image, key, absent):
     assert "nan" not in card.lower().replace("finance", "")
 
 
-@pytest.mark.parametrize("name", CRITERION_NAMES)
+@pytest.mark.parametrize("name", CRITERIA.known())
 def test_every_criterion_of_a_recipe_has_words(image, name):
     changed(image, lambda report: report.update(criterion={"name": name, "options": {}}))
     assert "saliency(s) = " in render(image)

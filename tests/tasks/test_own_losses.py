@@ -173,7 +173,7 @@ def test_an_own_loss_that_nobody_knows_weighs_its_samples(caplog):
     loss = batch_loss(model, batch)
     assert (loss.predictions, loss.weight) == (None, 2)
     graph = sosp_hub.trace(model, {"input_values": batch["input_values"]}, outputs="logits")
-    able = {name: g for name, g in graph.groups.items() if SospI.able(g)}
+    able = {name: g for name, g in graph.groups.items() if SospI.can_score(g)}
     found = gauss_newton(model, able, [batch], Protocol())
     assert found.form == "empirical"
 

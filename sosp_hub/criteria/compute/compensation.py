@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.criteria.activations import ProcessSum, Seen, site_means
-from sosp_hub.criteria.elimination import compensation, damped_step
+from sosp_hub.criteria.compute.activations import ProcessSum, Seen, site_means
+from sosp_hub.criteria.compute.elimination import compensation, damped_step
 from sosp_hub.derivatives import GaussNewton, Matrix, by_group
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph

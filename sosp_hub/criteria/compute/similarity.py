@@ -8,7 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sosp_hub.criteria.activations import ProcessSum, check_data, run, sum_over_processes, unpadded
+from sosp_hub.criteria.compute.activations import (
+    ProcessSum,
+    check_data,
+    run,
+    sum_over_processes,
+    unpadded,
+)
 from sosp_hub.errors import CriterionError
 
 if TYPE_CHECKING:

@@ -57,6 +57,12 @@ def sum_by_structure(group: Group, parts: Iterator[tuple[Tensor, Tensor]]) -> Te
     return total
 
 
+def squared_norms(model: nn.Module, group: Group) -> Tensor:
+    """The squared L2 norm of the weights that make each structure's slices."""
+    rows = (slices(member, weight) for member, weight in filters(model, group))
+    return sum_by_structure(group, ((row.square().sum(1), index) for row, index in rows))
+
+
 def reading(
     model: nn.Module, group: Group, measure: Callable[[Tensor], Tensor]
 ) -> dict[int, Tensor]:

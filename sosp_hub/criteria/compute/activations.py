@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.criteria.compute.context import Context
+from sosp_hub.criteria.compute.weights import by_structure, check_read, reading
 from sosp_hub.derivatives import is_sharded
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import gated
@@ -60,14 +62,6 @@ class Seen(NamedTuple):
 
 Measure = Callable[[Seen], tuple[Tensor, Tensor | int]]
 """From what is seen at a site to sums over it, and the number of what was added up."""
-
-
-WATCHED = "read by a layer, whose input can be watched"
-
-
-def is_watched(group: Group) -> bool:
-    """Whether a module reads the group."""
-    return any(site.module is not None for site in group.sites)
 
 
 def site_means(
@@ -130,6 +124,51 @@ def site_means(
             means[group.name][number] = (total / count).view_as(own)
     _check_watched(groups, {name for name, found in means.items() if found})
     return means
+
+
+def weighted_inputs(
+    context: Context,
+    criterion: str,
+    *,
+    of_weights: Callable[[Tensor], Tensor],
+    moments: Measure,
+    of_inputs: Callable[[Tensor], Tensor],
+    num_moments: int,
+) -> dict[str, Tensor]:
+    """What the weights that read a structure measure, times what they read, summed over its inputs.
+
+    Args:
+        context: What is scored.
+        criterion: Its name, for errors.
+        of_weights: From the weights of each position, ``(positions, weights)``, to one number each.
+        moments: ``num_moments`` sums over what is read, of each position.
+        of_inputs: From their means to one number for each position.
+        num_moments: How many.
+
+    Raises:
+        CriterionError: Groups that no weight reads.
+    """
+    groups = context.groups
+    read = {name: reading(context.model, group, of_weights) for name, group in groups.items()}
+    check_read(groups, read, criterion)
+    means = site_means(
+        context.model,
+        groups,
+        context.batches,
+        moments,
+        context.process_sum,
+        per_position=num_moments,
+    )
+    return mean_of_sites(
+        {
+            name: {
+                i: by_structure(group, group.sites[i], read[name][i] * of_inputs(mean))
+                for i, mean in means[name].items()
+                if i in read[name]
+            }
+            for name, group in groups.items()
+        }
+    )
 
 
 def mean_of_sites(means: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""What criteria compute with. Criteria import it when they score, so that naming them is cheap."""

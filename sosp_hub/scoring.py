@@ -1,0 +1,290 @@
+"""``score``: what a criterion says of each structure."""
+
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, get_args
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from sosp_hub.cost import Quantity, unit_costs
+from sosp_hub.criteria.compute.context import Context
+from sosp_hub.derivatives import GaussNewton
+from sosp_hub.errors import CriterionError
+from sosp_hub.gates import has_gate
+from sosp_hub.recipe.criteria import CRITERIA, Criterion, GateCriterion
+from sosp_hub.recipe.faults import explain
+from sosp_hub.structure.copies import copy_inputs
+from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.groups import Group, Groups
+from sosp_hub.structure.isolation import isolated
+from sosp_hub.types import DEFAULT_KINDS, GateKind, Kind
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Batches, LossFn, Saliency
+
+logger = logging.getLogger("sosp_hub")
+
+
+class HasGroups(Protocol):
+    """What scoring asks of a graph."""
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """Groups by name."""
+        ...
+
+
+def make_criterion(name: str, **options: Any) -> Criterion:
+    """The criterion with these options.
+
+    Raises:
+        CriterionError: An unknown name or option; names the nearest known one.
+    """
+    model = CRITERIA.require(name, CriterionError)
+    known = model.option_names()
+    for option in options:
+        if option not in known:
+            raise CriterionError(
+                f"criterion {name!r} has no option {option!r}{_nearest(option, known)}; "
+                f"its options are {', '.join(sorted(known)) or 'none'}"
+            )
+    try:
+        return model(**options)
+    except ValidationError as error:
+        faults = "; ".join(explain(error, model))
+        raise CriterionError(f"criterion {name!r}: {faults}") from None
+
+
+def score(
+    model: nn.Module,
+    graph: HasGroups,
+    batches: "Batches",
+    criterion: str | Criterion = "sosp_h",
+    *,
+    loss_fn: "LossFn | None" = None,
+    kinds: tuple[str, ...] | list[str] | None = None,
+    seed: int = 0,
+    process_sum: Callable[[Tensor], Tensor] | None = None,
+    process_rows: Callable[[Tensor], Tensor] | None = None,
+    per: Quantity | None = None,
+    curvature: GaussNewton | None = None,
+    **options: Any,
+) -> "Saliency":
+    """How much each structure matters.
+
+    Args:
+        model: The model; it comes back exactly as it was.
+        graph: What ``trace`` found in it.
+        batches: Calibration data, ``(inputs, labels)`` or dicts; ``[]`` where none is needed.
+        criterion: Name of the criterion, or the criterion itself.
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
+        kinds: Kinds of structures to score; None = channels, heads, KV groups and neurons, or
+            layers where the criterion scores those alone.
+        seed: Of everything random.
+        process_sum: Sum of a tensor over all processes, where each has its own batches.
+        process_rows: Rows of all processes, where there are so few that they are exchanged.
+        per: What matters is then divided by what a structure costs, in units of the mean structure
+            (`sosp_hub.cost.unit_costs`), so that a budget of this quantity is met at the least
+            loss. An order of removal takes the least loss per unit first.
+        curvature: What was measured for these groups (`CurvatureMeasure`), for a criterion that
+            uses it; no data is needed then.
+        **options: Options of the criterion.
+
+    Returns:
+        One CPU tensor per group that the criterion can score; higher = keep.
+
+    Raises:
+        CriterionError: An unknown criterion or option, data that cannot be scored with, or a group
+            that the criterion cannot score.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(graph, "groups"):
+        raise CriterionError(
+            f"score got a {type(model).__name__} and a {type(graph).__name__}; expected "
+            "score(model, graph, batches), with what trace(model, ...) returns as the graph"
+        )
+    if isinstance(criterion, str):
+        method = make_criterion(criterion, **options)
+    elif options:
+        raise CriterionError(
+            f"score got a {type(criterion).__name__} and the options {', '.join(options)}; set "
+            "them when it is made, or give its name"
+        )
+    else:
+        method = criterion
+    check_per(method, per)
+    if getattr(loss_fn, "at_minimum", False) and method.first_order:
+        raise CriterionError(
+            f"criterion {method.name!r} ranks by the gradient, which is zero where a model is "
+            f"compared with its own outputs; use sosp_h, sosp_i or hap, or a loss with labels"
+        )
+    groups = scorable_groups(graph, type(method), kinds)
+    if isinstance(method, GateCriterion):
+        groups = _with_gates(model, groups, method.name, method.gate)
+    units = _units(graph, groups, per)
+    context = Context(
+        model=model,
+        groups=groups,
+        batches=_copies(batches),
+        loss_fn=loss_fn,
+        seed=seed,
+        process_sum=process_sum,
+        process_rows=process_rows,
+        curvature=curvature,
+        units=units if method.uses_units else None,
+    )
+    with isolated(model):
+        scores = method.saliency(context)
+    saliency = _checked(scores, groups, method)
+    if units is None or method.uses_units:
+        return saliency
+    return {name: scores / units[name].to(scores.dtype) for name, scores in saliency.items()}
+
+
+def _copies(batches: "Batches") -> "Batches":
+    """Batches that a model may write to; an iterator still goes through them once."""
+    if isinstance(batches, Iterator):
+        return map(copy_inputs, batches)
+    return _Copies(batches)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    batches: "Batches"
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(copy_inputs, self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+
+def check_per(criterion: Criterion, per: str | None) -> None:
+    """Refuses to divide scores that are no amounts, or by what is no cost.
+
+    Raises:
+        CriterionError: Says what to write instead.
+    """
+    if per is None:
+        return
+    if per not in get_args(Quantity):
+        raise CriterionError(f"per={per!r}, expected one of {', '.join(get_args(Quantity))}")
+    if reason := criterion.no_amounts():
+        why, instead = reason
+        raise CriterionError(
+            f"criterion {criterion.name!r}: per={per} divides scores by what a structure costs, "
+            f"and {why}; {instead}"
+        )
+
+
+def _units(graph: HasGroups, groups: Groups, per: Quantity | None) -> "Saliency | None":
+    if per is None:
+        return None
+    if not isinstance(graph, Graph):
+        raise CriterionError(f"per={per}: costs need what trace(...) returns as the graph")
+    costs = unit_costs(replace(graph, groups=dict(groups)), per)
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in costs.items()}
+
+
+def scorable_groups(
+    graph: HasGroups,
+    criterion: type[Criterion],
+    kinds: tuple[str, ...] | list[str] | None = None,
+) -> Groups:
+    """The groups that ``score`` gives a score with these kinds.
+
+    Raises:
+        CriterionError: An unknown kind, none of the kinds, or one that the criterion cannot score.
+    """
+    scorable = criterion.kinds
+    if isinstance(kinds, str):
+        raise CriterionError(f"kinds={kinds!r}: write a list of kinds, such as [{kinds!r}]")
+    for kind in kinds or ():
+        if kind not in get_args(Kind):
+            raise CriterionError(
+                f"unknown kind {kind!r}{_nearest(str(kind), get_args(Kind))}; "
+                f"there are {', '.join(get_args(Kind))}"
+            )
+    if kinds is None:
+        kinds = DEFAULT_KINDS if set(DEFAULT_KINDS) <= set(scorable) else scorable
+    chosen = {name: group for name, group in graph.groups.items() if group.kind in kinds}
+    if not chosen:
+        present = sorted({group.kind for group in graph.groups.values()})
+        raise CriterionError(
+            f"nothing to score: the graph has no group of the kinds {', '.join(kinds)}; "
+            f"it has {', '.join(present) or 'no groups'}"
+        )
+    if wrong := {group.kind for group in chosen.values()} - set(scorable):
+        raise CriterionError(
+            f"criterion {criterion.key()!r} cannot score the kinds {', '.join(sorted(wrong))}; it "
+            f"scores {', '.join(scorable)}. Name other kinds, or use {_others(wrong)}"
+        )
+    return _able(criterion, chosen)
+
+
+def _with_gates(model: nn.Module, groups: Groups, criterion: str, gate: GateKind) -> Groups:
+    """The groups that a gate can stand for; the others stay whole."""
+    gated = {name: group for name, group in groups.items() if has_gate(model, group, gate)}
+    rest = [name for name in groups if name not in gated]
+    if rest and gated:
+        shown = ", ".join(rest[:4]) + ", ..." * (len(rest) > 4)
+        where = {
+            "activation": "activations where weights read them; %d of %d groups are read otherwise",
+            "weight": "the filters that make what is cut; %d of %d groups have none",
+        }
+        logger.info(
+            f"criterion %r gates {where[gate]} and stay whole: %s",
+            *(criterion, len(rest), len(groups), shown),
+        )
+    return gated or groups  # none at all: the gates say so
+
+
+def _able(criterion: type[Criterion], groups: Groups) -> Groups:
+    able = {name: group for name, group in groups.items() if criterion.can_score(group)}
+    whole = [name for name in groups if name not in able]
+    limit = f"criterion {criterion.key()!r} scores only groups that are {criterion.scores_only}"
+    if not able:
+        kinds = {group.kind for group in groups.values()}
+        raise CriterionError(
+            f"{limit}, and none of the {len(groups)} of this model ({', '.join(sorted(kinds))}) "
+            f"is; use {_others(kinds)}"
+        )
+    if whole:
+        shown = ", ".join(whole[:4]) + ", ..." * (len(whole) > 4)
+        logger.info("%s; %d of %d stay whole: %s", limit, len(whole), len(groups), shown)
+    return able
+
+
+def _others(kinds: Iterable[str]) -> str:
+    """Criteria that score every group of these kinds."""
+    return " or ".join(
+        name
+        for name, criterion in CRITERIA.known().items()
+        if set(kinds) <= set(criterion.kinds) and not criterion.scores_only
+    )
+
+
+def _checked(saliency: "Saliency", groups: Groups, criterion: Criterion) -> "Saliency":
+    named = f"criterion {criterion.name!r}"
+    result = {name: saliency[name].detach().cpu() for name in groups}
+    for name, group in groups.items():
+        assert result[name].shape == (group.size,), f"{name}: {result[name].shape}"
+        if not result[name].isfinite().all():
+            raise CriterionError(
+                f"{named}: the scores of group {name!r} are not finite; look at the weights and "
+                "the data, or score in float32"
+            )
+    if criterion.needs != "nothing" and not any(scores.any() for scores in result.values()):
+        raise CriterionError(
+            f"{named}: all scores are 0, which ranks nothing: the activations are 0, or the loss "
+            "does not change with them. Look at the data, the weights and the loss"
+        )
+    return result
+
+
+def _nearest(given: str, known: Any) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
