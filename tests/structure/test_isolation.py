@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from sosp_hub.criteria.registry import score
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sosp_hub.errors import SospHubError
+from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply, apply_
 from sosp_hub.surgery.widen import widen
