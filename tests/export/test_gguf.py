@@ -17,16 +17,25 @@ gguf = pytest.importorskip("gguf")
 TOKENS = torch.arange(3, 13)[None]
 
 
-def with_llama3_positions():
+def llama(**settings):
     cls, _, cut = cuts.FAMILIES["llama"]
+    torch.manual_seed(0)
+    model = cls(transformers.LlamaConfig(**{**cuts.GQA, **settings})).eval()
+    cut(model)
+    return model
+
+
+def with_llama3_positions():
     rope = {
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
     }  # fmt: skip
-    torch.manual_seed(0)
-    model = cls(transformers.LlamaConfig(**{**cuts.GQA, "rope_parameters": rope})).eval()
-    cut(model)
-    return model
+    return llama(rope_parameters=rope)
+
+
+def with_linear_positions():
+    rope = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
+    return llama(rope_parameters=rope, rms_norm_eps=0.05)
 
 
 def without_attention():
@@ -44,6 +53,7 @@ def without_sliding_window():
 MODELS = {
     "llama": lambda: cuts.pruned("llama"),
     "llama3 positions": with_llama3_positions,
+    "linear positions": with_linear_positions,
     "removed attention": without_attention,
     "mistral": without_sliding_window,
     "qwen2": lambda: cuts.pruned("qwen2"),  # tied, with biases
@@ -83,6 +93,79 @@ def test_half_precision_stays(tmp_path):
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["blk.0.ffn_up.weight"] == "BF16"
     assert kinds["blk.0.ffn_norm.weight"] == "F32"
+
+
+def rotated(x, told, factors):
+    """Pairs of neighbours, turned by the position times a frequency of their own."""
+    size = x.shape[-1]
+    frequency = told.get("deci.rope.freq_base", 10000.0) ** (-torch.arange(0, size, 2) / size)
+    place = torch.arange(x.shape[0])[:, None, None] / told.get("deci.rope.scaling.factor", 1.0)
+    angle = place * frequency / factors
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()
+    return torch.stack(turned, -1).flatten(-2)
+
+
+def read_again(path, tokens):
+    """Logits by llama.cpp's rules for ``deci``, from nothing but the file."""
+    reader = gguf.GGUFReader(path)
+    told = fields(reader)
+    held = {tensor.name: torch.from_numpy(tensor.data.copy()).double() for tensor in reader.tensors}
+    if told.get("deci.rope.scaling.type", "linear") != "linear":
+        raise AssertionError("other positions than this knows")
+
+    def norm(x, name):
+        eps = told["deci.attention.layer_norm_rms_epsilon"]
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * held[f"{name}.weight"]
+
+    def linear(x, name):
+        return x @ held[f"{name}.weight"].T + held.get(f"{name}.bias", 0)
+
+    x = held["token_embd.weight"][tokens]
+    factors = held.get("rope_freqs.weight", torch.ones(1))
+    size = told["deci.attention.key_length"]
+    counts = (told[f"deci.attention.head_count{kind}"] for kind in ("", "_kv"))
+    for i, (heads, kv_heads) in enumerate(zip(*counts, strict=True)):
+        block = f"blk.{i}"
+        if heads:
+            y = norm(x, f"{block}.attn_norm")
+            q, k, v = (
+                linear(y, f"{block}.attn_{kind}").unflatten(-1, (-1, size)) for kind in "qkv"
+            )
+            q, k = rotated(q, told, factors), rotated(k, told, factors)
+            assert (q.shape[1], k.shape[1], v.shape[1]) == (heads, kv_heads, kv_heads)
+            k, v = (each.repeat_interleave(heads // kv_heads, 1) for each in (k, v))
+            score = torch.einsum("ihd,jhd->hij", q, k) / size**0.5
+            score = score.masked_fill(torch.ones_like(score[0]).triu(1).bool(), -torch.inf)
+            y = torch.einsum("hij,jhd->ihd", score.softmax(-1), v).flatten(-2)
+            x = x + linear(y, f"{block}.attn_output")
+        y = norm(x, f"{block}.ffn_norm")
+        gate, up = linear(y, f"{block}.ffn_gate"), linear(y, f"{block}.ffn_up")
+        x = x + linear(gate * gate.sigmoid() * up, f"{block}.ffn_down")
+    table = "output" if "output.weight" in held else "token_embd"
+    return linear(norm(x, "output_norm"), table)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_file_alone_says_what_the_model_computes(name, tmp_path):
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms of a fresh model hide much
+            parameter.add_(0.2 * torch.rand_like(parameter) - 0.1)
+    found = read_again(to_gguf(model, tmp_path / "small.gguf"), TOKENS[0])
+    expected = output(model, {"input_ids": TOKENS})[0]
+    assert_close(found, expected.double(), relative=1e-5)
+
+
+def test_long_wavelengths_are_stretched_and_short_ones_are_not(tmp_path):
+    """Llama 3: what turns in over 16 positions is slowed by 8; under 4 positions by nothing."""
+    model = with_llama3_positions()
+    reader = gguf.GGUFReader(to_gguf(model, tmp_path / "small.gguf"))
+    (factors,) = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    wavelengths = [2 * torch.pi * 10000 ** (2 * i / 8) for i in range(4)]  # 6, 63, 628, 6283
+    assert 4 < wavelengths[0] < 16 < wavelengths[1]
+    assert 1 < factors[0] < 8
+    assert_close(torch.tensor(factors[1:]), torch.full((3,), 8.0))
 
 
 @contextlib.contextmanager
@@ -173,6 +256,26 @@ def test_the_tokenizer_goes_along(tmp_path):
     assert llama_cpp_tokens(path, text) == tokenizer.encode(text)
 
 
+SPLITS = {
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+"""As in the tokenizer.json of Llama 3 and of Qwen2: numbers in threes, numbers digit by digit."""
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_way_a_text_is_split_has_llama_cpps_name(name, tmp_path):
+    from tokenizers import Regex
+    from tokenizers import pre_tokenizers as pre
+
+    split = pre.Split(Regex(SPLITS[name]), behavior="isolated")
+    tokenizer = bpe(pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]))
+    path = to_gguf(cuts.pruned("llama"), tmp_path / "small.gguf", tokenizer)
+    assert fields(gguf.GGUFReader(path))["tokenizer.ggml.pre"] == name
+
+
 def without_mlp():
     model = cuts.pruned("llama")
     model.model.layers[1].mlp = RemovedMlp()
@@ -191,6 +294,12 @@ def without_first_attention():
         (without_mlp, CheckpointError, "layer 1 has attention alone"),
         (without_first_attention, CheckpointError, "layer 0"),
         (lambda: cuts.pruned("mistral"), CheckpointError, "sliding_window"),
+        (lambda: llama(hidden_act="gelu"), CheckpointError, "hidden_act 'gelu'"),
+        (
+            lambda: llama(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+            CheckpointError,
+            "positions of type 'yarn'",
+        ),
         (lambda: cuts.pruned("qwen3"), ModelError, "qwen3"),
         (lambda: cuts.pruned_timm("test_vit"), ModelError, "VisionTransformer"),
     ],

@@ -310,6 +310,15 @@ def test_a_model_that_is_not_the_traced_one_is_refused(verify, width):
         apply(other, graph, half(graph, structures), verify=verify)
 
 
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_a_model_that_has_gained_a_parameter_is_refused(verify):
+    """Nobody knows whether the new part fits what is left of the others."""
+    model, graph = prepared(LLAMA)
+    model.model.layers[0].adapter = nn.Linear(64, 64)
+    with pytest.raises(PlanError, match=r"also has 'model\.layers\.0\.adapter\.weight'.*again"):
+        apply(model, graph, half(graph, structures), verify=verify)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
