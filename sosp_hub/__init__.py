@@ -1,6 +1,6 @@
 """Structured pruning for the Hugging Face ecosystem: score, cut for real, publish.
 
-The seven verbs are loaded when first used, so that importing the package costs next to nothing.
+The verbs are loaded when first used, so that importing the package costs next to nothing.
 """
 
 import importlib
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sosp_hub.checkpoint.weightless import apply_plan_file, save_plan
     from sosp_hub.hub.push import push_to_hub
     from sosp_hub.plan import PruningPlan
+    from sosp_hub.reconstruction.rebuild import rebuild
     from sosp_hub.scoring import score
     from sosp_hub.structure.trace import trace
     from sosp_hub.surgery.apply import apply, apply_
@@ -30,6 +31,7 @@ _HOME = {
     "push_to_hub": "sosp_hub.hub.push",
     "save_plan": "sosp_hub.checkpoint.weightless",
     "save_pretrained": "sosp_hub.checkpoint.io",
+    "rebuild": "sosp_hub.reconstruction.rebuild",
     "score": "sosp_hub.scoring",
     "trace": "sosp_hub.structure.trace",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "enable",
     "from_pretrained",
     "push_to_hub",
+    "rebuild",
     "save_plan",
     "save_pretrained",
     "score",

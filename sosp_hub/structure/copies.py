@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,10 +45,17 @@ def copy_inputs(inputs: Any, fake: FakeMode | None = None) -> Any:
 
     A pass may write to its inputs, as caches of key and value tensors are there for.
     """
+    if fake is None:
+        return map_tensors(inputs, lambda tensor: tensor.detach().clone())
+    return map_tensors(inputs, fake.from_tensor)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nesting with what ``change`` makes of each tensor."""
     memo: dict[int, Any] = {}
-    for tensor in _tensors_within(inputs, set()):
-        memo[id(tensor)] = tensor.detach().clone() if fake is None else fake.from_tensor(tensor)
-    return _copied(inputs, memo)
+    for tensor in _tensors_within(value, set()):
+        memo[id(tensor)] = change(tensor)
+    return _copied(value, memo)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -43,7 +43,9 @@ def apply(
         VerificationError: The cut model does not compute what the masked model computes; its
             ``groups`` are those where it goes wrong.
     """
-    _check_arguments(model, graph, plan, verify)
+    check_arguments(model, graph, plan)
+    if verify not in get_args(Verify):
+        raise PlanError(f"verify: got {verify!r}, expected {' or '.join(get_args(Verify))}")
     graph.check(plan)
     check_model(model, graph)
     if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
@@ -95,7 +97,8 @@ def apply_(
     return model
 
 
-def _check_arguments(model: object, graph: object, plan: object, verify: object) -> None:
+def check_arguments(model: object, graph: object, plan: object) -> None:
+    """Raises PlanError where something else than a model, its graph and a plan is given."""
     if not isinstance(model, nn.Module):
         raise PlanError(f"model: got a {type(model).__name__}, expected the nn.Module to cut")
     if not isinstance(graph, Graph):
@@ -105,8 +108,6 @@ def _check_arguments(model: object, graph: object, plan: object, verify: object)
             f"plan: got a {type(plan).__name__}, expected what allocate(...) returns; "
             "PruningPlan.from_json(text) reads a stored one"
         )
-    if verify not in get_args(Verify):
-        raise PlanError(f"verify: got {verify!r}, expected {' or '.join(get_args(Verify))}")
 
 
 def check_model(model: nn.Module, graph: Graph) -> None:

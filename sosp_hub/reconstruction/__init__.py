@@ -1,0 +1,1 @@
+"""The weights that read a cut axis, solved again from calibration inputs."""

@@ -1,0 +1,232 @@
+"""Catches the products of weights with what they read, whatever module's code makes them."""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sosp_hub.structure.modes import body_of
+
+_PLACES = 64
+"""Positions of an image, at random, at which a convolution's inputs are looked at; more where that
+makes too few rows for its inputs."""
+_ROWS_PER_INPUT = 16
+
+
+class Product(NamedTuple):
+    """One product of a watched weight.
+
+    A weight is a row of matrices ``(slots, outputs, inputs)``: one for a linear layer, one for each
+    group of a convolution or each expert.
+
+    Attributes:
+        tensor: Name of the weight.
+        slots: Which of its matrices take part.
+        rows: ``(slots, rows, inputs)`` in float32 or wider: what they are multiplied with.
+        samples: The sample of the batch that each row is of; None where that is not known.
+        bias: What is added to the product.
+        groups: Of a convolution; 0 = it is none.
+        taps: Positions of a convolution's window.
+    """
+
+    tensor: str
+    slots: slice
+    rows: Tensor
+    samples: Tensor | None = None
+    bias: Tensor | None = None
+    groups: int = 0
+    taps: int = 1
+
+
+class Watched(NamedTuple):
+    """A weight whose products are caught, and the dimension that they sum over."""
+
+    weight: Tensor
+    dim: int
+
+
+class Products(TorchFunctionMode):
+    """Hands each product of a watched weight to ``see`` before it is computed.
+
+    Args:
+        watched: Weights by name.
+        see: Gets each product.
+        refuse: Gets the name of a weight that is read in a way that is not understood, and how.
+        num_samples: Samples of all batches: where they are few, more positions of each image are
+            looked at.
+    """
+
+    def __init__(
+        self,
+        watched: Mapping[str, Watched],
+        see: Callable[[Product], None],
+        refuse: Callable[[str, str], None],
+        num_samples: int,
+    ) -> None:
+        super().__init__()
+        self._names = {w.weight.untyped_storage().data_ptr(): n for n, w in watched.items()}
+        self._watched, self._see, self._refuse = watched, see, refuse
+        self._all_samples = num_samples
+        self.batch, self.num_samples = 0, 1
+        self.mask: Tensor | None = None
+
+    def begin(self, number: int, num_samples: int, mask: Tensor | None) -> None:
+        """Another batch is coming; ``mask`` says which of its tokens are not padding."""
+        self.batch, self.num_samples, self.mask = number, num_samples, mask
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":
+            with self:
+                return body_of(func)(*args, **kwargs)
+        order = _ARGUMENTS.get(name)
+        if order is not None:
+            given = {**dict(zip(order, args, strict=False)), **kwargs}
+            weight = given.get("weight")
+            if isinstance(weight, Tensor) and type(weight) in (Tensor, torch.nn.Parameter):
+                tensor = self._names.get(weight.untyped_storage().data_ptr())
+                if tensor is not None:
+                    with torch.no_grad():
+                        self._product(tensor, name, given)
+        return func(*args, **kwargs)
+
+    def _product(self, tensor: str, name: str, given: Mapping[str, Any]) -> None:
+        weight, x, bias = given["weight"], given["input"], given.get("bias")
+        parameter, dim = self._watched[tensor]
+        if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
+            self._refuse(tensor, f"{name} scales what it adds up")
+            return
+        if name.startswith("conv"):
+            if weight.shape != parameter.shape or dim != 1:
+                self._refuse(tensor, "a convolution reads a part of it")
+                return
+            x = x if x.dim() == weight.dim() else x.unsqueeze(0)
+            generator = torch.Generator()
+            generator.manual_seed(zlib.crc32(f"{tensor} {self.batch}".encode()))
+            enough = _ROWS_PER_INPUT * weight[0].numel() // max(self._all_samples, 1)
+            rows = patches(x, weight, given, max(_PLACES, enough), generator)
+            samples = self._samples(rows.shape[1])
+            groups, taps = given.get("groups", 1), weight[0, 0].numel()
+            self._see(Product(tensor, slice(None), _wide(rows), samples, bias, groups, taps))
+            return
+        side = -1 if name == "linear" else -2
+        if not _whole(weight, parameter, dim, side):
+            self._refuse(tensor, f"{name} reads a part of it")
+            return
+        if name.endswith("grouped_mm"):
+            ends = given["offs"].tolist()
+            for slot, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                if end > start:
+                    rows = _wide(x[start:end])[None]
+                    self._see(Product(tensor, slice(slot, slot + 1), rows))
+            return
+        if weight.dim() == 3:
+            if x.dim() != 3:
+                self._refuse(tensor, f"{name} of a tensor of {x.dim()} dimensions")
+                return
+            self._see(Product(tensor, slice(None), _wide(x)))
+            return
+        slots = slice(0, 1)
+        if parameter.dim() == 3:
+            slot = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+            slots = slice(slot, slot + 1)
+        shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        samples = self._samples(len(x))
+        mask = self.mask
+        if mask is not None and mask.numel() == len(x) and shape in (mask.shape, (len(x),)):
+            real = mask.flatten().to(x.device).bool()
+            x, samples = x[real], None if samples is None else samples[real.cpu()]
+        self._see(Product(tensor, slots, _wide(x)[None], samples, bias))
+
+    def _samples(self, num_rows: int) -> Tensor | None:
+        each, rest = divmod(num_rows, self.num_samples)
+        return None if rest else torch.arange(self.num_samples).repeat_interleave(each)
+
+
+_ARGUMENTS = {
+    "linear": ("input", "weight", "bias"),
+    "addmm": ("bias", "input", "weight"),
+    "mm": ("input", "weight"),
+    "bmm": ("input", "weight"),
+    "matmul": ("input", "weight"),
+    "__matmul__": ("input", "weight"),
+    "_grouped_mm": ("input", "weight", "offs"),
+    "grouped_mm": ("input", "weight"),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d"),
+        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    ),
+}
+
+
+def _whole(weight: Tensor, parameter: Tensor, dim: int, side: int) -> bool:
+    """Whether an operand is one or all matrices of a parameter, with its inputs along ``side``."""
+    if parameter.dim() not in (2, 3) or dim < parameter.dim() - 2 or weight.dim() < 2:
+        return False
+    other = 2 * parameter.dim() - 3 - dim
+    sizes = {-1: (other, dim), -2: (dim, other)}[side]
+    last = tuple(parameter.shape[d] for d in sizes), tuple(parameter.stride(d) for d in sizes)
+    if (tuple(weight.shape[-2:]), tuple(weight.stride()[-2:])) != last:
+        return False
+    return weight.dim() == 2 or (weight.dim() == 3 and weight.shape[0] == parameter.shape[0])
+
+
+def patches(
+    x: Tensor,
+    weight: Tensor,
+    given: Mapping[str, Any],
+    places: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """What a convolution multiplies its weights with: ``(groups, samples * places, inputs)``."""
+    num = weight.dim() - 2
+    groups = given.get("groups", 1)
+    stride, dilation = (_each(given.get(key, 1), num) for key in ("stride", "dilation"))
+    reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    padding = given.get("padding", 0)
+    if padding == "same":
+        pads = [(r // 2, r - r // 2) for r in reach]
+    else:
+        pads = [(p, p) for p in _each(0 if padding == "valid" else padding, num)]
+    if any(sum(pair) for pair in pads):
+        x = F.pad(x, [p for pair in reversed(pads) for p in pair])
+    for i in range(num):
+        x = x.unfold(2 + i, reach[i] + 1, stride[i])
+    window = (slice(None, None, d) for d in dilation)
+    x = x[(..., *window)]
+    sizes = x.shape[2 : 2 + num]
+    chosen = torch.arange(sizes.numel())
+    if len(chosen) > places:
+        chosen = torch.randperm(len(chosen), generator=generator)[:places].sort().values
+    at = torch.unravel_index(chosen.to(x.device), sizes)
+    x = x[(slice(None), slice(None), *at)]  # (samples, channels, places, window)
+    x = x.flatten(3).unflatten(1, (groups, -1))
+    return x.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
+
+
+def _each(value: int | Sequence[int], num: int) -> tuple[int, ...]:
+    return (value,) * num if isinstance(value, int) else tuple(value) * (num // len(value))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def to_matrices(weight: Tensor, dim: int, groups: int) -> Tensor:
+    """A weight as ``(slots, outputs, inputs)``; of a convolution each input has its window."""
+    if groups:
+        return weight.unflatten(0, (groups, -1)).flatten(3).flatten(2)
+    matrices = weight.movedim(dim, -1)
+    return matrices if weight.dim() == 3 else matrices[None]
+
+
+def from_matrices(matrices: Tensor, like: Tensor, dim: int, groups: int) -> Tensor:
+    """The opposite of ``to_matrices``, in the shape of ``like``."""
+    if groups:
+        return matrices.reshape(like.shape)
+    return (matrices if like.dim() == 3 else matrices[0]).movedim(-1, dim)

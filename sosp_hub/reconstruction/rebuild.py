@@ -1,0 +1,395 @@
+"""``rebuild``: a cut whose readers are solved again, so that little of it is lost."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sosp_hub.errors import DataError, PlanError
+from sosp_hub.plan import PruningPlan
+from sosp_hub.reconstruction.gram import Gram, ProcessSum
+from sosp_hub.reconstruction.products import Product, Watched, from_matrices, to_matrices
+from sosp_hub.reconstruction.readers import PartlyCut, Reader, partly_cut
+from sosp_hub.reconstruction.ridge import Layer
+from sosp_hub.reconstruction.stream import Stream
+from sosp_hub.structure.copies import copy_model
+from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.isolation import isolated
+from sosp_hub.surgery.apply import Verify, apply, check_arguments, check_model, fold, get_tensor
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Batches
+
+logger = logging.getLogger("sosp_hub")
+
+DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""What ``damping="auto"`` tries in each layer."""
+
+
+@dataclass(frozen=True)
+class RebuiltLayer:
+    """What became of one weight that reads a cut axis.
+
+    Attributes:
+        tensor: Its name.
+        inputs: Columns before the cut.
+        kept: Columns after it.
+        rows: Calibration rows (tokens, positions) that it was fitted to.
+        damping: Share of the mean diagonal.
+        error_cut: Squared distance to its uncut output over the squares of that, after the cut.
+        error: The same once it was solved again.
+    """
+
+    tensor: str
+    inputs: int
+    kept: int
+    rows: int
+    damping: float
+    error_cut: float
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Rebuilt:
+    """A model whose weights make up for a cut, before that cut.
+
+    Attributes:
+        model: In the dense model's shapes; ``apply`` with ``plan`` cuts it.
+        plan: The plan without what is in these weights already (gates, shifts).
+        layers: What was solved again, in the order of the forward pass.
+        left: Why other weights that read a cut axis are as they were, by name.
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    layers: tuple[RebuiltLayer, ...]
+    left: dict[str, str]
+
+
+def rebuild(
+    model: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    batches: "Batches",
+    *,
+    damping: float | Literal["auto"] = "auto",
+    dense_share: float = 0.0,
+    verify: Verify = "thorough",
+    process_sum: ProcessSum | None = None,
+) -> nn.Module:
+    """``apply``, and every weight that reads a cut axis is solved again to make up for what went.
+
+    Layer by layer, in the order of the forward pass and on what the layers before now give, the
+    kept columns of a weight come as near as they can to what it computed with all of them: a ridge
+    regression toward the old weights on the calibration inputs. It needs no labels and no
+    gradients; a bias takes the mean. Choose with any criterion, then rebuild.
+
+    Args:
+        model: The dense model; it stays as it is.
+        graph: What ``trace`` found in it.
+        plan: Kept indices per group; gates and shifts are folded in first.
+        batches: Calibration data, ``(inputs, labels)`` or dicts; labels take no part.
+        damping: How strongly weights are held to what they were, as a share of the mean square of
+            a layer's inputs; ``auto``: of each layer the one of least error on a quarter of the
+            data that the fit does not see.
+        dense_share: What a layer should compute: 0 = what it computed with all its columns, of
+            what it is given now; 1 = what it computes in the dense model; between: a mix.
+        verify: As in ``apply``.
+        process_sum: Sum of a tensor over all processes, where each has its own batches.
+
+    Returns:
+        A new, smaller model of the same class.
+
+    Raises:
+        PlanError: A plan that does not fit, or a model without weights.
+        DataError: No calibration data, or activations that are not finite.
+        VerificationError: As ``apply`` does.
+    """
+    rebuilt = rebuilt_weights(
+        model,
+        graph,
+        plan,
+        batches,
+        damping=damping,
+        dense_share=dense_share,
+        process_sum=process_sum,
+    )
+    return apply(rebuilt.model, graph, rebuilt.plan, verify=verify)
+
+
+def rebuilt_weights(
+    model: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    batches: "Batches",
+    *,
+    damping: float | Literal["auto"] = "auto",
+    dense_share: float = 0.0,
+    process_sum: ProcessSum | None = None,
+) -> Rebuilt:
+    """What ``rebuild`` cuts, and what it did to each layer; arguments as there."""
+    _check(model, graph, plan, damping, dense_share)
+    kept_batches = list(batches)
+    result = copy_model(model)
+    if plan.gates or plan.shifts:
+        fold(result, graph, plan)
+    training = result.training
+    partly = partly_cut(copy_model(result).eval().requires_grad_(False), graph, plan)
+    rest = replace(plan, gates={}, shifts={})
+    layers: list[RebuiltLayer] = []
+    left = dict(partly.left)
+    if partly.readers:
+        with isolated(partly.model):
+            options = _Options(damping, dense_share, process_sum)
+            work = _Work(model, result, graph, partly, kept_batches, options)
+            layers += work.run()
+            left |= work.left
+    _tell(layers, left)
+    return Rebuilt(result.train(training), rest, tuple(layers), left)
+
+
+def _check(model: Any, graph: Any, plan: Any, damping: Any, dense_share: Any) -> None:
+    check_arguments(model, graph, plan)
+    number = isinstance(damping, int | float) and not isinstance(damping, bool) and damping > 0
+    if damping != "auto" and not number:
+        raise PlanError(f"damping: got {damping!r}, expected 'auto' or a number above 0")
+    if isinstance(dense_share, bool) or not (0 <= dense_share <= 1):
+        raise PlanError(f"dense_share: got {dense_share!r}, expected a number from 0 to 1")
+    graph.check(plan)
+    check_model(model, graph)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError(
+            "the model has no weights (meta device), and to rebuild is to compute new ones: load "
+            "them, or cut with apply(..., verify='fast')"
+        )
+
+
+@dataclass(frozen=True)
+class _Options:
+    damping: float | Literal["auto"]
+    dense_share: float
+    process_sum: ProcessSum | None
+
+
+class _Work:
+    """One rebuild while it runs."""
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        result: nn.Module,
+        graph: Graph,
+        partly: PartlyCut,
+        batches: Sequence[Any],
+        options: _Options,
+    ) -> None:
+        self._dense, self._result, self._graph, self._partly = dense, result, graph, partly
+        self._options = options
+        self._biases = {
+            p.untyped_storage().data_ptr(): n for n, p in partly.model.named_parameters()
+        }
+        watched = {
+            name: Watched(get_tensor(partly.model, name), reader.dim)
+            for name, reader in partly.readers.items()
+        }
+        chains = _chains(dense, graph)
+        self._stream = Stream(partly.model, watched, batches, chains, graph.example_inputs)
+        self.left = dict(self._stream.refused)
+        self._dense_stream = None
+        if options.dense_share:
+            twin = copy_model(dense).eval().requires_grad_(False)
+            watched = {
+                name: Watched(get_tensor(twin, name), partly.readers[name].dim)
+                for name in self._stream.order
+            }
+            self._dense_stream = Stream(twin, watched, batches, chains, graph.example_inputs)
+
+    def run(self) -> list[RebuiltLayer]:
+        """Solves one weight after the other."""
+        order = self._stream.order
+        largest = max((self._num_bytes(name) for name in order), default=0)
+        logger.info(
+            "rebuild: %d weights that read a cut axis, one after the other; sums of products of "
+            "the largest take %.2g GB", len(order), largest / 1e9,
+        )  # fmt: skip
+        return [self._layer(name) for name in order]
+
+    def _num_bytes(self, name: str) -> int:
+        slots, _, inputs = self._matrices(self._partly.model, name).shape
+        return 8 * 4 * slots * inputs**2  # two parts, their sum, and the damped matrix
+
+    def _matrices(self, model: nn.Module, name: str) -> Tensor:
+        weight = get_tensor(model, name).detach()
+        if model is not self._partly.model:
+            weight = weight[_on(self._partly.index(name), weight)]
+        groups = self._stream.first[name].groups
+        return to_matrices(weight, self._partly.readers[name].dim, groups).double()
+
+    def _layer(self, name: str) -> RebuiltLayer:
+        reader, first = self._partly.readers[name], self._stream.first[name]
+        start, dense = self._matrices(self._partly.model, name), self._matrices(self._dense, name)
+        slots, outputs, inputs = dense.shape
+        parts = self._sums(name, (slots, inputs), dense.device)
+        gram = parts[0] + parts[1]
+        if not gram.counts.any():
+            raise DataError(
+                f"no calibration data reaches {name!r}: rebuild needs at least one batch"
+            )
+        if not gram.is_finite():
+            raise DataError(
+                f"what {name!r} reads on the calibration data is not finite; look at the data and "
+                "the weights, or rebuild in float32"
+            )
+        bias = self._bias(name, reader, first, (slots, outputs))
+        layer = Layer(dense, start, _columns(reader, dense, first), bias[1])
+        damping = self._options.damping
+        if damping == "auto":
+            damping = _best(layer, parts[0], parts[1])
+        new = layer.solved(gram, damping)
+        errors = layer.error(gram), new.error(gram)
+        better = (errors[1] <= errors[0]) & new.start.flatten(1).isfinite().all(1)
+        new = layer.take(new, better)
+        self._write(name, reader, first, new, bias[0])
+        own = gram.toward(0)
+        size = float(Layer(dense, torch.zeros_like(dense), layer.kept, None).error(own).sum())
+        error = float(torch.where(better, errors[1], errors[0]).sum())
+        return RebuiltLayer(
+            name, inputs, len(layer.kept), int(gram.counts.max()), float(damping),
+            float(errors[0].sum()) / (size or 1.0), error / (size or 1.0),
+        )  # fmt: skip
+
+    def _sums(self, name: str, shape: tuple[int, int], device: torch.device) -> list[Gram]:
+        """Sums over three quarters of the samples and over the others, of all processes."""
+        reader, dense = self._partly.readers[name], self._dense_stream
+        aside = dense is not None and self._partly.positions[name][reader.dim] is None
+        parts = [Gram.zeros(*shape, device, target=aside) for _ in range(2)]
+        run = self._stream.run(name)
+        others = dense.run(name) if dense is not None and aside else None
+        pairs = ((one, None) for one in run) if others is None else zip(run, others, strict=True)
+        for number, (products, others) in enumerate(pairs):
+            if others is not None and not _alike(products, others):
+                raise DataError(
+                    f"{name!r} reads other rows in the dense model than after the cut (experts "
+                    "get other tokens); write dense_share=0"
+                )
+            for product, other in zip(products, others or products, strict=True):
+                samples = product.samples
+                samples = torch.arange(product.rows.shape[1]) if samples is None else samples
+                held_out = ((samples + number) % 4 == 3).to(product.rows.device)
+                for part, chosen in zip(parts, (~held_out, held_out), strict=True):
+                    if bool(chosen.any()):
+                        rows = product.rows[:, chosen], other.rows[:, chosen] if aside else None
+                        part.add(rows[0], product.slots, rows[1])
+        for part in parts:
+            part.sum_over(self._options.process_sum)
+        return [part.toward(self._options.dense_share) for part in parts]
+
+    def _bias(
+        self, name: str, reader: Reader, first: Product, shape: tuple[int, ...]
+    ) -> tuple[str | None, Tensor | None]:
+        """The parameter or buffer that can take a constant, and how far it is from the dense's."""
+        model, zero = self._partly.model, torch.zeros(shape, dtype=torch.float64)
+        zero = zero.to(get_tensor(model, name).device)
+        if first.bias is not None:
+            bias = self._biases.get(first.bias.untyped_storage().data_ptr())
+            if bias is None or self._graph.aliases.get(bias):
+                return None, None
+            found = get_tensor(model, bias)
+            if found.numel() != zero.numel() or not torch.equal(found, first.bias):
+                return None, None
+            before = get_tensor(self._dense, bias).detach()
+            before = before[_on(self._partly.index(bias), before)]
+            return bias, (found.double() - before.double()).view(shape)
+        norm = reader.bias_norm
+        if norm is None or not first.groups:
+            return None, None
+        return f"{norm}.running_mean", zero
+
+    def _write(
+        self, name: str, reader: Reader, first: Product, layer: Layer, bias: str | None
+    ) -> None:
+        """Puts a solved layer into the model that runs on and into the result."""
+        work = get_tensor(self._partly.model, name)
+        with torch.no_grad():
+            new = from_matrices(layer.start, work, reader.dim, first.groups).to(work)
+            work.copy_(new)
+            _put(get_tensor(self._result, name), self._partly.index(name), new)
+            if bias is None or layer.bias is None:
+                return
+            constant = layer.bias.flatten()
+            own = get_tensor(self._partly.model, bias)
+            if bias.endswith("running_mean"):  # what is added before the norm is taken off here
+                own -= constant.to(own)
+            else:
+                before = get_tensor(self._dense, bias)
+                before = before[_on(self._partly.index(bias), before)].double()
+                own.copy_(before + constant)
+            _put(get_tensor(self._result, bias), self._partly.index(bias), own)
+
+
+def _columns(reader: Reader, dense: Tensor, first: Product) -> Tensor:
+    """Kept columns of the matrices; a convolution's channel has one for each tap of its window."""
+    kept = torch.as_tensor(reader.kept, device=dense.device)
+    if not first.groups:
+        return kept
+    taps = first.taps
+    return (kept[:, None] * taps + torch.arange(taps, device=kept.device)).flatten()
+
+
+def _best(layer: Layer, fit: Gram, held_out: Gram) -> float:
+    """The damping with which what is fitted to one part of the data serves the other best."""
+    if not held_out.counts.any() or not fit.counts.any():
+        return 0.1
+    errors = {d: float(layer.solved(fit, d).error(held_out).sum()) for d in DAMPINGS}
+    return min(errors, key=lambda damping: errors[damping])
+
+
+def _alike(products: Sequence[Product], others: Sequence[Product]) -> bool:
+    """Whether two passes took the same rows of the same samples."""
+    return [(p.slots, p.rows.shape) for p in products] == [(p.slots, p.rows.shape) for p in others]
+
+
+def _on(index: tuple[np.ndarray, ...], tensor: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.as_tensor(at, device=tensor.device) for at in index)
+
+
+def _put(tensor: Tensor, index: tuple[np.ndarray, ...], new: Tensor) -> None:
+    tensor[_on(index, tensor)] = new.to(tensor)
+
+
+def _chains(model: nn.Module, graph: Graph) -> list[list[str]]:
+    """Rows of modules each of which gives its result to the next one alone."""
+    chains = []
+    for name, group in graph.groups.items():
+        if group.kind == "layer":
+            stack = name.rpartition(":")[0]
+            inside = f"{stack}." if stack else ""
+            chains.append([f"{inside}{n}" for n, _ in model.get_submodule(stack).named_children()])
+    for name, module in model.named_modules():
+        if type(module).forward is nn.Sequential.forward and isinstance(module, nn.Sequential):
+            inside = f"{name}." if name else ""
+            chains.append([f"{inside}{child}" for child, _ in module.named_children()])
+    return chains
+
+
+def _tell(layers: Sequence[RebuiltLayer], left: dict[str, str]) -> None:
+    if left:
+        shown = "; ".join(f"{name!r}: {why}" for name, why in list(left.items())[:4])
+        logger.info(
+            "rebuild: %d weights that read a cut axis stay as they are: %s%s",
+            len(left), shown, "; ..." * (len(left) > 4),
+        )  # fmt: skip
+    scarce = [layer for layer in layers if layer.rows < layer.inputs]
+    if scarce:
+        worst = min(scarce, key=lambda layer: layer.rows / layer.inputs)
+        logger.warning(
+            "rebuild: %d of %d weights have fewer calibration rows than inputs; the worst is %r "
+            "with %d rows for %d inputs (ratio %.2g). The damping holds them near what they were; "
+            "more samples help",
+            len(scarce), len(layers), worst.tensor, worst.rows, worst.inputs,
+            worst.rows / worst.inputs,
+        )  # fmt: skip

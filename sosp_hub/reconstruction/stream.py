@@ -1,0 +1,195 @@
+"""Runs a model again and again on the same batches, each time on from where it is final."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from sosp_hub.reconstruction.products import Product, Products, Watched
+from sosp_hub.structure.copies import copy_inputs, map_tensors
+from sosp_hub.structure.trace import call
+from sosp_hub.tasks.batches import num_samples
+from sosp_hub.tasks.loss import forward
+
+
+class _Stop(Exception):  # noqa: N818 - no error: the rest of the pass is not needed
+    pass
+
+
+class Stream:
+    """Passes of a model up to one of its weights after the other, in the order that they run.
+
+    What a module with such weights gives is kept from the pass after its last weight became final,
+    and handed out from then on; what such a module is given by a chain of others alone makes that
+    of the others superfluous. So the model is run once in all, and each part of it once more for
+    each of its weights.
+
+    Args:
+        model: A model of our own, in eval mode.
+        watched: The weights by name.
+        batches: What it is run on.
+        chains: Names of modules each of which gives its result to the next one alone.
+        example_inputs: What it was traced with: says in which order weights run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        watched: Mapping[str, Watched],
+        batches: Sequence[Any],
+        chains: Sequence[Sequence[str]],
+        example_inputs: Any,
+    ) -> None:
+        self._model, self._batches = model, batches
+        self.refused: dict[str, str] = {}
+        self.first: dict[str, Product] = {}
+        self.order: list[str] = []
+        total = sum(num_samples(batch) for batch in batches)
+        self._watched, self._num_samples = watched, total
+        self._before = {
+            later: list(chain[:i]) for chain in chains for i, later in enumerate(chain) if i
+        }
+        self._kept: dict[str, list[Any]] = {}
+        self._record(watched, example_inputs)
+
+    def _refuse(self, tensor: str, why: str) -> None:
+        self.refused.setdefault(tensor, why)
+
+    def _record(self, watched: Mapping[str, Watched], example_inputs: Any) -> None:
+        """Runs the examples: the order of weights, and which modules come before which."""
+        running: list[str] = [""]
+        frame: dict[str, str] = {}
+        left: list[str] = []
+
+        def note(product: Product) -> None:
+            self.first.setdefault(product.tensor, product)
+            frame.setdefault(product.tensor, running[-1])
+
+        products = Products(watched, note, self._refuse, self._num_samples)
+        with ExitStack() as stack:
+            for name, module in self._model.named_modules():
+
+                def enter(*_: Any, name: str = name) -> None:
+                    running.append(name)
+
+                def leave(*_: Any, name: str = name) -> None:
+                    running.pop()
+                    left.append(name)
+
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+            device = next((p.device for p in self._model.parameters()), None)
+            inputs = map_tensors(example_inputs, lambda tensor: tensor.to(device, copy=True))
+            with products, torch.no_grad():
+                call(self._model, inputs)
+        self._calls = {name: left.count(name) for name in set(left)}
+        self._frame = frame
+        end = {name: max(i for i, other in enumerate(left) if other == name) for name in set(left)}
+        self.refused |= {
+            name: "it is read by an operation that is not followed"
+            for name in watched
+            if name not in frame and name not in self.refused
+        }
+        found = [name for name in frame if name not in self.refused]
+        self.order = sorted(found, key=lambda name: end[frame[name]])  # stable
+        last = [end[frame[name]] for name in self.order]
+        self._needs = {
+            name: sum(at <= end[name] for at in last)
+            for name, calls in self._calls.items()
+            if calls == 1 and self._holds(name)
+        }
+
+    def _holds(self, name: str) -> bool:
+        """Whether a module has one of the weights, or is a block in a row of blocks."""
+        if any(f"{tensor}.".startswith(f"{name}.") for tensor in self.order):
+            return True
+        parent = self._model.get_submodule(name.rpartition(".")[0])
+        row = isinstance(parent, nn.ModuleList | nn.Sequential)
+        return row and any(True for _ in self._model.get_submodule(name).children())
+
+    def run(self, tensor: str) -> Iterator[list[Product]]:
+        """Runs all batches up to a weight; those that run before it are final.
+
+        Yields:
+            The products of this weight, batch by batch.
+        """
+        number = self.order.index(tensor)
+        final = {name for name, needed in self._needs.items() if needed <= number}
+        outermost = {
+            name
+            for name in final
+            if not any(_inside(name, other) for other in final if other != name)
+        }
+        fresh = {name: [] for name in outermost if name not in self._kept}
+        with ExitStack() as stack:
+            place = [0]
+            for name, values in self._kept.items():
+                stack.enter_context(_replaced(self._model.get_submodule(name), values, place))
+            for name, values in fresh.items():
+
+                def keep(_: nn.Module, __: Any, result: Any, values: list[Any] = values) -> None:
+                    values.append(copy_inputs(result))
+
+                module = self._model.get_submodule(name)
+                stack.callback(module.register_forward_hook(keep).remove)
+            frame = self._frame[tensor]
+            ends = [0]
+
+            def end(*_: Any) -> None:
+                ends[0] += 1
+                if ends[0] == self._calls[frame]:
+                    raise _Stop
+
+            module = self._model.get_submodule(frame)
+            stack.callback(module.register_forward_hook(end).remove)
+            for i, batch in enumerate(self._batches):
+                place[0], ends[0] = i, 0
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                found: list[Product] = []
+                products = Products(
+                    {tensor: self._watched[tensor]}, found.append, self._refuse,
+                    self._num_samples,
+                )  # fmt: skip
+                products.begin(i, num_samples(batch), mask)
+                with products, torch.no_grad(), suppress(_Stop):
+                    forward(self._model, batch)
+                yield found
+        self._keep({name: v for name, v in fresh.items() if len(v) == len(self._batches)})
+
+    def _keep(self, fresh: Mapping[str, list[Any]]) -> None:
+        self._kept |= fresh
+        for outer in fresh:
+            for name in [name for name in self._kept if name != outer and _inside(name, outer)]:
+                del self._kept[name]
+            for name in self._before.get(outer, ()):  # nobody reads it any more
+                self._kept[name] = [_hollow(value) for value in self._kept.get(name, ())]
+                if not self._kept[name]:
+                    del self._kept[name]
+
+
+def _inside(name: str, outer: str) -> bool:
+    return outer == "" or f"{name}.".startswith(f"{outer}.")
+
+
+def _hollow(result: Any) -> Any:
+    """The shapes of what a module gave, without its numbers."""
+    return map_tensors(result, lambda tensor: tensor.new_zeros(()).expand(tensor.shape))
+
+
+@contextmanager
+def _replaced(module: nn.Module, values: list[Any], place: list[int]) -> Iterator[None]:
+    """While this lasts a module hands out what it once gave."""
+    own = vars(module).get("forward")
+
+    def forward(*_: Any, **__: Any) -> Any:
+        return map_tensors(values[place[0]], lambda t: t if 0 in t.stride() else t.clone())
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
