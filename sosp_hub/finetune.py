@@ -53,7 +53,8 @@ def finetune(
     num_workers: int = 0,
     description: str = "fine-tune",
     penalty: Callable[[], Tensor] | None = None,
-    after_epoch: Callable[[int], None] | None = None,
+    after_part: Callable[[float], None] | None = None,
+    parts_per_epoch: int = 1,
 ) -> list[dict[str, float]]:
     """Trains ``model`` in place and leaves it in eval mode.
 
@@ -69,8 +70,9 @@ def finetune(
         num_workers: Processes that load data.
         description: In front of the progress bar.
         penalty: Added to each loss; the loss curve is without it.
-        after_epoch: Gets the number of epochs that are done, before any state is kept; the model
+        after_part: Gets the number of epochs that are done, before any state is kept; the model
             may be in eval mode afterwards.
+        parts_per_epoch: How often it is called in an epoch, at most once a step.
 
     Returns:
         The loss curve: ``step``, ``epoch``, ``loss``, ``learning_rate`` of each point.
@@ -144,8 +146,8 @@ def finetune(
                     losses.clear()
                 else:
                     advance()
-                if after_epoch and step % steps_per_epoch == 0:
-                    after_epoch(step // steps_per_epoch)
+                if after_part and _ends_part(step, steps_per_epoch, parts_per_epoch):
+                    after_part(step / steps_per_epoch)
                     model.train()
                 if save:
                     saved.save(step, history)
@@ -204,6 +206,11 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
         for statistic in (norm.running_mean, norm.running_var):
             statistic.copy_(process_sum(statistic * share.to(statistic)))  # pyright: ignore
     return len(norms)
+
+
+def _ends_part(step: int, steps_per_epoch: int, parts: int) -> bool:
+    """Whether a part of an epoch ends with this step; parts are as equal as steps allow."""
+    return step * parts // steps_per_epoch > (step - 1) * parts // steps_per_epoch
 
 
 def _some(train: Dataset[Any], num_samples: int, seed: int) -> Dataset[Any]:

@@ -1,22 +1,17 @@
 """Training with masks, for the criterion `scp`: the epoch is selected on held-out samples."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from safetensors.torch import load_model, save_model
-from torch import nn
 
-from sosp_hub.data.loading import make_loader
-from sosp_hub.data.split import Part, Split
-from sosp_hub.distributed import is_main, logger, wait_for_everyone
-from sosp_hub.errors import DataError
+from sosp_hub.data.split import Split
+from sosp_hub.distributed import logger
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import finetune
 from sosp_hub.recipe.training import MaskTrainSection
+from sosp_hub.recovery.best import BestState, held_out_loader, hold_out
 from sosp_hub.soft_masks import SoftMasks
 
 
@@ -50,26 +45,19 @@ def train_with_masks(
     Raises:
         DataError: Too few samples to hold some out.
     """
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    number = math.ceil(config.held_out * len(train))
-    if number >= len(train):
-        raise DataError(
-            f"criterion.train.held_out: {config.held_out} of {len(train)} samples leaves none to "
-            "train with; raise data.num_train"
-        )
-    loader = make_loader(Part(train, order[:number]), config.batch_size, num_workers=num_workers)
-    loader = accelerator.prepare_data_loader(loader)
+    part, rest = hold_out(train, augmented, config.held_out, seed, key="criterion.train.held_out")
+    loader = held_out_loader(part, config.batch_size, accelerator, num_workers)
     first = config.epochs - math.ceil(config.select_from * config.epochs) + 1
-    best = _Best(masks.model, state)
+    best = BestState(masks.model, state)
 
-    def select(epoch: int) -> None:
+    def select(epoch: float) -> None:
         if epoch >= first:
             best.offer(epoch, evaluate(masks.model, loader, ("loss",))["loss"].value)
 
     with masks.installed():
         history = finetune(
             masks.model,
-            Part(augmented, order[number:]),
+            rest,
             config,
             checkpoint_dir=state,
             accelerator=accelerator,
@@ -77,32 +65,10 @@ def train_with_masks(
             num_workers=num_workers,
             description="train masks",
             penalty=lambda: masks.penalty(config.sparsity, config.weight_decay),
-            after_epoch=select,
+            after_part=select,
         )
-    found = best.load()
+    selected = best.load()
     num_off = masks.harden_()
-    logger.info("scp: epoch %d of %d; %d channels are off", found["epoch"], config.epochs, num_off)
-    return {"history": history, **found, "num_held_out": number, "num_off": num_off}
-
-
-class _Best:
-    """The weights of the epoch with the least loss, in a file."""
-
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self.model, self.weights = model, folder / "best.safetensors"
-        self.record = folder / "best.json"
-
-    def offer(self, epoch: int, loss: float) -> None:
-        known = json.loads(self.record.read_text()) if self.record.exists() else None
-        wait_for_everyone()
-        # an epoch that is not before the known one is run again, after a kill
-        if known is None or known["epoch"] >= epoch or loss < known["loss"]:
-            if is_main():
-                self.record.unlink(missing_ok=True)
-                save_model(self.model, str(self.weights))
-                self.record.write_text(json.dumps({"epoch": epoch, "loss": loss}))
-            wait_for_everyone()
-
-    def load(self) -> dict[str, Any]:
-        load_model(self.model, self.weights)
-        return json.loads(self.record.read_text())
+    logger.info("scp: epoch %d of %d; %d channels are off", selected.epoch, config.epochs, num_off)
+    kept = {"epoch": selected.epoch, "loss": selected.loss, "num_held_out": len(part)}
+    return {"history": history, **kept, "num_off": num_off}

@@ -170,6 +170,12 @@ class FinetuneSection(TrainSection):
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=2.0, description="of the distillation"
     )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1,
+        description="share of the train split that is not trained with and selects the state that "
+        "is kept, the cut as it was among them; 0 = the last state",
+    )
+    most_held_out: Count = Field(default=1000, description="samples of them, at most")
 
 
 class EvaluateSection(Section):

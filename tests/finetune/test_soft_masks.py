@@ -13,7 +13,6 @@ from torch.nn import functional as F
 import sosp_hub.zoo.timm
 from sosp_hub.allocation import allocate
 from sosp_hub.finetune import finetune
-from sosp_hub.pipeline.masking import _Best
 from sosp_hub.prune import main
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.scoring import score
@@ -163,7 +162,7 @@ def test_the_penalty_is_trained_and_epochs_are_told():
     history = finetune(
         model, Points(16), config,
         penalty=lambda: 50 * model.bias.square().sum(),
-        after_epoch=lambda epoch: told.append((epoch, model.training)) or model.eval(),
+        after_part=lambda epoch: told.append((epoch, model.training)) or model.eval(),
     )  # fmt: skip
     assert told == [(1, True), (2, True), (3, True)]
     assert history[0]["loss"] < 5  # without the penalty
@@ -171,22 +170,6 @@ def test_the_penalty_is_trained_and_epochs_are_told():
     plain = nn.Linear(2, 2)
     finetune(plain, Points(16), config)
     assert (plain.bias - model.bias).abs().max() > 1e-3
-
-
-def test_the_best_epoch_survives_a_kill(tmp_path):
-    model = nn.Linear(1, 1)
-
-    def offer(*pairs):
-        for epoch, loss in pairs:
-            model.weight.data.fill_(float(epoch))
-            _Best(model, tmp_path).offer(epoch, loss)
-        found = _Best(model, tmp_path).load()
-        assert model.weight.item() == found["epoch"]
-        return found["epoch"]
-
-    assert offer((5, 2.0), (6, 1.0), (7, 3.0)) == 6
-    assert offer((7, 3.0), (8, 0.9)) == 8  # epoch 7 again, after a kill
-    assert offer((6, 5.0), (7, 4.0), (8, 4.5)) == 7  # begun again from before what was known
 
 
 RECIPE = """

@@ -1,0 +1,1 @@
+"""Training that wins quality back, and never ends worse than it began."""

@@ -1,0 +1,111 @@
+"""The best state of a training, selected on samples of the train split that are held out."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from sosp_hub.data.loading import make_loader
+from sosp_hub.data.split import Part, Split
+from sosp_hub.distributed import is_main, wait_for_everyone
+from sosp_hub.errors import DataError
+
+
+def hold_out(
+    train: Split, augmented: Split, share: float, seed: int, *, most: int | None = None, key: str
+) -> tuple[Part, Part]:
+    """A random part of the train split, and the rest as it is trained with.
+
+    Args:
+        train: The split.
+        augmented: The same samples, maybe augmented.
+        share: How much is held out, in (0, 1).
+        seed: Of the choice.
+        most: Samples that are held out at most; None = any number.
+        key: The recipe's key of the share, for the error.
+
+    Raises:
+        DataError: Nothing would be left to train with.
+    """
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    number = math.ceil(share * len(train))
+    number = number if most is None else min(number, most)
+    if number >= len(train):
+        raise DataError(
+            f"{key}: {share} of {len(train)} samples leaves none to train with; raise "
+            "data.num_train"
+        )
+    return Part(train, order[:number]), Part(augmented, order[number:])
+
+
+def held_out_loader(part: Part, batch_size: int, accelerator: Any, num_workers: int = 0) -> Any:
+    """This process's batches of the held-out samples."""
+    loader = make_loader(part, batch_size, num_workers=num_workers)
+    return accelerator.prepare_data_loader(loader)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Which state was kept.
+
+    Attributes:
+        epoch: Epochs of training that it had; 0 = what the training began with.
+        loss: Its mean loss on the held-out samples.
+        losses: Epoch and loss of every state that was offered.
+    """
+
+    epoch: float
+    loss: float
+    losses: tuple[tuple[float, float], ...] = field(default=())
+
+
+class BestState:
+    """The weights of least held-out loss so far, in a file: a training that goes on finds them.
+
+    Args:
+        model: Whose weights are kept.
+        folder: Where; exists.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        self.model, self.weights = model, folder / "best.safetensors"
+        self.record = folder / "best.json"
+
+    @property
+    def selected(self) -> Selected | None:
+        """The best so far; None where none was offered."""
+        if not self.record.exists():
+            return None
+        record = json.loads(self.record.read_text())
+        losses = tuple((epoch, loss) for epoch, loss in record["losses"])
+        return Selected(record["epoch"], record["loss"], losses)
+
+    def offer(self, epoch: float, loss: float) -> bool:
+        """Keeps the model's weights if there are no better ones; whether it did."""
+        known = self.selected
+        wait_for_everyone()
+        # After a kill, epochs from this one on are run again: what they left counts no more.
+        is_best = known is None or known.epoch >= epoch or math.isnan(known.loss)
+        is_best = is_best or loss < known.loss
+        losses = [each for each in (known.losses if known else ()) if each[0] < epoch]
+        best = (epoch, loss) if is_best else (known.epoch, known.loss)
+        if is_main():
+            self.record.unlink(missing_ok=True)
+            if is_best:
+                save_model(self.model, str(self.weights))
+            record = {"epoch": best[0], "loss": best[1], "losses": [*losses, (epoch, loss)]}
+            self.record.write_text(json.dumps(record))
+        wait_for_everyone()
+        return is_best
+
+    def load(self) -> Selected:
+        """Gives the model the best weights."""
+        selected = self.selected
+        assert selected is not None
+        load_model(self.model, self.weights)
+        return selected

@@ -1,0 +1,145 @@
+"""Fine-tuning after a cut: the best state seen on held-out samples is what stays."""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from torch import nn
+
+from sosp_hub.data.split import Split
+from sosp_hub.distributed import logger, make_accelerator
+from sosp_hub.evaluate import evaluate
+from sosp_hub.finetune import finetune
+from sosp_hub.recipe.schema import FinetuneSection
+from sosp_hub.recovery.best import BestState, Selected, held_out_loader, hold_out
+
+if TYPE_CHECKING:
+    from sosp_hub.types import LossFn
+
+_LEAST_EVALUATIONS = 4  # of a whole training, however few epochs it has
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a fine-tuning did.
+
+    Attributes:
+        history: The loss curve, as ``finetune`` returns it.
+        selected: The state that was kept; None where nothing was held out.
+        num_held_out: Samples of the train split that selected it.
+    """
+
+    history: Sequence[Mapping[str, float]]
+    selected: Selected | None
+    num_held_out: int
+
+
+def recover(
+    model: nn.Module,
+    train: Split,
+    config: FinetuneSection,
+    *,
+    augmented: Split | None = None,
+    loss_fn: "LossFn | None" = None,
+    teacher: nn.Module | None = None,
+    checkpoint_dir: Path | None = None,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    description: str = "fine-tune",
+) -> Recovery:
+    """Fine-tunes in place and ends with the state of least loss on samples that are held out.
+
+    The state that the training begins with is one of them: on these samples the result is never
+    worse than what was there. Selection never looks at the test split.
+
+    Args:
+        model: The cut model.
+        train: The train split; ``config.held_out`` of it, at most ``config.most_held_out``
+            samples, are not trained with.
+        config: How to train.
+        augmented: The same samples as they are trained with; None = ``train``.
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
+        teacher: The dense model, for ``config.distill``.
+        checkpoint_dir: Where resumable state is kept, the best state included.
+        accelerator: Of this run; None = a new one.
+        seed: Of the part that is held out, and of all that is random in training.
+        num_workers: Processes that load data.
+        description: In front of the progress bar.
+
+    Raises:
+        DataError: Too few samples to hold some out.
+        ModelError: A loss that is not finite.
+    """
+    accelerator = accelerator or make_accelerator(seed=seed)
+    augmented = train if augmented is None else augmented
+    common = {
+        "loss_fn": loss_fn,
+        "teacher": teacher,
+        "accelerator": accelerator,
+        "seed": seed,
+        "num_workers": num_workers,
+        "description": description,
+    }
+    if config.held_out == 0 or config.epochs == 0:
+        history = finetune(model, augmented, config, checkpoint_dir=checkpoint_dir, **common)
+        return Recovery(history, None, 0)
+    part, rest = hold_out(
+        train,
+        augmented,
+        config.held_out,
+        seed,
+        most=config.most_held_out,
+        key="finetune.held_out",
+    )
+    loader = held_out_loader(part, config.batch_size, accelerator, num_workers)
+    with ExitStack() as stack:
+        folder = checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        best = BestState(model, folder)
+
+        def offer(epoch: float) -> None:
+            best.offer(epoch, evaluate(model, loader, ("loss",), loss_fn=loss_fn)["loss"].value)
+
+        if best.selected is None:
+            offer(0.0)
+        history = finetune(
+            model,
+            rest,
+            config,
+            checkpoint_dir=folder,
+            after_part=offer,
+            parts_per_epoch=math.ceil(_LEAST_EVALUATIONS / config.epochs),
+            **common,
+        )
+        selected = best.load()
+    _say(selected, config, len(part))
+    return Recovery(history, selected, len(part))
+
+
+def _say(selected: Selected, config: FinetuneSection, num_held_out: int) -> None:
+    start = selected.losses[0][1]
+    if selected.epoch == 0:
+        logger.warning(
+            "fine-tune: no state of the training is better than the cut on %d held-out samples "
+            "(loss %.4g, at best %.4g), so the cut stays; lower finetune.learning_rate (now %g) "
+            "or train on more samples",
+            num_held_out,
+            start,
+            min((loss for epoch, loss in selected.losses if epoch), default=math.nan),
+            config.learning_rate,
+        )
+    elif selected.epoch < config.epochs:
+        logger.info(
+            "fine-tune: the state after %.3g of %d epochs is kept, the best on %d held-out samples "
+            "(loss %.4g, %.4g before)",
+            selected.epoch,
+            config.epochs,
+            num_held_out,
+            selected.loss,
+            start,
+        )

@@ -1,0 +1,153 @@
+"""Fine-tuning never ends worse than it began, on samples that it was not trained with."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sosp_hub.data.split import Split
+from sosp_hub.errors import DataError
+from sosp_hub.evaluate import evaluate
+from sosp_hub.recipe.schema import FinetuneSection
+from sosp_hub.recovery.best import BestState, hold_out
+from sosp_hub.recovery.recover import recover
+from tests.compare import assert_close
+
+
+class Points(Split):
+    """Points of two classes in the plane; the seen ones are remembered."""
+
+    def __init__(self, num, stop_after=None):
+        generator = torch.Generator().manual_seed(3)
+        self.labels = torch.arange(num) % 2
+        self.points = torch.randn(num, 2, generator=generator) + 1.5 * self.labels[:, None]
+        self.num_labels, self.class_names = 2, ("a", "b")
+        self.seen, self.stop_after = [], stop_after
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, indices):
+        if self.stop_after is not None:
+            self.stop_after -= 1
+            if self.stop_after < 0:
+                raise KeyboardInterrupt
+        self.seen += list(indices)
+        return self.points[indices], self.labels[indices]
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def config(**keys):
+    return FinetuneSection(**{"epochs": 3, "batch_size": 16, "learning_rate": 0.01, **keys})
+
+
+def held_out_loss(model, points, seed=0, share=0.25):
+    part, _ = hold_out(points, points, share, seed, key="share")
+    batch = points.points[part.indices], points.labels[part.indices]
+    return evaluate(model, [batch], ["loss"])["loss"].value
+
+
+def test_a_rate_that_ruins_the_model_leaves_it_as_it_was(caplog):
+    points = Points(160)
+    model = net()
+    recover(model, points, config(held_out=0.25, epochs=8))  # one that is good already
+    before = copy.deepcopy(model.state_dict())
+    found = recover(model, points, config(held_out=0.25, learning_rate=30.0, optimizer="sgd"))
+    assert found.selected.epoch == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert "finetune.learning_rate (now 30)" in caplog.text
+    assert not model.training
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 1.0, 10.0])
+def test_it_is_never_worse_than_it_began_and_the_best_that_it_saw(rate, seed):
+    points, model = Points(160), net()
+    start = held_out_loss(model.eval(), points, seed)
+    found = recover(model, points, config(held_out=0.25, learning_rate=rate), seed=seed)
+    end = held_out_loss(model, points, seed)
+    assert end <= start
+    losses = [loss for _, loss in found.selected.losses]
+    assert_close(end, min(losses), relative=1e-5)
+    assert_close(losses[0], start, relative=1e-5)
+    assert found.num_held_out == 40
+
+
+def test_held_out_samples_are_not_trained_with():
+    points, augmented = Points(80), Points(80)
+    recover(net(), points, config(held_out=0.25, most_held_out=10), augmented=augmented)
+    part, _ = hold_out(points, points, 0.25, 0, most=10, key="share")
+    assert set(points.seen) == set(part.indices)
+    assert len(part.indices) == 10
+    assert set(augmented.seen) == set(range(80)) - set(part.indices)
+
+
+def test_without_held_out_samples_the_last_state_stays():
+    points, model = Points(80), net()
+    found = recover(model, points, config(held_out=0, learning_rate=30.0, optimizer="sgd"))
+    assert found.selected is None
+    assert held_out_loss(model, points) > held_out_loss(net().eval(), points)
+
+
+@pytest.mark.parametrize(("epochs", "evaluations"), [(1, 4), (3, 6), (4, 4), (6, 6)])
+def test_a_short_training_is_looked_at_within_its_epochs(epochs, evaluations):
+    found = recover(net(), Points(160), config(epochs=epochs, held_out=0.25, batch_size=8))
+    times = [epoch for epoch, _ in found.selected.losses]
+    assert times[0] == 0
+    assert times[-1] == epochs
+    assert len(times) == 1 + evaluations
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert max(gaps) - min(gaps) <= 1 / 15 + 1e-9  # a step
+
+
+@pytest.mark.parametrize("stop_after", [3, 9, 12, 17, 20])
+def test_a_run_that_was_cut_off_ends_like_one_that_was_not(stop_after, tmp_path):
+    keys = {"held_out": 0.25, "learning_rate": 0.3, "save_every_steps": 3}
+    whole, model = net(), net()
+    expected = recover(whole, Points(160), config(**keys))
+    (tmp_path / "state").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        recover(
+            model,
+            Points(160),
+            config(**keys),
+            augmented=Points(160, stop_after),
+            checkpoint_dir=tmp_path / "state",
+        )
+    model = net()
+    found = recover(model, Points(160), config(**keys), checkpoint_dir=tmp_path / "state")
+    assert found == expected
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_the_best_state_survives_a_kill(tmp_path):
+    model = nn.Linear(1, 1)
+
+    def offer(*pairs):
+        for epoch, loss in pairs:
+            model.weight.data.fill_(float(epoch))
+            BestState(model, tmp_path).offer(epoch, loss)
+        selected = BestState(model, tmp_path).load()
+        assert model.weight.item() == selected.epoch
+        return selected.epoch
+
+    assert offer((5, 2.0), (6, 1.0), (7, 3.0)) == 6
+    assert offer((7, 3.0), (8, 0.9)) == 8  # epoch 7 again, after a kill
+    assert offer((6, 5.0), (7, 4.0), (8, 4.5)) == 7  # begun again from before what was known
+    assert BestState(model, tmp_path).selected.losses == ((5, 2.0), (6, 5.0), (7, 4.0), (8, 4.5))
+    assert offer((9, math.nan)) == 7
+    assert offer((4, math.nan), (5, 1.0)) == 5
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(DataError, match=r"finetune.held_out: 0.9 of 5 samples leaves none"):
+        recover(net(), Points(5), config(held_out=0.9))
