@@ -45,7 +45,7 @@ def write_result(
     plan: PruningPlan,
     saliency: "Saliency",
     metrics: Mapping[str, Any],
-    history: list[dict[str, float]],
+    recovery: Mapping[str, Any],
     calibration: Mapping[str, Any],
     base: Mapping[str, Any],
     curvature: Path | None,
@@ -84,7 +84,8 @@ def write_result(
         "base": dict(base),
         "recipe": scrub(dump_recipe(recipe, whole=False)),
         "command": scrub(command),
-        "history": history,
+        "history": recovery.get("history", []),
+        "recovery": {name: value for name, value in recovery.items() if name != "history"},
     }
     shutil.rmtree(draft, ignore_errors=True)
     draft.parent.mkdir(parents=True, exist_ok=True)

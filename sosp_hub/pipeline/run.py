@@ -66,7 +66,7 @@ def run(
     stages.train_masks(graph)
     saliency = decide.score(stages, graph)
     plan, pruned = decide.plan_and_cut(stages, graph, saliency)
-    found, history = stages.follow_up(pruned)
+    found, recovery = stages.follow_up(pruned)
     metrics: dict[str, Any] = {"dense": dense, **found}
     metrics.setdefault("final", list(found.values())[-1])
     report: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def run(
             plan=plan,
             saliency=saliency,
             metrics=metrics if with_data else {},
-            history=history,
+            recovery=recovery,
             calibration=stages.calibration,
             base=stages.base,
             curvature=stored_curvature(stages),

@@ -31,7 +31,7 @@ from sosp_hub.pipeline.stage_cache import WorkFolder, make_folder
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.schema import Recipe
-from sosp_hub.recipe.training import TrainSection
+from sosp_hub.recovery.recover import recover
 from sosp_hub.scoring import scorable_groups
 from sosp_hub.soft_masks import SoftMasks
 from sosp_hub.structure.graph import Graph
@@ -161,7 +161,21 @@ class Stages:
                     "the head" if self.recipe.model.pretrained else "the model",
                 )
             return
-        self._trained("dense", self.model, config, "train dense")
+
+        def train(state: Path) -> dict[str, Any]:
+            history = finetune(
+                self.model,
+                self._augmented() if config.augment else self.train,
+                config,
+                checkpoint_dir=state,
+                accelerator=self.accelerator,
+                seed=self.recipe.seed,
+                num_workers=self._num_workers,
+                description="train dense",
+            )
+            return {"history": history}
+
+        self._trained("dense", self.model, train)
 
     def train_masks(self, graph: Graph) -> None:
         """Trains the model on with masks, where the criterion is such a training."""
@@ -219,8 +233,8 @@ class Stages:
         finally:
             self.model.to(device)
 
-    def follow_up(self, pruned: nn.Module) -> tuple[dict[str, Any], list[dict[str, float]]]:
-        """What follows a cut: metrics, norms re-estimated, fine-tuning; the loss curve of that.
+    def follow_up(self, pruned: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What follows a cut: metrics, norms re-estimated, fine-tuning; what is told of that.
 
         Metrics of ``cut``, ``recalibrated`` where there was a norm to re-estimate, and ``final``
         where there was fine-tuning.
@@ -230,10 +244,10 @@ class Stages:
             recalibrated = self._recalibrate(pruned)
         if recalibrated:
             metrics["recalibrated"] = self.measure("recalibrated_metrics", pruned)
-        history = self._recover(pruned)
-        if history:
+        recovery = self._recover(pruned)
+        if recovery:
             metrics["final"] = self.measure("final_metrics", pruned)
-        return metrics, history
+        return metrics, recovery
 
     def _recalibrate(self, pruned: nn.Module) -> bool:
         """Re-estimates BatchNorm statistics; whether there was anything to do."""
@@ -241,42 +255,42 @@ class Stages:
             return False
         return recalibrate_norm(pruned, self.calibration_batches()) > 0
 
-    def _recover(self, pruned: nn.Module) -> list[dict[str, float]]:
-        """Fine-tunes; the loss curve, empty where the recipe asks for none."""
+    def _recover(self, pruned: nn.Module) -> dict[str, Any]:
+        """Fine-tunes; the loss curve and the state that was kept, none without fine-tuning."""
         config = self.recipe.finetune
         if config.epochs == 0 or self._data is None:
-            return []
-        teacher = self.model if config.distill else None
-        return self._trained("final", pruned, config, "fine-tune", teacher)
+            return {}
 
-    def _trained(
-        self,
-        stage: str,
-        model: nn.Module,
-        config: TrainSection,
-        description: str,
-        teacher: nn.Module | None = None,
-    ) -> list[dict[str, float]]:
-        tensors = self.work.tensors(stage)
-
-        def make() -> dict[str, Any]:
-            history = finetune(
-                model,
-                self._augmented() if config.augment else self.train,
+        def train(state: Path) -> dict[str, Any]:
+            recovery = recover(
+                pruned,
+                self.train,
                 config,
-                teacher=teacher,
-                checkpoint_dir=self.work.training_state(stage),
+                augmented=self._augmented() if config.augment else None,
+                teacher=self.model if config.distill else None,
+                checkpoint_dir=state,
                 accelerator=self.accelerator,
                 seed=self.recipe.seed,
                 num_workers=self._num_workers,
-                description=description,
             )
+            return dataclasses.asdict(recovery)
+
+        return self._trained("final", pruned, train)
+
+    def _trained(
+        self, stage: str, model: nn.Module, train: Callable[[Path], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What a training returns, which has a folder for its state; its weights are kept."""
+        tensors = self.work.tensors(stage)
+
+        def make() -> dict[str, Any]:
+            made = train(self.work.training_state(stage))
             self.save(lambda: save_model(model, str(tensors)))
-            return {"history": history}
+            return made
 
         record = self.stage(stage, make)
         load_model(model, tensors)  # read on the CPU, copied to where the model is
-        return record["history"]
+        return record
 
     def stage(
         self, stage: str, make: Callable[[], dict[str, Any]], *, with_peak: bool = False

@@ -229,8 +229,19 @@ def _recovery(report: Mapping[str, Any]) -> str:
     if (report.get("metrics") or {}).get("recalibrated"):
         steps.append("its normalisation statistics were re-estimated on the calibration data")
     if report.get("history"):
-        steps.append("it was fine-tuned on the training data")
+        steps.append(_fine_tuned(report.get("recovery") or {}))
     return ", and ".join(steps)
+
+
+def _fine_tuned(recovery: Mapping[str, Any]) -> str:
+    selected, number = recovery.get("selected"), recovery.get("num_held_out")
+    if not selected:
+        return "it was fine-tuned on the training data"
+    judges = f"{number:,} training samples that were held out"
+    if selected["epoch"] == 0:
+        return f"fine-tuning found no state that is better on {judges}, so that none of it is here"
+    state = f"the state after {selected['epoch']:.3g} epochs is the best on {judges}"
+    return f"it was fine-tuned on the training data ({state})"
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:

@@ -108,6 +108,16 @@ class _Base(_Part):
     pipeline_tag: str | None = None
 
 
+class _Selected(_Part):
+    epoch: float
+    loss: float
+
+
+class _Recovery(_Part):
+    selected: _Selected | None = None
+    num_held_out: Count | None = None
+
+
 class _Report(_Part):
     plan: _Plan | None = None
     metrics: dict[str, dict[str, _Metric] | None] | None = None
@@ -123,6 +133,7 @@ class _Report(_Part):
     recipe: str | None = None
     command: str | None = None
     history: list[Any] | None = None
+    recovery: _Recovery | None = None
 
 
 def check_report(report: Mapping[str, Any], source: str = "report") -> None:

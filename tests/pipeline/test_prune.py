@@ -98,7 +98,15 @@ def test_a_run_leaves_a_smaller_model_with_all_that_belongs_to_it(finished):
         "final",
         "final_metrics",
     }
-    assert report["history"][-1]["step"] == 32
+    assert report["history"][-1]["step"] == 28  # 230 samples twice, in batches of 16
+    recovery = report["recovery"]
+    assert recovery["num_held_out"] == 26
+    losses = dict(recovery["selected"]["losses"])
+    assert recovery["selected"]["loss"] == losses[recovery["selected"]["epoch"]]
+    assert recovery["selected"]["loss"] == min(losses.values())
+    assert list(losses) == [0, 0.5, 1, 1.5, 2]
+    card = (output / "README.md").read_text()
+    assert "is the best on 26 training samples that were held out" in card
     assert report["command"].startswith("python -m sosp_hub.prune ")
     assert "pretrained: false" in report["recipe"]
     assert (output / "README.md").is_file()
@@ -230,7 +238,7 @@ def test_a_run_killed_while_it_trains_ends_like_one_that_was_not(finished, tmp_p
     assert "train dense" not in done.stderr
     whole, continued = (load_file(f / "out" / "model.safetensors") for f in (finished, tmp_path))
     assert_close(continued, whole, relative=0)
-    for text in ("parameters", "MACs", "size on disk", "latency", "accuracy", "sosp_report.json"):
+    for text in ("Parameters", "Multiply-accumulates", "Weights", "Latency", "sosp_report.json"):
         assert text in done.stdout, text
     assert done.stdout.isprintable() or "\x1b" not in done.stdout  # no colours in a pipe
 
