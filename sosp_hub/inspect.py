@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sosp_hub.errors import SospHubError
 
 if TYPE_CHECKING:
-    from sosp_hub.export.examine import Findings, Layer
+    from sosp_hub.inspection.examine import Findings, Layer
 
 _WIDTH = 160
 _SIZES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.verify:
             return _verify(options.model, options.revision)
-        from sosp_hub.export.examine import examine
+        from sosp_hub.inspection.examine import examine
 
         found = examine(options.model, revision=options.revision)
     except SospHubError as error:

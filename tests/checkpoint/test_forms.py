@@ -17,11 +17,11 @@ from sosp_hub.checkpoint import weightless
 from sosp_hub.checkpoint.format.record import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.errors import CheckpointError
-from sosp_hub.export import forms as export
-from sosp_hub.export.examine import examine
+from sosp_hub.inspection.examine import examine
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
+from sosp_hub.targets.writers import forms as export
 from tests.checkpoint import cuts
 from tests.checkpoint.mutations import RECORD
 from tests.checkpoint.test_families import output

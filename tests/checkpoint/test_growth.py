@@ -8,7 +8,7 @@ import timm
 import sosp_hub
 from sosp_hub.checkpoint import io
 from sosp_hub.errors import CheckpointError
-from sosp_hub.export.examine import examine
+from sosp_hub.inspection.examine import examine
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.widen import why_not, widen
 from tests.cases import CASES

@@ -15,7 +15,7 @@ from sosp_hub.checkpoint.format.delta import apply_section
 from sosp_hub.checkpoint.format.record import parse_delta
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import CheckpointError
-from sosp_hub.export.examine import examine
+from sosp_hub.inspection.examine import examine
 from tests.checkpoint import cuts, mutations
 from tests.checkpoint.mutations import GOOD, header
 

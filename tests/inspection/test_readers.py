@@ -10,9 +10,9 @@ from torch import nn
 import sosp_hub
 from sosp_hub.checkpoint.format.standins import RemovedAttention
 from sosp_hub.errors import SospHubError
-from sosp_hub.export.examine import examine
-from sosp_hub.export.gguf import to_gguf
-from sosp_hub.export.readers import readers
+from sosp_hub.inspection.examine import examine
+from sosp_hub.inspection.readers import readers
+from sosp_hub.targets.writers.gguf import to_gguf
 from tests.checkpoint import cuts
 
 SIZES = {

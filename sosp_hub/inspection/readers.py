@@ -15,7 +15,7 @@ from torch import nn
 
 from sosp_hub.checkpoint.format.standins import StandIn
 from sosp_hub.errors import SospHubError
-from sosp_hub.export import gguf
+from sosp_hub.targets.writers import gguf
 
 PARALLEL = (2, 4, 8)
 BLOCKS = {"K-quants": 256, "Q8_0, Q5_0, Q4_0": 32}
@@ -77,7 +77,7 @@ def _exports(num_bytes: int, obstacle: str | None) -> Iterator[Reader]:
         elif name == "ONNX" and num_bytes > _LARGEST_ONNX:
             yield Reader(name, False, f"one file holds 2 GiB at most, the weights are {num_bytes}")
         else:
-            yield Reader(name, None, f"whatever the widths: sosp_hub.export.forms.{made}")
+            yield Reader(name, None, f"whatever the widths: sosp_hub.targets.writers.forms.{made}")
 
 
 def _vllm(model: Any, dense: nn.Module | None) -> Iterator[Reader]:
@@ -99,7 +99,7 @@ def _gguf(model: nn.Module, dense: nn.Module | None) -> Iterator[Reader]:
     name = "GGUF (llama.cpp)"
     try:
         gguf.check(model)
-        why = f"arch {gguf.ARCHITECTURE}, one width a layer: sosp_hub.export.gguf.to_gguf"
+        why = f"arch {gguf.ARCHITECTURE}, one width a layer: sosp_hub.targets.writers.gguf.to_gguf"
         yield Reader(name, True, why)
     except SospHubError as error:
         why = str(error).removeprefix("GGUF: ")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.errors import CheckpointError, ModelError
-from sosp_hub.export.deci import read_width, to_deci
+from sosp_hub.targets.writers.deci import read_width, to_deci
 from tests.checkpoint import cuts
 from tests.compare import assert_close
 
@@ -163,7 +163,7 @@ def test_readers_compute_what_the_model_does(name, tmp_path):
 @pytest.mark.parametrize("hidden", [32, 72, 576, 2048, 4096, 8192])
 def test_every_width_survives_the_factor(hidden):
     """For widths up to four times the hidden size."""
-    from sosp_hub.export.deci import _block, _Layer
+    from sosp_hub.targets.writers.deci import _block, _Layer
 
     for width in range(256, 4 * hidden + 256, 256):
         factor = _block(_Layer(0, 0, 0, width, width), 1, hidden)["ffn"]["ffn_mult"]

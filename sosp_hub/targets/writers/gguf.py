@@ -96,7 +96,7 @@ def check(model: Any) -> None:
         raise ModelError(
             f"GGUF: one width per layer is written for causal language models of "
             f"{', '.join(_FAMILIES)}, not {family}; export to ONNX, or pad it "
-            f"(sosp_hub.export.forms.padded) and convert it with llama.cpp's own script"
+            f"(sosp_hub.targets.writers.forms.padded) and convert it with llama.cpp's own script"
         )
     for key, wanted in (("hidden_act", ("silu",)), ("sliding_window", (None,))):
         if (given := getattr(config, key, wanted[0])) not in wanted and not (

@@ -21,7 +21,7 @@ from sosp_hub.checkpoint.skeleton import as_checkpoint_error, build_skeleton, fa
 from sosp_hub.compat.torch import FakeMode, grouped_product_flops, parameter_table
 from sosp_hub.compat.transformers import tied_names
 from sosp_hub.errors import CheckpointError, HubError
-from sosp_hub.export.readers import Reader, readers
+from sosp_hub.inspection.readers import Reader, readers
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Other formats of a pruned model, each compared with it before the file counts.
 
 ``to_onnx`` and ``to_archive`` write one file; ``padded`` gives a model that any loader reads. For
-llama.cpp see `sosp_hub.export.gguf`.
+llama.cpp see `sosp_hub.targets.writers.gguf`.
 """
 
 import contextlib

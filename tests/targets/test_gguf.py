@@ -8,7 +8,7 @@ import transformers
 
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.errors import CheckpointError, ModelError
-from sosp_hub.export.gguf import to_gguf
+from sosp_hub.targets.writers.gguf import to_gguf
 from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
 from tests.compare import assert_close

@@ -1,1 +1,0 @@
-"""Files that other readers take: padded configs, torch.export, ONNX, GGUF."""

@@ -1,0 +1,1 @@
+"""What a checkpoint holds and who can load it, without its weights."""
