@@ -15,6 +15,7 @@ from sosp_hub.checkpoint.format.bounds import check_counts, is_widened, outgrows
 from sosp_hub.checkpoint.format.folder import replaced_folder
 from sosp_hub.checkpoint.format.record import KEY
 from sosp_hub.checkpoint.skeleton import misfits, model_class
+from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError
 
 PLAN = "sosp_plan.json"
@@ -59,6 +60,7 @@ def save_pretrained(
         CheckpointError: A model that the files could not rebuild.
         ModelError: A model of another library.
     """
+    tell_newer()
     for given, kind in ((model, nn.Module), (folder, str | Path)):
         if not isinstance(given, kind):
             raise CheckpointError(
@@ -109,6 +111,7 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
         CheckpointError: Damaged or hostile files, or weights that are not those of the config.
         HubError: A hub that cannot be reached, or has no such model.
     """
+    tell_newer()
     if not isinstance(path_or_id, str | Path):
         raise CheckpointError(
             f"from_pretrained got a {type(path_or_id).__name__}; expected a folder or a hub id"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sosp_hub.compat.torch import FAKE_LOG, FakeMode
+from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import TraceError
 from sosp_hub.structure import rules
 from sosp_hub.structure import traced_int as ints
@@ -52,6 +53,7 @@ def trace(
         TraceError: Not a module, inputs that do not fit the model, or a forward pass that cannot
             be followed.
     """
+    tell_newer()
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace: the model must be an nn.Module, got {type(model).__name__}")
     if isinstance(outputs, str):
