@@ -28,14 +28,33 @@ def shortened(text: str, longest: int = _LONGEST_VALUE) -> str:
     return text if len(text) <= longest else f"{text[:longest]}... ({len(text)} characters)"
 
 
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bapi_org_[A-Za-z0-9]{8,}")
+_USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+
+
+def without_secrets(text: str) -> str:
+    """The text without access tokens, and without the user that a URL names.
+
+    >>> without_secrets("https://me:word@host/x hf_abcdefghijk")
+    'https://[removed]@host/x [token removed]'
+    """
+    return _TOKEN.sub("[token removed]", _USER_OF_URL.sub("[removed]", text))
+
+
+def has_token(text: str) -> bool:
+    """Whether something in the text looks like an access token."""
+    return _TOKEN.search(text) is not None
+
+
 class SospHubError(Exception):
     """Base of all errors that are about the user's input and not a defect of the program.
 
-    Its words come from files of strangers too: they are of limited length and safe to print.
+    Its words come from files of strangers too: they are of limited length, safe to print, and hold
+    no access token.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(shortened(printable(message), _LONGEST))
+        super().__init__(shortened(printable(without_secrets(message)), _LONGEST))
 
 
 class RecipeError(SospHubError):

@@ -6,8 +6,8 @@ from typing import Any
 from huggingface_hub import get_session
 from huggingface_hub.utils import hf_raise_for_status
 
-from sosp_hub.errors import HubError, shortened
-from sosp_hub.report.facts import has_token, hub_id
+from sosp_hub.errors import HubError, has_token, shortened
+from sosp_hub.report.facts import hub_id
 from sosp_hub.report.listing import CARD, CURVATURE, DENSE, REPORT, SALIENCY
 from sosp_hub.report.markers import read_card
 from sosp_hub.report.snippets import read_checkpoint

@@ -11,20 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from sosp_hub.compat.huggingface_hub import git_hash
-from sosp_hub.errors import HubError
+from sosp_hub.errors import HubError, shortened
 from sosp_hub.hub.attempts import (
     CONFLICT,
     Patience,
-    answering_within,
+    caused_by,
+    check_token,
     explain,
     is_passing,
+    is_understood,
     lacks,
     no_token,
     persistently,
@@ -113,6 +115,7 @@ def push_to_hub(
         HubError: With what to do. Unless it says otherwise, the repository is as it was.
     """
     check_target(repo_id, revision, create_pr)
+    check_token(token)
     if not isinstance(folder_or_model, str | Path):
         with tempfile.TemporaryDirectory(prefix="sosp_hub-push-") as temporary:
             from sosp_hub.checkpoint.io import save_pretrained  # here: they bring torch, matplotlib
@@ -132,6 +135,7 @@ def push_to_hub(
                 dry_run=dry_run,
                 patience=patience,
             )
+    check_token(token or get_token())
     folder = Path(folder_or_model)
     check_folder(folder, secret=token or get_token())
     check_card(folder)
@@ -151,8 +155,11 @@ def check_target(repo_id: str, revision: str | None, create_pr: bool) -> None:
     """
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise HubError(f"repo_id {repo_id!r}: {error}; write NAMESPACE/NAME") from None
+    except HFValidationError:
+        shown = shortened(repr(repo_id))
+        raise HubError(
+            f"repo_id {shown}: no hub has such an address; write NAMESPACE/NAME"
+        ) from None
     if "/" not in repo_id:
         raise HubError(
             f"repo_id {repo_id!r}: write NAMESPACE/NAME, with your user name or an organisation"
@@ -188,19 +195,32 @@ def check_access(
         HubError: With what to do.
     """
     check_target(repo_id, revision, create_pr)
+    check_token(token or get_token())
     if not (token or get_token()):
         raise HubError(no_token(repo_id))
     api = HfApi(token=token)
     try:
-        me = persistently(api.whoami, f"{repo_id}: ask whose token it is", patience or _BRIEF)
-    except Exception as error:
+        me = persistently(
+            lambda: _whoami(api), f"{repo_id}: ask whose token it is", patience or _BRIEF
+        )
+    except Exception as error:  # noqa: BLE001 - told in words that say what to do
         if not _is_out_of_reach(error):
-            raise explain(error, repo_id, api) from error
+            why = explain(error, repo_id, api)
+            raise why from why.__cause__
         log.warning("%s", explain(error, repo_id, api))
         log.warning("it is pushed when the run is done, and the folder stays if that fails")
         return
     if not create_pr and (why := lacks(me, repo_id)):
         raise HubError(f"{repo_id}: {why}")
+
+
+def _whoami(api: HfApi) -> dict[str, Any]:
+    """Whose token it is; an answer that does not say is none."""
+    me = api.whoami()
+    orgs = me.get("orgs") or []
+    if not isinstance(me["name"], str) or not all(isinstance(org["name"], str) for org in orgs):
+        raise TypeError("whoami gives no name")
+    return me
 
 
 _BRIEF = Patience(attempts=2, longest_silence_s=20.0)
@@ -235,15 +255,15 @@ class _Push:
         remote: dict[str, RepoFile] = {}
         compared = True
         try:
-            with answering_within(self._patience.longest_silence_s):
-                head = self._ask_head()
-                remote = self._remote_files(head)
-                check_with_hub(self._card, self._api.endpoint)
+            head = self._patience.call(self._ask_head)
+            remote = self._patience.call(lambda: self._remote_files(head))
+            self._patience.call(lambda: check_with_hub(self._card, self._api.endpoint))
         except HubError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - told in words that say what to do
             if status_of(error) not in (401, 404) and not _is_out_of_reach(error):
-                raise explain(error, self._repo_id, self._api) from error
+                why = explain(error, self._repo_id, self._api)
+                raise why from why.__cause__
             compared = status_of(error) is not None
         changed = self._changed(remote)
         return self._result(None, changed, self._stale(remote), self._page(), compared)
@@ -259,17 +279,24 @@ class _Push:
             if not changed and not stale:
                 return self._result(head, changed, stale, self._page())
             for batch in _batches(changed):
-                self._try(lambda batch=batch: self._upload(batch), "upload")
+                num_bytes = sum(add.upload_info.size for add in batch)
+                self._try(lambda batch=batch: self._upload(batch), "upload", num_bytes)
             operations = [*(CommitOperationDelete(name) for name in stale), *changed]
             commit, url = self._commit(operations, head, message)
         except HubError:
             raise
-        except Exception as error:
-            raise explain(error, self._repo_id, self._api) from error
+        except Exception as error:  # noqa: BLE001 - told in words that say what to do
+            why = explain(error, self._repo_id, self._api)
+            raise why from why.__cause__
         return self._result(commit, changed, stale, url)
 
-    def _try(self, call, what: str):  # noqa: ANN001, ANN202 - as `persistently`
-        return persistently(call, f"{self._repo_id}: {what}", self._patience)
+    def _try(self, call, what: str, num_bytes: int = 0):  # noqa: ANN001, ANN202 - as `persistently`
+        return persistently(call, f"{self._repo_id}: {what}", self._patience, num_bytes)
+
+    @property
+    def _num_bytes(self) -> int:
+        """Of what may go with the commit itself."""
+        return sum(add.upload_info.size for add in self._additions)
 
     def _make_place(self, private: bool | None) -> None:
         api, repo_id = self._api, self._repo_id
@@ -323,8 +350,8 @@ class _Push:
         """Commits on top of ``head``, exactly once; returns commit and page."""
         for attempt in range(1, self._patience.attempts + 1):
             try:
-                with answering_within(self._patience.longest_silence_s):
-                    made = self._api.create_commit(
+                made = self._patience.call(
+                    lambda: self._api.create_commit(
                         self._repo_id,
                         operations=operations,
                         commit_message=message,
@@ -332,21 +359,25 @@ class _Push:
                         revision=self._revision,
                         parent_commit=head,
                         create_pr=self._create_pr,
-                    )
+                    ),
+                    self._num_bytes,
+                )
             except Exception as error:
                 status = status_of(error)
                 passing, conflict = is_passing(error), status in CONFLICT
-                if not passing and not conflict:
+                if not passing and not conflict and is_understood(error):
                     raise
                 if found := self._find_ours(head, message, error):
                     log.info("%s: the answer was lost, but the commit is there", self._repo_id)
                     return found
                 if conflict:
-                    raise HubError(
+                    words = (
                         f"{self._repo_id}: somebody else pushed to {self._revision!r} in the "
                         "meantime; nothing was written. Look at their commit and push again"
-                    ) from error
-                if attempt == self._patience.attempts:
+                    )
+                    why = caused_by(error, words, self._api)
+                    raise why from why.__cause__
+                if attempt == self._patience.attempts or not is_understood(error):
                     raise
                 self._patience.wait(attempt, error, f"{self._repo_id}: commit")
                 if self._create_pr and (found := self._find_ours(head, message, error)):
@@ -365,13 +396,15 @@ class _Push:
             if self._head() == head:
                 return None
             commit = self._ours_on(self._revision)
-        except Exception as error:
-            raise HubError(
+        except Exception as error:  # noqa: BLE001 - told in words that say what to do
+            words = (
                 f"{self._repo_id}: the hub stopped answering while it was committing "
                 f"({type(lost).__name__}, then {type(error).__name__}), so it is not known whether "
                 "the commit was made; it was made completely or not at all. Push again: what is "
                 "there already is not sent twice"
-            ) from error
+            )
+            why = caused_by(error, words, self._api)
+            raise why from why.__cause__
         return (commit, f"{self._page()}/commit/{commit}") if commit else None
 
     def _find_our_pull_request(self, message: str) -> tuple[str, str] | None:

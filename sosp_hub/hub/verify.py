@@ -18,7 +18,7 @@ from sosp_hub.data.loading import load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import HubError, PlanError, SospHubError
 from sosp_hub.evaluate import evaluate
-from sosp_hub.hub.attempts import Patience, answering_within, explain
+from sosp_hub.hub.attempts import Patience, check_token, explain, persistently
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import Recipe
@@ -113,23 +113,29 @@ def verify(
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, Check]:
+    check_token(token)
     api = HfApi(token=token)
     try:
-        with answering_within(limit := Patience().longest_silence_s):
-            commit = api.model_info(repo_id, revision=revision, timeout=limit).sha
-            listed = [
-                entry
-                for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
-                if isinstance(entry, RepoFile)
-            ]
+        limit = Patience().longest_silence_s
+        info = persistently(
+            lambda: api.model_info(repo_id, revision=revision, timeout=limit), "commit", Patience()
+        )
+        commit = info.sha
+        listed = persistently(lambda: _files(api, repo_id, commit), "list files", Patience())
         folder = Path(snapshot_download(repo_id, revision=commit, token=token))
-    except Exception as error:
-        raise explain(error, repo_id, api) from error
+    except Exception as error:  # noqa: BLE001 - told in words that say what to do
+        why = explain(error, repo_id, api)
+        raise why from why.__cause__
     wrong = [entry.path for entry in listed if not _is_listed(folder / entry.path, entry)]
     if wrong:
         return folder, Check("files", False, f"other bytes than the hub lists: {', '.join(wrong)}")
     said = f"{len(listed)} files of commit {str(commit)[:7]} have the hashes that the hub lists"
     return folder, Check("files", True, said)
+
+
+def _files(api: HfApi, repo_id: str, commit: str | None) -> list[RepoFile]:
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    return [entry for entry in tree if isinstance(entry, RepoFile)]
 
 
 def _is_listed(path: Path, entry: RepoFile) -> bool:

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 from pydantic import ValidationError
 
-from sosp_hub.errors import HubError
+from sosp_hub.errors import HubError, without_secrets
 from sosp_hub.recipe.criteria import CRITERIA, Method
 from sosp_hub.report.facts import (
     UNNAMED,
@@ -23,7 +23,6 @@ from sosp_hub.report.facts import (
     collect,
     overall_metrics,
     scrub,
-    without_tokens,
 )
 from sosp_hub.report.figures import Picture, write_figures
 from sosp_hub.report.licence import copy_licence_files
@@ -122,8 +121,8 @@ def card_text(
         calibration=_calibration(report.get("calibration") or {}),
         has_report=(checkpoint.folder / "sosp_report.json").is_file(),
     )
-    text = f"{before}{without_tokens(fence(body, address))}{after}"
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
+    text = f"{before}{without_secrets(fence(body, address))}{after}"
+    return str(ModelCard(f"---\n{without_secrets(data.to_yaml())}\n---\n{text}"))
 
 
 def _method(criterion: Mapping[str, Any]) -> Method | None:

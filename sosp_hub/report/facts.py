@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sosp_hub.errors import without_secrets
 from sosp_hub.report import numbers
 from sosp_hub.report.grid import Grid
 from sosp_hub.report.schema import check_report
@@ -22,7 +23,6 @@ STAGES = (
     ("final", "final"),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bapi_org_[A-Za-z0-9]{8,}")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~|\$\w+)?/(?:[\w.@+-]+/)+([\w.@+-]+)")
 _MOST_CLASSES = 10
 UNNAMED = "its dense base model"
@@ -135,17 +135,7 @@ def scrub(text: str) -> str:
     >>> scrub("prune /home/me/recipes/a.yaml --token hf_abcdefghij123")
     'prune .../a.yaml --token [token removed]'
     """
-    return _ABSOLUTE_PATH.sub(r".../\1", without_tokens(text))
-
-
-def without_tokens(text: str) -> str:
-    """The text with everything that looks like an access token taken out."""
-    return _TOKEN.sub("[token removed]", text)
-
-
-def has_token(text: str) -> bool:
-    """Whether something in the text looks like an access token."""
-    return _TOKEN.search(text) is not None
+    return _ABSOLUTE_PATH.sub(r".../\1", without_secrets(text))
 
 
 def hub_id(name: object) -> str | None:

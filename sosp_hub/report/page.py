@@ -11,14 +11,13 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from sosp_hub.errors import HubError
+from sosp_hub.errors import HubError, without_secrets
 from sosp_hub.report import numbers
 from sosp_hub.report.facts import (
     Facts,
     collect,
     overall_metrics,
     with_spread,
-    without_tokens,
 )
 from sosp_hub.report.figures import Picture, pareto_picture, pictures, read_saliency
 from sosp_hub.report.grid import Grid
@@ -114,7 +113,7 @@ def render_page(
         ],
         parts=parts,
     )
-    return without_tokens(text)
+    return without_secrets(text)
 
 
 def _parts(facts: Facts) -> list[Part]:

@@ -153,7 +153,10 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.drop:
                 return self._cut(request)
             if fault.status is not None:
-                text = fault.body or json.dumps({"error": f"fault {fault.status}"}).encode()
+                if fault.stream:
+                    return self._pour(request, fault)
+                text = json.dumps({"error": f"fault {fault.status}"}).encode()
+                text = text if fault.body is None else fault.body
                 answer = replace(Answer(fault.status, text), headers=dict(fault.headers))
             self.hub.log.append((request, answer.status))
             self._write(answer)
@@ -205,6 +208,17 @@ class _Handler(BaseHTTPRequestHandler):
                 shutil.copyfileobj(file, self.wfile, 1 << 20)
         else:
             self.wfile.write(answer.body)
+
+    def _pour(self, request, fault):
+        self.hub.log.append((request, fault.status))
+        self.send_response(fault.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for piece in fault.stream():
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            self.wfile.flush()
+        self.wfile.write(b"0\r\n\r\n")
 
     def _cut(self, request):
         self.hub.log.append((request, 0))

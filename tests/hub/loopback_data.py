@@ -1,7 +1,7 @@
 """What a loopback hub holds and says: commits, users, faults, answers."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class Fault:
         headers: Headers of the answer, such as ``Retry-After``.
         first: Called before the request is looked at, such as somebody else's commit.
         body: Body of the answer, for a gateway that answers with a page.
+        stream: Gives the body in pieces, as slow or as long as it likes.
     """
 
     request: str
@@ -76,6 +77,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     first: Callable[[], None] | None = None
     body: bytes | None = None
+    stream: Callable[[], Iterable[bytes]] | None = None
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Smoke tests of `sosp_hub.compat.huggingface_hub`."""
 
+from huggingface_hub import get_session
+
 from sosp_hub.compat import huggingface_hub as compat
 from sosp_hub.compat.smoke import expect, smoke
 
@@ -16,3 +18,10 @@ def errors_of_the_transport() -> None:
     names = {cls.__name__ for cls in error.__subclasses__()}
     expect(issubclass(error, Exception), f"{error} is no error")
     expect({"NetworkError", "TimeoutException"} <= names, f"kinds of it are {sorted(names)}")
+
+
+@smoke("limits of size and time for the answers of a hub")
+def answers_as_streams() -> None:
+    stream, hooks = compat.byte_stream(), get_session().event_hooks
+    expect(hasattr(stream, "close"), f"{stream} has no close()")
+    expect(isinstance(hooks, dict), f"event_hooks of the session are {hooks}")
