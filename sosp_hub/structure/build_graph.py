@@ -28,12 +28,8 @@ from sosp_hub.structure.terms import Axes, Constraint, Terms
 from sosp_hub.structure.traced_int import expr_atoms
 from sosp_hub.types import Kind
 
-Reads = dict[tuple[str, int], dict[str, Axis]]
-Summed = set[tuple[str, int]]
-
-"""Axes along which a parameter is summed over, by (parameter, atom id) and the module whose code
-does it.
-"""
+Places = list[tuple[str, int]]
+"""Tensors and dimensions."""
 
 
 def assemble(
@@ -54,45 +50,17 @@ def assemble(
     places = _places(tensors)
     _join_tied(terms.constraints, places, tied)
     parameters = {name for name, parameter in model.named_parameters(remove_duplicate=False)}
-    reads, summed = _reads(terms), _summed(terms, model)
-    behind = behind_pairs(model, terms.steps)
-    numbers: dict[int, Group] = {}
-    names: set[str] = set()
-    for atom, members in places.items():
-        if atom.pinned or not any(tensor in parameters for tensor, _ in members):
-            continue
-        kind = _kind(atom, members, tensors)
-        name = _name(atom, members, tensors, reads, summed, kind, names)
-        names.add(name)
-        found = tuple(
-            Member(
-                tensor,
-                dim,
-                index_of(tensors[tensor][dim], atom),
-                _is_read(reads, summed, tensor, dim, atom, tensors),
-            )
-            for tensor, dim in members
-        )
-        if kind == "expert":
-            sites = tuple(expert_sites(atom, members, tensors, reads))
-        else:
-            sites = tuple(
-                _sites(model, atom, members, tensors, reads, summed, entries, terms.normalised)
-            )
-        multiple = atom.multiple if atom.size % atom.multiple == 0 else 1
-        numbers[atom.id] = Group(
-            name, kind, atom.size, found, sites, tuple(atom.inexact), (), multiple,
-            rectified(behind, atom, sites, entries),
-            frozenset(atom.barred),
-        )  # fmt: skip
-    by_id = {atom.id: atom for atom in places}
-    groups = {group.name: group for group in numbers.values()}
-    group_atoms = {numbers[number].name: by_id[number] for number in numbers}
+    builder = _Builder(model, terms, tensors, entries, places)
+    of_atom = {
+        atom: builder.group(atom)
+        for atom, members in places.items()
+        if not atom.pinned and any(tensor in parameters for tensor, _ in members)
+    }
     ties: dict[int, list[str]] = {}
-    for number, group in numbers.items():
-        ties.setdefault(tied.get(number, number), []).append(group.name)
+    for atom, group in of_atom.items():
+        ties.setdefault(tied.get(atom.id, atom.id), []).append(group.name)
     stacks, undroppable = layer_groups(model, entries, exits, terms.uses)
-    groups |= stacks
+    groups = {group.name: group for group in of_atom.values()} | stacks
     sizes = dict(model.named_parameters())
     return Graph(
         groups=groups,
@@ -101,7 +69,7 @@ def assemble(
         undroppable=undroppable,
         tensors=tensors,
         aliases=aliases,
-        atoms=group_atoms,
+        atoms={group.name: atom for atom, group in of_atom.items()},
         macs=tuple(terms.macs),
         num_samples=num_samples,
         constraints=tuple(terms.constraints),
@@ -158,8 +126,8 @@ def _pin_repeated(axis: Axis) -> None:
             _pin_repeated(part)
 
 
-def _places(tensors: dict[str, Axes]) -> dict[Atom, list[tuple[str, int]]]:
-    places: dict[int, tuple[Atom, list[tuple[str, int]]]] = {}
+def _places(tensors: dict[str, Axes]) -> dict[Atom, Places]:
+    places: dict[int, tuple[Atom, Places]] = {}
     for name, axes in tensors.items():
         for dim, axis in enumerate(axes):
             for atom in {a.id: a for a in atoms(axis)}.values():
@@ -170,7 +138,7 @@ def _places(tensors: dict[str, Axes]) -> dict[Atom, list[tuple[str, int]]]:
 
 def _join_tied(
     constraints: Sequence[Constraint],
-    places: dict[Atom, list[tuple[str, int]]],
+    places: dict[Atom, Places],
     tied: dict[int, int],
 ) -> None:
     """Makes an axis of activations alone, such as of copies, that of the group it is tied to."""
@@ -184,63 +152,152 @@ def _join_tied(
                 unify(atom, group, constraint.where)
 
 
-def _reads(terms: Terms) -> Reads:
-    reads: Reads = {}
+class _Builder:
+    """Makes the group of an atom.
+
+    Args:
+        model: The model.
+        terms: What the pass found.
+        tensors: Axes of each tensor.
+        entries: Axes of what goes into each module.
+        places: Where each atom is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Terms,
+        tensors: dict[str, Axes],
+        entries: dict[str, Axes],
+        places: dict[Atom, Places],
+    ) -> None:
+        self._tensors, self._entries, self._places = tensors, entries, places
+        self._modules = dict(model.named_modules())
+        self._normalised = terms.normalised
+        self._behind = behind_pairs(model, terms.steps)
+        self._readers = _readers(terms)
+        self._summed = _summed(terms, model)
+        self._names: set[str] = set()
+
+    def group(self, atom: Atom) -> Group:
+        """The group of an atom that nothing pins."""
+        kind, members = self._kind(atom), self._places[atom]
+        if kind == "expert":
+            sites = expert_sites(atom, members, self._tensors, self._readers)
+        else:
+            sites = self._sites(atom)
+        return Group(
+            name=self._name(atom, kind),
+            kind=kind,
+            size=atom.size,
+            members=tuple(
+                Member(
+                    tensor,
+                    dim,
+                    index=index_of(self._tensors[tensor][dim], atom),
+                    reads=self._is_read(tensor, dim, atom),
+                )
+                for tensor, dim in members
+            ),
+            sites=tuple(sites),
+            reasons=tuple(atom.inexact),
+            multiple=atom.multiple if atom.size % atom.multiple == 0 else 1,
+            rectified=rectified(self._behind, atom, tuple(sites), self._entries),
+            barred=frozenset(atom.barred),
+        )
+
+    def _is_read(self, tensor: str, dim: int, atom: Atom) -> bool:
+        """Whether this dimension is summed over; a square weight has the atom twice."""
+        readers, axes = self._readers.get((tensor, atom.id)), self._tensors[tensor]
+        if readers is None:
+            return False
+        holders = [d for d, axis in enumerate(axes) if any(a is atom for a in atoms(axis))]
+        if len(holders) == 1:
+            return True
+        if sum((tensor, holder) in self._summed for holder in holders) == 1:
+            return (tensor, dim) in self._summed
+        wanted = [[a.id for a in atoms(axis)] for axis in readers.values()]
+        matching = [d for d in holders if [a.id for a in atoms(axes[d])] in wanted]
+        return dim == (matching[-1] if matching else holders[-1])
+
+    def _kind(self, atom: Atom) -> Kind:
+        axes = [self._tensors[name][dim] for name, dim in self._places[atom]]
+        if "expert" in atom.roles and "head" not in atom.roles:
+            return "expert"
+        if "head" in atom.roles:
+            shared = any(_is_copied(axis, atom) for axis in axes)
+            return "head" if "copies" in atom.roles or not shared else "kv_group"
+        if "contracted" in atom.roles and "stream" not in atom.roles:
+            return "head_dim"
+        if any(_is_inside_head(axis, atom) for axis in axes):
+            return "head_dim"
+        if {"stream", "normalised"} <= atom.roles:
+            return "residual"
+        return "channel" if "convolved" in atom.roles else "neuron"
+
+    def _name(self, atom: Atom, kind: Kind) -> str:
+        """The module that makes the slices, and the kind; the same for the same model."""
+        members = self._places[atom]
+        makers = [
+            tensor
+            for tensor, dim in members
+            if len(self._tensors[tensor]) > 1 and not self._is_read(tensor, dim, atom)
+        ]
+        tensor = (makers or [members[0][0]])[0]
+        stem = tensor.rpartition(".")[0] or tensor
+        name, number = f"{stem}:{kind}", 2
+        while name in self._names:
+            name, number = f"{stem}:{kind}#{number}", number + 1
+        self._names.add(name)
+        return name
+
+    def _sites(self, atom: Atom) -> list[Site]:
+        """Where the activation is read; nowhere if a gate cannot stand for it."""
+        sites: list[Site] = []
+        if "contracted" in atom.roles:  # also summed over between two activations
+            return sites
+        for tensor, dim in self._places[atom]:
+            if not self._is_read(tensor, dim, atom):
+                continue
+            for reader in self._readers[tensor, atom.id]:
+                at, entry = _input_dim(self._modules[reader]), self._entries.get(reader, ())
+                if at is not None and entry and any(a is atom for a in atoms(entry[at])):
+                    sites.append(Site(reader, None, at, index_of(entry[at], atom)))
+                elif tensor in self._normalised:  # to scale it is no gate
+                    return []
+                else:
+                    index = index_of(self._tensors[tensor][dim], atom)
+                    sites.append(Site(None, tensor, dim, index))
+        return sites
+
+
+def _readers(terms: Terms) -> dict[tuple[str, int], dict[str, Axis]]:
+    """By (parameter, atom id): the modules whose code sums over the axis, and that axis."""
+    readers: dict[tuple[str, int], dict[str, Axis]] = {}
     for read in terms.reads:
         axis = resolve(read.axis)
         for atom in {a.id: a for a in atoms(axis)}.values():
-            reads.setdefault((read.tensor, atom.id), {}).setdefault(read.module, axis)
-    return reads
+            readers.setdefault((read.tensor, atom.id), {}).setdefault(read.module, axis)
+    return readers
 
 
-def _summed(terms: Terms, model: nn.Module) -> Summed:
+def _summed(terms: Terms, model: nn.Module) -> set[tuple[str, int]]:
     """Dimensions of parameters that a read sums over, by their stride: views keep it."""
-    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     return {
         (read.tensor, dim)
         for read in terms.reads
-        if read.tensor in held
-        for dim, stride in enumerate(held[read.tensor].stride())
+        if read.tensor in tensors
+        for dim, stride in enumerate(tensors[read.tensor].stride())
         if stride == read.stride
     }
 
 
-def _is_read(
-    reads: Reads, summed: Summed, tensor: str, dim: int, atom: Atom, tensors: dict[str, Axes]
-) -> bool:
-    """Whether this dimension is summed over; a square weight has the atom twice."""
-    if (tensor, atom.id) not in reads:
-        return False
-    holders = [d for d, axis in enumerate(tensors[tensor]) if any(a is atom for a in atoms(axis))]
-    if len(holders) == 1:
-        return True
-    if sum((tensor, holder) in summed for holder in holders) == 1:
-        return (tensor, dim) in summed
-    wanted = [[a.id for a in atoms(axis)] for axis in reads[tensor, atom.id].values()]
-    matching = [d for d in holders if [a.id for a in atoms(tensors[tensor][d])] in wanted]
-    return dim == (matching[-1] if matching else holders[-1])
-
-
-def _kind(atom: Atom, members: list[tuple[str, int]], tensors: dict[str, Axes]) -> Kind:
-    if "expert" in atom.roles and "head" not in atom.roles:
-        return "expert"
-    if "head" in atom.roles:
-        shared = False
-        for name, dim in members:
-            axis = resolve(tensors[name][dim])
-            factors = axis.factors if isinstance(axis, Prod) else ()
-            shared |= any(
-                isinstance(f, Atom) and f is not atom and "copies" in f.roles for f in factors
-            )
-        return "head" if "copies" in atom.roles or not shared else "kv_group"
-    if "contracted" in atom.roles and "stream" not in atom.roles:
-        return "head_dim"
-    inside_head = any(_is_inside_head(tensors[name][dim], atom) for name, dim in members)
-    if inside_head:
-        return "head_dim"
-    if {"stream", "normalised"} <= atom.roles:
-        return "residual"
-    return "channel" if "convolved" in atom.roles else "neuron"
+def _is_copied(axis: Axis, atom: Atom) -> bool:
+    """Whether an axis holds copies of the atom's structures, as keys that heads share."""
+    axis = resolve(axis)
+    factors = axis.factors if isinstance(axis, Prod) else ()
+    return any(isinstance(f, Atom) and f is not atom and "copies" in f.roles for f in factors)
 
 
 def _is_inside_head(axis: Axis, atom: Atom) -> bool:
@@ -255,59 +312,6 @@ def _is_inside_head(axis: Axis, atom: Atom) -> bool:
     )
 
 
-def _name(
-    atom: Atom,
-    members: list[tuple[str, int]],
-    tensors: dict[str, Axes],
-    reads: Reads,
-    summed: Summed,
-    kind: Kind,
-    taken: set[str],
-) -> str:
-    makers = [
-        n
-        for n, d in members
-        if len(tensors[n]) > 1 and not _is_read(reads, summed, n, d, atom, tensors)
-    ]
-    tensor = (makers or [members[0][0]])[0]
-    stem = tensor.rpartition(".")[0] or tensor
-    name, number = f"{stem}:{kind}", 2
-    while name in taken:
-        name, number = f"{stem}:{kind}#{number}", number + 1
-    return name
-
-
-def _sites(
-    model: nn.Module,
-    atom: Atom,
-    members: list[tuple[str, int]],
-    tensors: dict[str, Axes],
-    reads: Reads,
-    summed: Summed,
-    entries: dict[str, Axes],
-    normalised: set[str],
-) -> list[Site]:
-    sites: list[Site] = []
-    if (
-        "contracted" in atom.roles
-    ):  # also summed over between two activations: no gate stands for it
-        return sites
-    modules = dict(model.named_modules())
-    for tensor, dim in members:
-        if not _is_read(reads, summed, tensor, dim, atom, tensors):
-            continue
-        for reader in reads[tensor, atom.id]:
-            at = _input_dim(modules[reader])
-            entry = entries.get(reader, ())
-            if at is not None and entry and any(a is atom for a in atoms(entry[at])):
-                sites.append(Site(reader, None, at, index_of(entry[at], atom)))
-            elif tensor in normalised:  # to scale it is no gate
-                return []
-            else:
-                sites.append(Site(None, tensor, dim, index_of(tensors[tensor][dim], atom)))
-    return sites
-
-
 def _input_dim(module: nn.Module) -> int | None:
     """Dimension of a layer's input that its weight is multiplied with."""
     if isinstance(module, Convolution):
@@ -319,7 +323,7 @@ def _input_dim(module: nn.Module) -> int | None:
 
 def _pinned(tensors: dict[str, Axes], parameters: set[str]) -> list[Pinned]:
     """Parameter dimensions nothing of which can be cut, windows of convolutions aside."""
-    found = []
+    pinned = []
     for name, axes in tensors.items():
         for dim, axis in enumerate(axes):
             stuck = list(atoms(axis))
@@ -334,8 +338,8 @@ def _pinned(tensors: dict[str, Axes], parameters: set[str]) -> list[Pinned]:
                 "the size is written into the code",
             )
             if not reason.startswith("the window of"):
-                found.append(Pinned(name, dim, size_of(axis), reason))
-    return found
+                pinned.append(Pinned(name, dim, size_of(axis), reason))
+    return pinned
 
 
 def _cuttable(groups: dict[str, Group], parameters: dict[str, Any]) -> dict[str, int]:
