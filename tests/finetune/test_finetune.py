@@ -121,6 +121,26 @@ def test_accumulated_batches_are_one_large_batch():
     assert_close(small.state_dict(), large.state_dict(), relative=1e-5)
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_no_step_is_longer_than_the_largest_gradient_norm(parts):
+    """Plain SGD with a rate of 1 moves the weights by the gradient: of a whole batch, clipped."""
+    torch.manual_seed(0)
+    model, points = nn.Linear(2, 2), Points(32)
+    points.points *= 100
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    loss = F.cross_entropy(model(points.points), points.labels)
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
+    assert wanted.norm() > 1
+    settings = config(
+        epochs=1, batch_size=32 // parts, gradient_accumulation=parts, optimizer="sgd", momentum=0,
+        learning_rate=1.0, schedule="constant", warmup_share=0.0, weight_decay=0.0,
+        max_grad_norm=0.01,
+    )  # fmt: skip
+    finetune(model, points, settings)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert_close(moved, -wanted * 0.01 / wanted.norm(), relative=1e-3)
+
+
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     settings = config(epochs=10, warmup_share=0.1, learning_rate=0.5, optimizer="sgd")
     rates = [point["learning_rate"] for point in finetune(net(), Points(80), settings)]

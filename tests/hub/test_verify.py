@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 import sosp_hub
@@ -138,9 +140,43 @@ def test_a_metric_that_is_too_good_is_found(copy):
     assert checks(result)["card"] is False
 
 
-def test_another_number_of_parameters_is_found(copy):
-    changed(copy, lambda report: report["cost"]["after"].update(params=7))
+@pytest.mark.parametrize("num", [7, 10**9])
+def test_another_number_of_parameters_is_found(copy, num):
+    """More weights than were published, or fewer: weights are missing, or others were sent."""
+    changed(copy, lambda report: report["cost"]["after"].update(params=num))
     assert checks(verify(str(copy)))["weights"] is False
+
+
+def test_a_subset_does_not_hide_a_metric_that_is_far_off(copy):
+    """A third of the samples has a spread of some points, not of twenty."""
+    published = json.loads((copy / "sosp_report.json").read_text())["metrics"]["final"]["accuracy"]
+    changed(
+        copy,
+        lambda report: report["metrics"]["final"]["accuracy"].update(
+            value=published["value"] + 0.2
+        ),
+    )
+    result = verify(str(copy), num_samples=120)
+    assert checks(result)["metric accuracy"] is False
+    assert not result.holds
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_other_bytes_than_the_hub_lists_are_found(hub, published, name):
+    """Somebody has changed one byte of a file that was downloaded; it still loads."""
+    push_to_hub(published[0], REPO, patience=NOW)
+    assert checks(verify(REPO, num_samples=60))["files"] is True
+    path = (Path(snapshot_download(REPO)) / name).resolve()
+    content = path.read_bytes()
+    changed = content[:-1] + (b" " if name == "config.json" else bytes([content[-1] ^ 1]))
+    assert len(changed) == len(content)
+    assert changed != content
+    path.chmod(0o644)
+    path.write_bytes(changed)
+    result = verify(REPO, num_samples=60)
+    assert checks(result)["files"] is False
+    assert f"other bytes than the hub lists: {name}" in str(result)
+    assert not result.holds
 
 
 def test_a_plan_that_is_not_the_models_is_found(copy):

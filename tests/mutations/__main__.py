@@ -53,6 +53,7 @@ def main() -> int:
     records: dict[str, Record] = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     records = {str(m): records[str(m)] for m in everything if str(m) in records}
     _load_libraries()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the tests that run end too
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy = _copy_tree(Path(folder, "tree"))
         for _, room in itertools.groupby(asked, lambda mutation: mutation.room):
@@ -127,15 +128,17 @@ def _pytest(
     if not process:
         _run_forked(tree, ["-x", *arguments] if "::" not in tests[0] else arguments)
     code: int | str = _HUNG
-    while code == _HUNG and time.monotonic() < until:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-        else:
-            time.sleep(0.1)
-    if code == _HUNG:
-        os.killpg(process, signal.SIGKILL)  # and what the tests have started
-        os.waitpid(process, 0)
+    try:
+        while code == _HUNG and time.monotonic() < until:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+            else:
+                time.sleep(0.1)
+    finally:
+        if code == _HUNG:
+            os.killpg(process, signal.SIGKILL)  # and what the tests have started
+            os.waitpid(process, 0)
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
     failed = cache / "v" / "cache" / "lastfailed"
     return code, tuple(json.loads(failed.read_text())) if failed.exists() else ()
@@ -144,6 +147,7 @@ def _pytest(
 def _run_forked(tree: Path, arguments: list[str]) -> NoReturn:
     """In the forked process: everything of ours comes from ``tree``."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     silent = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(silent, descriptor)

@@ -51,6 +51,26 @@ def test_the_same_recipe_goes_on_with_everything(folder):
             ["dense", "dense_metrics", "curvature"],
         ),
         (
+            {"criterion": {"per": "macs"}},
+            ("criterion.per", (None, "macs")),
+            ["dense", "dense_metrics", "curvature"],
+        ),
+        (
+            {"criterion": {"num_samples": 7}},
+            ("criterion.num_samples", (1024, 7)),
+            ["dense", "dense_metrics"],
+        ),
+        (
+            {"criterion": {"mode": "differences"}},
+            ("criterion.mode", ("auto", "differences")),
+            ["dense", "dense_metrics", "curvature"],
+        ),
+        (
+            {"structure": {"kinds": ["neuron"]}},
+            None,
+            ["dense", "dense_metrics"],
+        ),
+        (
             {"criterion": {"compensate": True}},
             ("criterion.compensate", (None, True)),
             ["dense", "dense_metrics", "masked", "curvature", "saliency"],
@@ -81,7 +101,19 @@ def test_the_same_recipe_goes_on_with_everything(folder):
         ),
         ({"output": {"figures": False}}, None, list(STAGES)),
     ],
-    ids=["seed", "criterion", "compensate", "budget", "finetune", "evaluate", "output"],
+    ids=[
+        "seed",
+        "criterion",
+        "per",
+        "samples",
+        "option",
+        "kinds",
+        "compensate",
+        "budget",
+        "finetune",
+        "evaluate",
+        "output",
+    ],
 )
 def test_a_changed_recipe_does_again_what_the_change_touches(folder, sections, change, kept):
     work = WorkFolder(folder, recipe(**sections))

@@ -66,6 +66,23 @@ def test_a_loss_beyond_the_spread_is_called_so(text):
     assert "- perplexity: 22.4 → 29.9 (+33.5 %;" in card
 
 
+@pytest.mark.parametrize(
+    ("final", "said"),
+    [
+        (0.75, "within the 95 % spread"),  # 0.05; 1.96 times the root of twice 0.02^2 is 0.055
+        (0.74, "beyond the 95 % spread"),
+        (0.85, "within the 95 % spread"),
+        (0.86, "beyond the 95 % spread"),
+    ],
+)
+def test_the_spread_of_a_difference_is_that_of_both_sides(image, final, said):
+    def measured(report):
+        for stage, value in (("dense", 0.8), ("final", final)):
+            report["metrics"][stage] = {"accuracy": {"value": value, "n": 400, "stderr": 0.02}}
+
+    assert f"(a difference {said} of 400 test samples)" in render(changed(image, measured))
+
+
 def test_a_model_that_lost_nothing_is_not_called_better_than_measured(image):
     def same(report):
         report["metrics"]["final"] = copy.deepcopy(report["metrics"]["dense"])
@@ -221,6 +238,28 @@ def test_a_base_model_out_of_reach_costs_only_its_licence_text(text, caplog):
 
 
 # ------------------------------------------------------------------------------- regeneration
+def test_a_licence_that_a_person_has_set_is_not_the_bases(image):
+    """The base's is filled in where nobody has set one, and stands back where somebody has."""
+    changed(image, lambda report: report.update(base={"model": "lab/base", "license": "mit"}))
+    card = render(image)
+    assert head(card)["license"] == "mit"
+    mine = card.replace("license: mit", "license: cc-by-nc-4.0")
+    mine = mine.replace("tags:\n", "tags:\n- my-own-tag\n", 1)
+    (image / "README.md").write_text(mine)
+    again = head(render(image))
+    assert again["license"] == "cc-by-nc-4.0"
+    assert {"my-own-tag", "sosp_hub", "pruned"} <= set(again["tags"])
+
+
+def test_a_licence_text_that_a_person_has_put_there_stays(hub, text, tmp_path):
+    hub.add_repo("lab/base", files={"LICENSE": b"the base's", "NOTICE": b"the base's too"})
+    changed(text, lambda report: report.update(base={"model": "lab/base", "license": "mit"}))
+    (text / "LICENSE").write_text("mine")
+    render(text)
+    assert (text / "LICENSE").read_text() == "mine"
+    assert (text / "NOTICE").read_text() == "the base's too"
+
+
 def test_a_persons_own_text_and_metadata_survive(image):
     card = render(image)
     mine = card.replace("---\nlibrary", "---\nlicense: mit\nextra: 7\nlibrary", 1)
