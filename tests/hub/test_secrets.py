@@ -1,5 +1,7 @@
 """An access token appears nowhere: not in what is raised, logged, or written into a card."""
 
+import traceback
+
 import pytest
 from huggingface_hub import HfApi
 
@@ -40,32 +42,36 @@ def test_what_a_hub_says_of_a_token_is_not_handed_on(
 
 RAISED = {
     "an illegal header": lambda token: transport_error()(f"Illegal header b'{token}'"),
-    "a value": lambda token: ValueError(f"no repository id: https://me:{token}@hub/me/small"),
-    "a folder": lambda token: OSError(f"cannot write https://{token}@hub"),
+    "a value": lambda token: ValueError(f"no answer to {token}"),
+    "a folder": lambda token: OSError(f"cannot write {token}"),
 }
 
 
 @pytest.mark.parametrize("raised", RAISED)
 @pytest.mark.parametrize("given", ["argument", "environment"])
+@pytest.mark.parametrize("token", [TOKEN, PLAIN])
 def test_what_the_client_says_of_a_token_is_not_handed_on(
-    hub, folder, monkeypatch, caplog, raised, given
+    hub, folder, monkeypatch, caplog, raised, given, token
 ):
-    """Whatever it raises, and however often it is asked: the first line of it is told."""
-    error = RAISED[raised](TOKEN)
+    """Whatever it raises, and however often it is asked; the traceback holds none either."""
+    error = RAISED[raised](token)
 
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setenv("HF_TOKEN", TOKEN if given == "environment" else "hf_othertoken04")
+    hub.users[PLAIN] = hub.users[TOKEN]
+    monkeypatch.setenv("HF_TOKEN", token if given == "environment" else "hf_othertoken04")
     monkeypatch.setattr(HfApi, "create_repo", fails)
     caplog.set_level("DEBUG", logger="sosp_hub")
     with pytest.raises(HubError) as caught:
-        push(folder, token=TOKEN if given == "argument" else None)
+        push(folder, token=token if given == "argument" else None)
+    assert token in str(error)
     assert REPO in str(caught.value)
-    assert TOKEN not in str(caught.value)
+    assert token not in str(caught.value)
+    assert token not in "".join(traceback.format_exception(caught.value))
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("sosp_hub")]
     assert bool(ours) == (raised == "an illegal header")  # which may pass, and is tried again
-    assert not [message for message in ours if TOKEN in message]
+    assert not [message for message in ours if token in message]
 
 
 def test_a_card_holds_no_token_of_its_report(tmp_path):

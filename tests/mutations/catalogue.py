@@ -44,6 +44,8 @@ class Mutation:
             ValueError: The old text is not there exactly once, nothing changes, or the new text
                 is no Python.
         """
+        if not self.source(tree).is_file():
+            raise ValueError(f"{self}: there is no {self.file}")
         text = self.source(tree).read_text("utf-8")
         if text.count(self.old) != 1:
             raise ValueError(f"{self}: {self.file} has the old text {text.count(self.old)} times")
