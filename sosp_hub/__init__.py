@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sosp_hub.allocation import allocate
     from sosp_hub.checkpoint.io import from_pretrained, save_pretrained
     from sosp_hub.checkpoint.weightless import apply_plan_file, save_plan
+    from sosp_hub.export import export
     from sosp_hub.hub.push import push_to_hub
     from sosp_hub.plan import PruningPlan
     from sosp_hub.reconstruction.rebuild import rebuild
@@ -27,6 +28,7 @@ _HOME = {
     "apply": "sosp_hub.surgery.apply",
     "apply_": "sosp_hub.surgery.apply",
     "apply_plan_file": "sosp_hub.checkpoint.weightless",
+    "export": "sosp_hub.export",
     "from_pretrained": "sosp_hub.checkpoint.io",
     "push_to_hub": "sosp_hub.hub.push",
     "save_plan": "sosp_hub.checkpoint.weightless",
@@ -44,6 +46,7 @@ __all__ = [
     "apply_plan_file",
     "disable",
     "enable",
+    "export",
     "from_pretrained",
     "push_to_hub",
     "rebuild",

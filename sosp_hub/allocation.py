@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sosp_hub.cost import Cost, CostModel
 from sosp_hub.errors import BudgetError
 from sosp_hub.plan import PruningPlan
+from sosp_hub.recipe.targets import Target, as_targets
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
 from sosp_hub.types import DEFAULT_KINDS, Kind
@@ -39,6 +40,7 @@ def allocate(
     kinds: Kind | Iterable[Kind] | None = None,
     only: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
+    target: "str | Target | Iterable[str | Target] | None" = None,
     measure: Callable[[PruningPlan], float] | None = None,
 ) -> PruningPlan:
     """Removes the least salient structures of all groups until every budget holds, and no more.
@@ -71,6 +73,8 @@ def allocate(
         kinds: Kinds that may be cut; channels, heads, KV groups and neurons by default.
         only: Names of the groups that may be cut, with ``*`` for any text; None = all.
         exclude: Names of groups that stay whole.
+        target: Where the model will be loaded, such as ``deci`` or ``gguf``: counts are only those
+            that its reader takes. Several must all be met.
         measure: Latency in seconds of a plan; measured, so only for ``latency_s``.
 
     Returns:
@@ -100,8 +104,15 @@ def allocate(
     allowed = (kinds,) if isinstance(kinds, str) else tuple(kinds or DEFAULT_KINDS)
     chosen = selected(_eligible(graph, saliency, allowed), only, exclude)
     scores = {name: _scores(graph.groups[name], saliency[name]) for name in chosen}
+    targets = as_targets(target, BudgetError)
     candidates = _Candidates(
-        graph, scores, _floors(chosen, floors), round_to, uniform, _fixed(chosen, groups or {})
+        graph,
+        scores,
+        _floors(chosen, floors),
+        round_to,
+        uniform or any(each.uniform for each in targets),
+        _fixed(chosen, groups or {}),
+        _admissible(graph, chosen, targets),
     )
     if not budgets and threshold is None:
         candidates.rest_stays = True
@@ -122,6 +133,7 @@ def allocate(
         )
         limits = [f"keep_at_least={keep_at_least}"]
         limits += [f"round_to={round_to}"] * (round_to > 1) + ["uniform: true"] * uniform
+        limits += [f"target {each.name}" for each in targets]
         raise BudgetError(
             f"budget: {told}, with {', '.join(limits)} over {len(chosen)} groups. "
             "Ask for more, loosen one of these, or allow more kinds of structure"
@@ -145,10 +157,24 @@ def allocate(
             "keep_at_least": dict(floors) if isinstance(keep_at_least, Mapping) else keep_at_least,
             "round_to": round_to,
             "uniform": uniform,
+            **({"target": [each.model_dump(mode="json") for each in targets]} if targets else {}),
             "floors": candidates.floors(low),
             "predicted": {"macs": found.macs, "params": found.params, "bytes": found.bytes},
         },
     )
+
+
+def _admissible(
+    graph: Graph, names: Iterable[str], targets: Iterable[Target]
+) -> dict[str, frozenset[int]]:
+    """The counts besides its size that all targets allow a group, where one of them limits it."""
+    found: dict[str, frozenset[int]] = {}
+    for name in names:
+        for target in targets:
+            counts = target.counts(graph.groups[name])
+            if counts is not None:
+                found[name] = found.get(name, frozenset(counts)) & frozenset(counts)
+    return found
 
 
 def _check(
@@ -292,6 +318,7 @@ class _Candidates:
     round_to: int
     uniform: bool
     fixed: Mapping[str, float]
+    admissible: Mapping[str, frozenset[int]]
     rest_stays: bool = False
 
     def __post_init__(self) -> None:
@@ -339,7 +366,12 @@ class _Candidates:
             step = lcm(self.round_to, *(self.graph.groups[name].multiple for name in names))
             count = min(ceil(count / step) * step, size)
             barred = {n for name in names for n in self.graph.groups[name].barred}
-            count = next(n for n in (*range(count, size, step), size) if n not in barred)
+            allowed = [self.admissible[name] for name in names if name in self.admissible]
+            count = next(
+                n
+                for n in (*range(count, size, step), size)
+                if n == size or (n not in barred and all(n in counts for counts in allowed))
+            )
             result.update(dict.fromkeys(names, count))
         return result
 

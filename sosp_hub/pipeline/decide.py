@@ -184,6 +184,7 @@ def _allocated(
         keep_at_least=budget.keep_at_least,
         round_to=budget.round_to,
         uniform=budget.uniform,
+        target=budget.target,
         kinds=stages.recipe.structure.kinds,
     )
 

@@ -14,6 +14,7 @@ computes with is imported inside its functions.
 import difflib
 import importlib
 import pkgutil
+import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -86,8 +87,16 @@ class Registry(Generic[D]):
 
     @staticmethod
     def of(field: FieldInfo) -> "Registry[Any] | None":
-        """The registry that a key of a recipe takes its sections from."""
-        return next((each for each in field.metadata if isinstance(each, Registry)), None)
+        """The registry that a key of a recipe takes its section from, or a list of them."""
+        inner = (
+            each
+            for part in typing.get_args(field.annotation)
+            if typing.get_origin(part) is typing.Annotated
+            for each in part.__metadata__
+        )
+        return next(
+            (each for each in (*field.metadata, *inner) if isinstance(each, Registry)), None
+        )
 
     def forget(self, name: str) -> None:
         """Takes one out again, such as one that only a test declares."""

@@ -80,6 +80,8 @@ def _yaml(value: Any) -> str:
 
 
 def _type(field: FieldInfo) -> str:
+    if registry := Registry.of(field):
+        return f"of {', '.join(registry.known())}"
     spelled = _spell(field.annotation)
     bounds = [
         f"{symbol} {getattr(bound, key):g}"

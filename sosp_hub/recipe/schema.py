@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
+from sosp_hub.recipe.targets import Targets
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.types import DEFAULT_KINDS, Kind, Library, Task
 
@@ -138,6 +139,11 @@ class BudgetSection(Section):
     )
     uniform: bool = Field(
         default=False, description="the same share in each layer, for a native checkpoint"
+    )
+    target: Targets = Field(
+        default=(),
+        description="where the model will be loaded: counts are only those that its reader takes; "
+        "a name, a section such as {name: gguf, quantization: k}, or a list of these",
     )
 
     @model_validator(mode="before")

@@ -23,9 +23,8 @@ from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import CheckpointError, ModelError
+from sosp_hub.targets.deci import WIDTH_STEP
 
-WIDTH_STEP = 256
-"""Readers round the width of a layer up to a multiple of this."""
 _FAMILIES = ("llama", "mistral")
 _CONFIG_FILE = "configuration_decilm.py"
 _CONFIG_CODE = '''\

@@ -43,16 +43,24 @@ _PRE = {
 """Names that llama.cpp gives to ways of splitting a text (``llama-vocab.cpp``)."""
 
 
-def to_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None) -> Path:
+def to_gguf(
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Any = None,
+    *,
+    quantization: str | None = None,
+) -> Path:
     """Writes a GGUF file (needs the package ``gguf``).
 
-    Matrices keep the model's dtype, vectors are float32.
+    Matrices keep the model's dtype unless they are quantised, vectors are float32.
 
     Args:
         model: A pruned causal language model of the families Llama, Mistral and Qwen2.
         path: The file, by convention ``.gguf``.
         tokenizer: The model's fast tokenizer, a byte-level BPE. Without it the file has no
             vocabulary and takes token numbers alone.
+        quantization: Type of the matrices, such as ``q8_0``; one whose rows it cannot pack is
+            float16. None = the model's own.
 
     Raises:
         ModelError: A model of another family.
@@ -71,6 +79,10 @@ def to_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None) -> Path:
         kind = gguf.GGMLQuantizationType.F32
         if tensor.dim() > 1:
             kind = gguf.GGMLQuantizationType[_KINDS[tensor.dtype]]
+            if quantization is not None:
+                kind = gguf.GGMLQuantizationType[quantization.upper()]
+                block, _ = gguf.GGML_QUANT_SIZES[kind]
+                kind = gguf.GGMLQuantizationType.F16 if tensor.shape[-1] % block else kind
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -1,0 +1,131 @@
+"""``python -m sosp_hub.export FOLDER --to TARGET``: a pruned model for where it is served."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sosp_hub.callable_module import make_callable
+from sosp_hub.errors import CheckpointError, SospHubError
+from sosp_hub.recipe.targets import TARGETS, Target, make_target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def export(
+    model: "nn.Module | str | Path",
+    to: "str | Target",
+    out: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Path:
+    """Writes a pruned model in the form that another reader takes.
+
+    Args:
+        model: A model, or a folder or hub id that ``from_pretrained`` loads.
+        to: Name of a target, such as ``deci``, ``gguf``, ``onnx``, ``padded``.
+        out: File or new folder; None = beside the model's folder, with the target's name.
+        tokenizer: Goes into the files; None = the folder's own, where it has one.
+        **options: Of the target.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: An unknown target or option, a layer that the target has no form for, a
+            place that is taken, or a package that is missing.
+        ModelError: A model that the target has no form for.
+    """
+    target = to if isinstance(to, Target) else make_target(to, CheckpointError, **options)
+    folder = None
+    if isinstance(model, str | Path):
+        from sosp_hub.checkpoint.io import from_pretrained
+
+        folder = Path(model)
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(folder)
+        model = from_pretrained(folder if folder.is_dir() else str(folder))
+    if out is None and folder is None:
+        raise CheckpointError("export: a model in memory has no folder; give out=")
+    place = Path(out) if out is not None else _beside(Path(str(folder)), target)
+    if place.exists() and (place.is_file() or any(place.iterdir())):
+        raise CheckpointError(f"{place}: is there already; give another place, or remove it")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return target.write(model, place, tokenizer)
+
+
+def _beside(folder: Path, target: Target) -> Path:
+    name = folder.resolve().name if folder.is_dir() else folder.name
+    above = folder.resolve().parent if folder.is_dir() else Path()
+    return above / (f"{name}{target.suffix}" if target.suffix else f"{name}-{target.name}")
+
+
+def _tokenizer_of(folder: Path) -> Any:
+    """The tokenizer beside a model; None where there is none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit code: 0 done, 2 something for the user to change."""
+    options = _parser().parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("sosp_hub").setLevel(logging.INFO)
+    try:
+        target = make_target(options.to, CheckpointError, **_options(options.option))
+        written = export(options.model, target, options.out)
+    except SospHubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in _files(written))
+    print(f"{written}: {size / 1e6:.1f} MB, for {target.reads}")
+    return 0
+
+
+def _files(written: Path) -> list[Path]:
+    return [p for p in written.rglob("*") if p.is_file()] if written.is_dir() else [written]
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    options = {}
+    for each in given:
+        key, sign, value = each.partition("=")
+        if not sign:
+            raise CheckpointError(f"{each!r}: write an option as KEY=VALUE")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = []
+    for name, target in TARGETS.known().items():
+        lines.append(f"  {name:<14}{target.summary()}. Read by {target.reads}.".replace("``", ""))
+        for key, field in target.model_fields.items():
+            if key != "name":
+                lines.append(f"{'':16}{key}={field.default}: {field.description}")
+    parser = argparse.ArgumentParser(
+        prog="python -m sosp_hub.export",
+        description="Writes a pruned model for where it is served. The same targets, named as "
+        "budget.target in a recipe, make a plan that they take without filling up.",
+        epilog="targets:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="FOLDER", help="a folder or a hub id")
+    parser.add_argument("--to", required=True, metavar="TARGET", help="see below")
+    parser.add_argument("--out", metavar="PATH", help="file or new folder; null = beside FOLDER")
+    parser.add_argument("option", nargs="*", metavar="KEY=VALUE", help="options of the target")
+    return parser
+
+
+make_callable(__name__, export)
+
+if __name__ == "__main__":
+    sys.exit(main())

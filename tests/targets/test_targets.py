@@ -1,0 +1,194 @@
+"""Targets: plans that their readers take, and files that they load."""
+
+import json
+import random
+
+import pytest
+import torch
+import transformers
+
+import sosp_hub
+from sosp_hub.errors import BudgetError, CheckpointError
+from sosp_hub.export import main
+from sosp_hub.recipe.load import load_recipe
+from sosp_hub.recipe.targets import TARGETS
+from tests.compare import assert_close
+
+
+def llama(**keys):
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
+        "intermediate_size": 1280, "num_hidden_layers": 3, "vocab_size": 96,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **keys})).eval()
+
+
+@pytest.fixture(scope="module")
+def traced():
+    model = llama()
+    tokens = {"input_ids": torch.arange(3, 13).reshape(2, 5), "use_cache": False}
+    return model, sosp_hub.trace(model, tokens)
+
+
+def deci_takes(kv, width, processes=1):
+    return 8 % kv == 0 and width % 256 == 0 and width % processes == 0
+
+
+def rows(step):
+    return lambda kv, width: (kv * 2 * 8) % step == 0 and width % step == 0
+
+
+TAKES = [
+    ("deci", {}, deci_takes),
+    ("deci", {"tensor_parallel": 2}, lambda kv, width: deci_takes(kv, width, 2)),
+    ("mlx", {}, deci_takes),
+    ("gguf", {"quantization": "q8_0"}, rows(32)),
+    ("gguf", {"quantization": "k"}, lambda kv, width: kv == 4 and width % 256 == 0),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "takes"), TAKES)
+def test_no_budget_gives_a_plan_that_the_reader_refuses(name, options, takes, traced):
+    """200 random saliencies and budgets each; `kv` and `width` of every layer."""
+    _, graph = traced
+    target = TARGETS.known()[name](**options)
+    generator, shares = torch.Generator().manual_seed(0), random.Random(0)
+    groups = {n: g for n, g in graph.groups.items() if g.kind in ("kv_group", "neuron")}
+    cut = 0
+    for _ in range(200):
+        saliency = {n: torch.rand(g.size, generator=generator) ** 4 for n, g in groups.items()}
+        share = shares.uniform(0.3, 1.0)
+        try:
+            plan = sosp_hub.allocate(graph, saliency, params=share, target=target)
+        except BudgetError as error:
+            assert f"target {name}" in str(error)  # noqa: PT017 - both may happen
+            continue
+        assert plan.provenance["predicted"]["params"] <= share * graph.num_params
+        counts = {n: plan.num_kept().get(n, g.size) for n, g in groups.items()}
+        for layer in range(3):
+            kv, width = (
+                next(c for n, c in counts.items() if f"layers.{layer}." in n and n.endswith(kind))
+                for kind in (":kv_group", ":neuron")
+            )
+            assert takes(kv, width), (kv, width)
+            cut += (kv, width) != (4, 1280)
+    assert cut > 100
+
+
+def test_several_targets_must_all_be_met(traced):
+    _, graph = traced
+    saliency = {
+        n: torch.rand(g.size, generator=torch.Generator().manual_seed(1))
+        for n, g in graph.groups.items()
+        if g.kind == "neuron"
+    }
+    plan = sosp_hub.allocate(graph, saliency, params=0.85, target=["deci", "transformers"])
+    assert set(plan.num_kept().values()) == {1024}
+    assert [each["name"] for each in plan.provenance["target"]] == ["deci", "transformers"]
+
+
+def test_a_plan_for_deci_is_written_without_zeros(traced, tmp_path):
+    model, graph = traced
+    generator = torch.Generator().manual_seed(2)
+    saliency = {
+        n: torch.rand(g.size, generator=generator)
+        for n, g in graph.groups.items()
+        if g.kind == "neuron"
+    }
+    pruned = sosp_hub.apply(
+        model, graph, sosp_hub.allocate(graph, saliency, params=0.7, target="deci")
+    )
+    folder = sosp_hub.export(pruned, "deci", tmp_path / "deci")
+    from sosp_hub.checkpoint.format.headers import read_tensors
+
+    numbers = sum(torch.Size(each.shape).numel() for each in read_tensors(folder).values())
+    assert numbers == sum(parameter.numel() for parameter in pruned.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS.known()))
+def test_every_target_is_written_from_a_folder_by_the_command(name, traced, tmp_path, capsys):
+    if name in ("onnx", "gguf"):
+        pytest.importorskip(name)
+    model, graph = traced
+    saliency = {n: torch.arange(g.size) for n, g in graph.groups.items() if g.kind == "neuron"}
+    pruned = sosp_hub.apply(model, graph, sosp_hub.allocate(graph, saliency, params=0.7))
+    sosp_hub.save_pretrained(pruned, tmp_path / "small")
+    assert main([str(tmp_path / "small"), "--to", name.replace("_", "-")]) == 0
+    (written,) = (path for path in tmp_path.iterdir() if path.name != "small")
+    assert str(written) in capsys.readouterr().out
+    if name in ("padded", "transformers"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(written)
+        tokens = torch.arange(3, 13)[None]
+        assert_close(again(tokens).logits, pruned(tokens).logits, relative=1e-5)
+    assert main([str(tmp_path / "small"), "--to", name]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_quantised_rows_stay_close_to_the_model(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = llama()
+    path = sosp_hub.export(model, "gguf", tmp_path / "q8.gguf", quantization="q8_0")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    up = tensors["blk.0.ffn_up.weight"]
+    assert up.tensor_type.name == "Q8_0"
+    assert tensors["blk.0.ffn_norm.weight"].tensor_type.name == "F32"
+    read = torch.from_numpy(gguf.quants.dequantize(up.data, up.tensor_type))
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert (read - weight).abs().max() <= weight.abs().max() / 127
+    assert not torch.equal(read, weight)
+
+
+RECIPE = """
+model: {library: transformers, id: org/model, task: causal-lm}
+data: {id: org/text}
+budget: {params: 0.8, target: TARGET}
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("deci", [("deci", {"tensor_parallel": 1})]),
+        ("torch-export", [("torch_export", {})]),
+        ("{name: gguf, quantization: k}", [("gguf", {"quantization": "k"})]),
+        (
+            "[deci, {name: gguf}]",
+            [("deci", {"tensor_parallel": 1}), ("gguf", {"quantization": "none"})],
+        ),
+        ("null", []),
+    ],
+)
+def test_a_recipe_names_targets(written, read, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("TARGET", written))
+    found = load_recipe(path, [], "prune").budget.target
+    assert [(each.name, each.model_dump(exclude={"name"})) for each in found] == read
+
+
+def test_what_is_wrong_is_said(tmp_path, traced, capsys):
+    model, graph = traced
+    saliency = {n: torch.rand(g.size) for n, g in graph.groups.items() if g.kind == "neuron"}
+    with pytest.raises(BudgetError, match=r"unknown target 'decy' \(did you mean 'deci'"):
+        sosp_hub.allocate(graph, saliency, params=0.7, target="decy")
+    with pytest.raises(CheckpointError, match=r"target 'gguf': quantization: .*'q9'"):
+        sosp_hub.export(model, "gguf", tmp_path / "x.gguf", quantization="q9")
+    with pytest.raises(CheckpointError, match="give out="):
+        sosp_hub.export(model, "deci")
+    with pytest.raises(BudgetError, match=r"params=0.05 was asked.*target deci"):
+        sosp_hub.allocate(graph, saliency, params=0.05, target="deci")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("TARGET", "gguff"))
+    with pytest.raises(sosp_hub.errors.RecipeError, match=r"budget.target.*gguff"):
+        load_recipe(path, [], "prune")
+    assert main([str(tmp_path), "--to", "deci", "nonsense"]) == 2
+    assert "KEY=VALUE" in capsys.readouterr().err
+
+
+def test_the_module_and_the_function_have_one_name():
+    import sosp_hub.export
+
+    assert callable(sosp_hub.export)
+    assert sosp_hub.export.main is main
+    assert json.dumps(sorted(TARGETS.known()))
