@@ -15,7 +15,7 @@ from torch import nn
 
 from sosp_hub.checkpoint.format.standins import StandIn
 from sosp_hub.errors import SospHubError
-from sosp_hub.targets.writers import gguf
+from sosp_hub.targets.writers import deci, gguf
 
 PARALLEL = (2, 4, 8)
 BLOCKS = {"K-quants": 256, "Q8_0, Q5_0, Q4_0": 32}
@@ -68,6 +68,7 @@ def readers(
         return
     yield from _vllm(model, dense)
     yield from _gguf(model, dense)
+    yield _deci(model)
 
 
 def _exports(num_bytes: int, obstacle: str | None) -> Iterator[Reader]:
@@ -111,6 +112,20 @@ def _gguf(model: nn.Module, dense: nn.Module | None) -> Iterator[Reader]:
         broken = first_ragged(model, block)
         why = broken or f"rows are multiples of {block}"
         yield Reader(f"GGUF {kind}", broken is None, why)
+
+
+def _deci(model: nn.Module) -> Reader:
+    name, made = (
+        "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)",
+        "python -m sosp_hub.export --to deci",
+    )
+    try:
+        share, first = deci.filling(model)
+    except SospHubError as error:
+        return Reader(name, False, str(error).removeprefix("DeciLM: "))
+    if not first:
+        return Reader(name, True, f"one width and number of KV heads a layer: {made}")
+    return Reader(name, True, f"zeros fill up {first}, ...: {share:+.1%} parameters: {made}")
 
 
 def first_uneven(model: nn.Module, dense: nn.Module) -> str | None:

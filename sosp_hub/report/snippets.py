@@ -118,6 +118,8 @@ def where_it_loads(checkpoint: Checkpoint) -> str:
         "It needs `pip install sosp_hub`: a plain configuration cannot describe its layers. "
         f"After `import sosp_hub`, {checkpoint.library}'s own loaders read it too. "
         f"Without the package {checkpoint.library} stops with an error. "
+        "`python -m sosp_hub.export` writes it for other readers (ONNX, llama.cpp, mlx-lm, ...) "
+        "where their formats can hold it. "
         "Nothing in this repository runs code from it."
     )
 

@@ -47,6 +47,7 @@ CASES = {
         "vLLM, tensor parallel 8": (None, "divide"),
         "GGUF (llama.cpp)": (True, "to_gguf"),
         "GGUF K-quants": (True, "256"),
+        "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (True, "one width"),
         "ONNX": (None, "to_onnx"),
     }),
     "one narrow layer": ({}, lambda m: narrow(m, 480), {
@@ -55,6 +56,7 @@ CASES = {
         "vLLM, tensor parallel 8": None,
         "GGUF (llama.cpp)": (True, "deci"),
         "GGUF K-quants": (False, "layers.1.mlp.down_proj have 480 values, no multiple of 256"),
+        "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (True, "layer 1: width 480 to 512, ...: +"),
         "GGUF Q8_0, Q5_0, Q4_0": (True, "32"),
     }),
     "ragged rows": ({}, lambda m: narrow(m, 500), {
@@ -88,6 +90,7 @@ CASES = {
         "GGUF K-quants": None,
     }),
     "qwen3 cut": ({"family": "Qwen3"}, lambda m: narrow(m, 480), {
+        "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (False, "not qwen3"),
         "GGUF (llama.cpp)": (False, "not qwen3"),
     }),
     "qwen3 plain": ({"family": "Qwen3"}, None, {

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.errors import CheckpointError, ModelError
-from sosp_hub.targets.writers.deci import read_width, to_deci
+from sosp_hub.targets.writers.deci import filling, read_width, to_deci
 from tests.checkpoint import cuts
 from tests.compare import assert_close
 
@@ -214,3 +214,17 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     with pytest.raises(CheckpointError, match="holds something"):
         to_deci(cuts.pruned("llama"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_zeros_add_is_told_before_anything_is_written(name, tmp_path):
+    """Without biases, which are left out of the count."""
+    model = MODELS[name]()
+    share, first = filling(model)
+    written = load_file(to_deci(model, tmp_path / "deci") / "model.safetensors")
+    numbers = sum(tensor.numel() for key, tensor in written.items() if key.endswith("weight"))
+    held = sum(p.numel() for key, p in model.named_parameters() if key.endswith("weight"))
+    whole = sum(p.numel() for p in model.parameters())
+    gone = "no attention" in name or "nothing" in name  # their norms are not written
+    assert abs(numbers - held - share * whole) <= (64 if gone else 1e-6)
+    assert first.startswith("layer 0: width 38 to 256") or name not in ("llama", "mistral")

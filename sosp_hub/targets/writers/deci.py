@@ -10,6 +10,7 @@ Zeros fill up what is between: they change no output.
 import copy
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,25 +244,10 @@ def _tensors(model: Any, layers: list[_Layer], num_heads: int) -> Iterator[tuple
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    hidden, size = model.config.hidden_size, model.config.hidden_size // num_heads
     for i, layer in enumerate(layers):
         ahead = f"model.layers.{i}."
         own = {n.removeprefix(ahead): state.pop(n) for n in list(state) if n.startswith(ahead)}
-        queries = _Axis(num_heads * size, _query_places(layer, num_heads, size))
-        kv = _Axis(layer.kv_slots * size, torch.arange(layer.kv * size))
-        width = _Axis(layer.width_slots, torch.arange(layer.width))
-        stream = _Axis(hidden, torch.arange(hidden))
-        parts: dict[str, tuple[_Axis, ...]] = {}
-        if layer.kv_slots:
-            attention = {"q": (queries, stream), "k": (kv, stream), "v": (kv, stream)}
-            attention["o"] = (stream, queries)
-            parts["input_layernorm"] = (stream,)
-            parts |= {f"self_attn.{name}_proj": axes for name, axes in attention.items()}
-        if layer.width_slots:
-            parts["post_attention_layernorm"] = (stream,)
-            parts |= {f"mlp.{name}_proj": (width, stream) for name in ("gate", "up")}
-            parts["mlp.down_proj"] = (stream, width)
-        for name, axes in parts.items():
+        for name, axes in _parts(layer, num_heads, model.config.hidden_size).items():
             yield f"{ahead}{name}.weight", _filled(own.pop(f"{name}.weight", None), axes, model)
             if (bias := own.pop(f"{name}.bias", None)) is not None:
                 yield f"{ahead}{name}.bias", _filled(bias, axes[:1], model)
@@ -269,6 +255,56 @@ def _tensors(model: Any, layers: list[_Layer], num_heads: int) -> Iterator[tuple
             raise CheckpointError(f"DeciLM: {ahead}{min(odd)} has no place in the format")
     for name, tensor in state.items():
         yield name, tensor.contiguous()
+
+
+def _parts(layer: _Layer, num_heads: int, hidden: int) -> "dict[str, tuple[_Axis, ...]]":
+    """The weights of a layer in the file."""
+    size = hidden // num_heads
+    queries = _Axis(num_heads * size, _query_places(layer, num_heads, size))
+    kv = _Axis(layer.kv_slots * size, torch.arange(layer.kv * size))
+    width = _Axis(layer.width_slots, torch.arange(layer.width))
+    stream = _Axis(hidden, torch.arange(hidden))
+    parts: dict[str, tuple[_Axis, ...]] = {}
+    if layer.kv_slots:
+        attention = {"q": (queries, stream), "k": (kv, stream), "v": (kv, stream)}
+        attention["o"] = (stream, queries)
+        parts["input_layernorm"] = (stream,)
+        parts |= {f"self_attn.{name}_proj": axes for name, axes in attention.items()}
+    if layer.width_slots:
+        parts["post_attention_layernorm"] = (stream,)
+        parts |= {f"mlp.{name}_proj": (width, stream) for name in ("gate", "up")}
+        parts["mlp.down_proj"] = (stream, width)
+    return parts
+
+
+def filling(model: Any) -> tuple[float, str]:
+    """How much the zeros of the file add, from shapes alone.
+
+    Returns:
+        The share of the model's parameters, and the first layer that is filled up; 0 and an empty
+        text where none is.
+
+    Raises:
+        ModelError, CheckpointError: As `check`.
+    """
+    num_heads, added, first = check(model), 0, ""
+    for i, layer in enumerate(_layers(model)):
+        sizes = _sizes(layer, num_heads, first=not i)
+        parts = _parts(sizes, num_heads, model.config.hidden_size)
+        held = sum(
+            tensor.numel() for name, tensor in layer.named_parameters() if name.endswith("weight")
+        )
+        more = sum(math.prod(axis.size for axis in axes) for axes in parts.values()) - held
+        if more > 0 and not first:
+            changes = [f"width {sizes.width} to {sizes.width_slots}"]
+            changes = changes if sizes.width_slots > sizes.width else []
+            if num_heads > sizes.queries:
+                changes.append(f"heads {sizes.queries} to {num_heads}")
+            if sizes.kv_slots > sizes.kv:
+                changes.append(f"KV heads {sizes.kv} to {sizes.kv_slots}")
+            first = f"layer {i}: {', '.join(changes)}"
+        added += max(more, 0)
+    return added / sum(parameter.numel() for parameter in model.parameters()), first
 
 
 @dataclass(frozen=True)
