@@ -122,7 +122,7 @@ def site_means(
     for (group, number, _), total, count, own in zip(places, sums, counts, totals, strict=True):
         if count > 0:
             means[group.name][number] = (total / count).view_as(own)
-    _check_watched(groups, {name for name, found in means.items() if found})
+    _check_watched(groups, {name for name, of_sites in means.items() if of_sites})
     return means
 
 
@@ -173,7 +173,7 @@ def weighted_inputs(
 
 def mean_of_sites(means: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
     """One value per structure where a group is read in several places."""
-    return {name: torch.stack(list(found.values())).mean(0) for name, found in means.items()}
+    return {name: torch.stack(list(of_sites.values())).mean(0) for name, of_sites in means.items()}
 
 
 def run(
@@ -256,8 +256,8 @@ def _seen(group: Group, site: Site, x: Tensor, mask: Tensor | None) -> Seen:
     return Seen(group, site, rows * mask.unsqueeze(-1), mask.sum(1), shape)
 
 
-def _check_watched(groups: Groups, found: set[str]) -> None:
-    if missing := [group for name, group in groups.items() if name not in found]:
+def _check_watched(groups: Groups, watched: set[str]) -> None:
+    if missing := [group for name, group in groups.items() if name not in watched]:
         shown = ", ".join(f"{group.name!r} ({group.kind})" for group in missing[:8])
         raise CriterionError(
             f"no module that ran reads the groups {shown}, so their activations cannot be watched: "

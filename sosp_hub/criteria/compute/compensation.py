@@ -77,22 +77,22 @@ def refined(
     """
     kept, gates = _in_a_row(plan, groups)
     free = kept & ~_rows_of(fixed, groups)
-    far = divergence(by_group(groups, gates))
-    steps = [{"divergence": far}]
+    distance = divergence(by_group(groups, gates))
+    steps = [{"divergence": distance}]
     for _ in range(num_steps):
-        found = measure(by_group(groups, gates))
-        pull = -torch.cat([found.gradient[name] for name in groups])
+        curvature = measure(by_group(groups, gates))
+        descent = -torch.cat([curvature.gradient[name] for name in groups])
         tried = {}
         for damping in dampings:
-            moved = (gates + damped_step(found.matrix, pull, free, damping)).clamp(min=0)
-            far = divergence(by_group(groups, moved))
-            tried[damping] = far, moved
+            moved = (gates + damped_step(curvature.matrix, descent, free, damping)).clamp(min=0)
+            distance = divergence(by_group(groups, moved))
+            tried[damping] = distance, moved
         damping = min(tried, key=lambda damping: tried[damping][0])
-        far, moved = tried[damping]
-        if not far < steps[-1]["divergence"]:
+        distance, moved = tried[damping]
+        if not distance < steps[-1]["divergence"]:
             break
         gates = moved
-        steps.append({"divergence": far, "damping": damping})
+        steps.append({"divergence": distance, "damping": damping})
     return _with_gates(plan, groups, gates, fixed, {"steps": steps})
 
 
@@ -121,7 +121,7 @@ def _with_gates(
     groups: Groups,
     gates: Tensor,
     fixed: Collection[str],
-    story: Mapping[str, Any],
+    details: Mapping[str, Any],
 ) -> PruningPlan:
     kept = {name: plan.kept.get(name, tuple(range(group.size))) for name, group in groups.items()}
     values = {name: row[list(kept[name])] for name, row in by_group(groups, gates).items()}
@@ -132,14 +132,14 @@ def _with_gates(
     }
     whole = {name: tuple(kept[name]) for name in moved if name not in plan.kept}
     every = [value for row in moved.values() for value in row] or [1.0]
-    told = dict(plan.provenance.get("compensation") or {}) | dict(story)
-    told |= {"groups": len(moved), "least_gate": min(every), "largest_gate": max(every)}
+    record = dict(plan.provenance.get("compensation") or {}) | dict(details)
+    record |= {"groups": len(moved), "least_gate": min(every), "largest_gate": max(every)}
     return replace(
         plan,
         kept={**plan.kept, **whole},
         sizes={**plan.sizes, **{name: len(indices) for name, indices in whole.items()}},
         gates=moved,
-        provenance={**plan.provenance, "compensation": told},
+        provenance={**plan.provenance, "compensation": record},
     )
 
 
@@ -215,9 +215,9 @@ def _biased(model: nn.Module, graph: Graph, group: Group) -> Iterator[tuple[int,
             fits = member.tensor == weight and np.array_equal(member.index, site.index)
             if not fits or bias not in parameters or graph.aliases.get(bias):
                 continue
-            found = parameters[weight].detach().movedim(member.dim, -1)
-            if found[..., 0].numel() == parameters[bias].numel():
-                yield number, found.flatten(0, -2).to("cpu", torch.float64), bias
+            rows = parameters[weight].detach().movedim(member.dim, -1)
+            if rows[..., 0].numel() == parameters[bias].numel():
+                yield number, rows.flatten(0, -2).to("cpu", torch.float64), bias
 
 
 def _sums(seen: Seen) -> tuple[Tensor, Tensor]:

@@ -49,13 +49,13 @@ class _Open:
     """The structures that may still go, besides those that are gone."""
 
     def __init__(self, floors: Floors, units: Units, gone: Sequence[int] = ()) -> None:
-        there = torch.ones(sum(floors.sizes), dtype=torch.bool)
-        there[list(gone)] = False
+        left = torch.ones(sum(floors.sizes), dtype=torch.bool)
+        left[list(gone)] = False
         group = floors.group()
-        lost = group[~there].bincount(minlength=len(floors.sizes))
-        self._left, self._group = floors.removable().clamp(min=0) - lost, group[there]
-        self._units = torch.ones(len(self._group)) if units is None else units[there]
-        self.places = there.nonzero()[:, 0]
+        lost = group[~left].bincount(minlength=len(floors.sizes))
+        self._left, self._group = floors.removable().clamp(min=0) - lost, group[left]
+        self._units = torch.ones(len(self._group)) if units is None else units[left]
+        self.places = left.nonzero()[:, 0]
         self.blocked = self._left[self._group] <= 0
         self.num = int(self._left.sum())
 
@@ -191,7 +191,7 @@ def surgeon_order(
     damping: float = 0.01,
     units: Units = None,
     every: int | None = None,
-    again: "Callable[[Tensor, Tensor], tuple[Matrix, Tensor]] | None" = None,
+    remeasure: "Callable[[Tensor, Tensor], tuple[Matrix, Tensor]] | None" = None,
 ) -> list[int]:
     """Optimal Brain Surgeon over the gates of all layers: each removal moves all other gates.
 
@@ -204,14 +204,14 @@ def surgeon_order(
         damping: ``lambda``, as a share of the mean of the diagonal.
         units: What each structure saves; least per unit goes then.
         every: So many removals go by one ``Q``; None = all.
-        again: From the gates so far, and which of them are left, to ``Q`` there, and to the gates
-            to go on from.
+        remeasure: From the gates so far, and which of them are left, to ``Q`` at these gates, and
+            to the gates to go on from.
     """
     gates, order = torch.ones_like(matrix.diagonal()), list[int]()
     while (left := _Open(floors, units, order)).num:
-        if order and again is not None:
-            there = torch.zeros(len(gates), dtype=torch.bool).index_fill(0, left.places, True)
-            matrix, gates = again(gates, there)
+        if order and remeasure is not None:
+            is_left = torch.zeros(len(gates), dtype=torch.bool).index_fill(0, left.places, True)
+            matrix, gates = remeasure(gates, is_left)
         removed, gates = _operate(matrix, gates, left, damping, every)
         order += removed
     return order
@@ -285,7 +285,7 @@ class _LowRankSurgeon:
 
     def __init__(self, matrix: LowRank, gates: Tensor, damping: float) -> None:
         self._size, self._damping = len(matrix), damping
-        self._there = torch.arange(len(matrix))  # columns of the others are no longer held
+        self._left_over = torch.arange(len(matrix))  # columns of the others are no longer held
         self._factor, self._start = matrix.factor, gates
         self._gone = torch.zeros(len(matrix), dtype=torch.bool)
         self._removed = gates.new_zeros(len(matrix.factor))  # B_R m_R
@@ -304,19 +304,19 @@ class _LowRankSurgeon:
 
     def close_up(self, some: Int[Tensor, " some"]) -> "_FewOfLowRank":
         inverse, moved, diagonal = self._now
-        columns = torch.searchsorted(self._there, some)
+        columns = torch.searchsorted(self._left_over, some)
         factor = self._factor[:, columns].T.contiguous()
         return _FewOfLowRank(factor, inverse.clone(), moved[columns], diagonal[columns])
 
     def remove(self, chosen: Int[Tensor, " removed"]) -> None:
-        columns = torch.searchsorted(self._there, chosen)
+        columns = torch.searchsorted(self._left_over, chosen)
         gone = self._factor[:, columns]
         self._removed += gone @ self._start[columns]
         self._gone[chosen] = True
-        there = ~self._gone[self._there]
-        if there.sum() < 0.9 * len(there):
-            self._there, self._start = self._there[there], self._start[there]
-            self._factor = self._factor[:, there]
+        is_left = ~self._gone[self._left_over]
+        if is_left.sum() < 0.9 * len(is_left):
+            self._left_over, self._start = self._left_over[is_left], self._start[is_left]
+            self._factor = self._factor[:, is_left]
             self._small = self._damped_gram()
         else:
             self._factor[:, columns] = 0.0
@@ -334,7 +334,7 @@ class _LowRankSurgeon:
         return torch.cholesky_inverse(torch.linalg.cholesky(self._small))
 
     def _everywhere(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self._size).index_copy_(0, self._there, values)
+        return values.new_zeros(self._size).index_copy_(0, self._left_over, values)
 
 
 @dataclass
@@ -372,28 +372,28 @@ def compensation(
     """
     free = kept if fixed is None else kept & ~fixed
     if isinstance(matrix, LowRank):
-        pull = matrix.factor.T @ matrix.factor[:, ~kept].sum(1)
+        descent = matrix.factor.T @ matrix.factor[:, ~kept].sum(1)
     else:
-        pull = matrix[:, ~kept].sum(1)
-    return (kept + damped_step(matrix, pull, free, damping)).clamp(min=0)
+        descent = matrix[:, ~kept].sum(1)
+    return (kept + damped_step(matrix, descent, free, damping)).clamp(min=0)
 
 
 def damped_step(
     matrix: Matrix,
-    pull: Float[Tensor, " structures"],
+    descent: Float[Tensor, " structures"],
     free: Bool[Tensor, " structures"],
     damping: float,
 ) -> Float[Tensor, " structures"]:
     """``(Q + lambda)^-1 pull`` within the ``free`` structures; 0 for the others."""
-    size, step = _damping(matrix, damping), torch.zeros_like(pull)
+    size, step = _damping(matrix, damping), torch.zeros_like(descent)
     if isinstance(matrix, LowRank):  # Woodbury, as in the surgeon
         factor = matrix.factor[:, free]
         small = factor @ factor.T + size * torch.eye(len(factor)).to(factor)
-        inside = factor.T @ torch.linalg.solve(small, factor @ pull[free])
-        step[free] = (pull[free] - inside) / size
+        inside = factor.T @ torch.linalg.solve(small, factor @ descent[free])
+        step[free] = (descent[free] - inside) / size
     else:
         damped = matrix[free][:, free] + size * torch.eye(int(free.sum())).to(matrix)
-        step[free] = torch.linalg.solve(damped, pull[free])
+        step[free] = torch.linalg.solve(damped, descent[free])
     return step
 
 

@@ -77,7 +77,7 @@ class GradientNorms:
             [p for p in model.get_submodule(name).parameters() if p.is_floating_point()]
             for name in layers
         ]
-        weights = list(dict.fromkeys(weight for found in own for weight in found))
+        weights = list(dict.fromkeys(weight for of_layer in own for weight in of_layer))
         place = {weight: i for i, weight in enumerate(weights)}
         trained = [weight.requires_grad for weight in weights]
         rows = []
@@ -87,7 +87,9 @@ class GradientNorms:
                     weight.requires_grad_(True)
                 for batch in self.samples:
                     squares = self._squares(model, weights, batch)
-                    sums = [squares[[place[weight] for weight in found]].sum() for found in own]
+                    sums = [
+                        squares[[place[weight] for weight in of_layer]].sum() for of_layer in own
+                    ]
                     rows.append(torch.stack(sums).sqrt())
             finally:
                 for weight, flag in zip(weights, trained, strict=True):
@@ -97,15 +99,15 @@ class GradientNorms:
     def _squares(self, model: nn.Module, weights: list[nn.Parameter], batch: Any) -> Tensor:
         """Squared norm of the gradient by each weight."""
         loss = batch_loss(model, batch, self.loss_fn).value
-        found = (
+        gradients = (
             torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]
         )
-        if all(gradient is None for gradient in found):
+        if all(gradient is None for gradient in gradients):
             raise CriterionError(
                 "the loss does not depend on the weights of any layer that is scored: does the "
                 "output of these layers reach it?"
             )
-        squares = [torch.zeros(()) if g is None else g.double().square().sum() for g in found]
+        squares = [torch.zeros(()) if g is None else g.double().square().sum() for g in gradients]
         return torch.stack([square.cpu().double() for square in squares])
 
     def _mean(self, rows: list[Tensor], size: int) -> Tensor:

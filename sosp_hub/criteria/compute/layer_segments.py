@@ -165,12 +165,12 @@ def _quota(
         return _in_proportion(round((1 - keep) * sum(able)), able, most)
     quota = [len(part) - kept for part, kept in zip(parts, kept_per_segment, strict=False)]
     if len(quota) != len(parts) or any(not 0 <= q <= m for q, m in zip(quota, most, strict=True)):
-        told = ", ".join(
+        ranges = ", ".join(
             f"{len(part) - num} to {len(part)}" for part, num in zip(parts, most, strict=True)
         )
         raise CriterionError(
             f"criterion 'sglp': kept_per_segment={list(kept_per_segment)}; the segments "
-            f"found here can keep {told} blocks"
+            f"found here can keep {ranges} blocks"
         )
     return quota
 

@@ -77,24 +77,26 @@ def reading(
         By the number of the site, float64 on the CPU.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {}
+    measured = {}
     for number, site in enumerate(group.sites):
         for member in group.members:
             fits = member.reads and np.array_equal(member.index, site.index)
             if fits and member.tensor == f"{site.module}.weight":
                 weight = _plain(member, parameters[member.tensor].detach())
                 rows = weight.movedim(member.dim, 0).flatten(1)
-                found[number] = measure(rows.double()).cpu()
-    return found
+                measured[number] = measure(rows.double()).cpu()
+    return measured
 
 
-def check_read(groups: Groups, found: Mapping[str, Mapping[int, Tensor]], criterion: str) -> None:
+def check_read(
+    groups: Groups, measured: Mapping[str, Mapping[int, Tensor]], criterion: str
+) -> None:
     """Refuses groups that no weight reads.
 
     Raises:
         CriterionError: Names them.
     """
-    if unread := [group for name, group in groups.items() if not found[name]]:
+    if unread := [group for name, group in groups.items() if not measured[name]]:
         shown = ", ".join(f"{group.name!r} ({group.kind})" for group in unread[:8])
         raise CriterionError(
             f"criterion {criterion!r}: no linear layer or ungrouped convolution reads {shown}; "
