@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sosp_hub.data.rows import Label, Rows
-from sosp_hub.errors import DataError
+from sosp_hub.errors import DataError, shortened
 
 
 def code_labels(train: Rows, test: Rows, where: str) -> tuple[tuple[str, ...], Rows, Rows]:
@@ -18,10 +18,10 @@ def code_labels(train: Rows, test: Rows, where: str) -> tuple[tuple[str, ...], R
             does not have.
     """
     names = train.class_names or _class_names(train.labels or (), where)
-    if len(names) < 2:
-        raise DataError(
-            f"data.label: {where} has only the class {', '.join(names)}; expected two or more"
-        )
+    there = set(train.labels or ())
+    if len(names) < 2 or len(there) < 2:
+        only = ", ".join(str(label) for label in there) or ", ".join(names)
+        raise DataError(f"data.label: {where} has only the class {only}; expected two or more")
     numbers: dict[Label, int] = {name: number for number, name in enumerate(names)}
     numbers |= {number: number for number in range(len(names))}
     coded = _coded(train, numbers, names, f"train split of {where}")
@@ -39,15 +39,31 @@ def label_order(data: Sequence[str], model: Sequence[str]) -> tuple[int, ...] | 
     return tuple(outputs[name] for name in folded)
 
 
+_MOST_ABSENT = 1000  # classes between 0 and the largest number that no sample has
+
+
 def _class_names(labels: Sequence[Label], where: str) -> tuple[str, ...]:
+    for row, label in enumerate(labels):
+        if label is None or label == "":
+            raise DataError(
+                f"data.label: row {row} of {where} has no label; give each sample one, or take it "
+                "out"
+            )
     if all(isinstance(label, str) for label in labels):
         return tuple(sorted({str(label) for label in labels}))
     odd = [v for v in labels if not isinstance(v, int) or v < 0]
     if odd:
         raise DataError(
-            f"data.label: {where} has the label {odd[0]!r}; expected names, or whole numbers from 0"
+            f"data.label: {where} has the label {shortened(repr(odd[0]))}; expected names, or "
+            "whole numbers from 0"
         )
-    return tuple(str(number) for number in range(max(int(label) for label in labels) + 1))
+    classes = {int(label) for label in labels}
+    if (largest := max(classes)) > 10 * len(classes) + _MOST_ABSENT:
+        raise DataError(
+            f"data.label: {where} has the label {largest}, and {len(classes)} classes in all; "
+            "expected numbers from 0 without such gaps, or names"
+        )
+    return tuple(str(number) for number in range(largest + 1))
 
 
 def _coded(rows: Rows, numbers: Mapping[Label, int], names: Sequence[str], where: str) -> Rows:

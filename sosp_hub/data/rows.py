@@ -1,11 +1,14 @@
 """Samples as they come from their source, before any model has a say."""
 
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
@@ -78,9 +81,11 @@ class ImageRows:
             image = self.fetch(source)
             if isinstance(image, dict):  # how a parquet file stores an image
                 image = BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
-            image = image if isinstance(image, Image.Image) else Image.open(image)
-            return image.convert(mode or ("L" if image.mode in ("1", "L") else "RGB"))
-        except (OSError, SyntaxError, ValueError, TypeError, AttributeError, KeyError) as error:
+            if isinstance(image, Image.Image):
+                return _converted(image, mode)
+            with Image.open(image) as opened:
+                return _converted(opened, mode)
+        except _UNREADABLE as error:
             raise DataError(
                 f"data: cannot read the image {self.where.format(source)} ({error}); repair or "
                 "remove it"
@@ -103,6 +108,33 @@ class ImageRows:
         num_channels = max(tensor.shape[0] for tensor in tensors)
         pixels = torch.stack([tensor.expand(num_channels, -1, -1) for tensor in tensors])
         return PixelRows(pixels, self.labels, self.class_names)
+
+
+_UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
+    *(EOFError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+_LARGEST_16_BIT = 65_535
+
+
+def _converted(image: Image.Image, mode: str | None) -> Image.Image:
+    return _of_8_bits(image).convert(mode or ("L" if _is_grey(image) else "RGB"))
+
+
+def _is_grey(image: Image.Image) -> bool:
+    return image.mode in ("1", "L") or image.mode.startswith("I;16")
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Deeper images, which Pillow would cut at 255: those of 16 bits scaled, others refused."""
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(
+            ((levels * 255 + _LARGEST_16_BIT // 2) // _LARGEST_16_BIT).astype("u1")
+        )
+    if image.mode in ("F", "I"):
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode}); write them with 8 or 16")
+    return image
 
 
 @dataclass(frozen=True, eq=False)

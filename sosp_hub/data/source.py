@@ -1,7 +1,7 @@
 """Opens a data set, wherever it lives: what it holds is known before any model is."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from sosp_hub.data.labels import code_labels
 from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
 from sosp_hub.data.rows import IMAGE_SUFFIXES, ImageRows, PixelRows, Rows, TextRows, image_folder
 from sosp_hub.data.tables import TABLE_SUFFIXES, files_of_split, read_table, table_files
-from sosp_hub.errors import DataError
+from sosp_hub.errors import DataError, shortened
 from sosp_hub.recipe.schema import DataSection
 from sosp_hub.types import Task
 
@@ -268,7 +268,7 @@ def _columns(table: "Dataset", section: DataSection, task: Task, where: str) -> 
         if column not in table.column_names:
             raise DataError(
                 f"data.{key}: {where} has no column {column!r}; it has "
-                f"{', '.join(table.column_names)}"
+                f"{shortened(', '.join(table.column_names), 300)}{_separator(table.column_names)}"
             )
     labels, names = _labels(table, section.label) if "label" in needed else (None, ())
     if labels is not None and task == "image-classification":
@@ -276,12 +276,23 @@ def _columns(table: "Dataset", section: DataSection, task: Task, where: str) -> 
         return ImageRows(range(len(table)), images, labels, f"in row {{}} of {where}", names)
     texts = table[section.text][:]
     odd = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if odd is not None and isinstance(texts[odd], bytes):
+        raise DataError(f"data.text: row {odd} of {where} is not in UTF-8; save the file as UTF-8")
     if odd is not None:
         raise DataError(
-            f"data.text: row {odd} of {where} has {texts[odd]!r} in column {section.text!r}, "
-            "expected text"
+            f"data.text: row {odd} of {where} has {shortened(repr(texts[odd]))} in column "
+            f"{section.text!r}, expected text"
         )
     return TextRows(texts, labels, names)
+
+
+def _separator(columns: Sequence[str]) -> str:
+    """What to do where a table was read as one column."""
+    if len(columns) == 1 and ";" in columns[0]:
+        return ". The file separates its columns with semicolons; write it with commas"
+    if len(columns) == 1 and "\t" in columns[0]:
+        return ". The file separates its columns with tabs; name it .tsv"
+    return ""
 
 
 def _labels(table: "Dataset", column: str) -> tuple[list[Any], tuple[str, ...]]:

@@ -1,17 +1,18 @@
 """Local text, jsonl, csv and parquet files as one table, read without a copy in a cache."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sosp_hub.errors import DataError
+from sosp_hub.errors import DataError, shortened
+from sosp_hub.untrusted import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
 TABLE_SUFFIXES = {".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
+_ENCODING = "utf-8-sig"  # without the mark that some editors write at the start
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -41,8 +42,12 @@ def read_table(files: Sequence[Path]) -> "Dataset":
             raise DataError(f"data.path: {file} is empty; give a file with rows")
         try:
             tables.append(_read_one(file))
-        except (pa.ArrowException, OSError, RecursionError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"data.path: cannot read {file} as {file.suffix} ({error})") from error
+        names = tables[-1].column_names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"data.path: {file} has the column {twice!r} twice; rename one of them")
     try:
         return Dataset(pa.concat_tables(tables, promote_options="default"))
     except pa.ArrowException as error:
@@ -66,12 +71,27 @@ def _read_one(file: Path) -> "pa.Table":
             )
             return pyarrow.csv.read_csv(file, parse_options=dialect)
         case ".json":
-            return pa.Table.from_pylist(_rows(json.loads(file.read_text("utf-8"))))
+            return pa.Table.from_pylist(_rows(_json(file.read_text(_ENCODING))))
         case ".jsonl" | ".ndjson":
-            lines = file.read_text("utf-8").split("\n")  # other line ends may stand inside a string
-            return pa.Table.from_pylist(_rows([json.loads(line) for line in lines if line.strip()]))
+            lines = file.read_text(_ENCODING).split(
+                "\n"
+            )  # other line ends may stand inside a string
+            return pa.Table.from_pylist(_rows([_json(line) for line in lines if line.strip()]))
         case _:
-            return pa.table({"text": [file.read_text("utf-8")]})
+            return pa.table({"text": [file.read_text(_ENCODING)]})
+
+
+def _json(text: str) -> Any:
+    return parse_json(text, object_pairs_hook=_no_duplicates)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {shortened(repr(twice))} twice")
+    return record
 
 
 def _rows(found: Any) -> list[dict[str, Any]]:

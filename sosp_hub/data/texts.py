@@ -12,7 +12,7 @@ from torch import Tensor
 from sosp_hub.data.processing import TextProcessing
 from sosp_hub.data.rows import TextRows
 from sosp_hub.data.split import Split
-from sosp_hub.errors import DataError
+from sosp_hub.errors import DataError, shortened
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,12 @@ class LabelledTextSplit(Split):
         tokenizer = processing.tokenizer
         length = allowed_length(processing, max_length)
         encoded = tokenizer(list(rows.texts), truncation=True, max_length=length)
+        empty = next((i for i, ids in enumerate(encoded["input_ids"]) if not ids), None)
+        if empty is not None:
+            raise DataError(
+                f"data.text: the text {shortened(repr(rows.texts[empty]))} (label "
+                f"{(rows.labels or ())[empty]}) gives no token; take out samples without text"
+            )
         self._encoded = {
             name: encoded[name] for name in tokenizer.model_input_names if name in encoded
         }
