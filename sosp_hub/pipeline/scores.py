@@ -154,6 +154,12 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
         raise OutputExistsError(
             f"--from-scores: {folder / SALIENCY} is damaged ({error}); run the recipe again"
         ) from error
+    for name, tensor in saliency.items():
+        if not tensor.is_floating_point() or tensor.ndim != 1:
+            raise OutputExistsError(
+                f"--from-scores: {folder / SALIENCY}: {name} holds {tensor.dtype} in "
+                f"{tensor.ndim} dimensions, expected one number with a fraction for each structure"
+            )
     base = {key: value for key, value in (report.get("base") or {}).items() if value is not None}
     told = (report.get("plan") or {}).get("provenance", {}).get("compensation") or {}
     calibration = report.get("calibration") or {}

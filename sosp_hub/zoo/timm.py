@@ -137,7 +137,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         config = read_json(file)
     except UnreadableError as error:
         if file.exists():
-            raise ModelError(f"model.id: {file}: {error}") from error
+            raise ModelError(f"model.id: cannot read {file} ({error})") from error
         raise ModelError(
             f"model.id: {file.parent} has no config.json, so it is no timm checkpoint; for a bare "
             "weight file write model.kwargs: {checkpoint_path: FILE} and the architecture as "

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import sosp_hub
@@ -217,7 +218,6 @@ def write_reviews(path, flipped=False):
 
 def save_bert(folder):
     """A tiny BERT without a head for this task, and a tokenizer of a few words beside it."""
-    import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -292,3 +292,96 @@ def test_other_data_may_measure_otherwise(text_run, capsys):
     write_reviews(other, flipped=True)
     assert measured_again(text_run, other) == 0
     assert "other data" in capsys.readouterr().err
+
+
+def each(change):
+    """A damage that changes the tensors of saliency.safetensors."""
+
+    def damage(run):
+        scores = load_file(run / "saliency.safetensors")
+        save_file(change(scores), run / "saliency.safetensors")
+
+    return damage
+
+
+def first_is(make):
+    def change(scores):
+        name = next(iter(scores))
+        return {**scores, name: make(scores[name])}
+
+    return each(change)
+
+
+def report_is(*path_and_value):
+    *path, value = path_and_value
+
+    def damage(run):
+        report = json.loads((run / "sosp_report.json").read_text())
+        inner = report
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        (run / "sosp_report.json").write_text(json.dumps(report))
+
+    return damage
+
+
+REFUSED = {
+    "not a number": first_is(lambda t: t.fill_(float("nan"))),
+    "no end": first_is(lambda t: t.fill_(float("inf"))),
+    "whole numbers": first_is(lambda t: t.long()),
+    "truths": first_is(lambda t: t > 0),
+    "a matrix": first_is(lambda t: t[:, None].contiguous()),
+    "nothing": first_is(lambda t: t[:0].clone()),
+    "one number": first_is(lambda t: t[0].clone()),
+    "an unknown group": each(lambda scores: scores | {"x:channel": torch.ones(3)}),
+    "no group": each(lambda scores: {}),
+    "no recipe": report_is("recipe", None),
+    "an empty recipe": report_is("recipe", ""),
+    "a recipe that is none": report_is("recipe", "- a"),
+    "a recipe of another kind": report_is("recipe", 5),
+    "a recipe with code": report_is("recipe", "!!python/object/apply:os.system [ls]"),
+    "a base that is none": report_is("base", [1]),
+    "a plan that is none": report_is("plan", 5),
+    "damping that is none": report_is("plan", "provenance", {"compensation": {"damping": "x"}}),
+    "calibration that is none": report_is("calibration", "x"),
+    "metrics that are none": report_is("metrics", "dense", {"accuracy": 5}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_scores_and_reports_that_are_none_are_refused(run, capsys, name):
+    REFUSED[name](run)
+    assert main(["--from-scores", str(run), "budget.macs=0.3"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert len(error) < 5000
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_half_precision_scores_are_read(run):
+    each(lambda scores: {name: t.bfloat16() for name, t in scores.items()})(run)
+    assert main(["--from-scores", str(run), "budget.macs=0.3"]) == 0
+
+
+def test_flipped_bytes_are_a_typed_error_or_scores(run):
+    from sosp_hub.errors import SospHubError
+    from sosp_hub.pipeline.scores import read_scores
+
+    files = [run / "saliency.safetensors", run / "sosp_report.json"]
+    whole = {file: file.read_bytes() for file in files}
+    rng, refused = np.random.default_rng(0), 0
+    for number in range(300):
+        file = files[number % 2]
+        raw = bytearray(whole[file])
+        for place in rng.integers(0, min(len(raw), 3000), int(rng.integers(1, 4))):
+            raw[place] = int(rng.integers(0, 256))
+        cut = int(rng.integers(0, len(raw))) if number % 5 == 0 else len(raw)
+        file.write_bytes(bytes(raw[:cut]))
+        try:
+            scores = read_scores(run, ["budget.macs=0.3"])
+            assert all(t.ndim == 1 for t in scores.saliency.values())
+        except SospHubError as error:
+            refused += len(str(error)) < 12_000
+        file.write_bytes(whole[file])
+    assert refused > 100
