@@ -1,5 +1,6 @@
 """What holds for the package as a whole."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -48,7 +49,21 @@ def test_dependencies_have_lower_bounds_and_no_upper_pins():
         assert not any(sign in requirement for sign in ("<", "==", "~=", "@", "://")), requirement
 
 
-def test_no_source_file_is_two_rooms():
-    lengths = {path: len(path.read_text().splitlines()) for path in ROOT.glob("sosp_hub/**/*.py")}
-    assert len(lengths) > 10
-    assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 500} == {}
+def test_the_version_stands_in_one_place():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in pyproject["project"]
+    assert pyproject["project"]["dynamic"] == ["version"]
+    source = pyproject["tool"]["setuptools"]["dynamic"]["version"]
+    assert source == {"attr": "sosp_hub.__version__"}
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert not re.search(r"^version:", citation, re.MULTILINE)
+
+
+def test_every_file_of_the_package_is_shipped():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    package = ROOT / "sosp_hub"
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["sosp_hub"]
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert package / "py.typed" in shipped  # type checkers read the annotations
+    assert {path for path in files if path.suffix != ".py"} == shipped

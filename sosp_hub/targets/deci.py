@@ -8,12 +8,10 @@ from pydantic import Field
 
 from sosp_hub.recipe.section import Count
 from sosp_hub.recipe.targets import TARGETS, Target, multiples
+from sosp_hub.targets.writers.widths import DECI_STEP
 
 if TYPE_CHECKING:
     from sosp_hub.structure.groups import Group
-
-WIDTH_STEP = 256
-"""Readers round the width of a layer up to a multiple of this."""
 
 
 @TARGETS.declare
@@ -36,7 +34,7 @@ class Deci(Target):
         if group.kind == "layer":
             return None
         if group.kind == "neuron":
-            return [n for n in multiples(group, WIDTH_STEP) if n % self.tensor_parallel == 0]
+            return [n for n in multiples(group, DECI_STEP) if n % self.tensor_parallel == 0]
         if group.kind in ("head", "kv_group"):
             num_heads = group.size * _queries_per_kv(group)
             return [n for n in range(1, group.size) if num_heads % n == 0 and self._shared_out(n)]

@@ -77,6 +77,23 @@ def test_every_wrong_import_is_named(copy):
         assert f"{importer} -> {imported} (" in done.stdout, f"{importer} -> {imported} passed"
 
 
+CIRCLES = (  # an import that closes a circle inside a room, and the function around it
+    ("sosp_hub.report.numbers", "sosp_hub.report.card", "def late():\n    "),
+    ("sosp_hub.surgery.layers", "sosp_hub.surgery.apply", ""),
+    # through rooms: format is below timm
+    ("sosp_hub.checkpoint.format.delta", "sosp_hub.checkpoint.timm.load", "def late():\n    "),
+)
+
+
+@pytest.mark.parametrize(("importer", "imported", "around"), CIRCLES)
+def test_a_circle_is_named(copy, importer, imported, around):
+    path = copy.joinpath(*importer.split(".")).with_suffix(".py")
+    path.write_text(f"{path.read_text()}\n{around}import {imported}\n")
+    done = lint_imports(copy)
+    assert done.returncode == 1
+    assert "No cycles are allowed in sosp_hub." in done.stdout
+
+
 def test_a_new_room_has_to_be_placed(copy):
     (copy / "sosp_hub" / "utils.py").write_text('"""Odds and ends."""\n')
     done = lint_imports(copy)

@@ -24,7 +24,7 @@ from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import CheckpointError, ModelError
-from sosp_hub.targets.deci import WIDTH_STEP
+from sosp_hub.targets.writers.widths import DECI_STEP
 
 _FAMILIES = ("llama", "mistral")
 _CONFIG_FILE = "configuration_decilm.py"
@@ -161,7 +161,7 @@ def check(model: Any) -> int:
 
 def read_width(factor: float, hidden_size: int) -> int:
     """The width that readers make of ``ffn_mult`` (vLLM, SGLang, TensorRT-LLM, llama.cpp, mlx)."""
-    return -(-int(2 * factor * hidden_size / 3) // WIDTH_STEP) * WIDTH_STEP
+    return -(-int(2 * factor * hidden_size / 3) // DECI_STEP) * DECI_STEP
 
 
 def _layers(model: Any) -> list[Any]:
@@ -187,8 +187,8 @@ def _sizes(layer: Any, num_heads: int, *, first: bool) -> _Layer:
         slots = 1  # readers begin with layer 0: the size of a head, the residual stream
     width = 0 if isinstance(layer.mlp, RemovedMlp) else layer.mlp.gate_proj.out_features
     # llama.cpp leaves a layer without MLP out, with its attention: zeros instead.
-    least = WIDTH_STEP if slots else 0
-    return _Layer(queries, kv, slots, width, max(least, -(-width // WIDTH_STEP) * WIDTH_STEP))
+    least = DECI_STEP if slots else 0
+    return _Layer(queries, kv, slots, width, max(least, -(-width // DECI_STEP) * DECI_STEP))
 
 
 def _config(model: Any, layers: list[_Layer], num_heads: int) -> dict[str, Any]:
