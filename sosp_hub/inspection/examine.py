@@ -22,6 +22,7 @@ from sosp_hub.compat.torch import FakeMode, grouped_product_flops, parameter_tab
 from sosp_hub.compat.transformers import tied_names
 from sosp_hub.errors import CheckpointError, HubError
 from sosp_hub.inspection.readers import Reader, readers
+from sosp_hub.structure.isolation import isolated
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _count_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]:
 
     ``""`` is the whole model.
     """
-    with FakeMode():
+    with isolated(model), FakeMode():
         return _count_fake_macs(to_fake(model))
 
 

@@ -83,6 +83,8 @@ def assemble(
         normalised=frozenset(terms.normalised),
         example_inputs=inputs,
         outputs=outputs,
+        only_in_training=terms.only_in_training,
+        never_used=terms.never_used,
         num_params=sum(parameter.numel() for parameter in sizes.values()),
         num_cuttable_params=_cuttable(groups, sizes),
     )

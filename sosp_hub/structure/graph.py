@@ -1,10 +1,12 @@
 """The result of a trace: groups, ties, what is pinned and why, and all that a cut needs to know."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
@@ -22,6 +24,34 @@ class Pinned:
     dim: int
     size: int
     reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Another way to run the model, and its trace.
+
+    Attributes:
+        name: What differs from the traced inputs.
+        graph: The trace; its groups have the same names, its example inputs are those of this way.
+        run: Runs a copy of the model on such inputs.
+    """
+
+    name: str
+    graph: "Graph"
+    run: Callable[[nn.Module, Any], Any]
+
+
+@dataclass(eq=False)
+class Routes:
+    """The other ways in which a model can be run, once they were looked for.
+
+    Attributes:
+        known: Those that were traced; None = nobody has looked yet.
+        unchecked: Those that the model does not take, and why.
+    """
+
+    known: tuple[Route, ...] | None = None
+    unchecked: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +78,9 @@ class Graph:
         normalised: Parameters that are divided by a norm of themselves before they are used.
         example_inputs: The inputs that were traced.
         outputs: Names of the outputs that matter; None = all.
+        only_in_training: Modules with parameters that evaluation never uses, training does.
+        never_used: Modules with parameters that neither uses; they keep their size.
+        routes: Other ways to run the model, found when it is first cut.
     """
 
     groups: dict[str, Group]
@@ -69,6 +102,9 @@ class Graph:
     undroppable: Mapping[str, str] = field(default_factory=dict)
     num_params: int = 0
     num_cuttable_params: dict[str, int] = field(default_factory=dict)
+    only_in_training: tuple[str, ...] = ()
+    never_used: tuple[str, ...] = ()
+    routes: Routes = field(default_factory=Routes)
 
     def check(self, plan: Plan) -> None:
         """Raises PlanError unless the plan was made for this model and obeys its ties."""

@@ -15,7 +15,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +46,10 @@ _MISSING: Any = object()
 
 
 @contextmanager
-def isolated(*models: nn.Module) -> Iterator[None]:
+def isolated(*models: nn.Module | type[nn.Module]) -> Iterator[None]:
     """Within it the code of these models may run; afterwards everything is as it was before.
+
+    Of a class, objects may also be built.
 
     Modules (attributes, hooks, buffers of the models themselves), classes, globals, closures and
     default arguments of their code and of all that it imports, the caches in them, and the random
@@ -56,15 +58,17 @@ def isolated(*models: nn.Module) -> Iterator[None]:
 
     What a model reaches only through threads of its own or through C++ is not seen.
     """
-    classes = frozenset(type(module) for model in models for module in model.modules())
-    stack: list[tuple[frozenset[type], _Places]] = _scans.__dict__.setdefault("stack", [])
-    known = next((places for seen, places in stack if classes <= seen), None)
-    places = _Places() if known is None else known
-    if known is None:
-        places.scan(models)
+    classes = frozenset(kind for model in models for kind in _kinds(model))
+    stack: list[tuple[frozenset[Any], _Places, Snapshot]]
+    stack = _running.__dict__.setdefault("stack", [])
+    known = next((each for each in stack if classes <= each[0]), None)  # a pass within a verb
     generators = _generators()
-    snapshot = places.snapshot()
-    stack.append((classes, places))
+    if known is None:
+        places = _Places()
+        places.scan(models)
+        known = classes, places, places.snapshot()
+    _, places, snapshot = known
+    stack.append(known)
     try:
         places.exchange_caches()
         yield
@@ -75,7 +79,14 @@ def isolated(*models: nn.Module) -> Iterator[None]:
             put_back()
 
 
-_scans = threading.local()
+_running = threading.local()
+
+
+def _kinds(model: nn.Module | type[nn.Module]) -> Iterator[Any]:
+    if isinstance(model, type):
+        yield model, "__init__"
+    else:
+        yield from map(type, model.modules())
 
 
 def _generators() -> list[Callable[[], None]]:
@@ -116,15 +127,15 @@ class _Places:
     tensors: list[Tensor] = field(default_factory=list)
     caches: list[tuple["_Slot", Any]] = field(default_factory=list)
 
-    def scan(self, models: Sequence[nn.Module]) -> None:
+    def scan(self, models: Sequence[nn.Module | type[nn.Module]]) -> None:
         """Everything that is reached from the models' objects and from the code they run."""
         _Scan(self).run(models)
 
     def snapshot(self) -> Snapshot:
         """What is in every place."""
         return [
-            *((d, (list(d), list(d.values()))) for d in self.namespaces),
-            *((c, (list(vars(c)), list(vars(c).values()))) for c in self.classes),
+            *((d, _noted(d)) for d in self.namespaces),
+            *((c, _noted(vars(c))) for c in self.classes),
             *((c, _entries(c)) for c in self.containers),
             *((cell, _content(cell)) for cell in self.cells),
             *((tensor, (num_writes(tensor), tensor.detach().clone())) for tensor in self.tensors),
@@ -169,9 +180,15 @@ class _Scan:
         self.names: set[str] = {"forward"}
         self.unnamed: dict[str, list[Any]] = {}
         self.own: dict[Any, bool] = {}
+        self.builds = False
 
-    def run(self, models: Sequence[nn.Module]) -> None:
-        self.visit(module for model in models for module in model.modules())
+    def run(self, models: Sequence[nn.Module | type[nn.Module]]) -> None:
+        for model in models:
+            if isinstance(model, type):
+                self.builds = True
+                self.visit((model,))
+            else:
+                self.visit(model.modules())
         while self.waiting:
             self.follow(self.waiting.pop())
 
@@ -238,7 +255,7 @@ class _Scan:
             if value.numel() <= _LARGEST_TENSOR and not value.is_meta and not _is_odd(value):
                 self.places.tensors.append(value)
         elif isinstance(value, weakref.WeakKeyDictionary | weakref.WeakValueDictionary):
-            self.places.containers.append(value.data)
+            self.places.containers.append(vars(value)["data"])
         elif isinstance(value, nn.Module):
             self.visit((kind,))
             self.places.containers.append(vars(value)["_parameters"])
@@ -299,7 +316,7 @@ class _Scan:
             self.code(const, variables)
 
     def methods(self, kind: type) -> None:
-        built = issubclass(kind, nn.Module)  # before the pass
+        built = issubclass(kind, nn.Module) and not self.builds  # before the pass
         for name, value in [*vars(kind).items()]:
             plain = _unwrapped(value) if type(value) in _WRAPPERS else value
             if type(plain) is not types.FunctionType:
@@ -315,11 +332,17 @@ class _Scan:
 # What a place holds, and how it is set back -------------------------------------------------------
 
 
-def _restore_namespace(place: dict[str, Any], before: tuple[list[str], list[Any]]) -> None:
-    keys, values = before
-    if _same(place.values(), values):
+Noted = tuple[dict[str, Any], list[int]]
+
+
+def _noted(place: Mapping[str, Any]) -> Noted:
+    return dict(place), list(map(id, place.values()))
+
+
+def _restore_namespace(place: dict[str, Any], before: Noted) -> None:
+    then, values = before
+    if list(map(id, place.values())) == values:
         return
-    then = dict(zip(keys, values, strict=True))
     for key in [key for key in place if key not in then]:
         if not _is_import(place[key]):
             del place[key]
@@ -328,11 +351,10 @@ def _restore_namespace(place: dict[str, Any], before: tuple[list[str], list[Any]
             place[key] = value
 
 
-def _restore_class(place: type, before: tuple[list[str], list[Any]]) -> None:
-    keys, values = before
-    if _same(vars(place).values(), values):
+def _restore_class(place: type, before: Noted) -> None:
+    then, values = before
+    if list(map(id, vars(place).values())) == values:
         return
-    then = dict(zip(keys, values, strict=True))
     now = dict(vars(place))
     for key, value in now.items():
         if key not in then and not key.startswith("__") and not _is_import(value):
@@ -385,7 +407,7 @@ def _restore_cell(cell: types.CellType, before: Any) -> None:
 def _restore_tensor(tensor: Tensor, before: tuple[int, Tensor]) -> None:
     if num_writes(tensor) != before[0]:
         with torch.no_grad():
-            tensor.set_(before[1])
+            tensor.copy_(before[1])
 
 
 def _same(now: Any, before: list[Any]) -> bool:

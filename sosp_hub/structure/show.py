@@ -36,4 +36,11 @@ def show(graph: "Graph") -> str:
         stacks = [stack for stack, why in graph.undroppable.items() if why == reason]
         more = f" and {len(stacks) - 3} more" if len(stacks) > 3 else ""
         lines.append(f"undroppable: layers of {', '.join(stacks[:3])}{more}: {reason}")
+    for modules, what in (
+        (graph.only_in_training, "only training uses"),
+        (graph.never_used, "nothing uses"),
+    ):
+        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+        if modules:
+            lines.append(f"{what}: {', '.join(modules[:3])}{more}")
     return "\n".join(lines)

@@ -70,6 +70,9 @@ class Terms:
     results: TensorTable = field(default_factory=TensorTable)
     uses: dict[tuple[str, int], dict[str, None]] = field(default_factory=dict)
     refilled: set[str] = field(default_factory=set)
+    touched: set[str] = field(default_factory=set)
+    only_in_training: tuple[str, ...] = ()
+    never_used: tuple[str, ...] = ()
     normalised: set[str] = field(default_factory=set)
     mixes: bool = False
     picked: Axis | None = None
@@ -111,7 +114,9 @@ class Terms:
             self.reads.append(Read(name, axis, self.modules[-1], operand.stride(dim)))
 
     def use(self, tensor: Tensor) -> None:
-        """Remembers that the running module's code computes with what other modules gave."""
+        """Remembers that the running module's code computes with a tensor."""
+        if (name := self.source.get(tensor)) is not None:
+            self.touched.add(name)
         for result in self.results.get(tensor) or ():
             self.uses.setdefault(result, {}).setdefault(self.modules[-1])
 

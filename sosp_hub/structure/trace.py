@@ -1,7 +1,7 @@
 """``trace``: one forward pass, and what it shows of which slices must be cut together."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +14,7 @@ from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import TraceError
 from sosp_hub.structure import rules
 from sosp_hub.structure import traced_int as ints
-from sosp_hub.structure.axes import fixed, free, pin
+from sosp_hub.structure.axes import Sum, fixed, free, pin
 from sosp_hub.structure.build_graph import assemble
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
@@ -23,6 +23,7 @@ from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
 from sosp_hub.structure.shadow import shadow
 from sosp_hub.structure.terms import Axes, Step, Terms
 
+Program = Callable[[nn.Module, Any], Any]
 Run = tuple[nn.Module, Terms, dict[str, Axes], dict[str, Axes]]
 
 _FAKE_LOG = logging.getLogger(FAKE_LOG)
@@ -34,12 +35,13 @@ def trace(
     outputs: str | Sequence[str] | None = None,
     *,
     fake: bool = True,
+    program: "Program | None" = None,
 ) -> Graph:
     """Finds the groups of slices of a model that must be cut together.
 
     The model itself is not run and not changed: a copy without data is (FakeTensors), or a real
     copy where its code looks at values. The pass is the evaluation pass, whatever mode the model
-    is in.
+    is in. Where that leaves parameters unused, a training pass shows what they belong to.
 
     Args:
         model: Any module; weights may be on the meta device.
@@ -48,6 +50,7 @@ def trace(
         outputs: Names of the outputs that matter (``"logits"``), for models that return a mapping;
             other outputs may then change their size. None keeps the size of all of them.
         fake: Try without data first; False runs a real copy at once.
+        program: Runs a copy of the model on copies of the inputs; None = one call.
 
     Raises:
         TraceError: Not a module, inputs that do not fit the model, or a forward pass that cannot
@@ -59,25 +62,35 @@ def trace(
     if isinstance(outputs, str):
         outputs = (outputs,)
     wanted = None if outputs is None else tuple(outputs)
-    with isolated(model):
-        twin, terms, entries, exits = _run(model, example_inputs, wanted, fake)
-        samples = next(iter(rules.tensors(example_inputs))).shape[0]
-        return assemble(twin, terms, (entries, exits), example_inputs, wanted, int(samples))
+    twin, terms, entries, exits = _run(
+        model, example_inputs, wanted, fake, program or call, training=True
+    )
+    samples = next(iter(rules.tensors(example_inputs))).shape[0]
+    return assemble(twin, terms, (entries, exits), example_inputs, wanted, int(samples))
 
 
-def retrace(model: nn.Module, example_inputs: Any) -> tuple[Step, ...]:
+def retrace(
+    model: nn.Module, example_inputs: Any, program: "Program | None" = None
+) -> tuple[Step, ...]:
     """The operations of a model's forward pass and their shapes, without data where possible."""
-    return tuple(_run(model, example_inputs, None, fake=True)[1].steps)
+    return tuple(_run(model, example_inputs, None, True, program or call, training=False)[1].steps)
 
 
-def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bool) -> Run:
+def _run(
+    model: nn.Module,
+    inputs: Any,
+    wanted: tuple[str, ...] | None,
+    fake: bool,
+    program: "Program",
+    training: bool,
+) -> Run:
     """One watched forward pass: without data where the code allows it, else with."""
     if not any(True for _ in rules.tensors(inputs)):
         raise TraceError(f"example inputs must hold at least one tensor, got {describe(inputs)}")
     has_data = not any(tensor.is_meta for tensor in model.parameters())
     if fake or not has_data:
         try:
-            return _watch(model, inputs, wanted, FakeMode())
+            return _watch(model, inputs, wanted, FakeMode(), program, training)
         except TraceError:
             raise
         except Exception as error:
@@ -88,7 +101,7 @@ def _run(model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: bo
                     f"({type(error).__name__}: {error}); load the weights first"
                 ) from error
     try:
-        return _watch(model, inputs, wanted, None)
+        return _watch(model, inputs, wanted, None, program, training)
     except TraceError:
         raise
     except Exception as error:
@@ -150,7 +163,12 @@ def output_tensors(result: Any) -> list[Tensor]:
 
 
 def _watch(
-    model: nn.Module, inputs: Any, wanted: tuple[str, ...] | None, fake: FakeMode | None
+    model: nn.Module,
+    inputs: Any,
+    wanted: tuple[str, ...] | None,
+    fake: FakeMode | None,
+    program: "Program",
+    training: bool,
 ) -> Run:
     twin = shadow(model, fake).eval()
     twin_inputs = copy_inputs(inputs, fake)
@@ -181,7 +199,11 @@ def _watch(
             for mode in (fake, dispatch, FunctionWatch(terms, dispatch)):
                 if mode is not None:
                     modes.enter_context(mode)
-            result = call(twin, twin_inputs)
+            result = program(twin, twin_inputs)
+            unused = _unused(twin, terms) if training else {}
+            if unused:
+                again = copy_inputs(inputs, fake)
+                _follow_training(twin, again, terms, (entries, exits), unused)
     finally:
         _FAKE_LOG.disabled = False
         for handle in handles:
@@ -194,6 +216,54 @@ def _watch(
         if tensor in terms.numbers:
             pin(terms.numbers[tensor], "an output of the model holds positions along it")
     return twin, terms, entries, exits
+
+
+def _unused(model: nn.Module, terms: Terms) -> dict[str, str]:
+    """Names of the parameters that no operation used, and the modules that own them."""
+    return {
+        name: name.rpartition(".")[0]
+        for name, parameter in model.named_parameters()
+        if name not in terms.touched and parameter.numel()
+    }
+
+
+def _follow_training(
+    model: nn.Module,
+    inputs: Any,
+    terms: Terms,
+    borders: tuple[dict[str, Axes], dict[str, Axes]],
+    unused: dict[str, str],
+) -> None:
+    """Lets modules that run in training only (auxiliary heads) be cut with what they read.
+
+    Only what holds of them is kept: neither steps nor costs. Parameters that training does not use
+    either keep their size.
+    """
+    steps, macs, reads, uses = len(terms.steps), len(terms.macs), len(terms.reads), dict(terms.uses)
+    before = [dict(border) for border in borders]
+    reason = "training does not use it either"
+    try:
+        result = call(model.train(), inputs)
+        for tensor in output_tensors(result):
+            pin(Sum(terms.of(tensor)), "an output of the model in training has this size")
+    except Exception as error:  # noqa: BLE001 - many models want labels, or more samples
+        reason = f"training could not be followed ({type(error).__name__}: {error})"
+    finally:
+        model.eval()
+        del terms.modules[1:], terms.steps[steps:], terms.macs[macs:]
+        terms.reads[reads:] = [read for read in terms.reads[reads:] if read.tensor in unused]
+        terms.uses.clear()
+        terms.uses.update(uses)
+        for border, old in zip(borders, before, strict=True):
+            border.update(old)
+    left = {name: owner for name, owner in unused.items() if name not in terms.touched}
+    for name in left:
+        for axis in terms.of(model.get_parameter(name)):
+            pin(axis, f"evaluation does not use `{name.rpartition('.')[0] or name}`, and {reason}")
+    terms.only_in_training = tuple(
+        dict.fromkeys(owner for name, owner in unused.items() if name not in left)
+    )
+    terms.never_used = tuple(dict.fromkeys(left.values()))
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

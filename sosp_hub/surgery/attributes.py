@@ -15,7 +15,11 @@ from sosp_hub.surgery.experts import recount_experts
 
 def rewrite(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Sets every attribute the cut changes; a module that needs it gets its own config."""
-    values = attribute_values(graph.constraints, graph.count(plan.num_kept()))
+    kept = plan.num_kept()
+    values = dict(attribute_values(graph.constraints, graph.count(kept)))
+    for route in graph.routes.known or ():
+        others = attribute_values(route.graph.constraints, route.graph.count(kept))
+        values = {**others, **values}
     configs: dict[tuple[str, str], Any] = {}
     for attribute, value in values.items():
         _set(model, attribute, value, configs)

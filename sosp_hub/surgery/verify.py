@@ -6,7 +6,9 @@ along a cut axis (normalisations, means) see the kept positions only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,15 @@ from sosp_hub.plan import GrowthPlan, Plan, PruningPlan
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import keep_mask, size_of
 from sosp_hub.structure.copies import copy_inputs, copy_model
-from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import body_of
+from sosp_hub.structure.routes import all_ways, find_routes
 from sosp_hub.structure.terms import Axes, Step
-from sosp_hub.structure.trace import call, output_tensors, retrace, trace, wanted_outputs
+from sosp_hub.structure.trace import Program, call, output_tensors, retrace, trace, wanted_outputs
 from sosp_hub.surgery.layers import bypassed
+
+_AnyStep = TypeVar("_AnyStep", Step, "_Taken")
 
 TOLERANCE = 1e-4
 """Largest error relative to the largest output, in float32. Rounding gives up to 1e-5 in deep
@@ -61,16 +66,76 @@ def verified_cut(
 def _checked_cut(
     model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut
 ) -> nn.Module:
-    pruned = cut(copy_model(model), graph, plan)
-    check_shapes(pruned, graph, plan)
-    if thorough and plan.kept:
-        dense = _without_zeros(copy_model(model).eval())
-        error = relative_error(dense, cut(copy_model(dense), graph, plan), graph, plan)
-        if not error <= TOLERANCE:
-            raise VerificationError(
-                f"the cut model's outputs differ from the masked model's by {error:.1e} (relative)"
-            )
-    return pruned
+    if not thorough or not plan.kept:
+        find_routes(model, graph)
+        pruned = cut(copy_model(model), graph, plan)
+        check_shapes(pruned, graph, plan)
+        for route in graph.routes.known or ():
+            with _on(route):
+                check_shapes(pruned, route.graph, plan, route.run)
+        return pruned
+    dense = _without_zeros(copy_model(model).eval())
+
+    def check(route: Route | None) -> None:
+        traced, run = (graph, call) if route is None else (route.graph, route.run)
+        with _on(route):
+            expected, real = _masked(dense, traced, plan, run)
+            found = _checked_outputs(cut(copy_model(dense), graph, plan), real, plan, run)
+            error = _difference(found, expected)
+            if not error <= TOLERANCE:
+                raise VerificationError(
+                    "the cut model's outputs differ from the masked model's by "
+                    f"{error:.1e} (relative)"
+                )
+
+    check(None)
+    if graph.routes.known is not None or not _equal_on_all_ways(dense, graph, plan, cut):
+        find_routes(model, graph)  # what other ways read is then cut as well
+        for route in graph.routes.known or ():
+            check(route)
+    return cut(copy_model(model), graph, plan)
+
+
+def _equal_on_all_ways(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> bool:
+    """Whether cut and masked model are seen to be equal on all other ways without a trace of them.
+
+    So it is where zeros in the weights that read the groups make the masked model.
+    """
+    exact = all(graph.groups[name].exact and not graph.fold_obstacle(name) for name in plan.kept)
+    ways = all_ways(model, graph)
+    if ways is None or not exact or graph.only_in_training:
+        return ways is None
+    inputs, run = ways
+    masks = {name: torch.zeros(graph.groups[name].size + 1) for name in plan.kept}
+    masked = copy_model(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            mask[[*plan.kept[name], -1]] = 1  # positions of other groups have index -1
+            for member in graph.readers(name):
+                weight = masked.get_parameter(member.tensor)
+                shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
+                weight.mul_(mask[torch.as_tensor(member.index)].to(weight).view(shape))
+        try:
+            with isolated(model):
+                expected = run(masked, copy_inputs(inputs))
+            with isolated(model):
+                found = run(cut(copy_model(model), graph, plan), copy_inputs(inputs))
+            tensors = [output_tensors(wanted_outputs(o, graph.outputs)) for o in (found, expected)]
+            return _difference(*tensors) <= TOLERANCE
+        except Exception:  # noqa: BLE001 - the traces tell whose fault it is
+            return False
+
+
+@contextmanager
+def _on(route: Route | None) -> Iterator[None]:
+    """Says on which way of running the model it went wrong, where that is not the traced one."""
+    try:
+        yield
+    except Exception as error:
+        if route is None:
+            raise
+        told = error if isinstance(error, SospHubError) else f"the cut model fails: {error!r}"
+        raise VerificationError(f"with {route.name}: {told}") from error
 
 
 def _culprits(
@@ -101,34 +166,84 @@ def _culprits(
     return names_of(sets)
 
 
-def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan) -> None:
+def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan, run: Program = call) -> None:
     """Runs the cut model without data and compares its shapes with the predicted ones."""
     try:
-        small = retrace(pruned, graph.example_inputs)
+        small = retrace(pruned, graph.example_inputs, run)
     except TraceError as error:
         raise VerificationError(f"the cut model does not run: {error}") from error
+    taken = [
+        _Taken(step.name, [[size_of(axis) for axis in axes] for axes in step.outputs], step.floats)
+        for step in small
+    ]
+    _compare_steps(taken, graph, plan)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step of the cut model: the shapes it gives and the numbers it computes with."""
+
+    name: str
+    shapes: list[list[int]]
+    floats: tuple[float, ...]
+
+
+def _compare_steps(taken: Sequence[_Taken], graph: Graph, plan: Plan) -> None:
     count = graph.count(plan.num_kept())
-    steps = _essential(graph.steps), _essential(small)
-    if [_plain(step.name) for step in steps[0]] != [_plain(step.name) for step in steps[1]]:
+    steps, taken = _essential(graph.steps), _essential(taken)
+    if [_plain(step.name) for step in steps] != [_plain(step.name) for step in taken]:
         return  # another path through the code (a repeat factor of one): the outputs decide
-    for before, after in zip(*steps, strict=True):
+    for before, after in zip(steps, taken, strict=True):
         if before.floats != after.floats:
             raise VerificationError(
                 f"{before.name} in {before.module or 'the model'} computes with {after.floats}, "
                 f"expected {before.floats}: the code uses a size as a value"
             )
-        for expected, found in zip(before.outputs, after.outputs, strict=True):
-            sizes = [size_of(axis, count) for axis in expected], [size_of(axis) for axis in found]
-            if sizes[0] != sizes[1]:
+        for axes, found in zip(before.outputs, after.shapes, strict=True):
+            expected = [size_of(axis, count) for axis in axes]
+            if expected != found:
                 raise VerificationError(
-                    f"{before.name} in {before.module or 'the model'} gives shape {sizes[1]}, "
-                    f"expected {sizes[0]}"
+                    f"{before.name} in {before.module or 'the model'} gives shape {found}, "
+                    f"expected {expected}"
                 )
 
 
-def relative_error(model: nn.Module, pruned: nn.Module, graph: Graph, plan: PruningPlan) -> float:
-    """Largest difference between cut and masked model, relative to the largest output."""
-    return _difference(_outputs(pruned, graph), masked_outputs(model, graph, plan))
+class _Recorder(DispatchMode):
+    """Writes down the steps of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[_Taken] = []
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.paused or func.namespace == "prim":
+            return func(*args, **(kwargs or {}))
+        return self.step(str(func), func, args, kwargs or {})
+
+    def step(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        floats = tuple(arg for arg in args if type(arg) is float) if not self.paused else ()
+        self.taken.append(_Taken(name, [list(t.shape) for t in rules.tensors(out)], floats))
+        return out
+
+
+def _checked_outputs(
+    pruned: nn.Module, graph: Graph, plan: PruningPlan, run: Program
+) -> list[Tensor]:
+    """Outputs of the cut model, each of whose steps must give the predicted shape."""
+    recorder = _Recorder()
+    inputs = copy_inputs(graph.example_inputs)
+    pruned.eval().requires_grad_(False)
+    try:
+        with isolated(pruned), torch.no_grad(), recorder, _AttentionSteps(recorder):
+            result = run(pruned, inputs)
+    except Exception as error:
+        raise VerificationError(
+            f"the cut model does not run: {type(error).__name__}: {error}"
+        ) from error
+    _compare_steps(recorder.taken, graph, plan)
+    return output_tensors(wanted_outputs(result, graph.outputs))
 
 
 def verify_growth(
@@ -165,9 +280,9 @@ def verify_growth(
     )
 
 
-def _outputs(model: nn.Module, graph: Graph) -> list[Tensor]:
+def _outputs(model: nn.Module, graph: Graph, run: Program = call) -> list[Tensor]:
     with isolated(model), torch.no_grad():
-        result = call(model.eval(), copy_inputs(graph.example_inputs))
+        result = run(model.eval(), copy_inputs(graph.example_inputs))
     return output_tensors(wanted_outputs(result, graph.outputs))
 
 
@@ -185,9 +300,28 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return worst
 
 
-def masked_outputs(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[Tensor]:
+def masked_outputs(
+    model: nn.Module, graph: Graph, plan: PruningPlan, run: Program = call
+) -> list[Tensor]:
     """Outputs of the masked model."""
-    real = trace(model, graph.example_inputs, graph.outputs, fake=False)
+    return _masked(model, graph, plan, run)[0]
+
+
+def _masked(
+    model: nn.Module, graph: Graph, plan: PruningPlan, run: Program
+) -> tuple[list[Tensor], Graph]:
+    """Outputs of the masked model, and the trace whose steps it takes.
+
+    Where it takes other steps with data than without, it is traced again with data.
+    """
+    try:
+        return _replayed(model, graph, plan, run), graph
+    except Exception:  # noqa: BLE001 - whatever comes of steps that are not those of this pass
+        real = trace(model, graph.example_inputs, graph.outputs, fake=False, program=run)
+        return _replayed(model, real, plan, run), real
+
+
+def _replayed(model: nn.Module, real: Graph, plan: PruningPlan, run: Program) -> list[Tensor]:
     twin = copy_model(model).eval().requires_grad_(False)  # matmul takes its path by it
     masks = {atom: torch.as_tensor(mask) for atom, mask in real.keep(plan).items()}
     replay = _Replay(list(real.steps), {atom: mask.numpy() for atom, mask in masks.items()})
@@ -196,10 +330,11 @@ def masked_outputs(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[Te
     with torch.no_grad():
         for name, axes in real.tensors.items():
             tensors[name].copy_(replay.masked(tensors[name], axes))
-        bypassed(twin, graph, plan)
+        bypassed(twin, real, plan)
         with isolated(twin), replay, _AttentionSteps(replay):
-            result = call(twin, inputs)
-    return output_tensors(wanted_outputs(result, graph.outputs))
+            result = run(twin, inputs)
+    replay.finish()
+    return output_tensors(wanted_outputs(result, real.outputs))
 
 
 def _plain(name: str) -> str:
@@ -207,7 +342,7 @@ def _plain(name: str) -> str:
     return name.removeprefix("aten.").partition(".")[0].removeprefix("_unsafe_").rstrip("_") or name
 
 
-def _essential(steps: Sequence[Step]) -> list[Step]:
+def _essential(steps: Sequence[_AnyStep]) -> list[_AnyStep]:
     """Without copies, which depend on the memory layout alone."""
     return [step for step in steps if _plain(step.name) not in _COPIES]
 
@@ -223,6 +358,13 @@ class _Replay(DispatchMode):
         self.steps: Iterator[Step] = iter(_essential(steps))
         self.masks = masks
         self.paused = False
+
+    def finish(self) -> None:
+        """Raises VerificationError where the record goes on."""
+        if (step := next(self.steps, None)) is not None:
+            raise VerificationError(
+                f"the model takes another path each time it runs: it ends before {step.name}"
+            )
 
     def masks_of(self, axes: Axes) -> list[Tensor | None]:
         found = [keep_mask(axis, self.masks) for axis in axes]
@@ -318,7 +460,7 @@ class _Replay(DispatchMode):
 class _AttentionSteps(TorchFunctionMode):
     """Attention is one step of a trace, whatever kernel runs it."""
 
-    def __init__(self, replay: _Replay) -> None:
+    def __init__(self, replay: _Replay | _Recorder) -> None:
         super().__init__()
         self.replay = replay
 

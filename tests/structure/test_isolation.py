@@ -14,7 +14,9 @@ import transformers as tf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.errors import SospHubError
+from sosp_hub.inspection.examine import examine
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply, apply_
@@ -498,6 +500,35 @@ def test_apply_in_place_leaves_the_rest():
     graph = trace(owned.model, owned.inputs)
     apply_(owned.model, graph, half(graph))
     assert_same(dict(ClassDict.grids), before)
+
+
+class HostileLlama(tf.LlamaForCausalLM):
+    """Keeps what it computes, as it is built and as it runs."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        GRIDS["built"] = torch.zeros(3)
+
+    def forward(self, *args, **kwargs):
+        GRIDS["run"] = torch.zeros(3)
+        torch.rand(1)
+        return super().forward(*args, **kwargs)
+
+
+def test_saving_and_looking_into_a_checkpoint_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("sosp_hub.checkpoint.skeleton.model_class", lambda _: HostileLlama)
+    config = tf.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=96,
+    )  # fmt: skip
+    model = fill(HostileLlama(config).eval())
+    graph = trace(model, {"input_ids": torch.randint(0, 96, (2, 5))}, outputs="logits")
+    pruned = apply(model, graph, half(graph, lambda group: group.kind == "neuron"))
+    before = dict(GRIDS), torch.get_rng_state().tolist()
+    save_pretrained(pruned, tmp_path / "small")
+    assert_same((dict(GRIDS), torch.get_rng_state().tolist()), before)
+    assert examine(tmp_path / "small").architecture == "HostileLlama"
+    assert_same((dict(GRIDS), torch.get_rng_state().tolist()), before)
 
 
 def rt_detr():

@@ -11,6 +11,7 @@ from sosp_hub.checkpoint.format.standins import has_standins
 from sosp_hub.compat.torch import buffer_table
 from sosp_hub.compat.transformers import cache_in, find_cache
 from sosp_hub.errors import CheckpointError
+from sosp_hub.structure.isolation import isolated
 
 OTHER_OUTPUT = (
     "{}: the config and the delta build a model of the same shapes that computes something else; "
@@ -81,7 +82,7 @@ def same_output(
         inputs: Keyword or positional arguments of a forward pass.
         relative: Largest difference that passes, in units of the largest output.
     """
-    with _eval(model), _eval(rebuilt), torch.no_grad():
+    with isolated(model, rebuilt), _eval(model), _eval(rebuilt), torch.no_grad():
         try:
             expected = _tensors(_run(model, inputs))
         except Exception:  # noqa: BLE001 - inputs that we made up; the caller does without

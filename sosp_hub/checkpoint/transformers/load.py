@@ -34,6 +34,7 @@ from sosp_hub.compat.transformers import (
     tied_names,
 )
 from sosp_hub.errors import CheckpointError
+from sosp_hub.structure.isolation import isolated
 
 _LOG = logging.getLogger(__name__)
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
@@ -112,7 +113,7 @@ def delta_of(
 
 def build_meta(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     """Builds a model without data. The delta in its config, if any, is applied."""
-    with torch.device("meta"):
+    with isolated(model_class), torch.device("meta"):
         return build(model_class, config)
 
 

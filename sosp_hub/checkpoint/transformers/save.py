@@ -17,6 +17,7 @@ from sosp_hub.checkpoint.transformers import native
 from sosp_hub.checkpoint.transformers.ship import ship
 from sosp_hub.compat.transformers import no_init_weights
 from sosp_hub.errors import CheckpointError
+from sosp_hub.structure.isolation import isolated
 
 
 def write(
@@ -90,7 +91,7 @@ def _rebuild(model: PreTrainedModel, config: Any, delta: Delta) -> PreTrainedMod
     config = adapter.plain_config(config)
     if not delta.empty:
         setattr(config, KEY, delta.to_json())
-    with proof.without_data(), no_init_weights(), adapter.enabled():
+    with isolated(type(model)), proof.without_data(), no_init_weights(), adapter.enabled():
         return type(model)(config)
 
 

@@ -1,0 +1,190 @@
+"""A cut model is right in every way that the model can be run, not only as it was traced."""
+
+import copy
+import dataclasses
+import logging
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from sosp_hub.errors import VerificationError
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.apply import apply
+from tests.compare import assert_close
+from tests.structure.oracles import fill, gated, half, plan_of, run
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96,
+}  # fmt: skip
+LANGUAGE = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_local_experts=4)),
+    "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(
+        tf.Qwen3MoeConfig(**SIZES, num_experts=8, moe_intermediate_size=16)
+    ),
+}
+
+
+def ids(samples=2, length=9):
+    return torch.randint(0, 96, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
+def padded():
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    return {"input_ids": ids(), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_fewer_heads_for_each_key_head_are_right_in_every_use(name, verify):
+    torch.manual_seed(0)
+    model = fill(LANGUAGE[name]().eval())
+    graph = trace(model, {"input_ids": ids()}, outputs="logits")
+    heads = [name for name, group in graph.groups.items() if group.kind == "head"]
+    plan = plan_of(graph, dict.fromkeys(heads, (0, 3)))
+    pruned = apply(model, graph, plan, verify=verify)
+    assert pruned.model.layers[0].self_attn.num_key_value_groups == 2
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        pruned.set_attn_implementation(attention)
+        for inputs in (padded(), {"input_ids": ids(3, 7)}, {"input_ids": ids(1, 2)}):
+            other = dataclasses.replace(graph, example_inputs=inputs)
+            found, expected = run(pruned, other)[0], gated(model, other, plan)[0]
+            told = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            assert_close(found[told], expected[told])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    texts = [pruned.generate(**padded(), use_cache=cache, **options) for cache in (True, False)]
+    assert torch.equal(*texts)
+
+
+class Heads(nn.Module):
+    """What is fused reads the width of a head; what is not, their number, and for one sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 5)
+        self.dim, self.heads = 4, 12 // 4
+        self.fused_attn = True
+
+    def forward(self, x):
+        h = self.up(x)
+        if self.fused_attn and len(x) > 1:
+            h = h.view(*x.shape[:-1], -1, self.dim)
+        else:
+            h = h.view(*x.shape[:-1], self.heads, -1)
+        return self.down(h.softmax(1).flatten(-2))
+
+
+class Literal(Heads):
+    """Not fused, it has its sizes written into the code."""
+
+    def forward(self, x):
+        if self.fused_attn:
+            return super().forward(x)
+        return self.down(self.up(x).view(2, 4, 3, 4).softmax(1).flatten(-2))
+
+
+class OnlyTwo(Heads):
+    def forward(self, x):
+        if len(x) != 2:
+            raise ValueError("two samples, no more, no less")
+        return super().forward(x)
+
+
+def heads_of(graph):
+    return next(name for name, group in graph.groups.items() if group.size == 3)
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_an_attribute_that_only_another_way_reads_follows(verify):
+    model, x = fill(Heads().eval()), torch.randn(2, 4, 5)
+    graph = trace(model, (x,))
+    plan = plan_of(graph, {heads_of(graph): (0, 2)})
+    pruned = apply(model, graph, plan, verify=verify)
+    expected = gated(model, graph, plan)[0]
+    assert_close(pruned(x), expected)
+    assert_close(pruned(x[:1]), expected[:1])
+    pruned.fused_attn = False
+    assert_close(pruned(x), expected)
+    assert pruned.heads == 2
+    assert model.heads == 3
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_a_way_that_a_cut_breaks_is_told(verify):
+    model, x = fill(Literal().eval()), torch.randn(2, 4, 5)
+    graph = trace(model, (x,))
+    with pytest.raises(VerificationError, match="with eager attention") as caught:
+        apply(model, graph, plan_of(graph, {heads_of(graph): (0, 2)}), verify=verify)
+    assert caught.value.groups == (heads_of(graph),)
+
+
+def test_what_a_model_does_not_do_is_told_and_the_rest_checked(caplog):
+    model, x = fill(OnlyTwo().eval()), torch.randn(2, 4, 5)
+    graph = trace(model, (x,))
+    with caplog.at_level(logging.INFO, logger="sosp_hub"):
+        pruned = apply(model, graph, plan_of(graph, {heads_of(graph): (0, 2)}))
+    assert "two samples" in graph.routes.unchecked["another batch size"]
+    assert "another batch size is not checked" in caplog.text
+    assert [route.name for route in graph.routes.known] == ["eager attention"]
+    pruned.fused_attn = False
+    assert pruned(x).shape == x.shape
+
+
+class Auxiliary(nn.Module):
+    """A second head that runs in training only, and a layer that nothing runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.aux, self.aux_head = nn.Linear(8, 6), nn.Linear(6, 3)
+        self.dropout = nn.Dropout(0.5)
+        self.left_over = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.norm(self.body(x).relu())
+        if not self.training:
+            return self.head(x)
+        return self.head(x), self.aux_head(self.aux(self.dropout(x)).relu())
+
+
+def test_heads_of_training_are_cut_with_what_they_read():
+    torch.manual_seed(0)
+    model, x = fill(Auxiliary().eval()), torch.randn(6, 5)
+    graph = trace(model, (x,))
+    assert graph.only_in_training == ("aux", "aux_head")
+    assert graph.never_used == ("left_over",)
+    assert "only training uses: aux, aux_head\nnothing uses: left_over" in str(graph)
+    assert sorted(group.size for group in graph.groups.values()) == [6, 8]
+    pruned = apply(model, graph, half(graph))
+    assert pruned.left_over.weight.shape == (2, 8)
+    kept, inner = (half(graph).kept[name] for name in graph.groups)
+    masked = copy.deepcopy(model).train()
+    for layer, mask in ((masked.head, kept), (masked.aux, kept), (masked.aux_head, inner)):
+        gone = [i for i in range(layer.weight.shape[1]) if i not in mask]
+        layer.weight.data[:, gone] = 0
+    masked.dropout.p = pruned.dropout.p = 0.0
+    assert_close(pruned.train()(x), masked(x))
+
+
+def test_a_wrong_head_of_training_is_noticed(monkeypatch):
+    from sosp_hub.surgery import apply as surgery
+
+    model, x = fill(Auxiliary().eval()), torch.randn(6, 5)
+    graph = trace(model, (x,))
+    name = next(name for name, group in graph.groups.items() if group.size == 8)
+    plan = plan_of(graph, {name: (4, 5, 6, 7)})
+    apply(model, graph, plan)
+    right = surgery.rewrite
+
+    def wrong(pruned, *args):
+        right(pruned, *args)
+        pruned.aux.weight.data = pruned.aux.weight.data.flip(1)
+
+    monkeypatch.setattr(surgery, "rewrite", wrong)
+    with pytest.raises(VerificationError, match="training"):
+        apply(model, graph, plan)
