@@ -10,26 +10,28 @@ from sosp_hub.checkpoint.hooks import disable, enable  # on import: pruned check
 
 if TYPE_CHECKING:
     from sosp_hub.allocation import allocate
-    from sosp_hub.checkpoint.io import from_pretrained, save_pretrained
-    from sosp_hub.checkpoint.weightless import apply_plan_file, save_plan
+    from sosp_hub.checkpoint.io import save_pretrained
+    from sosp_hub.checkpoint.weightless import save_plan
+    from sosp_hub.cut import apply, apply_, apply_plan_file, from_pretrained
     from sosp_hub.export import export
     from sosp_hub.hub.push import push_to_hub
     from sosp_hub.plan import PruningPlan
     from sosp_hub.reconstruction.rebuild import rebuild
     from sosp_hub.scoring import score
     from sosp_hub.structure.trace import trace
-    from sosp_hub.surgery.apply import apply, apply_
+    from sosp_hub.surgery.carry import carry
 
 __version__ = "0.1.0"
 
 _HOME = {
     "PruningPlan": "sosp_hub.plan",
     "allocate": "sosp_hub.allocation",
-    "apply": "sosp_hub.surgery.apply",
-    "apply_": "sosp_hub.surgery.apply",
-    "apply_plan_file": "sosp_hub.checkpoint.weightless",
+    "apply": "sosp_hub.cut",
+    "apply_": "sosp_hub.cut",
+    "apply_plan_file": "sosp_hub.cut",
+    "carry": "sosp_hub.surgery.carry",
+    "from_pretrained": "sosp_hub.cut",
     "export": "sosp_hub.export",
-    "from_pretrained": "sosp_hub.checkpoint.io",
     "push_to_hub": "sosp_hub.hub.push",
     "save_plan": "sosp_hub.checkpoint.weightless",
     "save_pretrained": "sosp_hub.checkpoint.io",
@@ -44,6 +46,7 @@ __all__ = [
     "apply",
     "apply_",
     "apply_plan_file",
+    "carry",
     "disable",
     "enable",
     "export",

@@ -110,7 +110,11 @@ class CheckpointError(SospHubError):
     """A checkpoint that is damaged, hostile, or written for something else."""
 
 
-class OutputExistsError(SospHubError):
+class OutputError(SospHubError):
+    """An output that cannot be written."""
+
+
+class OutputExistsError(OutputError):
     """An output folder that already holds a finished run."""
 
 

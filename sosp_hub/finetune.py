@@ -17,6 +17,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from sosp_hub.atomic import put_in_place
 from sosp_hub.compat.torch import BatchNorm
 from sosp_hub.data.loading import make_loader
 from sosp_hub.distributed import (
@@ -265,7 +266,7 @@ class _Saved:
         if self.accelerator.is_main_process:
             record = {"step": step, **self.shape, "history": history}
             (draft / "progress.json").write_text(json.dumps(record))
-            draft.rename(final)
+            put_in_place(draft, final)
         self._clear(but=final)
 
     def _clear(self, but: Path | None = None) -> None:

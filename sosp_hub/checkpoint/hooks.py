@@ -7,25 +7,28 @@ variable ``SOSP_HUB_HOOKS=0`` leaves both libraries alone.
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 _SWITCH = "SOSP_HUB_HOOKS"
-_LOADERS = {
-    "transformers.modeling_utils": "sosp_hub.checkpoint.transformers.load",
-    "timm": "sosp_hub.checkpoint.timm.load",
+_HOOKED = {
+    "transformers.modeling_utils": (
+        "sosp_hub.checkpoint.transformers.load",
+        "sosp_hub.checkpoint.transformers.own_save",
+    ),
+    "timm": ("sosp_hub.checkpoint.timm.load", "sosp_hub.checkpoint.timm.own_save"),
 }
 """Module of a library, and ours with ``hook()`` and ``unhook()`` for it."""
 
 
 def enable() -> None:
-    """Makes `AutoModel`, `pipeline` and `timm.create_model` read pruned checkpoints."""
+    """Makes both libraries read pruned checkpoints, and write what belongs to a cut model."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    for name, ours in _LOADERS.items():
+    for name, ours in _HOOKED.items():
         if _is_loaded(name):
             _hook(ours)
 
@@ -39,7 +42,7 @@ def disable() -> None:
     """Leaves both libraries as they come. Models that are already loaded keep working."""
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
-    for ours in _LOADERS.values():
+    for ours in (name for names in _HOOKED.values() for name in names):
         if ours in sys.modules:
             sys.modules[ours].unhook()
 
@@ -53,19 +56,21 @@ class _Finder(MetaPathFinder):
         path: Any = None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if fullname not in _LOADERS:
+        if fullname not in _HOOKED:
             return None
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
             spec = find(fullname, path, target) if find and finder is not self else None
             if spec is not None:
                 if (execute := getattr(spec.loader, "exec_module", None)) is not None:
-                    spec.loader.exec_module = _then_hook(execute, _LOADERS[fullname])
+                    spec.loader.exec_module = _then_hook(execute, _HOOKED[fullname])
                 return spec
         return None
 
 
-def _then_hook(execute: Callable[[ModuleType], None], ours: str) -> Callable[[ModuleType], None]:
+def _then_hook(
+    execute: Callable[[ModuleType], None], ours: Sequence[str]
+) -> Callable[[ModuleType], None]:
     def exec_module(module: ModuleType) -> None:
         execute(module)
         if is_enabled():
@@ -74,9 +79,10 @@ def _then_hook(execute: Callable[[ModuleType], None], ours: str) -> Callable[[Mo
     return exec_module
 
 
-def _hook(ours: str) -> None:
+def _hook(ours: Sequence[str]) -> None:
     # Where our module is what imports the library, it hooks by itself when it is complete.
-    getattr(importlib.import_module(ours), "hook", lambda: None)()
+    for name in ours:
+        getattr(importlib.import_module(name), "hook", lambda: None)()
 
 
 def _is_loaded(name: str) -> bool:

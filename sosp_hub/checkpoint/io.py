@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from sosp_hub.checkpoint.format import headers
-from sosp_hub.checkpoint.format.bounds import check_counts, is_widened, outgrows_files
+from sosp_hub.checkpoint.format.bounds import check_code, check_counts, is_widened, outgrows_files
 from sosp_hub.checkpoint.format.folder import replaced_folder
-from sosp_hub.checkpoint.format.record import KEY
 from sosp_hub.checkpoint.skeleton import misfits, model_class
+from sosp_hub.checkpoint.weightless import holds_only_a_plan
 from sosp_hub.compat.versions import tell_newer
-from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError
+from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError, shortened
 
-PLAN = "sosp_plan.json"
 REPORT = "sosp_report.json"
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _LOG = logging.getLogger(__name__)
@@ -58,6 +57,7 @@ def save_pretrained(
 
     Raises:
         CheckpointError: A model that the files could not rebuild.
+        OutputError: The folder cannot be written; what was there stays.
         ModelError: A model of another library.
     """
     tell_newer()
@@ -94,15 +94,11 @@ def save_pretrained(
 
 
 def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
-    """Loads what ``save_pretrained`` wrote, or any model of transformers or timm.
-
-    The config and the headers of the weight files are read and checked first.
+    """Loads a checkpoint that holds weights; see `sosp_hub.cut.from_pretrained`.
 
     Args:
         path_or_id: A folder or a hub id.
-        **kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download`` and
-            ``local_files_only`` for the hub; ``model_class``, a transformers class to load into;
-            all else goes to the library.
+        **kwargs: For the hub and for the library.
 
     Returns:
         The model in eval mode.
@@ -112,35 +108,50 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
         HubError: A hub that cannot be reached, or has no such model.
     """
     tell_newer()
-    if not isinstance(path_or_id, str | Path):
-        raise CheckpointError(
-            f"from_pretrained got a {type(path_or_id).__name__}; expected a folder or a hub id"
-        )
+    return load(fetch(path_or_id, kwargs), kwargs, str(path_or_id))
+
+
+def load(folder: Path, kwargs: dict[str, Any], name: str) -> nn.Module:
+    """Loads the checkpoint in a folder.
+
+    Args:
+        folder: Holds a config and weights.
+        kwargs: For the library; ``model_class``.
+        name: What the caller calls it, for messages.
+
+    Raises:
+        CheckpointError: Damaged or hostile files, or weights that are not those of the config.
+    """
     if kwargs.pop("ignore_mismatched_sizes", False):
         raise CheckpointError(
             "ignore_mismatched_sizes=True fills every tensor of another size with random numbers; "
             "load the pruned model without it, and replace its head afterwards"
         )
-    folder = fetch(path_or_id, kwargs)
-    if (folder / PLAN).is_file() and not (folder / headers.CONFIG).is_file():
-        from sosp_hub.checkpoint.weightless import apply_plan_file
-
-        return apply_plan_file(folder, **kwargs)
+    if holds_only_a_plan(folder):
+        raise CheckpointError(
+            f"{name}: holds a plan and no weights; where a base model is expected, give one "
+            f"that has them. sosp_hub.apply_plan_file(PLAN, base=...) cuts a base by a plan"
+        )
     config = headers.read_json(folder / headers.CONFIG)
     tensors = headers.read_tensors(folder)
     check_counts(config, tensors)
+    check_code(config)
     looks_wrong = is_widened(config) or (not kwargs and outgrows_files(config, tensors))
     if looks_wrong and (fault := next(misfits(folder, config, tensors), None)):
-        raise CheckpointError(f"{path_or_id}: {fault}")
+        raise CheckpointError(f"{name}: {fault}")
     try:
         if "architecture" in config and "model_type" not in config:
-            return _load_timm(folder, tensors, kwargs)
-        return _load_transformers(folder, config, kwargs)
+            from sosp_hub.checkpoint.timm.read import read as read_timm
+
+            return read_timm(folder, config, tensors, kwargs)
+        from sosp_hub.checkpoint.transformers.read import read as read_transformers
+
+        return read_transformers(folder, config, kwargs)
     except (SospHubError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a library meets damaged files with whatever error comes first
         what = _first_misfit(folder, config, tensors) or f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path_or_id}: {what}") from error
+        raise CheckpointError(f"{name}: {what}") from error
 
 
 def library_of(model: nn.Module) -> str:
@@ -170,78 +181,28 @@ def fetch(path_or_id: str | Path, kwargs: dict[str, Any]) -> Path:
         CheckpointError: Neither a folder nor a hub id.
         HubError: The hub cannot be reached, or has no such model.
     """
+    if not isinstance(path_or_id, str | Path):
+        raise CheckpointError(
+            f"from_pretrained got a {type(path_or_id).__name__}; expected a folder or a hub id"
+        )
     keys = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     hub = {key: kwargs.pop(key) for key in keys if key in kwargs}
-    if (folder := Path(path_or_id)).is_dir():
-        return folder
+    if headers.is_folder(path_or_id):
+        return Path(path_or_id)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=_WANTED, **hub))
     except HFValidationError as error:
-        raise CheckpointError(f"{path_or_id}: no such folder, and no hub id either") from error
+        raise CheckpointError(
+            f"{shortened(str(path_or_id))}: no such folder, and no hub id either"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise HubError(
             f"{path_or_id}: no such folder here, and the hub does not give it ({error}); "
             f"without network, pass the folder of a downloaded model"
         ) from error
-
-
-def _load_timm(
-    folder: Path, tensors: Mapping[str, headers.TensorHeader], kwargs: dict[str, Any]
-) -> nn.Module:
-    import timm
-
-    dtype = kwargs.pop("dtype", None)
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
-    if not kwargs:
-        _check_all_loaded(model, tensors)
-    kinds = {each.dtype for each in tensors.values() if each.dtype in _HALVES}
-    if dtype is None and len(kinds) == 1:
-        dtype = _HALVES[kinds.pop()]
-    return model if dtype is None else model.to(dtype)
-
-
-def _check_all_loaded(model: nn.Module, tensors: Mapping[str, headers.TensorHeader]) -> None:
-    """Timm fills a head of another size with random numbers, and says so nowhere."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(shapes.keys() | tensors.keys()):
-        held = tensors[name].shape if name in tensors else None
-        if held != shapes.get(name):
-            raise CheckpointError(
-                f"tensor {name!r}: the file holds {held}, the config builds {shapes.get(name)}"
-            )
-
-
-_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-def _load_transformers(
-    folder: Path, config: Mapping[str, Any], kwargs: dict[str, Any]
-) -> nn.Module:
-    import transformers
-
-    cls = kwargs.pop("model_class", None) or model_class(config)
-    if cls is None:
-        if not kwargs.get("trust_remote_code"):
-            raise CheckpointError(
-                f"config.json: architectures: {ascii(config.get('architectures'))[:80]} is no "
-                f"model class of transformers {transformers.__version__}; pass model_class="
-            )
-        cls = transformers.AutoModel
-    from sosp_hub.checkpoint.transformers import load as adapter
-
-    with adapter.checked():
-        model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
-    if config.get(KEY) is not None:
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(map(str, info.get(what) or ())):
-                raise CheckpointError(
-                    f"{folder}: {what.removesuffix('_keys')} tensors: {', '.join(names[:4])} "
-                    f"({len(names)} in all) do not fit the config"
-                )
-    return model
 
 
 def _first_misfit(

@@ -3,6 +3,7 @@
 Copied beside weights that carry their own code (``ship_code``), so it imports torch alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +73,13 @@ def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
 def save_buffer(module: nn.Module, name: str) -> None:
     """Makes a buffer part of the state dict."""
     module._non_persistent_buffers_set.discard(name)
+
+
+def after_steps(call: Callable[..., None]) -> Any:
+    """Has a function called with every optimizer after each of its steps; gives a handle."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    return register_optimizer_step_post_hook(call)
 
 
 def num_writes(tensor: Tensor) -> int:

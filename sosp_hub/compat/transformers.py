@@ -68,6 +68,11 @@ def as_stored(model: Any) -> dict[str, Any]:
     return revert_weight_conversion(model, state)
 
 
+def saves_adapters_only(model: Any) -> bool:
+    """Whether ``save_pretrained`` writes adapters that were added to a model, and not the model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def no_init_weights() -> Any:
     """Context in which models are built without random numbers."""
     from transformers.initialization import no_init_weights

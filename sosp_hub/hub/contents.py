@@ -6,9 +6,10 @@ from typing import Any
 from huggingface_hub import get_session
 from huggingface_hub.utils import hf_raise_for_status
 
+from sosp_hub.checkpoint.format.weight_files import is_weight_file
 from sosp_hub.errors import HubError, has_token, shortened
 from sosp_hub.report.facts import hub_id
-from sosp_hub.report.listing import CARD, CURVATURE, DENSE, REPORT, SALIENCY
+from sosp_hub.report.listing import CARD, DENSE, REPORT
 from sosp_hub.report.markers import read_card
 from sosp_hub.report.snippets import read_checkpoint
 from sosp_hub.untrusted import MOST_CARD_BYTES, UnreadableError, read_text
@@ -42,8 +43,7 @@ def check_folder(folder: Path, secret: str | None = None) -> None:
         raise HubError(f"{folder}: no such folder; give the output folder of a run")
     read_checkpoint(folder)
     names = local_files(folder)
-    scores = (SALIENCY, CURVATURE)
-    if not any(name.endswith(".safetensors") and name not in scores for name in names):
+    if not any(is_weight_file(name) and name.endswith(".safetensors") for name in names):
         raise HubError(
             f"{folder}: there are no weights (model.safetensors); "
             "write the folder with sosp_hub.save_pretrained(model, folder)"

@@ -9,7 +9,6 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from sosp_hub.checkpoint.format.weight_files import is_weight_file
 from sosp_hub.compat.huggingface_hub import git_hash
 from sosp_hub.errors import HubError, shortened
 from sosp_hub.hub.attempts import (
@@ -39,16 +39,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger(__name__)
-
-STALE_WEIGHTS = (
-    "model*.safetensors",
-    "model*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model*.bin.index.json",
-    "tf_model*.h5",
-    "flax_model*.msgpack",
-)
-"""Files in the root that a loader may take for this model's weights; old ones must not stay."""
 
 _BATCH_BYTES = 5_000_000_000
 _BATCH_FILES = 100
@@ -326,11 +316,7 @@ class _Push:
 
     def _stale(self, remote: dict[str, RepoFile]) -> list[str]:
         mine = {add.path_in_repo for add in self._additions}
-        return [
-            name
-            for name in sorted(remote.keys() - mine)
-            if "/" not in name and any(fnmatch(name, pattern) for pattern in STALE_WEIGHTS)
-        ]
+        return [name for name in sorted(remote.keys() - mine) if is_weight_file(name)]
 
     def _upload(self, batch: Sequence[CommitOperationAdd]) -> None:
         """Sends the large files of a batch; what arrived once is not sent again."""

@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from torch import nn
 
-from sosp_hub.checkpoint.io import from_pretrained
 from sosp_hub.compat.huggingface_hub import git_hash
+from sosp_hub.cut import from_pretrained
 from sosp_hub.data.loading import load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import HubError, PlanError, SospHubError

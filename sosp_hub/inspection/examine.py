@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.format import headers
-from sosp_hub.checkpoint.format.bounds import check_counts
+from sosp_hub.checkpoint.format.bounds import check_code, check_counts
 from sosp_hub.checkpoint.format.record import KEY, parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
-from sosp_hub.checkpoint.io import PLAN
 from sosp_hub.checkpoint.skeleton import as_checkpoint_error, build_skeleton, faults_of
+from sosp_hub.checkpoint.weightless import holds_only_a_plan
 from sosp_hub.compat.torch import FakeMode, grouped_product_flops, parameter_table
 from sosp_hub.compat.transformers import tied_names
-from sosp_hub.errors import CheckpointError, HubError
+from sosp_hub.errors import CheckpointError, HubError, shortened
 from sosp_hub.inspection.readers import Reader, readers
 from sosp_hub.structure.isolation import isolated
 
@@ -83,8 +83,8 @@ def examine(path_or_id: str | Path, *, revision: str | None = None) -> Findings:
         HubError: The hub cannot be reached, or has no such model.
     """
     folder = Path(path_or_id)
-    if folder.is_dir():
-        if (folder / PLAN).is_file() and not (folder / headers.CONFIG).is_file():
+    if headers.is_folder(folder):
+        if holds_only_a_plan(folder):
             return Findings(str(path_or_id), "weightless")
         return _examine(str(path_or_id), folder, headers.read_tensors(folder))
     with tempfile.TemporaryDirectory() as temporary:
@@ -95,6 +95,7 @@ def examine(path_or_id: str | Path, *, revision: str | None = None) -> Findings:
 def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHeader]) -> Findings:
     config = headers.read_json(folder / headers.CONFIG)
     check_counts(config, tensors)
+    check_code(config)
     is_timm = "architecture" in config and "model_type" not in config
     args = config.get("model_args")
     record = config.get(KEY) if not is_timm else isinstance(args, Mapping) and args.get("delta")
@@ -210,7 +211,9 @@ def _fetch(repo_id: str, revision: str | None, folder: Path) -> dict[str, header
         (folder / headers.CONFIG).write_bytes(Path(path).read_bytes())
         metadata = get_safetensors_metadata(repo_id, revision=revision)
     except HFValidationError as error:
-        raise CheckpointError(f"{repo_id}: no such folder, and no hub id either") from error
+        raise CheckpointError(
+            f"{shortened(str(repo_id))}: no such folder, and no hub id either"
+        ) from error
     except NotASafetensorsRepoError as error:
         raise CheckpointError(f"{repo_id}: holds no safetensors weights") from error
     except (HfHubHTTPError, OSError) as error:

@@ -1,9 +1,9 @@
 """The place of an output: checked before anything is done, taken only by what is whole."""
 
 import os
-import shutil
 from pathlib import Path
 
+from sosp_hub.atomic import put_in_place, writing
 from sosp_hub.errors import OutputExistsError
 
 
@@ -42,9 +42,5 @@ def check_place(output: Path, report: str, overwrite: bool) -> None:
 
 def put(draft: Path, output: Path) -> None:
     """Puts the whole folder in its place; what was there goes only when the new one has come."""
-    old = output.with_name(f"{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    draft.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    with writing(output):
+        put_in_place(draft, output)

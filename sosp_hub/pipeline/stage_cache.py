@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sosp_hub.atomic import write_text
 from sosp_hub.distributed import is_main, wait_for_everyone
 from sosp_hub.errors import OutputExistsError
 from sosp_hub.recipe.schema import Recipe
@@ -105,10 +106,7 @@ class WorkFolder:
         self._records[stage] = record
         if is_main():
             make_folder(self.folder)
-            path = self._path(stage, "json")
-            draft = path.with_suffix(".json.draft")
-            draft.write_text(json.dumps(record))
-            draft.replace(path)
+            write_text(self._path(stage, "json"), json.dumps(record))
             shutil.rmtree(self._state(stage), ignore_errors=True)
         wait_for_everyone()
         return record

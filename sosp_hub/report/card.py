@@ -4,7 +4,6 @@ The generated part stands between two markers. What a person writes outside of t
 metadata that a person has set.
 """
 
-import shutil
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -15,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 from pydantic import ValidationError
 
+from sosp_hub.atomic import write_text
 from sosp_hub.errors import HubError, without_secrets
 from sosp_hub.recipe.criteria import CRITERIA, Method
 from sosp_hub.report.facts import (
@@ -88,9 +88,7 @@ def render_card(
     path = folder / "README.md"
     old = path.read_text(encoding="utf-8") if path.is_file() else None
     text = card_text(checkpoint, report, facts, drawn, repo_id or folder.resolve().name, old)
-    temporary = path.with_suffix(".md.part")
-    temporary.write_text(text, encoding="utf-8")
-    shutil.move(temporary, path)
+    write_text(path, text)
     return path
 
 

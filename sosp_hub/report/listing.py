@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sosp_hub.checkpoint.format.weight_files import is_weight_file
 from sosp_hub.report import numbers
 from sosp_hub.report.markup import escaped
 
@@ -46,7 +47,7 @@ def show_files(console: Console, output: Path) -> None:
     """Prints the files of a finished output with their sizes."""
     console.out(escaped(f"{output}/", "terminal"), style="bold", highlight=False)
     for path in sorted(output.iterdir()):
-        words = _WORDS.get(path.name, "weights" if path.suffix == ".safetensors" else "")
+        words = _WORDS.get(path.name, "weights" if is_weight_file(path.name) else "")
         size = numbers.size(path.stat().st_size) if path.is_file() else ""
         name = escaped(path.name + ("/" if path.is_dir() else ""), "terminal")
         line = f"  {name:<{_NAME_WIDTH}}{size:>9}  {words}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from sosp_hub.atomic import write_text
 from sosp_hub.errors import HubError, without_secrets
 from sosp_hub.report import numbers
 from sosp_hub.report.facts import (
@@ -160,9 +161,7 @@ def _as_data(picture: Picture) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    draft = path.with_suffix(".html.part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    write_text(path, text)
     return path
 
 

@@ -1,5 +1,6 @@
 """``apply``: a plan becomes a smaller model of the same class."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.layers import drop_layers
+from sosp_hub.surgery.replaced import note_replaced
 from sosp_hub.surgery.verify import verified_cut
 
 Verify = Literal["thorough", "fast"]
@@ -57,28 +59,33 @@ def apply(
 def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
     """Multiplies, in place, the weights that read gated structures, and shifts biases."""
     with torch.no_grad():
-        for name, gates in plan.gates.items():
-            group = graph.groups[name]
-            if why := graph.fold_obstacle(name):
-                raise PlanError(f"plan: gates of group {name!r} cannot be folded: {why}")
-            factors = torch.ones(group.size, dtype=torch.float64)
-            factors[list(plan.kept[name])] = torch.tensor(gates, dtype=torch.float64)
-            for member in graph.readers(name):
-                weight = get_tensor(model, member.tensor)
-                index = torch.as_tensor(member.index)
-                scale = torch.where(index >= 0, factors[index.clamp(min=0)], 1.0)
-                shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
-                weight.mul_(scale.to(weight).view(shape))
-        for name, values in plan.shifts.items():
-            sizes = [size_of(axis) for axis in graph.tensors.get(name, ())]
-            if sizes != [len(values)]:
-                raise PlanError(
-                    f"plan: a shift of {len(values)} values for {name!r}, which is "
-                    f"{sizes if sizes else 'no tensor'} here; it was made for another model"
-                )
-            bias = get_tensor(model, name)
-            bias.add_(torch.tensor(values, dtype=torch.float64).to(bias))
+        fold_into(lambda name: get_tensor(model, name), graph, plan)
     return model
+
+
+def fold_into(get: Callable[[str], Tensor], graph: Graph, plan: PruningPlan) -> None:
+    """`fold` for any tensors that are named like the model's."""
+    for name, gates in plan.gates.items():
+        group = graph.groups[name]
+        if why := graph.fold_obstacle(name):
+            raise PlanError(f"plan: gates of group {name!r} cannot be folded: {why}")
+        factors = torch.ones(group.size, dtype=torch.float64)
+        factors[list(plan.kept[name])] = torch.tensor(gates, dtype=torch.float64)
+        for member in graph.readers(name):
+            weight = get(member.tensor)
+            index = torch.as_tensor(member.index)
+            scale = torch.where(index >= 0, factors[index.clamp(min=0)], 1.0)
+            shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
+            weight.mul_(scale.to(weight).view(shape))
+    for name, values in plan.shifts.items():
+        sizes = [size_of(axis) for axis in graph.tensors.get(name, ())]
+        if sizes != [len(values)]:
+            raise PlanError(
+                f"plan: a shift of {len(values)} values for {name!r}, which is "
+                f"{sizes if sizes else 'no tensor'} here; it was made for another model"
+            )
+        bias = get(name)
+        bias.add_(torch.tensor(values, dtype=torch.float64).to(bias))
 
 
 def apply_(
@@ -90,8 +97,10 @@ def apply_(
     """``apply`` in place: the given model becomes the smaller one, after the cut was verified.
 
     The model object stays; its submodules are new ones, so fetch them again where you hold any.
+    Its parameters are new ones too: ``carry`` points an optimizer at them.
     """
     pruned = apply(model, graph, plan, verify)
+    note_replaced(dict(model.named_parameters()), plan)
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)
     return model

@@ -1,11 +1,13 @@
 """Taking whole layers out of a stack, and what counts them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from sosp_hub.compat.torch import child_table
+from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.shadow import is_config
@@ -36,6 +38,46 @@ def drop_layers(model: nn.Module, graph: Graph, plan: Plan) -> None:
         for position, old in enumerate(stays):
             _renumber(children[old][1], position)
         _rewrite_configs(model, stack_name, len(children), stays)
+
+
+def names_after(pruned: nn.Module, graph: Graph, plan: Plan) -> Callable[[str], str | None]:
+    """How names of the model before the cut read after it; None for what went with its layer.
+
+    Args:
+        pruned: The cut model.
+        graph: Of the model before the cut.
+        plan: What was kept.
+    """
+    moved: dict[str, str | None] = {}
+
+    def new_name(name: str) -> str | None:
+        prefix = name
+        while prefix:
+            if prefix in moved:
+                new = moved[prefix]
+                return None if new is None else f"{new}{name[len(prefix) :]}"
+            prefix = prefix.rpartition(".")[0]
+        return name
+
+    stacks = [name for name in plan.kept if graph.groups[name].kind == "layer"]
+    for name in sorted(stacks, key=lambda name: name.count(".")):  # the outermost first
+        group, kept = graph.groups[name], plan.kept[name]
+        stack = name.rpartition(":")[0]
+        inside = f"{stack}." if stack else ""
+        gone = {layer for i, layer in enumerate(group.layers) if i not in kept}
+        if (new_stack := new_name(stack)) is None:
+            continue
+        ahead = f"{new_stack}." if new_stack else ""
+        size = len(child_table(pruned.get_submodule(new_stack))) + len(gone)
+        before = [f"{inside}{i}" for i in range(size)]
+        if not gone <= set(before):
+            raise PlanError(
+                f"{stack!r}: its layers are not numbered from 0, so none can be followed"
+            )
+        stays = [layer for layer in before if layer not in gone]
+        moved |= dict.fromkeys(gone)
+        moved |= {layer: f"{ahead}{i}" for i, layer in enumerate(stays)}
+    return new_name
 
 
 def bypassed(model: nn.Module, graph: Graph, plan: Plan) -> None:

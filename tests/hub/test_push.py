@@ -65,6 +65,7 @@ def test_only_changed_files_are_sent_again(hub, folder):
 def test_stale_weights_go_in_the_same_commit_and_other_files_stay(hub, folder):
     old = {"model-00001-of-00002.safetensors": b"a", "model.safetensors.index.json": b"{}"}
     kept = {"adapters/model.safetensors": b"mine", "notes.txt": b"mine", "model.gguf": b"mine"}
+    kept |= {"model_ema.safetensors": b"mine", "pytorch_model_ema.bin": b"mine"}
     hub.add_repo(REPO, files={**old, **kept, "pytorch_model.bin": b"b"})
     result = push(folder)
     assert set(result.deleted) == {*old, "pytorch_model.bin"}

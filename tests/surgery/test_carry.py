@@ -1,69 +1,215 @@
 """State of an optimizer and averages of weights follow the cut; the oracle slices by itself."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import sosp_hub
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
-from sosp_hub.surgery.apply import apply
-from sosp_hub.surgery.carry import carry_optimizer, carry_tensors
+from sosp_hub.surgery.apply import apply, apply_
+from sosp_hub.surgery.carry import carry
 
 KEPT = (0, 2, 5)
+CUTS = [lambda t: t[list(KEPT)], lambda t: t[list(KEPT)], lambda t: t[:, list(KEPT)], lambda t: t]
 
 
-def trained() -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
+def step(model, optimizer, inputs) -> None:
+    optimizer.zero_grad()
+    model(inputs).square().sum().backward()
+    optimizer.step()
+
+
+def trained(make=torch.optim.Adam) -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    optimizer = make(model.parameters(), lr=0.1)
     inputs = torch.randn(8, 4)
     for _ in range(3):
-        optimizer.zero_grad()
-        model(inputs).square().sum().backward()
-        optimizer.step()
+        step(model, optimizer, inputs)
     return model, optimizer, inputs
 
 
-def plan_of(graph) -> PruningPlan:
+def plan_of(graph, **more) -> PruningPlan:
     (name,) = graph.groups
-    return PruningPlan({name: KEPT}, {name: 6})
+    return PruningPlan({name: KEPT}, {name: 6}, **more)
 
 
-def test_moments_are_cut_like_the_weights():
+class Layer(nn.Module):
+    """A residual layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class Stack(nn.Module):
+    """Four layers of one shape, so that nothing but names tells them apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def shortened():
+    """A stack of layers that was trained, and a plan that drops its second one."""
+    torch.manual_seed(0)
+    model, inputs = Stack(), torch.randn(8, 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    step(model, optimizer, inputs)
+    graph = trace(model, (inputs,))
+    (name,) = (name for name, group in graph.groups.items() if group.kind == "layer")
+    return model, optimizer, inputs, graph, PruningPlan({name: (0, 2, 3)}, {name: 4})
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_moments_are_cut_like_the_weights(in_place):
     model, optimizer, inputs = trained()
     graph = trace(model, (inputs,))
-    pruned = apply(model, graph, plan_of(graph))
-    before = {p: copy.deepcopy(optimizer.state[p]) for p in model.parameters()}
-    carry_optimizer(optimizer, model, pruned, graph, plan_of(graph))
-    cuts = [
-        lambda t: t[list(KEPT)],
-        lambda t: t[list(KEPT)],
-        lambda t: t[:, list(KEPT)],
-        lambda t: t,
-    ]
-    for old, new, cut in zip(model.parameters(), pruned.parameters(), cuts, strict=True):
+    before = [copy.deepcopy(optimizer.state[p]) for p in model.parameters()]
+    if in_place:
+        pruned = apply_(model, graph, plan_of(graph))
+        assert carry(optimizer, pruned, graph, plan_of(graph)) is optimizer
+    else:
+        pruned = apply(model, graph, plan_of(graph))
+        carry(optimizer, pruned, graph, plan_of(graph), dense=model)
+    for state, new, cut in zip(before, pruned.parameters(), CUTS, strict=True):
         for key in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(optimizer.state[new][key], cut(before[old][key]))
-        torch.testing.assert_close(optimizer.state[new]["step"], before[old]["step"])
+            torch.testing.assert_close(optimizer.state[new][key], cut(state[key]))
+        torch.testing.assert_close(optimizer.state[new]["step"], state["step"])
     weights = [p.detach().clone() for p in pruned.parameters()]
-    pruned(inputs).square().sum().backward()
-    optimizer.step()
+    step(pruned, optimizer, inputs)
     assert all((p != w).any() for p, w in zip(pruned.parameters(), weights, strict=True))
+
+
+def test_moments_follow_layers_that_move_up():
+    model, optimizer, _, graph, plan = shortened()
+    moments = {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
+    pruned = apply(model, graph, plan)
+    carry(optimizer, pruned, graph, plan, dense=model)
+    for old, new in ((0, 0), (2, 1), (3, 2)):
+        for leaf in ("up.weight", "down.bias"):
+            parameter = pruned.get_parameter(f"layers.{new}.{leaf}")
+            expected = moments[f"layers.{old}.{leaf}"]
+            torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], expected)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 14
+
+
+def test_averages_follow_layers_that_move_up():
+    model, _, _, graph, plan = shortened()
+    average = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
+    pruned = apply(model, graph, plan)
+    carried = carry(average, pruned, graph, plan)
+    assert carried.keys() == pruned.state_dict().keys()
+    for name, tensor in pruned.state_dict().items():
+        torch.testing.assert_close(carried[name], tensor * 0.5)
 
 
 def test_an_average_is_cut_and_counters_stay():
     model, _, inputs = trained()
     graph = trace(model, (inputs,))
     average = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
-    carried = carry_tensors({**average, "updates": torch.tensor(3)}, graph, plan_of(graph))
     pruned = apply(model, graph, plan_of(graph))
+    carried = carry({**average, "updates": torch.tensor(3)}, pruned, graph, plan_of(graph))
     assert carried.pop("updates") == 3
     for name, tensor in pruned.state_dict().items():
         torch.testing.assert_close(carried[name], tensor * 0.5)
     with pytest.raises(PlanError, match="already cut"):
-        carry_tensors(carried, graph, plan_of(graph))
+        carry(carried, pruned, graph, plan_of(graph))
+
+
+def test_an_average_takes_the_gates_of_the_plan():
+    model, _, inputs = trained()
+    graph = trace(model, (inputs,))
+    (name,) = graph.groups
+    plan = plan_of(graph, gates={name: (0.5, 2.0, 3.0)}, shifts={"2.bias": (1.0, 0.0, -1.0)})
+    same = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = {key: tensor.clone() for key, tensor in same.items()}
+    pruned = apply(model, graph, plan)
+    carried = carry(same, pruned, graph, plan)
+    for key, tensor in pruned.state_dict().items():
+        torch.testing.assert_close(carried[key], tensor)
+    for key, tensor in before.items():
+        torch.testing.assert_close(same[key], tensor)
+
+
+def averaged(model):
+    return torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+
+
+@pytest.mark.parametrize("wrap", [averaged, copy.deepcopy])
+def test_an_averaged_model_is_cut_in_place_and_goes_on(wrap):
+    model, optimizer, inputs = trained()
+    average = wrap(model)
+    inner = getattr(average, "module", average)
+    graph = trace(model, (inputs,))
+    plan = plan_of(graph)
+    apply_(model, graph, plan)
+    carry(optimizer, model, graph, plan)
+    assert carry(average, model, graph, plan) is average
+    for one, two in zip(inner.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+    step(model, optimizer, inputs)
+    before = [p.clone() for p in inner.parameters()]
+    if inner is not average:
+        average.update_parameters(model)
+        assert all((p != b).any() for p, b in zip(inner.parameters(), before, strict=True))
+    average(inputs)
+    with pytest.raises(PlanError, match="nothing in this"):
+        carry(average, model, graph, plan)
+
+
+def test_a_step_that_cannot_train_the_cut_model_raises():
+    model, optimizer, inputs = trained()
+    graph = trace(model, (inputs,))
+    plan = plan_of(graph)
+    apply_(model, graph, plan)
+    optimizer.zero_grad()
+    model(inputs).square().sum().backward()
+    with pytest.raises(PlanError, match=r"4 parameters that apply_ replaced.*sosp_hub\.carry"):
+        optimizer.step()
+    carry(optimizer, model, graph, plan)
+    optimizer.step()
+
+
+def test_steps_of_other_optimizers_are_left_alone():
+    """Also where the dense model goes on, and where a replaced parameter lives in another model."""
+    model, optimizer, inputs = trained()
+    graph = trace(model, (inputs,))
+    apply(model, graph, plan_of(graph))
+    step(model, optimizer, inputs)
+    shared = nn.Sequential(model[0])  # the caller's own second model
+    apply_(model, graph, plan_of(graph))
+    step(shared, torch.optim.SGD(shared.parameters(), lr=0.1), inputs)
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1), inputs)
+
+
+def test_two_cuts_are_carried_one_after_the_other():
+    model, optimizer, inputs = trained()
+    graph = trace(model, (inputs,))
+    first = plan_of(graph)
+    apply_(model, graph, first)
+    again = trace(model, (inputs,))
+    (name,) = again.groups
+    second = PruningPlan({name: (0, 2)}, {name: 3})
+    apply_(model, again, second)
+    with pytest.raises(PlanError, match="another plan"):
+        carry(optimizer, model, again, second)
 
 
 def test_a_strange_parameter_leaves_the_optimizer_alone():
@@ -72,5 +218,31 @@ def test_a_strange_parameter_leaves_the_optimizer_alone():
     strange = nn.Parameter(torch.zeros(2, 7))
     optimizer = torch.optim.SGD([*model.parameters(), strange], lr=0.1)
     with pytest.raises(PlanError, match=r"\[2, 7\]"):
-        carry_optimizer(optimizer, model, copy.deepcopy(model), graph, plan_of(graph))
+        carry(optimizer, copy.deepcopy(model), graph, plan_of(graph), dense=model)
     assert optimizer.param_groups[0]["params"][-1] is strange
+
+
+def test_state_of_another_shape_is_refused():
+    model, optimizer, inputs = trained(torch.optim.Adafactor)  # keeps rows and columns
+    graph = trace(model, (inputs,))
+    pruned = apply(model, graph, plan_of(graph))
+    with pytest.raises(PlanError, match="not known how to cut it"):
+        carry(optimizer, pruned, graph, plan_of(graph), dense=model)
+    assert optimizer.param_groups[0]["params"][0] is model[0].weight
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ({"module.0.weight": torch.zeros(6, 4)}, "none of these tensors is the model's"),
+        ({"0.weight": torch.zeros(6, 4), "extra": torch.zeros(6)}, "no such tensor"),
+        ({"0.weight": 3}, "expected an optimizer"),
+        (Path(), "expected an optimizer"),
+    ],
+)
+def test_what_is_not_the_models_is_refused(what, words):
+    model, _, inputs = trained()
+    graph = trace(model, (inputs,))
+    pruned = apply(model, graph, plan_of(graph))
+    with pytest.raises(PlanError, match=words):
+        sosp_hub.carry(what, pruned, graph, plan_of(graph))

@@ -15,6 +15,8 @@ _ALWAYS_ALLOWED = 1000
 _LAYERS = re.compile(r"layer|depth|block|stage|expert")
 _NO_COUNTS = ("_size", "_id", "_index", "_token")
 _OTHERS = {KEY, "delta", "id2label", "label2id", "pretrained_cfg"}
+_CODE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 _LABELS = re.compile(r"label|num_classes")
 
 
@@ -35,6 +37,24 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader])
             continue
         if number > max(most, _ALWAYS_ALLOWED):
             raise CheckpointError(f"config.json: {path}: {_short(number)}, the weight files {said}")
+
+
+def check_code(config: Mapping[str, Any]) -> None:
+    """Refuses implementations in a config that transformers would fetch from somewhere and run.
+
+    Raises:
+        CheckpointError: Names the place in ``config.json``.
+    """
+    for path, value in _named(config):
+        if _CODE.fullmatch(path.rpartition(".")[2]):
+            values = value.values() if isinstance(value, Mapping) else (value,)
+            for each in values:
+                if each is not None and each not in _OWN_IMPLEMENTATIONS:
+                    raise CheckpointError(
+                        f"config.json: {path}: {ascii(each)[:80]}: a file must not choose code, "
+                        f"only {', '.join(_OWN_IMPLEMENTATIONS)}; take the entry out, and pass "
+                        f"{path.rpartition('.')[2].strip('_')}= yourself if you trust it"
+                    )
 
 
 def is_widened(config: Mapping[str, Any]) -> bool:
@@ -72,6 +92,18 @@ def _numbers(value: object, path: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(each, path)
     elif isinstance(value, int | float):
         yield path, value
+
+
+def _named(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every entry of a config and of the configs in it, with its place."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            where = f"{path}.{key}".lstrip(".")
+            yield where, each
+            yield from _named(each, where)
+    elif isinstance(value, list):
+        for i, each in enumerate(value):
+            yield from _named(each, f"{path}[{i}]")
 
 
 def _short(number: float) -> str:

@@ -98,6 +98,23 @@ def apply_section(model: nn.Module, section: Section, path: str) -> None:
     plan.apply()
 
 
+def store_in_state(model: nn.Module, section: Section) -> None:
+    """Has the state of a pruned model hold all that its files must: buffers and tombstones.
+
+    Args:
+        model: What the section is about, as pruned.
+        section: Its part of the delta.
+    """
+    for name in section.buffers:
+        owner, _, key = name.rpartition(".")
+        save_buffer(model.get_submodule(owner), key)
+    for name, one in section.replaced.items():
+        owner, _, key = name.rpartition(".")
+        children = child_table(model.get_submodule(owner))
+        if getattr(children[key], "tombstone", None) != one.tombstone:
+            children[key] = build_standin(one).train(model.training)
+
+
 @contextlib.contextmanager
 def versions_said(delta: Delta, installed: str) -> Iterator[None]:
     """Adds to an error that the checkpoint was written with another version of its library."""

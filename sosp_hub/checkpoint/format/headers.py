@@ -1,17 +1,22 @@
 """Reads ``config.json`` and the headers of weight files, without their data, and trusts neither."""
 
+import contextlib
+import errno
 import json
 import math
+import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sosp_hub.errors import CheckpointError
+from sosp_hub.errors import CheckpointError, shortened
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_LONGEST_PATH = 4096
 _LARGEST_JSON = 64 * 2**20
 _LARGEST_HEADER = 100 * 2**20  # the limit of safetensors itself
 _BITS = {
@@ -32,18 +37,53 @@ class TensorHeader:
     file: str
 
 
+@contextlib.contextmanager
+def reading(place: str | Path) -> Iterator[None]:
+    """Turns what the system says against reading into a CheckpointError.
+
+    Raises:
+        CheckpointError: Says which file or folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{shortened(str(place))}: cannot be read ({error.strerror or error})"
+        ) from error
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether a name that may be a hub id is a folder here.
+
+    Raises:
+        CheckpointError: It may be one, but cannot be looked at.
+    """
+    if len(os.fsencode(name)) > _LONGEST_PATH:
+        return False
+    try:
+        return Path(name).is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise CheckpointError(
+            f"{shortened(str(name))}: cannot be read ({error.strerror or error})"
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         CheckpointError: No such file, too large, no JSON, a key given twice, or no object.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: there is no {path.name}")
-    if (size := path.stat().st_size) > _LARGEST_JSON:
-        raise CheckpointError(f"{path.name}: {size} bytes, at most {_LARGEST_JSON} are read")
+    with reading(path):
+        if not path.is_file():
+            raise CheckpointError(f"{shortened(str(path.parent))}: there is no {path.name}")
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise CheckpointError(f"{path.name}: {size} bytes, at most {_LARGEST_JSON} are read")
+        content = path.read_bytes()
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        record = json.loads(content.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:  # ValueError covers bad JSON and bad UTF-8
         raise CheckpointError(f"{path.name}: {error}") from error
     if not isinstance(record, dict):
@@ -57,6 +97,11 @@ def read_tensors(folder: Path) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: Missing, truncated or damaged files, or an index that disagrees with them.
     """
+    with reading(folder):
+        return _read_tensors(folder)
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
     if (folder / WEIGHTS).is_file():
         return _read_file(folder / WEIGHTS)
     if not (folder / INDEX).is_file():

@@ -56,6 +56,17 @@ def changed_buffers(rebuilt: nn.Module, model: nn.Module) -> list[str]:
     ]
 
 
+def stored_buffers(rebuilt: nn.Module, model: nn.Module) -> list[str]:
+    """Buffers in the model's state that are there, but in no state, of the rebuilt model."""
+    kept, others = model.state_dict(keep_vars=True).keys(), rebuilt.state_dict(keep_vars=True)
+    ours = dict(rebuilt.named_buffers())
+    return [
+        name
+        for name, _ in model.named_buffers()
+        if name in kept and name in ours and name not in others
+    ]
+
+
 def adopt(rebuilt: nn.Module, model: nn.Module) -> None:
     """Gives a rebuilt model the weights and buffers of ``model``; nothing is copied."""
     rebuilt.load_state_dict(model.state_dict(), strict=False, assign=True)

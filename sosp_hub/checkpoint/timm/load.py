@@ -38,6 +38,9 @@ from sosp_hub.compat.timm import (
 from sosp_hub.errors import CheckpointError
 
 ARCHITECTURE = "sosp_hub_pruned"
+CUT = "_sosp_hub_cut"
+"""Set on a model that its architecture alone does not build."""
+
 _WHERE = "config.json: model_args.delta"
 _ZOO = "sosp_hub.zoo.cifar_resnet"  # registers the networks that timm lacks
 _NO_ARGS = ("cache_dir", "pretrained_cfg_overlay", "pretrained_model_args")
@@ -96,6 +99,7 @@ def sosp_hub_pruned(
         raise CheckpointError(
             f"timm {timm.__version__} builds {base_architecture!r} without room for a delta"
         )
+    model.__dict__[CUT] = True
     return model
 
 

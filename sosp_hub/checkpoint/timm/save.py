@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from sosp_hub.checkpoint.format import proof
+from sosp_hub.checkpoint.format import headers, proof
 from sosp_hub.checkpoint.format.record import Delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.timm import load as adapter
@@ -26,37 +27,43 @@ def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> None:
     Raises:
         CheckpointError: The files would not build the model again.
     """
+    args, delta = describe(model)
+    _write_config(model, folder, args, delta)
+    save_torch_state_dict(
+        _untied(_state(model, delta)),
+        folder,
+        max_shard_size=_NO_LIMIT if delta.empty else max_shard_size,
+    )
+
+
+def describe(model: nn.Module) -> tuple[dict[str, Any], Delta]:
+    """The arguments of the architecture and the delta that build this model again.
+
+    Raises:
+        CheckpointError: What they build differs from the model.
+    """
     args = adapter.model_args(model)
     delta = adapter.delta_of(model, args)
-    _write_config(model, folder, args, delta)
-    rebuilt = _rebuild(folder)
+    rebuilt = _rebuild(model, args, delta)
     if getattr(rebuilt, "num_classes", None) != getattr(model, "num_classes", None):
         # An architecture that sets the number itself. transformers' TimmWrapper will refuse this.
         args["num_classes"] = model.num_classes
-        _write_config(model, folder, args, delta)
-        rebuilt = _rebuild(folder)
-    if buffers := proof.changed_buffers(rebuilt, model):
-        base = dataclasses.replace(delta.base, buffers=tuple(buffers))
+        rebuilt = _rebuild(model, args, delta)
+    buffers = (*proof.changed_buffers(rebuilt, model), *proof.stored_buffers(rebuilt, model))
+    if buffers:
+        base = dataclasses.replace(delta.base, buffers=buffers)
         delta = dataclasses.replace(delta, base=base)
-        _write_config(model, folder, args, delta)
-        rebuilt = _rebuild(folder)
-    state = _state(model, delta)
-    proof.check_tensors(rebuilt, state)
+        rebuilt = _rebuild(model, args, delta)
+    proof.check_tensors(rebuilt, _state(model, delta))
     inputs = made_up_inputs(model)
     proof.adopt(rebuilt, model)
     if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
         raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
-    save_torch_state_dict(
-        _untied(state), folder, max_shard_size=_NO_LIMIT if delta.empty else max_shard_size
-    )
+    return args, delta
 
 
-def _write_config(model: nn.Module, folder: Path, args: dict[str, Any], delta: Delta) -> None:
-    path = folder / "config.json"
-    try:
-        write_config(model, path)
-    except ValueError as error:  # an argument that is no JSON data
-        raise CheckpointError(f"{type(model).__name__}: {error}") from error
+def complete_config(model: nn.Module, path: Path, args: dict[str, Any], delta: Delta) -> None:
+    """Has a config that timm wrote say how the model is built."""
     config = json.loads(path.read_text())
     config["architecture"] = adapter.base_architecture(model)
     config["model_args"] = args
@@ -67,13 +74,25 @@ def _write_config(model: nn.Module, folder: Path, args: dict[str, Any], delta: D
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _rebuild(folder: Path) -> nn.Module:
-    """What `timm.create_model` builds from the folder, before it loads weights."""
-    with contextlib.suppress(RuntimeError), proof.without_data():
-        model = adapter.build_from_folder(folder)
-        if not any(buffer.is_meta for buffer in model.buffers()):
-            return model
-    return adapter.build_from_folder(folder)  # its code reads values while it builds
+def _write_config(model: nn.Module, folder: Path, args: dict[str, Any], delta: Delta) -> None:
+    path = folder / headers.CONFIG
+    try:
+        write_config(model, path)
+    except ValueError as error:  # an argument that is no JSON data
+        raise CheckpointError(f"{type(model).__name__}: {error}") from error
+    complete_config(model, path, args, delta)
+
+
+def _rebuild(model: nn.Module, args: dict[str, Any], delta: Delta) -> nn.Module:
+    """What `timm.create_model` builds from the config, before it loads weights."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _write_config(model, folder, args, delta)
+        with contextlib.suppress(RuntimeError), proof.without_data():
+            rebuilt = adapter.build_from_folder(folder)
+            if not any(buffer.is_meta for buffer in rebuilt.buffers()):
+                return rebuilt
+        return adapter.build_from_folder(folder)  # its code reads values while it builds
 
 
 def _state(model: nn.Module, delta: Delta) -> dict[str, Tensor]:

@@ -36,6 +36,9 @@ from sosp_hub.compat.transformers import (
 from sosp_hub.errors import CheckpointError
 from sosp_hub.structure.isolation import isolated
 
+PENDING = "_sosp_hub_delta_pending"
+"""Set on a cut model whose config does not hold its delta yet; says why."""
+
 _LOG = logging.getLogger(__name__)
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
 _CHECKED: contextvars.ContextVar[bool] = contextvars.ContextVar("checked", default=False)
@@ -166,6 +169,17 @@ def enabled() -> Iterator[None]:
     finally:
         if not was_on:
             unhook()
+
+
+@contextlib.contextmanager
+def not_pending(model: PreTrainedModel) -> Iterator[None]:
+    """What is saved inside needs no delta in the model's own config."""
+    reason = vars(model).pop(PENDING, None)
+    try:
+        yield
+    finally:
+        if reason is not None:
+            vars(model)[PENDING] = reason
 
 
 @contextlib.contextmanager

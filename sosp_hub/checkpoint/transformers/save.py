@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from sosp_hub.checkpoint.format import proof
+from sosp_hub.checkpoint.format.delta import store_in_state
 from sosp_hub.checkpoint.format.record import KEY, Delta, Section, parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.transformers import load as adapter
@@ -31,7 +32,8 @@ def write(
     config, delta = describe(model)
     state = _state(model, delta)
     _check_loud(model, config, delta, state)
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    with adapter.not_pending(model):
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     config.architectures, config.dtype = model.config.architectures, model.config.dtype
     if not delta.empty:
         setattr(config, KEY, delta.to_json())
@@ -44,39 +46,46 @@ def attach(model: PreTrainedModel) -> None:
     """Writes the delta of a pruned model into its own config.
 
     Then whatever saves the model by itself, as ``Trainer`` does, writes a checkpoint that loads.
+    Buffers that cannot be computed again become part of the model's state.
 
     Raises:
-        CheckpointError: What the delta builds differs from the model.
+        CheckpointError: What the delta builds differs from the model, which is then left as it was.
     """
-    _, delta = describe(model, uniform=False)
+    config = adapter.plain_config(model.config)
+    delta = _proved(model, config, adapter.delta_of(model, config), made_up_inputs(model))
+    _check_loud(model, config, delta, _state(model, delta))
+    for section, name in ((delta.base, adapter.base_name(model)), (delta.head, "")):
+        if section is not None:
+            store_in_state(model.get_submodule(name), section)
     vars(model.config).pop(KEY, None)
     if not delta.empty:
         setattr(model.config, KEY, delta.to_json())
 
 
-def describe(model: PreTrainedModel, *, uniform: bool = True) -> tuple[Any, Delta]:
-    """The config and the delta that build this model again.
-
-    Args:
-        model: The pruned model.
-        uniform: Look for a config that needs no delta.
+def describe(model: PreTrainedModel) -> tuple[Any, Delta]:
+    """The config and the delta that build this model again; no delta where a config can say all.
 
     Raises:
         CheckpointError: What they build differs from the model.
     """
     config, delta = native.best_skeleton(model)
     inputs = made_up_inputs(model)
-    if uniform and inputs is not None:
+    if inputs is not None:
         plain = dataclasses.replace(delta, base=Section(delta.base.cls), head=None)
         found = native.uniform_config(model, config, delta)
         rebuilt = None if found is None else _rebuild(model, found, plain)
-        if rebuilt is not None and not proof.changed_buffers(rebuilt, model):
+        if rebuilt is not None and not _lasting_buffers(rebuilt, model):
             proof.adopt(rebuilt, model)
             if proof.same_output(rebuilt, model, inputs):
                 return found, plain
+    return config, _proved(model, config, delta, inputs)
+
+
+def _proved(model: PreTrainedModel, config: Any, delta: Delta, inputs: Any) -> Delta:
+    """The delta, with the buffers that have to be stored, after it was seen to build the model."""
     delta = parse_delta(json.loads(json.dumps(delta.to_json())))  # what a reader will see
     rebuilt = _rebuild(model, config, delta)
-    if buffers := proof.changed_buffers(rebuilt, model):
+    if buffers := _lasting_buffers(rebuilt, model):
         delta = _with_buffers(model, delta, buffers)
         rebuilt = _rebuild(model, config, delta)
     proof.check_tensors(rebuilt, _state(model, delta))
@@ -84,7 +93,12 @@ def describe(model: PreTrainedModel, *, uniform: bool = True) -> tuple[Any, Delt
     if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
         raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
     proof.check_cache(rebuilt, inputs)
-    return config, delta
+    return delta
+
+
+def _lasting_buffers(rebuilt: PreTrainedModel, model: PreTrainedModel) -> list[str]:
+    """Buffers that a rebuilt model computes differently or, as an older delta asked, not at all."""
+    return [*proof.changed_buffers(rebuilt, model), *proof.stored_buffers(rebuilt, model)]
 
 
 def _rebuild(model: PreTrainedModel, config: Any, delta: Delta) -> PreTrainedModel:

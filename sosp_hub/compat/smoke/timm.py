@@ -80,3 +80,21 @@ def architectures() -> None:
 def hub_ids() -> None:
     given = tuple(compat.split_id("me/model@v1"))
     expect(given == ("me/model", "v1"), f"repository and revision are {given}")
+
+
+@smoke("timm's own ways of saving a cut model")
+def config_writers() -> None:
+    own, seen = compat.get_config_writer(), []
+
+    def watched(model: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(path)
+        own(model, path, *args, **kwargs)
+
+    compat.set_config_writer(watched)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            timm.models.save_for_hf(timm.create_model(_MODEL), folder, safe_serialization=True)
+            expect([Path(path).name for path in seen] == ["config.json"], f"it wrote {seen}")
+            expect((Path(folder) / "model.safetensors").is_file(), "it wrote no weights")
+    finally:
+        compat.set_config_writer(own)

@@ -1,5 +1,7 @@
 """Smoke tests of `sosp_hub.compat.torch`."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -150,3 +152,16 @@ def operations_below_autograd() -> None:
 
 
 _KERNEL = torch.linspace(-1, 1, 4 * 4 * 3 * 3, dtype=torch.float64).reshape(4, 4, 3, 3)
+
+
+@smoke("noticing optimizers of parameters that apply_ replaced")
+def steps_of_optimizers() -> None:
+    seen: list[Any] = []
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    handle = compat.after_steps(lambda stepped, *_: seen.append(stepped))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    optimizer.step()
+    expect(len(seen) == 1 and seen[0] is optimizer, f"{len(seen)} steps were seen, of one")

@@ -1,5 +1,6 @@
 """Smoke tests of `sosp_hub.compat.transformers`, on models of a few thousand parameters."""
 
+import inspect
 import tempfile
 from typing import Any
 
@@ -119,6 +120,15 @@ def origin_of_configs() -> None:
         _llama().config.save_pretrained(folder)
         config = transformers.AutoConfig.from_pretrained(folder)
         expect(compat.name_of(config) == folder, f"read from {compat.name_of(config)!r}")
+
+
+@smoke("saving cut models that hold adapters")
+def adapters() -> None:
+    model = _llama()
+    expect(not compat.saves_adapters_only(model), "a model without adapters")
+    model._hf_peft_config_loaded = True  # what add_adapter sets
+    expect(compat.saves_adapters_only(model), "a model with adapters")
+    expect("_hf_peft_config_loaded" in inspect.getsource(type(model).save_pretrained), "it moved")
 
 
 def _silence() -> Any:

@@ -1,0 +1,39 @@
+"""A cut model carries its delta, so that the ways of saving of its library write it too."""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+def describe_cut(model: nn.Module) -> None:
+    """Gives a model that was just cut, or those inside it, what their own ways of saving need.
+
+    Of a wrapper, such as one with adapters, the outermost models inside are meant. Models of other
+    libraries are left alone.
+    """
+    with torch.random.fork_rng(devices=[]):  # building a skeleton may draw
+        for part in _outermost(model):
+            if _is_transformers(part):
+                from sosp_hub.checkpoint.transformers.own_save import describe_cut as describe
+            else:
+                from sosp_hub.checkpoint.timm.own_save import describe_cut as describe
+            describe(part)  # type: ignore[arg-type]
+
+
+def _outermost(model: nn.Module) -> Iterator[nn.Module]:
+    if _is_transformers(model) or _is_timm(model):
+        yield model
+    else:
+        for child in model.children():
+            yield from _outermost(child)
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    library = sys.modules.get("transformers.modeling_utils")
+    return library is not None and isinstance(model, library.PreTrainedModel)
+
+
+def _is_timm(model: nn.Module) -> bool:
+    return "timm" in sys.modules and isinstance(getattr(model, "pretrained_cfg", None), dict)

@@ -1,0 +1,142 @@
+"""The verbs that cut a model: by a plan in memory, or by one that was published alone."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sosp_hub.checkpoint import io
+from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.own_save import describe_cut
+from sosp_hub.checkpoint.weightless import holds_only_a_plan, read_plan
+from sosp_hub.compat.versions import tell_newer
+from sosp_hub.errors import CheckpointError
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery import apply as surgery
+from sosp_hub.surgery.apply import Verify
+
+
+def apply(
+    model: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    verify: Verify = "thorough",
+) -> nn.Module:
+    """A new, smaller model of the same class; the given model stays as it is.
+
+    Gates of the plan are folded into the weights that read the kept structures, and its shifts into
+    the biases of those layers, so that the result needs no extra parameter. The result also says
+    what was cut, so that ``save_pretrained``, ``push_to_hub``, ``Trainer`` and timm's own ways of
+    saving write what loads again.
+
+    Args:
+        model: The model that ``graph`` was traced from.
+        graph: What ``trace`` found.
+        plan: Kept indices per group.
+        verify: ``thorough`` compares every tensor shape of the cut model's forward pass with the
+            predicted one, and its outputs with those of the masked model on the traced inputs;
+            ``fast`` compares shapes only and needs no data.
+
+    Raises:
+        PlanError: The plan was made for another model, breaks a tie, has gates that no weight
+            of their own reads or shifts of what is no bias, or is no plan.
+        VerificationError: The cut model does not compute what the masked model computes; its
+            ``groups`` are those where it goes wrong.
+    """
+    pruned = surgery.apply(model, graph, plan, verify)
+    describe_cut(pruned)
+    return pruned
+
+
+def apply_(
+    model: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    verify: Verify = "thorough",
+) -> nn.Module:
+    """``apply`` in place: the given model becomes the smaller one, after the cut was verified.
+
+    The model object stays; its submodules and parameters are new ones, so fetch them again where
+    you hold any. An optimizer holds the old ones: ``sosp_hub.carry`` points it at the new ones,
+    and a step of an optimizer that was not carried raises.
+
+    Args:
+        model: As for ``apply``, like the others.
+        graph: What ``trace`` found.
+        plan: Kept indices per group.
+        verify: How much is compared.
+    """
+    surgery.apply_(model, graph, plan, verify)
+    describe_cut(model)
+    return model
+
+
+def apply_plan_file(
+    path: str | Path, base: "nn.Module | str | Path | None" = None, **kwargs: Any
+) -> nn.Module:
+    """Cuts a base model by a plan that was published alone.
+
+    Args:
+        path: The plan, or the folder that holds it.
+        base: The base model or its folder; None takes the id and revision that the plan names.
+        **kwargs: For `from_pretrained` of the base.
+
+    Returns:
+        The pruned model, verified against the masked one, without any fine-tuning.
+
+    Raises:
+        CheckpointError: No usable plan, or a base that is a plan too or whose inputs cannot be made
+            up.
+        PlanError: The plan was made for another model.
+        HubError: The base cannot be fetched.
+    """
+    plan = read_plan(path)
+    if not isinstance(base, nn.Module):
+        base = _load_base(plan, base, kwargs)
+    inputs = made_up_inputs(base)
+    if inputs is None:
+        raise CheckpointError(
+            f"{type(base).__name__}: its config does not tell how its inputs look; trace it with "
+            f"inputs of your own and use sosp_hub.apply(model, graph, plan)"
+        )
+    if isinstance(inputs, dict) and hasattr(getattr(base, "config", None), "use_cache"):
+        inputs["use_cache"] = False
+    return apply(base, trace(base, inputs), plan).eval()
+
+
+def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
+    """Loads what ``save_pretrained`` or ``save_plan`` wrote, or any transformers or timm model.
+
+    The config and the headers of the weight files are read and checked first. No tensor of the
+    model is made up and none of the files is left out, except for a head that is asked for.
+
+    Args:
+        path_or_id: A folder or a hub id.
+        **kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download`` and
+            ``local_files_only`` for the hub; ``model_class``, a transformers class to load into,
+            which may have a head that the files do not hold and lack one that they do;
+            ``num_classes``, a new head of that size for a timm model; all else goes to the library.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        CheckpointError: Damaged or hostile files, or weights that are not those of the config.
+        HubError: A hub that cannot be reached, or has no such model.
+    """
+    tell_newer()
+    folder = io.fetch(path_or_id, kwargs)
+    if holds_only_a_plan(folder):
+        return apply_plan_file(folder, **kwargs)
+    return io.load(folder, kwargs, str(path_or_id))
+
+
+def _load_base(plan: PruningPlan, base: "str | Path | None", kwargs: dict[str, Any]) -> nn.Module:
+    """The base model with its weights; a base that is a plan itself could go round in circles."""
+    if base is None and plan.base_model is None:
+        raise CheckpointError("the plan names no base model: pass base=FOLDER")
+    if base is None and plan.base_revision and not Path(str(plan.base_model)).is_dir():
+        kwargs = {"revision": plan.base_revision, **kwargs}
+    return io.from_pretrained(base or str(plan.base_model), **kwargs)

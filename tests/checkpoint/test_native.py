@@ -1,0 +1,159 @@
+"""Checkpoints without a delta: what the files do not hold is never made up."""
+
+import copy
+import json
+import re
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import sosp_hub
+from sosp_hub.errors import CheckpointError
+from tests.checkpoint import cuts
+from tests.compare import assert_close
+
+WEIGHTS = "model.safetensors"
+
+
+def uniform_llama():
+    """A Llama cut to the same width everywhere, which a plain config describes."""
+    cls, config, _ = cuts.FAMILIES["llama"]
+    torch.manual_seed(0)
+    model = cls(copy.deepcopy(config)).eval()
+    for layer in model.model.layers:
+        cuts.mlp(
+            layer.mlp,
+            ["gate_proj", "up_proj"],
+            "down_proj",
+            share=0.5,
+            attribute="intermediate_size",
+        )
+    return model
+
+
+MAKERS = {
+    "llama": uniform_llama,
+    "bert": lambda: cuts.FAMILIES["bert"][0](copy.deepcopy(cuts.FAMILIES["bert"][1])),
+    "timm": lambda: timm.create_model("test_vit", num_classes=7),
+}
+GONE = {
+    "llama": "model.layers.1.mlp.gate_proj.weight",
+    "bert": "classifier.bias",
+    "timm": "blocks.0.norm1.bias",
+}
+SAME_SHAPE = {
+    "llama": "model.norm.weight",
+    "bert": "bert.pooler.dense.bias",
+    "timm": "norm.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("native")
+    for name, make in MAKERS.items():
+        config = json.loads(
+            (sosp_hub.save_pretrained(make(), root / name) / "config.json").read_text()
+        )
+        assert "sosp_hub" not in json.dumps(config)
+    return root
+
+
+def changed(folder, tmp_path, change):
+    """A copy of a folder whose tensors went through a function."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_missing_tensor_is_refused(name, folders, tmp_path):
+    folder = changed(folders / name, tmp_path, lambda tensors: tensors.pop(GONE[name]))
+    with pytest.raises(CheckpointError, match=re.escape(GONE[name])):
+        sosp_hub.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_tensor_left_over_is_refused(name, folders, tmp_path):
+    folder = changed(folders / name, tmp_path, lambda tensors: tensors.update(extra=torch.zeros(1)))
+    with pytest.raises(CheckpointError, match="extra"):
+        sosp_hub.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_tensor_of_another_shape_is_refused(name, folders, tmp_path):
+    other = SAME_SHAPE[name]
+    folder = changed(
+        folders / name, tmp_path, lambda tensors: tensors.update({other: torch.zeros(3)})
+    )
+    with pytest.raises(CheckpointError, match=re.escape(other)):
+        sosp_hub.from_pretrained(folder)
+
+
+def test_layers_that_the_config_does_not_count_are_refused(folders, tmp_path):
+    folder = changed(folders / "llama", tmp_path, lambda _: None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    for options in ({}, {"model_class": transformers.LlamaForCausalLM}):
+        with pytest.raises(CheckpointError, match=r"unexpected tensors: model\.layers\.2"):
+            sosp_hub.from_pretrained(folder, **options)
+
+
+def test_a_head_may_be_new_where_it_is_asked_for(folders, tmp_path):
+    """Another class may add its head and leave the old one out, never a tensor of the body."""
+    body = load_file(folders / "bert" / WEIGHTS)
+    other = sosp_hub.from_pretrained(
+        folders / "bert", model_class=transformers.BertForQuestionAnswering
+    )
+    assert other.qa_outputs.weight.shape == (3, 32)
+    for name, tensor in other.bert.state_dict().items():
+        assert_close(tensor, body[f"bert.{name}"], relative=0, what=name)
+    missing = changed(
+        folders / "bert", tmp_path, lambda tensors: tensors.pop("bert.embeddings.LayerNorm.bias")
+    )
+    with pytest.raises(CheckpointError, match=r"missing tensors: bert\.embeddings\.LayerNorm"):
+        sosp_hub.from_pretrained(missing, model_class=transformers.BertForQuestionAnswering)
+
+
+def test_the_refusal_says_how_to_ask_for_a_head(folders, tmp_path):
+    def without_head(tensors):
+        del tensors["classifier.weight"], tensors["classifier.bias"]
+
+    folder = changed(folders / "bert", tmp_path, without_head)
+    with pytest.raises(CheckpointError, match="model_class="):
+        sosp_hub.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="missing tensors: classifier"):  # no other class
+        sosp_hub.from_pretrained(folder, model_class=transformers.BertForSequenceClassification)
+
+
+def test_a_part_that_the_class_lacks_is_left_out_only_if_asked(folders, tmp_path):
+    folder = changed(folders / "bert", tmp_path, lambda _: None)
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | {"architectures": ["BertModel"]}))
+    with pytest.raises(CheckpointError, match="model_class=BertModel leaves these parts out"):
+        sosp_hub.from_pretrained(folder)
+    model = sosp_hub.from_pretrained(folder, model_class=transformers.BertModel)
+    assert_close(
+        model.pooler.dense.weight,
+        load_file(folder / WEIGHTS)["bert.pooler.dense.weight"],
+        relative=0,
+    )
+
+
+def test_timm_files_are_compared_with_their_config_whatever_else_is_asked(folders, tmp_path):
+    """An argument that leaves the head alone must not let a made-up head pass."""
+    folder = changed(folders / "timm", tmp_path, lambda _: None)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["num_classes"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    for options in ({}, {"drop_rate": 0.1}):
+        with pytest.raises(CheckpointError, match=r"head\.(weight|bias)"):
+            sosp_hub.from_pretrained(folder, **options)
+    asked = sosp_hub.from_pretrained(folders / "timm", num_classes=3)
+    assert asked.num_classes == 3
