@@ -7,7 +7,7 @@ from torch import nn
 
 from sosp_hub.checkpoint import io
 from sosp_hub.checkpoint.inputs import made_up_inputs
-from sosp_hub.checkpoint.own_save import describe_cut
+from sosp_hub.checkpoint.own_save import describe_cut, why_not_plain
 from sosp_hub.checkpoint.weightless import holds_only_a_plan, read_plan
 from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import CheckpointError
@@ -47,6 +47,8 @@ def apply(
     """
     pruned = surgery.apply(model, graph, plan, verify)
     describe_cut(pruned)
+    if plan.provenance.get("uniform") is True:
+        io.tell_obstacle(why_not_plain(pruned))
     return pruned
 
 
@@ -70,6 +72,8 @@ def apply_(
     """
     surgery.apply_(model, graph, plan, verify)
     describe_cut(model)
+    if plan.provenance.get("uniform") is True:
+        io.tell_obstacle(why_not_plain(model))
     return model
 
 

@@ -73,11 +73,11 @@ def save_pretrained(
         if library == "transformers":
             from sosp_hub.checkpoint.transformers.save import write
 
-            write(model, fresh, max_shard_size=max_shard_size, ship_code=ship_code)
+            obstacle = write(model, fresh, max_shard_size=max_shard_size, ship_code=ship_code)
         else:
             from sosp_hub.checkpoint.timm.save import write
 
-            write(model, fresh, max_shard_size=max_shard_size)
+            obstacle = write(model, fresh, max_shard_size=max_shard_size)
         for extra in (tokenizer, processor):
             if extra is not None and hasattr(extra, "save_pretrained"):
                 extra.save_pretrained(fresh)
@@ -90,7 +90,25 @@ def save_pretrained(
             }
         if record:
             (fresh / REPORT).write_text(json.dumps(record, indent=1, default=_as_json) + "\n")
+    if is_uniform(record.get("plan")):
+        tell_obstacle(obstacle)
     return folder
+
+
+def is_uniform(plan: Any) -> bool:
+    """Whether a plan, as data, was to leave a model that a plain config describes."""
+    provenance = plan.get("provenance") if isinstance(plan, Mapping) else None
+    return isinstance(provenance, Mapping) and provenance.get("uniform") is True
+
+
+def tell_obstacle(obstacle: str) -> None:
+    """Says that a uniform cut needs a delta all the same, and why."""
+    if obstacle:
+        _LOG.warning(
+            "uniform=True was asked, but no plain config describes the model: %s. Its checkpoint "
+            "has a delta, and needs sosp_hub to load",
+            obstacle,
+        )
 
 
 def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:

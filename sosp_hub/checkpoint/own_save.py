@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from sosp_hub.errors import CheckpointError
+
 
 def describe_cut(model: nn.Module) -> None:
     """Gives a model that was just cut, or those inside it, what their own ways of saving need.
@@ -20,6 +22,19 @@ def describe_cut(model: nn.Module) -> None:
             else:
                 from sosp_hub.checkpoint.timm.own_save import describe_cut as describe
             describe(part)  # type: ignore[arg-type]
+
+
+def why_not_plain(model: nn.Module) -> str:
+    """Why a cut transformers model cannot be described by a plain config; empty where it can."""
+    if not _is_transformers(model):
+        return ""
+    from sosp_hub.checkpoint.transformers.save import describe
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return describe(model).obstacle  # type: ignore[arg-type]
+        except CheckpointError as error:
+            return str(error)
 
 
 def _outermost(model: nn.Module) -> Iterator[nn.Module]:

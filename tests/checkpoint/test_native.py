@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sosp_hub
 from sosp_hub.errors import CheckpointError
+from sosp_hub.plan import PruningPlan
 from tests.checkpoint import cuts
 from tests.compare import assert_close
 
@@ -157,3 +158,57 @@ def test_timm_files_are_compared_with_their_config_whatever_else_is_asked(folder
             sosp_hub.from_pretrained(folder, **options)
     asked = sosp_hub.from_pretrained(folders / "timm", num_classes=3)
     assert asked.num_classes == 3
+
+
+# --------------------------------------------------------------------------------------- uniform
+
+
+def cut_uniformly(cls, config, kept_heads):
+    """A model of which every attention keeps so many of its heads, as ``uniform=True`` does."""
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    graph = sosp_hub.trace(model, {"input_ids": TOKENS, "use_cache": False})
+    names = [name for name, group in graph.groups.items() if group.kind == "head"]
+    assert len(names) == 3
+    kept = {name: tuple(range(kept_heads)) for name in names}
+    sizes = {name: graph.groups[name].size for name in names}
+    plan = PruningPlan(kept, sizes, provenance={"uniform": True})
+    return sosp_hub.apply(model, graph, plan), plan
+
+
+TOKENS = torch.arange(3, 13).reshape(2, 5)
+FIVE = {**cuts.GQA, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5}
+
+
+@pytest.mark.parametrize(("kept", "is_plain"), [(4, True), (3, False), (2, True)])
+def test_a_uniform_cut_that_needs_a_delta_is_said(kept, is_plain, tmp_path, caplog):
+    """Llama's config wants heads that divide the hidden size."""
+    config = transformers.LlamaConfig(**FIVE)
+    model, plan = cut_uniformly(transformers.LlamaForCausalLM, config, kept)
+    said_by_apply = caplog.text
+    caplog.clear()
+    report = {"plan": json.loads(plan.to_json())}
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small", report=report)
+    assert ("sosp_hub" not in json.loads((folder / "config.json").read_text())) == is_plain
+    for said in (said_by_apply, caplog.text):
+        if is_plain:
+            assert "uniform" not in said
+        else:
+            assert "LlamaConfig refuses num_attention_heads=3" in said
+            assert "it takes 1, 2, 4, 5." in said
+    caplog.clear()
+    sosp_hub.save_pretrained(model, tmp_path / "small")  # nobody asked
+    assert "uniform" not in caplog.text
+
+
+def test_a_uniform_cut_of_heads_that_no_config_can_say_is_said(caplog):
+    cls, config, _ = cuts.FAMILIES["bert"]
+    torch.manual_seed(0)
+    model = cls(copy.deepcopy(config)).eval()
+    graph = sosp_hub.trace(model, {"input_ids": TOKENS})
+    heads = [name for name, group in graph.groups.items() if group.kind == "head"]
+    plan = PruningPlan(
+        dict.fromkeys(heads, (0, 1)), dict.fromkeys(heads, 4), provenance={"uniform": True}
+    )
+    sosp_hub.apply(model, graph, plan)
+    assert "uniform=True was asked, but no plain config describes the model" in caplog.text

@@ -21,8 +21,11 @@ from sosp_hub.errors import CheckpointError
 _NO_LIMIT = 2**62
 
 
-def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> None:
+def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> str:
     """Writes the model into a folder; in one file where timm alone may have to read it.
+
+    Returns:
+        Why the architecture's arguments do not say all; empty where they do.
 
     Raises:
         CheckpointError: The files would not build the model again.
@@ -34,6 +37,7 @@ def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> None:
         folder,
         max_shard_size=_NO_LIMIT if delta.empty else max_shard_size,
     )
+    return "" if delta.empty else f"{adapter.base_architecture(model)} has no arguments for widths"
 
 
 def describe(model: nn.Module) -> tuple[dict[str, Any], Delta]:

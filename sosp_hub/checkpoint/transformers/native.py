@@ -5,6 +5,7 @@ when it leaves fewer differences. The result counts only with no difference left
 output.
 """
 
+import contextlib
 import copy
 import re
 from collections import Counter, defaultdict
@@ -22,6 +23,8 @@ from sosp_hub.compat.torch import child_table
 from sosp_hub.errors import CheckpointError
 
 _MOST_BUILDS = 64
+_MOST_NUMBERS = 16
+_NO_NUMBER = "its config has no numbers for these sizes"
 
 _REFUSALS = (
     *(ArithmeticError, AttributeError, CheckpointError, LookupError, RuntimeError),
@@ -58,8 +61,8 @@ def best_skeleton(model: PreTrainedModel) -> tuple[Any, Delta]:
     return adapter.plain_config(config), delta
 
 
-def uniform_config(model: PreTrainedModel, config: Any, delta: Delta) -> Any | None:
-    """A config that leaves no difference at all, or None.
+def uniform_config(model: PreTrainedModel, config: Any, delta: Delta) -> tuple[Any | None, str]:
+    """A config that leaves no difference at all; or None, and what stands against it.
 
     Args:
         model: The pruned model.
@@ -67,26 +70,48 @@ def uniform_config(model: PreTrainedModel, config: Any, delta: Delta) -> Any | N
         delta: What it leaves.
     """
     original, left, builds = config, _num_entries(delta), 0
+    obstacle, refused_left = "", left
     while left:
         skeleton = adapter.build_meta(type(model), config)
         pairs = _pairs(skeleton, adapter.base_name(model), delta)
         if pairs is None:
-            return None
+            return None, "layers of one kind differ"
         for position, key, value in _suggestions(config, pairs):
             builds += 1
             if builds > _MOST_BUILDS:
-                return None
+                return None, obstacle or _NO_NUMBER
             try:
                 candidate = _with(config, position, key, value)
-                delta = adapter.delta_of(model, candidate, original)
+                found = adapter.delta_of(model, candidate, original)
             except _REFUSALS:
                 continue
-            if _num_entries(delta) < left:
-                config, left = candidate, _num_entries(delta)
-                break
+            if _num_entries(found) >= left:
+                continue
+            try:
+                _check(candidate)
+            except _REFUSALS as error:
+                if _num_entries(found) < refused_left:
+                    refused_left = _num_entries(found)
+                    obstacle = _refusal(config, position, key, value, error)
+                continue
+            config, delta, left = candidate, found, _num_entries(found)
+            break
         else:
-            return None
-    return config
+            return None, obstacle or _NO_NUMBER
+    return config, ""
+
+
+def _refusal(config: Any, position: int, key: str, value: int, error: Exception) -> str:
+    """That a config does not take a number, why, and which ones it takes."""
+    owner = list(adapter.config_tree(config))[position]
+    taken: list[str] = []
+    for number in range(1, getattr(owner, key) + 1):
+        with contextlib.suppress(*_REFUSALS):
+            _check(_with(config, position, key, number))
+            taken.append(str(number))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    shown = ", ".join(taken[:_MOST_NUMBERS]) + (", ..." if len(taken) > _MOST_NUMBERS else "")
+    return f"{type(owner).__name__} refuses {key}={value} ({lines[-1]}); it takes {shown}"
 
 
 def _configs(model: PreTrainedModel) -> Iterator[Any]:
@@ -181,5 +206,9 @@ def _with(config: Any, position: int, key: str, value: int) -> Any:
     config = copy.deepcopy(config)
     each = list(adapter.config_tree(config))[position]
     setattr(each, key, value)
-    type(config).from_dict(config.to_dict())  # the checks of a config that is read from a file
     return config
+
+
+def _check(config: Any) -> None:
+    """The checks of a config that is read from a file."""
+    type(config).from_dict(config.to_dict())

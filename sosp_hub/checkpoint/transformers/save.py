@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,32 @@ from sosp_hub.errors import CheckpointError
 from sosp_hub.structure.isolation import isolated
 
 
+class Described(NamedTuple):
+    """What builds a model again.
+
+    Attributes:
+        config: The plain config.
+        delta: What it does not say; empty where it says all.
+        obstacle: Why no plain config says all; empty where one does.
+    """
+
+    config: Any
+    delta: Delta
+    obstacle: str
+
+
 def write(
     model: PreTrainedModel, folder: Path, *, max_shard_size: int | str, ship_code: bool
-) -> None:
+) -> str:
     """Writes the model into a folder that holds no other weights.
+
+    Returns:
+        Why the plain config does not say all; empty where it does.
 
     Raises:
         CheckpointError: The files would not build the model again.
     """
-    config, delta = describe(model)
+    config, delta, obstacle = describe(model)
     state = _state(model, delta)
     _check_loud(model, config, delta, state)
     with adapter.not_pending(model):
@@ -40,6 +57,7 @@ def write(
     config.save_pretrained(folder)
     if ship_code and not delta.empty:
         ship(model, folder)
+    return obstacle
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -62,7 +80,7 @@ def attach(model: PreTrainedModel) -> None:
         setattr(model.config, KEY, delta.to_json())
 
 
-def describe(model: PreTrainedModel) -> tuple[Any, Delta]:
+def describe(model: PreTrainedModel) -> Described:
     """The config and the delta that build this model again; no delta where a config can say all.
 
     Raises:
@@ -70,15 +88,17 @@ def describe(model: PreTrainedModel) -> tuple[Any, Delta]:
     """
     config, delta = native.best_skeleton(model)
     inputs = made_up_inputs(model)
+    obstacle = "its config does not say how its inputs look, so no config could be compared"
     if inputs is not None:
         plain = dataclasses.replace(delta, base=Section(delta.base.cls), head=None)
-        found = native.uniform_config(model, config, delta)
+        found, obstacle = native.uniform_config(model, config, delta)
         rebuilt = None if found is None else _rebuild(model, found, plain)
         if rebuilt is not None and not _lasting_buffers(rebuilt, model):
             proof.adopt(rebuilt, model)
             if proof.same_output(rebuilt, model, inputs):
-                return found, plain
-    return config, _proved(model, config, delta, inputs)
+                return Described(found, plain, "")
+        obstacle = obstacle or "the model that a plain config builds computes something else"
+    return Described(config, _proved(model, config, delta, inputs), obstacle)
 
 
 def _proved(model: PreTrainedModel, config: Any, delta: Delta, inputs: Any) -> Delta:
