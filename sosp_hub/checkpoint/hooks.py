@@ -47,6 +47,12 @@ def disable() -> None:
             sys.modules[ours].unhook()
 
 
+def complete(library: str) -> None:
+    """Hooks into a library, if hooks are on, now that our first module for it is complete."""
+    if is_enabled():
+        _hook(_HOOKED[library])
+
+
 class _Finder(MetaPathFinder):
     """Finds nothing itself; lets the others find, and runs our hook after the module."""
 
@@ -80,9 +86,11 @@ def _then_hook(
 
 
 def _hook(ours: Sequence[str]) -> None:
-    # Where our module is what imports the library, it hooks by itself when it is complete.
     for name in ours:
-        getattr(importlib.import_module(name), "hook", lambda: None)()
+        hook = getattr(importlib.import_module(name), "hook", None)
+        if hook is None:  # our module is what imports the library; it says when it is `complete`
+            return
+        hook()
 
 
 def _is_loaded(name: str) -> bool:

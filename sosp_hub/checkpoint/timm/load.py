@@ -248,5 +248,4 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     READ_FOLDER: timm_shards.from_folder,
 }
 
-if hooks.is_enabled():
-    hook()
+hooks.complete("timm")

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from sosp_hub.checkpoint import hooks
 from sosp_hub.checkpoint.format.delta import store_in_state
 from sosp_hub.checkpoint.timm.load import CUT
 from sosp_hub.checkpoint.timm.save import complete_config, describe
@@ -60,7 +59,3 @@ def _saving(timms_own: Callable[..., None]) -> Callable[..., None]:
         complete_config(model, Path(config_path), *described)
 
     return save_config_for_hf
-
-
-if hooks.is_enabled():
-    hook()

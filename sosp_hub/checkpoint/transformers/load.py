@@ -269,5 +269,4 @@ def _refuse_invented(model: nn.Module, info: Any) -> None:
         )
 
 
-if hooks.is_enabled():
-    hook()
+hooks.complete("transformers.modeling_utils")

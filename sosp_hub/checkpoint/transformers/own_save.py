@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
-from sosp_hub.checkpoint import hooks
 from sosp_hub.checkpoint.format.record import KEY
 from sosp_hub.checkpoint.transformers.load import PENDING
 from sosp_hub.compat.transformers import saves_adapters_only
@@ -62,7 +61,3 @@ def _attach(model: PreTrainedModel) -> None:
 
     attach(model)
     vars(model).pop(PENDING, None)
-
-
-if hooks.is_enabled():
-    hook()
