@@ -154,17 +154,19 @@ def load(folder: Path, kwargs: dict[str, Any], name: str) -> nn.Module:
     tensors = headers.read_tensors(folder)
     check_counts(config, tensors)
     check_code(config)
-    looks_wrong = is_widened(config) or (not kwargs and outgrows_files(config, tensors))
+    is_timm = "architecture" in config and "model_type" not in config
+    is_adapted = is_timm and kwargs.keys() - {"dtype"}  # timm makes up what no longer fits
+    looks_wrong = is_adapted or is_widened(config) or outgrows_files(config, tensors)
     if looks_wrong and (fault := next(misfits(folder, config, tensors), None)):
         raise CheckpointError(f"{name}: {fault}")
     try:
-        if "architecture" in config and "model_type" not in config:
+        if is_timm:
             from sosp_hub.checkpoint.timm.read import read as read_timm
 
-            return read_timm(folder, config, tensors, kwargs)
+            return read_timm(folder, tensors, kwargs)
         from sosp_hub.checkpoint.transformers.read import read as read_transformers
 
-        return read_transformers(folder, config, kwargs)
+        return read_transformers(folder, config, model_class(config), kwargs)
     except (SospHubError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a library meets damaged files with whatever error comes first

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.cut import apply
 from sosp_hub.errors import DataError, PlanError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.reconstruction.gram import Gram, ProcessSum
@@ -19,7 +20,7 @@ from sosp_hub.reconstruction.stream import Stream
 from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
-from sosp_hub.surgery.apply import Verify, apply, check_arguments, check_model, fold, get_tensor
+from sosp_hub.surgery.apply import Verify, check_arguments, check_model, fold, get_tensor
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches

@@ -9,33 +9,24 @@ import torch
 from torch import nn
 
 from sosp_hub.checkpoint.format.headers import TensorHeader
-from sosp_hub.checkpoint.skeleton import misfits
 from sosp_hub.errors import CheckpointError
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def read(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, TensorHeader],
-    kwargs: dict[str, Any],
-) -> nn.Module:
+def read(folder: Path, tensors: Mapping[str, TensorHeader], kwargs: dict[str, Any]) -> nn.Module:
     """The model of a folder, in eval mode and in the dtype of its files.
 
     Args:
         folder: Holds the config and the weights.
-        config: What ``config.json`` says.
         tensors: Headers of the weights.
         kwargs: For `timm.create_model`; ``num_classes`` asks for a new head, other arguments have
-            timm adapt weights. Before that the files must be what the config builds.
+            timm adapt weights, so the caller has compared the files with their config.
 
     Raises:
         CheckpointError: Tensors are missing, left over, or of another shape.
     """
     dtype = kwargs.pop("dtype", None)
-    if kwargs and (fault := next(misfits(folder, config, tensors), None)):
-        raise CheckpointError(f"{folder}: {fault}")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
     if not kwargs:
         _check_all_read(model, tensors)

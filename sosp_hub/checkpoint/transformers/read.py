@@ -7,7 +7,6 @@ from typing import Any
 import transformers
 from torch import nn
 
-from sosp_hub.checkpoint.skeleton import model_class
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.compat.torch import child_table
 from sosp_hub.errors import CheckpointError
@@ -15,19 +14,22 @@ from sosp_hub.errors import CheckpointError
 _SHOWN = 4
 
 
-def read(folder: Path, config: Mapping[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+def read(
+    folder: Path, config: Mapping[str, Any], named: Any | None, kwargs: dict[str, Any]
+) -> nn.Module:
     """The model of a folder, in eval mode.
 
     Args:
         folder: Holds the config and the weights.
         config: What ``config.json`` says.
+        named: The class that it names, if transformers has it.
         kwargs: For transformers; ``model_class`` is the class to load into.
 
     Raises:
         CheckpointError: Tensors are missing, left over, or of another shape.
     """
     asked = kwargs.pop("model_class", None)
-    cls = asked or model_class(config)
+    cls = asked or named
     if cls is None:
         if not kwargs.get("trust_remote_code"):
             raise CheckpointError(
