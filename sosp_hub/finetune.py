@@ -114,7 +114,7 @@ def finetune(
             done = (step - epoch * steps_per_epoch) * config.gradient_accumulation
             batches = accelerator.skip_first_batches(loader, done) if done else loader
             for index, batch in enumerate(batches, start=epoch * len(loader) + done):
-                learning_rate = config.learning_rate * _schedule(step, total, config)
+                learning_rate = config.rate * _schedule(step, total, config)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 rank, world = accelerator.process_index, accelerator.num_processes
@@ -161,9 +161,7 @@ def finetune(
     model.eval()
     if last is not None:  # what the last step did shows only in another pass
         with torch.no_grad(), accelerator.autocast():
-            _point(
-                [batch_loss(model, last, loss_fn).value], step, config.epochs, config.learning_rate
-            )
+            _point([batch_loss(model, last, loss_fn).value], step, config.epochs, config.rate)
     return history
 
 
@@ -291,9 +289,9 @@ def _optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
+        return torch.optim.AdamW(groups, lr=config.rate)
     nesterov = config.momentum > 0
-    return torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov)
+    return torch.optim.SGD(groups, config.rate, config.momentum, nesterov=nesterov)
 
 
 def _schedule(step: int, total: int, config: TrainSection) -> float:

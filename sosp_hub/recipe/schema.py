@@ -1,19 +1,22 @@
 """The recipe: one typed section per stage. Defaults and their meaning are written here alone."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
 from sosp_hub.recipe.targets import Targets
-from sosp_hub.recipe.training import TrainSection
+from sosp_hub.recipe.training import FROM_RANDOM, TrainSection
 from sosp_hub.types import DEFAULT_KINDS, Kind, Library, Task
 
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
 _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
 Verb = Literal["prune", "compare", "expand"]
 BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
+
+
+TrainT = TypeVar("TrainT", bound=TrainSection)
 
 
 class ModelSection(Section):
@@ -382,6 +385,15 @@ class Recipe(Section):
         if self.model.task == "image-classification" or not self.augments():
             return self
         raise ValueError("augment: only images are augmented; leave it out for text")
+
+    def at_rate(self, training: TrainT) -> TrainT:
+        """A training with the learning rate that suits the model, where it gives none.
+
+        A rate that trains random weights ruins pretrained ones: at 1e-3 a text classifier fell from
+        62.5 % after the cut to 46.0 %, at 5e-5 it rose to 63.5 %.
+        """
+        pretrained = 5e-5 if self.model.library == "transformers" else 1e-4
+        return training.at_rate(pretrained if self.model.pretrained else FROM_RANDOM)
 
     def recalibrates(self) -> bool:
         """Whether BatchNorm statistics are re-estimated after a cut."""

@@ -1,10 +1,12 @@
 """How to train: before the cut, with masks, and after it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from sosp_hub.recipe.section import Count, Section
+
+FROM_RANDOM = 1e-3  # peak learning rate of weights that were random
 
 
 class TrainSection(Section):
@@ -13,8 +15,10 @@ class TrainSection(Section):
     epochs: Annotated[int, Field(ge=0)] = Field(
         default=10, description="passes over the train split; 0 = no training"
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        default=1e-3, description="peak learning rate"
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="peak learning rate; null = 1e-3 where the model began with random weights, "
+        "else 5e-5 for transformers and 1e-4 for timm",
     )
     optimizer: Literal["adamw", "sgd"] = Field(
         default="adamw", description="sgd has Nesterov momentum"
@@ -46,6 +50,15 @@ class TrainSection(Section):
     num_samples: Count | None = Field(
         default=None, description="samples of the train split that are used; null = all"
     )
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate, that of random weights where none is given."""
+        return self.learning_rate or FROM_RANDOM
+
+    def at_rate(self, rate: float) -> Self:
+        """The same, with this peak learning rate where none is given."""
+        return self if self.learning_rate else self.model_copy(update={"learning_rate": rate})
 
 
 class MaskTrainSection(TrainSection):

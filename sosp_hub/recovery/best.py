@@ -90,10 +90,10 @@ class BestState:
         known = self.selected
         wait_for_everyone()
         # After a kill, epochs from this one on are run again: what they left counts no more.
-        is_best = known is None or known.epoch >= epoch or math.isnan(known.loss)
-        is_best = is_best or loss < known.loss
+        stays = known if known and known.epoch < epoch and not math.isnan(known.loss) else None
+        is_best = stays is None or loss < stays.loss
         losses = [each for each in (known.losses if known else ()) if each[0] < epoch]
-        best = (epoch, loss) if is_best else (known.epoch, known.loss)
+        best = (epoch, loss) if stays is None or is_best else (stays.epoch, stays.loss)
         if is_main():
             self.record.unlink(missing_ok=True)
             if is_best:

@@ -131,7 +131,7 @@ def _say(selected: Selected, config: FinetuneSection, num_held_out: int) -> None
             num_held_out,
             start,
             min((loss for epoch, loss in selected.losses if epoch), default=math.nan),
-            config.learning_rate,
+            config.rate,
         )
     elif selected.epoch < config.epochs:
         logger.info(

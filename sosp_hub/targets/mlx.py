@@ -12,4 +12,4 @@ class Mlx(Deci):
 
     reads: ClassVar[str] = "mlx-lm"
 
-    name: Literal["mlx"] = "mlx"  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: Literal["mlx"] = "mlx"

@@ -27,7 +27,7 @@ data:      {id: ethz/food101, train: train, test: validation, image: image, labe
 structure: {kinds: [channel, head, kv_group, neuron], outputs: null}
 criterion: {name: sosp_h, num_samples: 1024, batch_size: 32, mode: auto}
 budget:    {macs: 0.5, keep_at_least: 0.1, round_to: 1, uniform: false}
-finetune:  {epochs: 10, learning_rate: 1.0e-3, distill: 0.0}
+finetune:  {epochs: 10, learning_rate: null, distill: 0.0}
 evaluate:  {metrics: [accuracy]}
 output:    {dir: runs/resnet18-food101}
 push:      null
@@ -297,3 +297,21 @@ def test_norms_are_re_estimated_unless_gates_were_made_for_them(steps, asked, ex
     keys = ["criterion.compensate=true", f"criterion.compensate_steps={steps}"]
     keys.append(f"finetune.recalibrate_norm={asked}")
     assert load_recipe(RECIPES / "quickstart.yaml", keys).recalibrates() is expected
+
+
+@pytest.mark.parametrize(
+    ("model", "rate"),
+    [
+        ("{library: transformers, id: a/b, task: text-classification}", 5e-5),
+        ("{library: timm, id: resnet18, task: image-classification}", 1e-4),
+        ("{library: timm, id: resnet18, task: image-classification, pretrained: false}", 1e-3),
+    ],
+)
+def test_a_learning_rate_that_is_not_given_suits_the_weights(model, rate, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {model}\ndata: {{id: a/c}}\n")
+    recipe = load_recipe(path, [], "prune")
+    assert recipe.finetune.learning_rate is None
+    assert recipe.at_rate(recipe.finetune).learning_rate == rate
+    recipe = load_recipe(path, ["finetune.learning_rate=0.25"], "prune")
+    assert recipe.at_rate(recipe.finetune).learning_rate == 0.25
