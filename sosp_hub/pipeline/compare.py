@@ -12,19 +12,22 @@ from typing import Any
 from safetensors.torch import load_file
 
 from sosp_hub.distributed import is_main, logger, wait_for_everyone
-from sosp_hub.pipeline import decide
+from sosp_hub.pipeline.context import Context, open_context
+from sosp_hub.pipeline.curvature import curvature
 from sosp_hub.pipeline.output_folder import check_place, put
+from sosp_hub.pipeline.planning import check, decide_and_cut, plan, saliency, score
 from sosp_hub.pipeline.ranks import rank_correlations
+from sosp_hub.pipeline.recovery import cell as cell_step
+from sosp_hub.pipeline.recovery import final, follow_up
 from sosp_hub.pipeline.result import costs, latency_of, versions
-from sosp_hub.pipeline.stage_cache import WorkFolder
-from sosp_hub.pipeline.stages import Stages
+from sosp_hub.pipeline.stage_cache import StageCache, Step
+from sosp_hub.pipeline.training import dense_metrics, measure_dense, train_dense
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.study_grid import Cell, cells_of
 from sosp_hub.report.facts import scrub
 from sosp_hub.report.numbers import metric_value
 from sosp_hub.report.study import brief, write_comparison
-from sosp_hub.structure.graph import Graph
 
 _LATENCY_S = 0.5  # of measuring in each cell
 
@@ -50,12 +53,12 @@ def compare(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> di
     check_place(output, "results.json", overwrite)
     folder = output.with_name(f"{output.name}.partial")
     cells, _ = cells_of(recipe)
-    done = sum(_work(folder, cell).read("cell") is not None for cell in cells)
+    done = sum(_cache(folder, cell).read(cell_step) is not None for cell in cells)
     if done:
         logger.info("going on with what %s holds: %d of %d cells", folder, done, len(cells))
     for seed in dict.fromkeys(cell.seed for cell in cells):
         mine = [cell for cell in cells if cell.seed == seed]
-        if any(_work(folder, cell).read("cell") is None for cell in mine):
+        if any(_cache(folder, cell).read(cell_step) is None for cell in mine):
             _run(mine, folder)
     results = _results(recipe, cells, folder, command)
     wait_for_everyone()
@@ -71,47 +74,45 @@ def compare(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> di
     return results
 
 
-def _work(folder: Path, cell: Cell) -> WorkFolder:
-    return WorkFolder(folder, cell.recipe, shared=True)
+def _cache(folder: Path, cell: Cell) -> StageCache:
+    return StageCache(folder, cell.recipe, shared=True)
 
 
 def _run(cells: Sequence[Cell], folder: Path) -> None:
     """All cells of one seed: checked, scored by every criterion, then cut one after the other."""
-    base = Stages(cells[0].recipe, _work(folder, cells[0]))
-    graph = base.trace()
+    base = open_context(cells[0].recipe, _cache(folder, cells[0]))
     for cell in cells:
-        decide.check(base.turned_to(cell.recipe, base.work), graph)
-    base.train_dense()
-    base.measure("dense_metrics", base.model)
+        check(base.turned_to(cell.recipe, base.cache))
+    train_dense(base)
+    measure_dense(base)
     for cell in {cell.criterion: cell for cell in cells}.values():
-        decide.score(base.turned_to(cell.recipe, _work(folder, cell)), graph)
+        score(base.turned_to(cell.recipe, _cache(folder, cell)))
     for cell in cells:
-        work = _work(folder, cell)
-        if work.read("cell") is None:
-            stages = base.turned_to(cell.recipe, work)
-            row = stages.stage("cell", lambda stages=stages: _row(stages, graph))
-            work.forget("final")  # its numbers are in the row, and weights are large
+        context = base.turned_to(cell.recipe, _cache(folder, cell))
+        if cell_step.made(context) is None:
+            row = cell_step(context, _row)
+            context.cache.forget(final)  # its numbers are in the row, and weights are large
             name = next(iter(row["metrics"]["cut"]))
             values = [metric_value(name, one[name]["value"]) for one in row["metrics"].values()]
-            said = cell.criterion, cell.budget, cell.seed, name, ", ".join(values)
-            logger.info("%s, %s, seed %d: %s %s", *said)
+            shown = cell.criterion, cell.budget, cell.seed, name, ", ".join(values)
+            logger.info("%s, %s, seed %d: %s %s", *shown)
 
 
-def _row(stages: Stages, graph: Graph) -> dict[str, Any]:
+def _row(context: Context) -> dict[str, Any]:
     """Everything that is measured in one cell."""
-    plan, pruned = decide.plan_and_cut(stages, graph, decide.score(stages, graph))
-    metrics, _ = stages.follow_up(pruned)
-    recipe = stages.recipe
-    groups = {name: group.size for name, group in stages.groups(graph).items()}
+    decided, pruned = decide_and_cut(context, score(context))
+    metrics, _ = follow_up(context, pruned)
+    recipe, groups = context.recipe, context.groups
+    sizes = {name: group.size for name, group in groups.items()}
     return {
         "metrics": metrics,
-        "cost": costs(graph, plan),
+        "cost": costs(context.graph, decided),
         "structures": {
-            "before": sum(groups.values()),
-            "after": sum((groups | plan.num_kept()).values()),
+            "before": sum(sizes.values()),
+            "after": sum((sizes | decided.num_kept()).values()),
         },
-        "floors": len(plan.provenance.get("floors") or ()),
-        "latency": latency_of(recipe, stages.loaded, pruned, _LATENCY_S)
+        "floors": len(decided.provenance.get("floors") or ()),
+        "latency": latency_of(recipe, context.loaded, pruned, _LATENCY_S)
         if recipe.evaluate.latency
         else {},
     }
@@ -121,23 +122,23 @@ def _results(recipe: Recipe, cells: Sequence[Cell], folder: Path, command: str) 
     """The numbers of all cells, and what belongs to a criterion or to a seed."""
     rows, dense, scores, seen = [], {}, {}, set()
     for cell in cells:
-        work = _work(folder, cell)
-        dense.setdefault(str(cell.seed), _made(work, "dense_metrics"))
+        cache = _cache(folder, cell)
+        dense.setdefault(str(cell.seed), _made(cache, dense_metrics))
         rows.append(
             {
                 "criterion": cell.criterion,
                 "budget": cell.budget,
                 "seed": cell.seed,
-                **_made(work, "cell"),
-                "scoring": _scoring(work, cell.recipe),
+                **_made(cache, cell_step),
+                "scoring": _scoring(cache, cell.recipe),
             }
         )
         key = (cell.recipe.structure.kinds, cell.seed)
-        saliency = scores.setdefault(key, {})
-        place = work.tensors("saliency")
-        if (cell.seed, place) not in seen:
-            seen.add((cell.seed, place))
-            saliency[cell.criterion] = load_file(place)
+        by_criterion = scores.setdefault(key, {})
+        file = cache.tensors(saliency)
+        if (cell.seed, file) not in seen:
+            seen.add((cell.seed, file))
+            by_criterion[cell.criterion] = load_file(file)
     return {
         "command": scrub(command),
         "recipe": scrub(dump_recipe(recipe, whole=False)),
@@ -160,19 +161,19 @@ def _results(recipe: Recipe, cells: Sequence[Cell], folder: Path, command: str) 
     }
 
 
-def _scoring(work: WorkFolder, recipe: Recipe) -> dict[str, Any]:
+def _scoring(cache: StageCache, recipe: Recipe) -> dict[str, Any]:
     """Seconds and peak of memory until there was a plan, whoever else used the same scores."""
     criterion = recipe.criterion
-    names = ["saliency"]
-    names += ["curvature"] * (criterion.uses_curvature or criterion.compensates())
-    names += ["plan"] * (criterion.compensate_steps > 0)
-    records = [record for name in names if (record := work.read(name)) is not None]
+    steps: list[Step[Any, ...]] = [saliency]
+    steps += [curvature] * (criterion.uses_curvature or criterion.compensates())
+    steps += [plan] * (criterion.compensate_steps > 0)
+    records = [record for step in steps if (record := cache.read(step)) is not None]
     peaks = [record["peak_bytes"] for record in records if record["peak_bytes"] is not None]
     seconds = sum(record["seconds"] for record in records)
     return {"seconds": seconds, "peak_bytes": max(peaks, default=None)}
 
 
-def _made(work: WorkFolder, stage: str) -> dict[str, Any]:
-    record = work.read(stage)
+def _made(cache: StageCache, step: Step[Any, ...]) -> dict[str, Any]:
+    record = cache.read(step)
     assert record is not None
     return record["made"]

@@ -15,7 +15,7 @@ from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.cost import cost
 from sosp_hub.distributed import is_main, logger, wait_for_everyone
 from sosp_hub.errors import BudgetError
-from sosp_hub.pipeline import decide
+from sosp_hub.pipeline.context import Context, open_context
 from sosp_hub.pipeline.growth import (
     bottlenecks,
     factor_of_equal_size,
@@ -23,10 +23,13 @@ from sosp_hub.pipeline.growth import (
     ratios,
     widened,
 )
+from sosp_hub.pipeline.measuring import cut
 from sosp_hub.pipeline.output_folder import check_place, put
+from sosp_hub.pipeline.planning import check, decide, score
+from sosp_hub.pipeline.recovery import cell, final, follow_up
 from sosp_hub.pipeline.result import costs, versions
-from sosp_hub.pipeline.stage_cache import WorkFolder, make_folder
-from sosp_hub.pipeline.stages import Stages
+from sosp_hub.pipeline.stage_cache import StageCache, make_folder
+from sosp_hub.pipeline.training import measure_dense, train_dense
 from sosp_hub.plan import GrowthPlan
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import BudgetSection, ExpandSection, Recipe
@@ -88,13 +91,13 @@ class _Seed:
 
     def run(self) -> dict[str, Any]:
         """The bottlenecks, and a row for each variant and budget."""
-        base = Stages(self.recipe, WorkFolder(self.folder / "base", self.recipe, shared=True))
-        graph = base.trace()
-        base.train_dense()
-        dense = base.measure("dense_metrics", base.model)
-        saliency = decide.score(base, graph)
-        plan = decide.plan(base, graph, saliency)
-        groups = base.groups(graph)
+        base = open_context(self.recipe, self._cache("base", self.recipe))
+        check(base)
+        train_dense(base)
+        dense = measure_dense(base)
+        saliency = score(base)
+        plan = decide(base, saliency)
+        graph, groups = base.graph, base.groups
         obstacles = {name: why for name in groups if (why := why_not(graph, name))}
         for name, why in obstacles.items():
             logger.info("%s cannot be widened: %s", name, why)
@@ -118,7 +121,7 @@ class _Seed:
                 strict=True,
             )
         )
-        rows = [row for name, each in plans.items() for row in self._rows(base, graph, name, each)]
+        rows = [row for name, each in plans.items() for row in self._rows(base, name, each)]
         kept = plan.num_kept()
         return {
             "seed": self.seed,
@@ -133,44 +136,43 @@ class _Seed:
             "rows": rows,
         }
 
-    def _rows(
-        self, base: Stages, graph: Graph, name: str, growth: GrowthPlan
-    ) -> Iterator[dict[str, Any]]:
+    def _rows(self, base: Context, name: str, growth: GrowthPlan) -> Iterator[dict[str, Any]]:
         """One variant: widened, trained, scored, and cut at each budget."""
         section = self.section.train or self.recipe.model.train
         recipe = self.recipe.model_copy(
             update={"model": self.recipe.model.model_copy(update={"train": section})}
         )
         made = json.dumps([growth.copies, self.section.init], sort_keys=True)
-        place = self.folder / f"{name}-{hashlib.sha256(made.encode()).hexdigest()[:16]}"
+        folder = f"{name}-{hashlib.sha256(made.encode()).hexdigest()[:16]}"
         device = base.accelerator.device
-        wide = widen(base.model.cpu(), graph, growth, init=self.section.init, seed=self.seed)
+        wide = widen(base.model.cpu(), base.graph, growth, init=self.section.init, seed=self.seed)
         base.model.to(device)
-        stages = base.with_model(wide, recipe, WorkFolder(place, recipe, shared=True))
-        whole = stages.trace()
-        stages.train_dense()
-        dense = stages.measure("dense_metrics", stages.model)
-        for label, budget in _budgets(self.recipe.budget, self.section.keep, graph, whole):
+        context = base.with_model(wide, recipe, self._cache(folder, recipe))
+        check(context)
+        train_dense(context)
+        dense = measure_dense(context)
+        keep = self.section.keep
+        for label, budget in _budgets(self.recipe.budget, keep, base.graph, context.graph):
             mine = recipe.model_copy(update={"budget": budget})
-            cell = stages.turned_to(mine, WorkFolder(place, mine, shared=True))
+            of_budget = context.turned_to(mine, self._cache(folder, mine))
             saved = name == VARIANTS[1] and (self.seed, label) == self._saved()
-            row = cell.stage("cell", lambda cell=cell, saved=saved: self._row(cell, whole, saved))
-            cell.work.forget("final")  # its numbers are in the row
+            row = cell(of_budget, lambda of_budget, saved=saved: self._row(of_budget, saved))
+            of_budget.cache.forget(final)  # its numbers are in the row
             metric = overall_metrics(row["metrics"])[0]
             last = list(row["metrics"].values())[-1][metric]["value"]
-            said = name, label, self.seed, metric, metric_value(metric, last)
-            logger.info("%s, %s, seed %d: %s %s", *said)
+            shown = name, label, self.seed, metric, metric_value(metric, last)
+            logger.info("%s, %s, seed %d: %s %s", *shown)
             metrics = {"dense": dense, **row["metrics"]}
             yield {"criterion": name, "budget": label, "seed": self.seed, **row, "metrics": metrics}
 
-    def _row(self, stages: Stages, graph: Graph, saved: bool) -> dict[str, Any]:
+    def _row(self, context: Context, saved: bool) -> dict[str, Any]:
         """Everything that is measured at one budget; the first expanded model is kept."""
-        plan = decide.plan(stages, graph, decide.score(stages, graph))
-        pruned = stages.cut(graph, plan)
-        metrics, _ = stages.follow_up(pruned)
+        plan = decide(context, score(context))
+        pruned = cut(context, plan)
+        metrics, _ = follow_up(context, pruned)
         if saved and is_main():
             make_folder(self.folder)
-            loaded = stages.loaded
+            loaded = context.loaded
             save_pretrained(
                 pruned,
                 self.folder / MODEL,
@@ -182,9 +184,12 @@ class _Seed:
         wait_for_everyone()
         return {
             "metrics": metrics,
-            "cost": costs(graph, plan),
-            "ratios": ratios(stages.groups(graph), plan),
+            "cost": costs(context.graph, plan),
+            "ratios": ratios(context.groups, plan),
         }
+
+    def _cache(self, folder: str, recipe: Recipe) -> StageCache:
+        return StageCache(self.folder / folder, recipe, shared=True)
 
     def _saved(self) -> tuple[int, str]:
         """Seed and budget of the model that is kept."""

@@ -10,13 +10,15 @@ from sosp_hub.distributed import (
     wait_for_everyone,
 )
 from sosp_hub.errors import HubError
-from sosp_hub.pipeline import decide
-from sosp_hub.pipeline.compensation import stored_curvature
+from sosp_hub.pipeline.context import open_context
+from sosp_hub.pipeline.curvature import calibration_of, stored_curvature
 from sosp_hub.pipeline.output_folder import check_place
+from sosp_hub.pipeline.planning import check, decide_and_cut, score
+from sosp_hub.pipeline.recovery import follow_up
 from sosp_hub.pipeline.result import check_push, publish, write_result
 from sosp_hub.pipeline.scores import Scores
-from sosp_hub.pipeline.stage_cache import WorkFolder
-from sosp_hub.pipeline.stages import Stages
+from sosp_hub.pipeline.stage_cache import StageCache
+from sosp_hub.pipeline.training import measure_dense, train_dense, train_masks
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.report.terminal import show_result
 
@@ -53,43 +55,41 @@ def run(
         fault = from_main(check_push(recipe.push) if is_main() else None)
         if fault:
             raise HubError(fault)
-    work = WorkFolder(output.with_name(f"{output.name}.partial"), recipe)
-    _say_what_is_kept(work)
-    with work.timed("load"):
-        stages = Stages(recipe, work, scores, with_data=with_data)
-    with work.timed("trace"):
-        graph = stages.trace()
-    stages.train_dense()
-    dense = stages.measure("dense_metrics", stages.model)
+    cache = StageCache(output.with_name(f"{output.name}.partial"), recipe)
+    _say_what_is_kept(cache)
+    context = open_context(recipe, cache, scores, with_data=with_data)
+    check(context)
+    train_dense(context)
+    dense = measure_dense(context)
     if scores is not None:
         scores.check_dense(dense)
-    stages.train_masks(graph)
-    saliency = decide.score(stages, graph)
-    plan, pruned = decide.plan_and_cut(stages, graph, saliency)
-    found, recovery = stages.follow_up(pruned)
-    metrics: dict[str, Any] = {"dense": dense, **found}
-    metrics.setdefault("final", list(found.values())[-1])
+    train_masks(context)
+    saliency = score(context)
+    plan, pruned = decide_and_cut(context, saliency)
+    measured, recovery = follow_up(context, pruned)
+    metrics: dict[str, Any] = {"dense": dense, **measured}
+    metrics.setdefault("final", list(measured.values())[-1])
     report: dict[str, Any] = {}
     if is_main():
         report = write_result(
             recipe=recipe,
-            loaded=stages.loaded,
+            loaded=context.loaded,
             pruned=pruned,
-            graph=graph,
+            graph=context.graph,
             plan=plan,
             saliency=saliency,
             metrics=metrics if with_data else {},
             recovery=recovery,
-            calibration=stages.calibration,
-            base=stages.base,
-            curvature=stored_curvature(stages),
-            keep_dense=stages.made_dense and recipe.output.keep_dense,
-            seconds=work.seconds(),
-            draft=work.folder / "result" / output.name,
+            calibration=calibration_of(context),
+            base=context.base,
+            curvature=stored_curvature(context),
+            keep_dense=context.made_dense and recipe.output.keep_dense,
+            seconds=cache.seconds(),
+            draft=cache.folder / "result" / output.name,
             output=output,
             command=command,
         )
-        work.remove()
+        cache.remove()
         show_result(report, output)
         if recipe.push:
             publish(output, recipe.push)
@@ -97,10 +97,10 @@ def run(
     return report
 
 
-def _say_what_is_kept(work: WorkFolder) -> None:
-    if work.changes:
-        changes = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in work.changes.items())
-        logger.warning("%s was begun with another recipe: %s", work.folder, changes)
-        logger.warning("done again because of that: %s", ", ".join(work.stale))
-    if work.kept:
-        logger.info("going on with what %s holds: %s", work.folder, ", ".join(work.kept))
+def _say_what_is_kept(cache: StageCache) -> None:
+    if cache.changes:
+        changes = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in cache.changes.items())
+        logger.warning("%s was begun with another recipe: %s", cache.folder, changes)
+        logger.warning("done again because of that: %s", ", ".join(cache.stale))
+    if cache.kept:
+        logger.info("going on with what %s holds: %s", cache.folder, ", ".join(cache.kept))

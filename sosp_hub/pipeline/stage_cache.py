@@ -1,43 +1,144 @@
-"""The work folder beside the output: what each stage left, and whether it still fits the recipe."""
+"""What each step of a run left in the folder beside the output, and whether it still fits.
+
+A step is declared beside the function that does it, with what its result depends on::
+
+    @step("saliency", dense, "structure", "criterion.scores")
+    def saliency(context: Context) -> dict[str, Any]: ...
+
+Called, it gives what the function returned, plain data, from the cache where that still fits. What
+is larger the function writes to ``saliency.tensors(context)``.
+"""
 
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+
+from accelerate.utils import set_seed
 
 from sosp_hub.atomic import write_text
 from sosp_hub.distributed import is_main, wait_for_everyone
 from sosp_hub.errors import OutputExistsError
+from sosp_hub.pipeline.memory import PeakMemory
 from sosp_hub.recipe.schema import Recipe
 
-_MODEL = ("model", "data", "seed")
-_CUT = (*_MODEL, "structure", "criterion", "budget")
-STAGES: Mapping[str, tuple[str, ...]] = {
-    "dense": _MODEL,
-    "dense_metrics": (*_MODEL, "evaluate"),
-    "masked": (*_MODEL, "structure", "criterion.scores"),
-    "curvature": (*_MODEL, "structure", "criterion.curvature"),
-    "damping": _CUT,
-    "saliency": (*_MODEL, "structure", "criterion.scores"),
-    "plan": _CUT,
-    "cut_metrics": (*_CUT, "evaluate"),
-    "recalibrated_metrics": (*_CUT, "finetune", "evaluate"),
-    "final": (*_CUT, "finetune"),
-    "final_metrics": (*_CUT, "finetune", "evaluate"),
-    "cell": (*_CUT, "finetune", "evaluate"),
-}
-"""Each stage, with the sections of the recipe, or what of them, that its result depends on.
 
-``cell`` is a row of a comparison, made of all the others.
-"""
+class HasCache(Protocol):
+    """What a step asks of its context."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What to do."""
+        ...
+
+    @property
+    def cache(self) -> "StageCache":
+        """Where the results are."""
+        ...
 
 
-class WorkFolder:
-    """Results of stages. A stage is done when its record is there; the record is written last.
+C = TypeVar("C", bound=HasCache)
+P = ParamSpec("P")
+STEPS: "dict[str, Step[Any, ...]]" = {}
+"""All that are declared, by name."""
+
+
+class Step(Generic[C, P]):
+    """A function whose result is kept.
+
+    Args:
+        name: Of its files.
+        needs: The parts of a recipe that its result depends on (`recipe_parts`).
+        make: The function.
+        with_peak: Note the memory that it took.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        needs: tuple[str, ...],
+        make: Callable[Concatenate[C, P], dict[str, Any]],
+        *,
+        with_peak: bool,
+    ) -> None:
+        self.name, self.needs, self._make, self._with_peak = name, needs, make, with_peak
+
+    def __call__(self, context: C, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        """What the function made, now unless it is there."""
+        record = context.cache.read(self)
+        if record is None:
+            set_seed(context.recipe.seed)
+            peak = PeakMemory() if self._with_peak else None
+            start = time.perf_counter()
+            made = self._make(context, *args, **kwargs)
+            seconds = time.perf_counter() - start
+            peak_bytes = peak.grown_bytes() if peak else None
+            record = context.cache.write(self, made, seconds, peak_bytes)
+        return record["made"]
+
+    def made(self, context: HasCache) -> dict[str, Any] | None:
+        """What is there; None where it has to be done."""
+        record = context.cache.read(self)
+        return None if record is None else record["made"]
+
+    def tensors(self, context: HasCache) -> Path:
+        """Where its tensors are."""
+        return context.cache.tensors(self)
+
+
+def step(
+    name: str, *needs: "str | Step[Any, ...]", with_peak: bool = False
+) -> Callable[[Callable[Concatenate[C, P], dict[str, Any]]], Step[C, P]]:
+    """Declares a step; a decorator of its function, which takes the context first.
+
+    Args:
+        name: Of its files.
+        needs: Parts of a recipe (`recipe_parts`), and steps whose needs it has as well.
+        with_peak: Note the memory that it takes.
+
+    Raises:
+        ValueError: A name that is taken.
+    """
+    if name in STEPS:
+        raise ValueError(f"two steps are called {name!r}")
+    parts = [part for need in needs for part in (need.needs if isinstance(need, Step) else (need,))]
+
+    def declare(make: Callable[Concatenate[C, P], dict[str, Any]]) -> Step[C, P]:
+        declared = Step(name, tuple(dict.fromkeys(parts)), make, with_peak=with_peak)
+        STEPS[name] = declared
+        return declared
+
+    return declare
+
+
+def recipe_parts(recipe: Recipe) -> dict[str, Any]:
+    """What results can depend on: the sections of a recipe, and two parts of ``criterion``.
+
+    ``criterion.scores`` is what the scores depend on, ``criterion.curvature`` what the matrix does.
+    """
+    parts = recipe.model_dump(mode="json")
+    criterion = recipe.criterion
+    data = criterion.model_dump(mode="json", include={"num_samples", "batch_size"})
+    scores = {"name": criterion.name, **criterion.options()}
+    scores |= criterion.model_dump(mode="json", include={"train", "per"})
+    auto = criterion.damping == "auto"
+    if auto:
+        best_for = [parts["budget"], recipe.recalibrates()]
+        parts["criterion"]["damping"] = f"auto, for {json.dumps(best_for)}"
+    if criterion.by_damping():
+        scores["damping"] = parts["criterion"]["damping"]
+    held_out = {"damping": "auto"} if auto else {}
+    parts["criterion.curvature"] = data | criterion.curvature() | held_out
+    parts["criterion.scores"] = data | scores
+    return parts
+
+
+class StageCache:
+    """Results of steps. A step is done when its record is there; the record is written last.
 
     What fits is decided once, when the folder is opened, the same way by every process.
 
@@ -50,87 +151,80 @@ class WorkFolder:
     Attributes:
         folder: Made when the first result is written, so that a refused run leaves nothing.
         changes: Keys of the recipe whose value differs from the one the folder was made with.
-        kept: Stages whose results are used again.
-        stale: Stages that have to be done again because of ``changes``.
+        kept: Steps whose results are used again.
+        stale: Steps that have to be done again because of ``changes``.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, shared: bool = False) -> None:
         self.folder = folder
-        self._recipe = recipe.model_dump(mode="json")
+        self._parts = recipe_parts(recipe)
         self._shared = shared
-        data = recipe.criterion.model_dump(mode="json", include={"num_samples", "batch_size"})
-        scores = {"name": recipe.criterion.name, **recipe.criterion.options()}
-        scores |= recipe.criterion.model_dump(mode="json", include={"train", "per"})
-        auto = recipe.criterion.damping == "auto"
-        if auto:
-            best_for = [self._recipe["budget"], recipe.recalibrates()]
-            self._recipe["criterion"]["damping"] = f"auto, for {json.dumps(best_for)}"
-        if recipe.criterion.by_damping():
-            scores["damping"] = self._recipe["criterion"]["damping"]
-        parts = {"damping": "auto"} if auto else {}  # some samples are held out
-        self._recipe["criterion.curvature"] = data | recipe.criterion.curvature() | parts
-        self._recipe["criterion.scores"] = data | scores
         self._records: dict[str, dict[str, Any]] = {}
         self._seconds: dict[str, float] = {}
         self.changes: dict[str, tuple[Any, Any]] = {}
         self.stale: list[str] = []
-        for stage in STAGES:
-            record = _read(self._path(stage, "json")) or _read(
-                self._state(stage) / "made_with.json"
-            )
+        for name, step in STEPS.items():
+            record = _read(self._path(step, "json")) or _read(self._state(step) / "made_with.json")
             if record is None:
                 continue
-            changes = self._changes(stage, record["made_with"])
+            changes = self._changes(step, record["made_with"])
             if changes:
                 self.changes |= changes
-                self.stale.append(stage)
+                self.stale.append(name)
             elif "made" in record:
-                self._records[stage] = record
+                self._records[name] = record
         self.kept = list(self._records)
         wait_for_everyone()
 
-    def read(self, stage: str) -> dict[str, Any] | None:
-        """What the stage left; None where it has to be done."""
-        return self._records.get(stage)
+    def read(self, step: "Step[Any, ...]") -> dict[str, Any] | None:
+        """The record of a step; None where it has to be done."""
+        return self._records.get(step.name)
 
     def write(
         self,
-        stage: str,
+        step: "Step[Any, ...]",
         made: Mapping[str, Any],
         seconds: float,
         peak_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Marks a stage as done, after its tensors were written; its training state is dropped."""
+        """Marks a step as done, after its tensors were written; its training state is dropped."""
         took = {"seconds": seconds, "peak_bytes": peak_bytes}
-        record = {"made_with": self._made_with(stage), **took, "made": dict(made)}
-        self._records[stage] = record
+        record = {"made_with": self._made_with(step), **took, "made": dict(made)}
+        self._records[step.name] = record
         if is_main():
             make_folder(self.folder)
-            write_text(self._path(stage, "json"), json.dumps(record))
-            shutil.rmtree(self._state(stage), ignore_errors=True)
+            write_text(self._path(step, "json"), json.dumps(record))
+            shutil.rmtree(self._state(step), ignore_errors=True)
         wait_for_everyone()
         return record
 
-    def tensors(self, stage: str) -> Path:
-        """Where the tensors of a stage are."""
-        return self._path(stage, "safetensors")
-
-    def forget(self, stage: str) -> None:
-        """Deletes what a stage left, where only numbers that were made from it are wanted."""
-        self._records.pop(stage, None)
+    def save(self, write: Callable[[], None]) -> None:
+        """The main process writes to the folder, and all wait for it."""
         if is_main():
-            self._path(stage, "json").unlink(missing_ok=True)
-            self._path(stage, "safetensors").unlink(missing_ok=True)
+            make_folder(self.folder)
+            write()
         wait_for_everyone()
 
-    def training_state(self, stage: str) -> Path:
-        """Folder for the resumable state of a training, emptied if of another recipe."""
-        state = self._state(stage)
+    def tensors(self, step: "Step[Any, ...]") -> Path:
+        """Where the tensors of a step are."""
+        return self._path(step, "safetensors")
+
+    def forget(self, step: "Step[Any, ...]") -> None:
+        """Deletes what a step left, where only numbers that were made from it are wanted."""
+        self._records.pop(step.name, None)
         if is_main():
-            if stage in self.stale:
+            self._path(step, "json").unlink(missing_ok=True)
+            self._path(step, "safetensors").unlink(missing_ok=True)
+        wait_for_everyone()
+
+    def training_state(self, step: "Step[Any, ...]") -> Path:
+        """Folder for the resumable state of a training, emptied if of another recipe."""
+        state = self._state(step)
+        if is_main():
+            if step.name in self.stale:
                 shutil.rmtree(state, ignore_errors=True)
             make_folder(state)
-            marker = {"made_with": self._made_with(stage)}
+            marker = {"made_with": self._made_with(step)}
             (state / "made_with.json").write_text(json.dumps(marker))
         wait_for_everyone()
         return state
@@ -147,25 +241,27 @@ class WorkFolder:
         self._seconds[what] = time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
-        """How long each stage took, whenever it ran, and what was done besides in this run."""
-        stages = {stage: record["seconds"] for stage, record in self._records.items()}
-        return {**self._seconds, **stages}
+        """How long each step took, whenever it ran, and what was done besides in this run."""
+        steps = {name: record["seconds"] for name, record in self._records.items()}
+        return {**self._seconds, **steps}
 
-    def _state(self, stage: str) -> Path:
-        return self._path(stage, "state")
+    def _state(self, step: "Step[Any, ...]") -> Path:
+        return self._path(step, "state")
 
-    def _path(self, stage: str, kind: str) -> Path:
-        name = stage
+    def _path(self, step: "Step[Any, ...]", kind: str) -> Path:
+        name = step.name
         if self._shared:
-            made_with = json.dumps(self._made_with(stage), sort_keys=True)
-            name = f"{stage}-{hashlib.sha256(made_with.encode()).hexdigest()[:16]}"
+            made_with = json.dumps(self._made_with(step), sort_keys=True)
+            name = f"{name}-{hashlib.sha256(made_with.encode()).hexdigest()[:16]}"
         return self.folder / f"{name}.{kind}"
 
-    def _made_with(self, stage: str) -> dict[str, Any]:
-        return {name.partition(".")[0]: self._recipe[name] for name in STAGES[stage]}
+    def _made_with(self, step: "Step[Any, ...]") -> dict[str, Any]:
+        return {part.partition(".")[0]: self._parts[part] for part in step.needs}
 
-    def _changes(self, stage: str, made_with: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        then, now = _flat(made_with), _flat(self._made_with(stage))
+    def _changes(
+        self, step: "Step[Any, ...]", made_with: Mapping[str, Any]
+    ) -> dict[str, tuple[Any, Any]]:
+        then, now = _flat(made_with), _flat(self._made_with(step))
         keys = sorted(then.keys() | now.keys())
         return {k: (then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)}
 

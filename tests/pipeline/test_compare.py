@@ -11,7 +11,7 @@ import torch
 
 from sosp_hub import compare, prune, scoring
 from sosp_hub.pipeline import compare as pipeline
-from sosp_hub.pipeline import stages
+from sosp_hub.pipeline import training
 from sosp_hub.pipeline.ranks import rank_correlations
 from tests.compare import assert_close
 
@@ -68,7 +68,7 @@ def finished(tmp_path_factory):
     folder, calls = tmp_path_factory.mktemp("finished"), []
     with pytest.MonkeyPatch.context() as patch:
         counted(patch, scoring, "score", calls)
-        counted(patch, stages, "finetune", calls)
+        counted(patch, training, "finetune", calls)
         assert run(folder) == 0
     return folder, calls
 
@@ -124,7 +124,7 @@ def test_a_stopped_comparison_goes_on_cell_by_cell(finished, tmp_path, monkeypat
     assert not list((tmp_path / "out.partial").glob("final-*.safetensors"))  # numbers are enough
     calls = []
     counted(monkeypatch, scoring, "score", calls)
-    counted(monkeypatch, stages, "finetune", calls)
+    counted(monkeypatch, training, "finetune", calls)
     capsys.readouterr()
     assert run(tmp_path, seeds) == 0
     assert "2 of 4 cells" in capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_bad_cells_are_refused_before_anything_is_trained(
 ):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "train.csv").write_text("image,label\na.png,1\n")
-    counted(monkeypatch, stages, "finetune", calls := [])
+    counted(monkeypatch, training, "finetune", calls := [])
     overrides = [override.replace("FOLDER", str(tmp_path)) for override in overrides]
     assert run(tmp_path, *overrides) == 2
     error = capsys.readouterr().err

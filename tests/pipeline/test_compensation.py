@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import sosp_hub
 from sosp_hub.criteria.compute.curvature import CurvatureMeasure
-from sosp_hub.pipeline import compensation, stages
+from sosp_hub.pipeline import compensation, context, curvature, measuring
 from sosp_hub.prune import main
 from tests.compare import assert_close
 
@@ -51,7 +51,7 @@ def test_the_surgeon_and_its_compensation_share_one_matrix(recipe, tmp_path, mon
 
     keys = ["criterion.name=sosp_i", "criterion.compensate=null"]
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "apply", stop)
+        patched.setattr(measuring, "apply", stop)
         assert main([str(recipe), *keys, "criterion.selection=surgeon"]) == 130
         patched.setattr(CurvatureMeasure, "measure", stop)
         changes = ["budget.structures=0.7", "criterion.damping=0.1"]
@@ -74,7 +74,7 @@ def test_another_budget_is_compensated_without_data(recipe, tmp_path, monkeypatc
     assert (out / "figures" / "correlation.png").is_file()
     assert "Correlation of structures" in (out / "report.html").read_text()
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "open_data", None)
+        patched.setattr(context, "open_data", None)
         assert main(["--from-scores", str(out), "budget.structures=0.5"]) == 0
     recut = tmp_path / "out-structures-0.5"
     assert (recut / "curvature.safetensors").is_file()
@@ -102,7 +102,7 @@ def test_the_report_tells_how_many_labels_were_drawn(recipe, tmp_path):
 
 
 def test_a_large_matrix_is_not_kept(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(compensation, "MOST_BYTES", 1000)
+    monkeypatch.setattr(curvature, "MOST_BYTES", 1000)
     assert main([str(recipe)]) == 0
     assert not (tmp_path / "out" / "curvature.safetensors").exists()
 
@@ -240,7 +240,7 @@ def test_without_data_the_gates_are_those_in_closed_form(recipe, tmp_path, monke
     keys = ["criterion.name=sosp_i", "criterion.selection=surgeon", "criterion.compensate_steps=1"]
     assert main([str(recipe), *keys]) == 0
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "open_data", None)
+        patched.setattr(context, "open_data", None)
         assert main(["--from-scores", str(tmp_path / "out"), "budget.structures=0.5"]) == 0
     assert "there is no data; the gates are those in closed form" in capsys.readouterr().err
     found = json.loads((tmp_path / "out-structures-0.5" / "sosp_report.json").read_text())["plan"]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import sosp_hub
 from sosp_hub import expand
-from sosp_hub.pipeline import stages
+from sosp_hub.pipeline import training
 from sosp_hub.report.expansion import VARIANTS
 from tests.compare import assert_close
 
@@ -47,7 +47,7 @@ def finished(tmp_path_factory):
     """Stopped in the middle of the second seed, then run again."""
     folder = tmp_path_factory.mktemp("finished")
     trained = []
-    real = stages.finetune
+    real = training.finetune
 
     def stop(*args, **kwargs):
         if len(trained) == 9:
@@ -56,12 +56,12 @@ def finished(tmp_path_factory):
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "finetune", stop)
+        patch.setattr(training, "finetune", stop)
         assert run(folder) == 130
     with pytest.MonkeyPatch.context() as patch:
         again = []
         patch.setattr(
-            stages, "finetune", lambda *a, **k: (again.append(k["description"]), real(*a, **k))[1]
+            training, "finetune", lambda *a, **k: (again.append(k["description"]), real(*a, **k))[1]
         )
         assert run(folder) == 0
     # for each seed the base once, then for each variant once before the cut and once after
@@ -144,7 +144,7 @@ def test_the_expanded_model_loads_and_is_wider_where_it_was_widened(finished):
     ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else "",
 )
 def test_bad_input_is_explained(tmp_path, capsys, overrides, words, monkeypatch):
-    monkeypatch.setattr(stages, "finetune", lambda *a, **k: [])
+    monkeypatch.setattr(training, "finetune", lambda *a, **k: [])
     assert run(tmp_path, "expand.seeds=[0]", *overrides) == 2
     error = capsys.readouterr().err
     for word in words:

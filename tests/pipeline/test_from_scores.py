@@ -12,7 +12,7 @@ import sosp_hub
 from sosp_hub import scoring
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.hub.contents import local_files
-from sosp_hub.pipeline import stages
+from sosp_hub.pipeline import context
 from sosp_hub.prune import main
 from sosp_hub.report.facts import collect
 from sosp_hub.structure.graph import Graph
@@ -53,7 +53,7 @@ def unreachable(*_, **__):
 
 
 def test_another_budget_needs_no_data_and_no_scoring(run, monkeypatch, capsys):
-    monkeypatch.setattr(stages, "open_data", unreachable)
+    monkeypatch.setattr(context, "open_data", unreachable)
     monkeypatch.setattr(scoring, "score", unreachable)
     assert main(["--from-scores", str(run), "budget.macs=0.3"]) == 0
     output = run.with_name("run-macs-0.3")

@@ -17,7 +17,7 @@ from sosp_hub import scoring
 from sosp_hub.data.loading import load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.evaluate import evaluate
-from sosp_hub.pipeline import stages
+from sosp_hub.pipeline import context, measuring
 from sosp_hub.prune import main
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.zoo.load import load_model
@@ -201,7 +201,7 @@ def test_bad_input_is_explained_and_nothing_is_written(tmp_path, capsys, overrid
 def test_a_push_that_cannot_work_is_noticed_before_the_run(tmp_path, capsys, monkeypatch, repo_id):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(stages, "load_from_zoo", None)  # is not called
+    monkeypatch.setattr(context, "load_from_zoo", None)  # is not called
     assert prune(tmp_path, f"push={{repo_id: {repo_id}}}") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: push: {'repo_id ' if repo_id == 'small' else repo_id}")
@@ -250,7 +250,7 @@ def test_ctrl_c_leaves_what_is_done_and_another_budget_goes_on_from_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(stages, "apply", stop)
+        patched.setattr(measuring, "apply", stop)
         assert prune(tmp_path) == 130
     assert "same command" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "recipe.yaml"]

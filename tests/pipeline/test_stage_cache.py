@@ -1,10 +1,13 @@
 """What a stopped run left is used again exactly where it still fits the recipe."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from sosp_hub.pipeline.stage_cache import STAGES, WorkFolder
+from sosp_hub.pipeline.planning import plan
+from sosp_hub.pipeline.recovery import final
+from sosp_hub.pipeline.stage_cache import STEPS, StageCache, step
 from sosp_hub.recipe.schema import Recipe
 
 
@@ -19,25 +22,25 @@ def recipe(**sections):
 @pytest.fixture
 def folder(tmp_path):
     """A work folder in which every stage is done."""
-    work = WorkFolder(tmp_path / "out.partial", recipe())
-    for number, stage in enumerate(STAGES):
-        assert work.read(stage) is None
-        work.training_state(stage)
-        work.write(stage, {"number": number}, seconds=1.5)
+    work = StageCache(tmp_path / "out.partial", recipe())
+    for number, each in enumerate(STEPS.values()):
+        assert work.read(each) is None
+        work.training_state(each)
+        work.write(each, {"number": number}, seconds=1.5)
     return work.folder
 
 
 def test_nothing_is_written_before_there_is_a_result(tmp_path):
-    WorkFolder(tmp_path / "out.partial", recipe())
+    StageCache(tmp_path / "out.partial", recipe())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_recipe_goes_on_with_everything(folder):
-    work = WorkFolder(folder, recipe())
-    assert work.kept == list(STAGES)
+    work = StageCache(folder, recipe())
+    assert work.kept == list(STEPS)
     assert not work.changes
-    assert [work.read(stage)["made"]["number"] for stage in STAGES] == list(range(len(STAGES)))
-    assert work.seconds() == dict.fromkeys(STAGES, 1.5)
+    assert [work.read(each)["made"]["number"] for each in STEPS.values()] == list(range(len(STEPS)))
+    assert work.seconds() == dict.fromkeys(STEPS, 1.5)
     assert not list(folder.glob("*.state"))  # a done stage needs no training state
 
 
@@ -99,7 +102,7 @@ def test_the_same_recipe_goes_on_with_everything(folder):
             ("evaluate.metrics", (None, ["loss"])),
             ["dense", "masked", "curvature", "damping", "saliency", "plan", "final"],
         ),
-        ({"output": {"figures": False}}, None, list(STAGES)),
+        ({"output": {"figures": False}}, None, list(STEPS)),
     ],
     ids=[
         "seed",
@@ -116,10 +119,10 @@ def test_the_same_recipe_goes_on_with_everything(folder):
     ],
 )
 def test_a_changed_recipe_does_again_what_the_change_touches(folder, sections, change, kept):
-    work = WorkFolder(folder, recipe(**sections))
+    work = StageCache(folder, recipe(**sections))
     assert work.kept == kept
-    assert work.stale == [stage for stage in STAGES if stage not in kept]
-    assert [work.read(stage) is None for stage in STAGES] == [s not in kept for s in STAGES]
+    assert work.stale == [name for name in STEPS if name not in kept]
+    assert [work.read(each) is None for each in STEPS.values()] == [n not in kept for n in STEPS]
     if change is not None:
         key, values = change
         assert work.changes[key] == values
@@ -127,18 +130,58 @@ def test_a_changed_recipe_does_again_what_the_change_touches(folder, sections, c
 
 def test_a_record_that_was_cut_off_does_not_count(folder):
     (folder / "plan.json").write_text((folder / "plan.json").read_text()[:-3])
-    assert WorkFolder(folder, recipe()).read("plan") is None
+    assert StageCache(folder, recipe()).read(plan) is None
 
 
 def test_training_state_of_another_recipe_is_emptied(tmp_path):
-    work = WorkFolder(tmp_path / "out.partial", recipe())
-    state = work.training_state("final")
+    work = StageCache(tmp_path / "out.partial", recipe())
+    state = work.training_state(final)
     (state / "step-000000001").mkdir()
-    same = WorkFolder(work.folder, recipe())
-    assert (same.training_state("final") / "step-000000001").is_dir()
-    other = WorkFolder(work.folder, recipe(finetune={"epochs": 3}))
+    same = StageCache(work.folder, recipe())
+    assert (same.training_state(final) / "step-000000001").is_dir()
+    other = StageCache(work.folder, recipe(finetune={"epochs": 3}))
     assert other.stale == ["final"]
     assert other.changes["finetune.epochs"] == (10, 3)
-    assert not (other.training_state("final") / "step-000000001").exists()
+    assert not (other.training_state(final) / "step-000000001").exists()
     marker = json.loads((state / "made_with.json").read_text())
     assert marker["made_with"]["finetune"]["epochs"] == 3
+
+
+def test_a_step_is_declared_where_it_is_made():
+    """Its needs are its own and those of the steps it builds on; it runs where they changed."""
+    calls = []
+    try:
+
+        @step("toy", plan, "evaluate")
+        def toy(context, number):
+            calls.append(number)
+            return {"number": number}
+
+        assert toy.needs == (*plan.needs, "evaluate")
+        with pytest.raises(ValueError, match="two steps are called 'toy'"):
+            step("toy", "model")
+    finally:
+        del STEPS["toy"]
+
+
+def test_a_step_that_only_a_test_declares_is_kept_and_done_again(tmp_path):
+    calls = []
+
+    @step("toy", plan, "evaluate")
+    def toy(context, number):
+        calls.append(number)
+        return {"number": number}
+
+    def opened(**sections):
+        made = recipe(**sections)
+        return SimpleNamespace(recipe=made, cache=StageCache(tmp_path / "out.partial", made))
+
+    try:
+        assert toy.made(opened()) is None
+        assert toy(opened(), 1) == {"number": 1}
+        assert toy(opened(), 2) == {"number": 1}  # what is there
+        assert toy(opened(finetune={"epochs": 3}), 3) == {"number": 1}  # needs no fine-tuning
+        assert toy(opened(evaluate={"metrics": ["loss"]}), 4) == {"number": 4}
+        assert calls == [1, 4]
+    finally:
+        del STEPS["toy"]

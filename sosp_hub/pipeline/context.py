@@ -1,0 +1,196 @@
+"""What the steps of a run share: recipe, data, model and its groups, and the cache; no steps."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from sosp_hub.data.loading import Split, calibration_batches, load_split
+from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
+from sosp_hub.distributed import logger, make_accelerator
+from sosp_hub.pipeline.eligible import eligible_groups
+from sosp_hub.pipeline.scores import Scores
+from sosp_hub.pipeline.stage_cache import StageCache
+from sosp_hub.recipe.criteria import MaskTrainedCriterion
+from sosp_hub.recipe.schema import Recipe
+from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.groups import Group
+from sosp_hub.structure.trace import trace
+from sosp_hub.zoo.load import Loaded, example_inputs
+from sosp_hub.zoo.load import load_model as load_from_zoo
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the steps of a run share.
+
+    Attributes:
+        recipe: What to do.
+        cache: Where steps leave what they made.
+        accelerator: Of this run.
+        loaded: The dense model and what came with it.
+        graph: Of the dense model.
+        data: Opened data; None where nothing is measured and nothing trained.
+        scores: Of an earlier run, to be used instead of scoring.
+    """
+
+    recipe: Recipe
+    cache: StageCache
+    accelerator: Accelerator
+    loaded: Loaded
+    graph: Graph
+    data: OpenData | None = None
+    scores: Scores | None = None
+    _splits: dict[tuple[SplitName, bool], Split] = field(default_factory=dict, repr=False)
+    _batches: dict[tuple[int, int, int], Sequence[Any]] = field(default_factory=dict, repr=False)
+
+    def turned_to(self, recipe: Recipe, cache: StageCache) -> Self:
+        """The same model and data for a recipe that differs in criterion, budget or kinds alone."""
+        return dataclasses.replace(self, recipe=recipe, cache=cache)
+
+    def with_model(self, model: nn.Module, recipe: Recipe, cache: StageCache) -> Self:
+        """The same data for another model of the same kind."""
+        loaded = dataclasses.replace(self.loaded, model=model)
+        return dataclasses.replace(
+            self,
+            recipe=recipe,
+            cache=cache,
+            loaded=loaded,
+            graph=_traced(loaded, recipe, self.accelerator),
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The dense model."""
+        return self.loaded.model
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """The groups that may be cut."""
+        return eligible_groups(self.graph, self.recipe)
+
+    @property
+    def graph_of_groups(self) -> Graph:
+        """The graph with the groups that may be cut alone."""
+        return dataclasses.replace(self.graph, groups=self.groups)
+
+    @property
+    def train(self) -> Split:
+        """The train split."""
+        return self._split("train")
+
+    @property
+    def augmented(self) -> Split:
+        """The train split, shifted and flipped."""
+        return self._split("train", augment=True)
+
+    @property
+    def test(self) -> Split:
+        """The test split."""
+        return self._split("test")
+
+    @property
+    def num_samples(self) -> int:
+        """Calibration samples of all processes."""
+        return min(self.recipe.criterion.num_samples, len(self.train))
+
+    def calibration_batches(self, start: int = 0, stop: int | None = None) -> Sequence[Any]:
+        """This process's share of the calibration samples, or of those from start to stop."""
+        stop = self.num_samples if stop is None else stop
+        size = self.recipe.criterion.batch_size
+        if (start, stop, size) not in self._batches:
+            self._batches[start, stop, size] = calibration_batches(
+                self.train,
+                stop,
+                size,
+                start=start,
+                seed=self.recipe.seed,
+                rank=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+            )
+        return self._batches[start, stop, size]
+
+    @property
+    def made_dense(self) -> bool:
+        """Whether the dense weights are of this run's own making, so that nobody else has them."""
+        if self.scores is not None:
+            return self.scores.has_dense
+        model = self.recipe.model
+        trains = bool(model.train) or isinstance(self.recipe.criterion, MaskTrainedCriterion)
+        return self.loaded.new_head or not model.pretrained or trains
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """Where the dense model comes from, for the report."""
+        base = {
+            "model": self.loaded.base_model,
+            "revision": self.loaded.base_revision,
+            "architecture": Path(self.recipe.model.id).name,
+            **self.loaded.card,
+        }
+        return {**base, **self.scores.base} if self.scores is not None else base
+
+    @property
+    def calibration(self) -> Mapping[str, Any]:
+        """What calibrates, for the report."""
+        if self.scores is not None:
+            return self.scores.calibration
+        name = self.data.name if self.data else None
+        return {"data": name, "num_samples": self.num_samples, "seed": self.recipe.seed}
+
+    def _split(self, name: SplitName, augment: bool = False) -> Split:
+        assert self.data is not None  # nothing is measured or trained without it
+        if (name, augment) not in self._splits:
+            self._splits[name, augment] = load_split(
+                self.data, name, self.loaded.processor, augment=augment
+            )
+        return self._splits[name, augment]
+
+
+def open_context(
+    recipe: Recipe, cache: StageCache, scores: Scores | None = None, *, with_data: bool = True
+) -> Context:
+    """Opens data and model of a recipe, and finds the groups.
+
+    Args:
+        recipe: What to do.
+        cache: Where steps leave what they made.
+        scores: Of an earlier run, to be used instead of scoring.
+        with_data: Open the data; without it nothing is measured and nothing trained.
+    """
+    if scores is not None:
+        recipe = recipe.model_copy(update={"model": scores.model()})
+    with cache.timed("load"):
+        accelerator = make_accelerator(recipe.finetune.mixed_precision, recipe.seed)
+        set_seed(recipe.seed)
+        data = open_data(recipe.data, recipe.model.task, seed=recipe.seed) if with_data else None
+        info = data.info if data else DataInfo(image_size=recipe.data.image_size)
+        loaded = load_from_zoo(recipe.model, data=info)
+        splits: dict[tuple[SplitName, bool], Split] = {}
+        if data is None:
+            logger.info("the data is not opened: nothing is measured, and nothing trained")
+        else:
+            splits["train", False] = load_split(data, "train", loaded.processor)
+            splits["test", False] = load_split(data, "test", loaded.processor)
+            num_train, wanted = len(splits["train", False]), recipe.criterion.num_samples
+            if scores is None and wanted > num_train:
+                logger.warning(
+                    "criterion.num_samples is %d; the train split has %d samples, all are used",
+                    wanted,
+                    num_train,
+                )
+    with cache.timed("trace"):
+        graph = _traced(loaded, recipe, accelerator)
+    return Context(recipe, cache, accelerator, loaded, graph, data, scores, splits)
+
+
+def _traced(loaded: Loaded, recipe: Recipe, accelerator: Accelerator) -> Graph:
+    """The graph of a model, which then goes to its device."""
+    graph = trace(loaded.model, example_inputs(loaded), outputs=recipe.structure.outputs)
+    loaded.model.to(accelerator.device)
+    return graph

@@ -1,0 +1,54 @@
+"""What steps measure with, and the cut."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+from accelerate.utils import set_seed
+from torch import nn
+
+from sosp_hub.data.loading import make_loader
+from sosp_hub.distributed import progress, to_device
+from sosp_hub.evaluate import evaluate, measure_latency
+from sosp_hub.pipeline.context import Context
+from sosp_hub.plan import PruningPlan
+from sosp_hub.surgery.apply import apply
+from sosp_hub.zoo.load import example_inputs
+
+
+def measured(context: Context, model: nn.Module, what: str) -> dict[str, Any]:
+    """Metrics on the test split."""
+    section = context.recipe.evaluate
+    num_workers = context.recipe.data.num_workers
+    loader = make_loader(context.test, section.batch_size, num_workers=num_workers)
+    shown = progress(context.accelerator.prepare_data_loader(loader), f"measure {what}")
+    names = section.names(context.recipe.model.task)
+    metrics = evaluate(model, shown, names, class_names=context.test.class_names)
+    return {name: dataclasses.asdict(metric) for name, metric in metrics.items()}
+
+
+def cut(
+    context: Context, plan: PruningPlan, verify: Literal["thorough", "fast"] | None = None
+) -> nn.Module:
+    """The smaller model; a cut that is not proved equal to a mask raises.
+
+    Cuts and proves on the CPU, where the traced inputs are and float32 means float32.
+    """
+    set_seed(context.recipe.seed)
+    device = context.accelerator.device
+    verify = verify or context.recipe.structure.verify
+    try:
+        return apply(context.model.cpu(), context.graph, plan, verify=verify).to(device)
+    finally:
+        context.model.to(device)
+
+
+def seconds_of_plans(context: Context) -> Callable[[PruningPlan], float]:
+    """From a plan to the seconds of a forward pass of what it leaves."""
+    batch = context.recipe.evaluate.latency_batch_size
+    inputs = to_device(example_inputs(context.loaded, batch))
+
+    def seconds(plan: PruningPlan) -> float:
+        return measure_latency([cut(context, plan, "fast")], inputs, budget_s=0.3)[0]
+
+    return seconds

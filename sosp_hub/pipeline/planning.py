@@ -1,0 +1,202 @@
+"""Steps that decide: saliency, the plan with what makes up for the cut; and the cut by it."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sosp_hub import scoring
+from sosp_hub.allocation import allocate
+from sosp_hub.criteria.compute.compensation import Means
+from sosp_hub.distributed import OnDevice, from_main, logger, process_sum
+from sosp_hub.errors import VerificationError
+from sosp_hub.pipeline.compensation import bias_means, held_out_losses, made_up_for, refine
+from sosp_hub.pipeline.context import Context
+from sosp_hub.pipeline.curvature import Curvature, calibration_of, curvature_of
+from sosp_hub.pipeline.measuring import cut, seconds_of_plans
+from sosp_hub.pipeline.stage_cache import step
+from sosp_hub.pipeline.training import dense
+from sosp_hub.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Saliency
+
+
+@step("saliency", dense, "structure", "criterion.scores", with_peak=True)
+def saliency(
+    context: Context, curvature: Curvature | None, damping: float | None
+) -> dict[str, Any]:
+    """Scores every structure that may go."""
+    scores = _scores(context, curvature, damping)
+    whole = {name: values.contiguous() for name, values in scores.items()}
+    context.cache.save(lambda: save_file(whole, saliency.tensors(context)))
+    return {}
+
+
+@step("plan", dense, "structure", "criterion", "budget")
+def plan(
+    context: Context,
+    scores: "Saliency",
+    whole: Mapping[str, str],
+    curvature: Curvature | None,
+    damping: float,
+    losses: Mapping[str, float],
+) -> dict[str, Any]:
+    """Chooses which structures are kept, and what makes up for the others."""
+    made = _planned(context, scores, curvature, damping, bias_means(context))
+    if curvature:
+        made = refine(context, made, curvature.groups)
+    provenance = {
+        **made.provenance,
+        "criterion": context.recipe.criterion.provenance(),
+        "calibration": calibration_of(context),
+        **({"not_verified": dict(whole)} if whole else {}),
+    }
+    if losses:
+        provenance["compensation"] |= {"held_out_losses": losses}
+    base = context.loaded.base_model, context.loaded.base_revision
+    made = dataclasses.replace(
+        made, provenance=provenance, base_model=base[0], base_revision=base[1]
+    )
+    return {"plan": made.to_json()}
+
+
+def check(context: Context) -> None:
+    """Refuses kinds that the model does not have and a budget that cannot be met."""
+    criterion, budget = context.recipe.criterion, context.recipe.budget
+    scoring.check_per(criterion, criterion.per)
+    kinds = context.recipe.structure.kinds
+    able = scoring.scorable_groups(context.graph_of_groups, type(criterion), kinds)
+    targets = budget.targets()
+    targets.pop("latency_s", None)  # is measured, and takes its time
+    if targets or budget.groups:
+        equal = {name: torch.ones(group.size) for name, group in able.items()}
+        _allocated(context, equal, targets)
+
+
+def score(context: Context) -> "Saliency":
+    """Saliency of every structure that may go."""
+    if context.scores is not None:
+        return context.scores.saliency
+    criterion, curvature, damping = context.recipe.criterion, None, None
+    if criterion.uses_curvature and saliency.made(context) is None:
+        curvature = curvature_of(context)
+        if criterion.by_damping():
+            damping, _ = _damping(context, curvature)
+    saliency(context, curvature, damping)
+    return load_file(saliency.tensors(context))
+
+
+def decide(
+    context: Context, scores: "Saliency", whole: Mapping[str, str] | None = None
+) -> PruningPlan:
+    """Which structures are kept, and what makes up for the others.
+
+    Args:
+        context: Of the run.
+        scores: Of every structure that may go.
+        whole: Groups that stay whole, with the reason.
+    """
+    curvature, damping, losses = None, 0.0, {}
+    if context.recipe.criterion.compensates() and plan.made(context) is None:
+        curvature = curvature_of(context)
+        damping, losses = _damping(context, curvature, whole or ())
+    made = plan(context, scores, whole or {}, curvature, damping, losses)
+    return PruningPlan.from_json(made["plan"])
+
+
+def decide_and_cut(context: Context, scores: "Saliency") -> tuple[PruningPlan, nn.Module]:
+    """A plan, and the smaller model that is proved equal to a mask.
+
+    Where that fails for some groups, they stay whole and another plan is made of the rest.
+    """
+    left, whole = dict(scores), dict[str, str]()
+    while True:
+        try:
+            decided = decide(context, left, whole)
+            with context.cache.timed("cut"):
+                return decided, cut(context, decided)
+        except VerificationError as failure:
+            unproved = [name for name in failure.groups if left.pop(name, None) is not None]
+            if not unproved or not left:
+                raise
+            logger.warning("%s stays whole, and the plan is made anew: %s", unproved, failure)
+            whole |= dict.fromkeys(unproved, str(failure))
+            context.cache.forget(plan)
+
+
+def _scores(context: Context, curvature: Curvature | None, damping: float | None) -> "Saliency":
+    criterion = context.recipe.criterion
+    if damping:
+        criterion = criterion.model_copy(update={"damping": damping})
+    return scoring.score(
+        context.model,
+        context.graph_of_groups,
+        OnDevice(context.calibration_batches(), "score"),
+        criterion=criterion,
+        kinds=context.recipe.structure.kinds,
+        seed=context.recipe.seed,
+        process_sum=process_sum,
+        per=criterion.per,
+        curvature=curvature.gauss_newton if curvature else None,
+    )
+
+
+def _planned(
+    context: Context,
+    scores: "Saliency",
+    curvature: Curvature | None,
+    damping: float,
+    means: Means | None,
+) -> PruningPlan:
+    """The main process's, since latency is measured."""
+    budget = context.recipe.budget
+    measure = seconds_of_plans(context) if budget.latency_s else None
+    allocated = _allocated(context, scores, budget.targets(), measure)
+    whole = made_up_for(context, allocated, curvature, damping, means)
+    return PruningPlan.from_json(from_main(whole.to_json()))
+
+
+def _damping(
+    context: Context, curvature: Curvature, whole: Collection[str] = ()
+) -> tuple[float, dict[str, float]]:
+    """As the recipe says, or the best of some, with the losses of all."""
+    criterion = context.recipe.criterion
+    if context.scores is not None and context.scores.damping:
+        return context.scores.damping, {}
+    if criterion.damping != "auto":
+        return criterion.damping, {}
+    fixed = None if criterion.by_damping() else score(context)
+    means = bias_means(context)
+
+    def plan_with(damping: float) -> PruningPlan:
+        scores = fixed or _scores(context, curvature, damping)
+        left = {name: values for name, values in scores.items() if name not in whole}
+        return _planned(context, left, curvature, damping, means)
+
+    losses = held_out_losses(context, plan_with)
+    return float(min(losses, key=lambda name: losses[name])), losses
+
+
+def _allocated(
+    context: Context,
+    scores: "Saliency",
+    targets: dict[str, Any],
+    measure: Callable[[PruningPlan], float] | None = None,
+) -> PruningPlan:
+    budget = context.recipe.budget
+    return allocate(
+        context.graph,
+        scores,
+        measure=measure,
+        **targets,
+        groups=budget.groups,
+        keep_at_least=budget.keep_at_least,
+        round_to=budget.round_to,
+        uniform=budget.uniform,
+        target=budget.target,
+        kinds=context.recipe.structure.kinds,
+    )
