@@ -1,9 +1,10 @@
 """Steps that follow a cut: metrics, norms re-estimated, fine-tuning, a row of a table."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from sosp_hub.finetune import recalibrate_norm
@@ -11,7 +12,7 @@ from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.measuring import measured
 from sosp_hub.pipeline.planning import plan
 from sosp_hub.pipeline.stage_cache import step
-from sosp_hub.pipeline.training import trained
+from sosp_hub.recovery.recover import recover
 
 
 @step("cut_metrics", plan, "evaluate")
@@ -28,10 +29,21 @@ def recalibrated_metrics(context: Context, pruned: nn.Module) -> dict[str, Any]:
 
 @step("final", plan, "finetune")
 def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
-    """Fine-tunes the cut model."""
+    """Fine-tunes the cut model: the loss curve and the state that was kept."""
     config = context.recipe.finetune
-    teacher = context.model if config.distill else None
-    return trained(context, final, pruned, config, "fine-tune", teacher)
+    recovery = recover(
+        pruned,
+        context.train,
+        config,
+        augmented=context.augmented if config.augment else None,
+        teacher=context.model if config.distill else None,
+        checkpoint_dir=context.cache.training_state(final),
+        accelerator=context.accelerator,
+        seed=context.recipe.seed,
+        num_workers=context.recipe.data.num_workers,
+    )
+    context.cache.save(lambda: save_model(pruned, str(final.tensors(context))))
+    return dataclasses.asdict(recovery)
 
 
 @step("final_metrics", final, "evaluate")
@@ -46,27 +58,24 @@ def cell(context: Context, row: Callable[[Context], dict[str, Any]]) -> dict[str
     return row(context)
 
 
-def follow_up(context: Context, pruned: nn.Module) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """What follows a cut: metrics, norms re-estimated, fine-tuning; the loss curve of that.
+def follow_up(context: Context, pruned: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What follows a cut: metrics, norms re-estimated, fine-tuning; what is told of that.
 
     Metrics of ``cut``, ``recalibrated`` where there was a norm to re-estimate, and ``final`` where
     there was fine-tuning. Without data nothing is measured, and nothing trained.
     """
     if context.data is None:
-        return {"cut": {}}, []
+        return {"cut": {}}, {}
     metrics = {"cut": cut_metrics(context, pruned)}
     with context.cache.timed("recalibration"):
-        recalibrated = (
-            recalibrate_norm(pruned, context.calibration_batches())
-            if context.recipe.recalibrates()
-            else 0
-        )
-    if recalibrated:
+        num_norms = 0
+        if context.recipe.recalibrates():
+            num_norms = recalibrate_norm(pruned, context.calibration_batches())
+    if num_norms:
         metrics["recalibrated"] = recalibrated_metrics(context, pruned)
     if not context.recipe.finetune.epochs:
-        return metrics, []
-    history = final(context, pruned)["history"]
+        return metrics, {}
+    recovery = final(context, pruned)
     load_model(pruned, final.tensors(context))  # read on the CPU, copied to where the model is
-    if history:
-        metrics["final"] = final_metrics(context, pruned)
-    return metrics, history
+    metrics["final"] = final_metrics(context, pruned)
+    return metrics, recovery

@@ -12,13 +12,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 from sosp_hub.distributed import is_main, logger, wait_for_everyone
+from sosp_hub.pipeline.after_cut import cell as cell_step
+from sosp_hub.pipeline.after_cut import final, follow_up
 from sosp_hub.pipeline.context import Context, open_context
 from sosp_hub.pipeline.curvature import curvature
 from sosp_hub.pipeline.output_folder import check_place, put
 from sosp_hub.pipeline.planning import check, decide_and_cut, plan, saliency, score
 from sosp_hub.pipeline.ranks import rank_correlations
-from sosp_hub.pipeline.after_cut import cell as cell_step
-from sosp_hub.pipeline.after_cut import final, follow_up
 from sosp_hub.pipeline.result import costs, latency_of, versions
 from sosp_hub.pipeline.stage_cache import StageCache, Step
 from sosp_hub.pipeline.training import dense_metrics, measure_dense, train_dense

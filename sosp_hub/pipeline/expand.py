@@ -15,6 +15,7 @@ from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.cost import cost
 from sosp_hub.distributed import is_main, logger, wait_for_everyone
 from sosp_hub.errors import BudgetError
+from sosp_hub.pipeline.after_cut import cell, final, follow_up
 from sosp_hub.pipeline.context import Context, open_context
 from sosp_hub.pipeline.growth import (
     bottlenecks,
@@ -26,7 +27,6 @@ from sosp_hub.pipeline.growth import (
 from sosp_hub.pipeline.measuring import cut
 from sosp_hub.pipeline.output_folder import check_place, put
 from sosp_hub.pipeline.planning import check, decide, score
-from sosp_hub.pipeline.after_cut import cell, final, follow_up
 from sosp_hub.pipeline.result import costs, versions
 from sosp_hub.pipeline.stage_cache import StageCache, make_folder
 from sosp_hub.pipeline.training import measure_dense, train_dense

@@ -10,11 +10,11 @@ from sosp_hub.distributed import (
     wait_for_everyone,
 )
 from sosp_hub.errors import HubError
+from sosp_hub.pipeline.after_cut import follow_up
 from sosp_hub.pipeline.context import open_context
 from sosp_hub.pipeline.curvature import calibration_of, stored_curvature
 from sosp_hub.pipeline.output_folder import check_place
 from sosp_hub.pipeline.planning import check, decide_and_cut, score
-from sosp_hub.pipeline.after_cut import follow_up
 from sosp_hub.pipeline.result import check_push, publish, write_result
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stage_cache import StageCache

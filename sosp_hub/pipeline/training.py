@@ -3,14 +3,13 @@
 from typing import Any
 
 from safetensors.torch import load_model, save_model
-from torch import nn
 
 from sosp_hub.distributed import logger
 from sosp_hub.finetune import finetune
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.masking import train_with_masks
 from sosp_hub.pipeline.measuring import measured
-from sosp_hub.pipeline.stage_cache import Step, step
+from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.scoring import scorable_groups
@@ -20,7 +19,18 @@ from sosp_hub.soft_masks import SoftMasks
 @step("dense", "model", "data", "seed")
 def dense(context: Context, config: TrainSection) -> dict[str, Any]:
     """Trains the dense model."""
-    return trained(context, dense, context.model, config, "train dense")
+    history = finetune(
+        context.model,
+        context.augmented if config.augment else context.train,
+        config,
+        checkpoint_dir=context.cache.training_state(dense),
+        accelerator=context.accelerator,
+        seed=context.recipe.seed,
+        num_workers=context.recipe.data.num_workers,
+        description="train dense",
+    )
+    context.cache.save(lambda: save_model(context.model, str(dense.tensors(context))))
+    return {"history": history}
 
 
 @step("dense_metrics", dense, "evaluate")
@@ -74,27 +84,3 @@ def train_masks(context: Context) -> None:
     if isinstance(criterion, MaskTrainedCriterion) and context.scores is None:
         masked(context, criterion)
         load_model(context.model, masked.tensors(context))
-
-
-def trained(
-    context: Context,
-    own: Step[Any, ...],
-    model: nn.Module,
-    config: TrainSection,
-    description: str,
-    teacher: nn.Module | None = None,
-) -> dict[str, Any]:
-    """Trains a model in place and keeps its weights; the loss curve."""
-    history = finetune(
-        model,
-        context.augmented if config.augment else context.train,
-        config,
-        teacher=teacher,
-        checkpoint_dir=context.cache.training_state(own),
-        accelerator=context.accelerator,
-        seed=context.recipe.seed,
-        num_workers=context.recipe.data.num_workers,
-        description=description,
-    )
-    context.cache.save(lambda: save_model(model, str(own.tensors(context))))
-    return {"history": history}

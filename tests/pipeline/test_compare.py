@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sosp_hub import compare, prune, scoring
+from sosp_hub.pipeline import after_cut, training
 from sosp_hub.pipeline import compare as pipeline
-from sosp_hub.pipeline import training
 from sosp_hub.pipeline.ranks import rank_correlations
 from tests.compare import assert_close
 
@@ -69,6 +69,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         counted(patch, scoring, "score", calls)
         counted(patch, training, "finetune", calls)
+        counted(patch, after_cut, "recover", calls)
         assert run(folder) == 0
     return folder, calls
 
@@ -76,7 +77,8 @@ def finished(tmp_path_factory):
 def test_scores_are_shared_between_budgets_and_the_dense_model_between_criteria(finished):
     folder, calls = finished
     assert calls.count("score") == 2 * 2  # criteria x seeds
-    assert calls.count("finetune") == 2 + 2 * 2 * 2  # seeds + cells
+    assert calls.count("finetune") == 2  # seeds
+    assert calls.count("recover") == 2 * 2 * 2  # cells
     results = read(folder)
     assert len(results["cells"]) == 8
     assert results["budgets"] == ["structures 0.5", "macs 0.8"]
@@ -125,10 +127,11 @@ def test_a_stopped_comparison_goes_on_cell_by_cell(finished, tmp_path, monkeypat
     calls = []
     counted(monkeypatch, scoring, "score", calls)
     counted(monkeypatch, training, "finetune", calls)
+    counted(monkeypatch, after_cut, "recover", calls)
     capsys.readouterr()
     assert run(tmp_path, seeds) == 0
     assert "2 of 4 cells" in capsys.readouterr().err
-    assert calls == ["finetune", "finetune"]  # of the two cells that were not done
+    assert calls == ["recover", "recover"]  # of the two cells that were not done
     whole = numbers(read(finished[0]))["cells"]
     assert numbers(read(tmp_path))["cells"] == [cell for cell in whole if cell["seed"] == 1]
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import sosp_hub
 from sosp_hub import expand
-from sosp_hub.pipeline import training
+from sosp_hub.pipeline import after_cut, training
 from sosp_hub.report.expansion import VARIANTS
 from tests.compare import assert_close
 
@@ -47,22 +47,25 @@ def finished(tmp_path_factory):
     """Stopped in the middle of the second seed, then run again."""
     folder = tmp_path_factory.mktemp("finished")
     trained = []
-    real = training.finetune
 
-    def stop(*args, **kwargs):
-        if len(trained) == 9:
-            raise KeyboardInterrupt
-        trained.append(kwargs["description"])
-        return real(*args, **kwargs)
+    def counted(patch, calls, most):
+        """Every training is one of the two; the one after ``most`` does not begin."""
+        for module, name in ((training, "finetune"), (after_cut, "recover")):
+            real = getattr(module, name)
+
+            def call(*args, real=real, **kwargs):
+                if len(calls) == most:
+                    raise KeyboardInterrupt
+                calls.append(real)
+                return real(*args, **kwargs)
+
+            patch.setattr(module, name, call)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "finetune", stop)
+        counted(patch, trained, 9)
         assert run(folder) == 130
     with pytest.MonkeyPatch.context() as patch:
-        again = []
-        patch.setattr(
-            training, "finetune", lambda *a, **k: (again.append(k["description"]), real(*a, **k))[1]
-        )
+        counted(patch, again := [], None)
         assert run(folder) == 0
     # for each seed the base once, then for each variant once before the cut and once after
     assert len(trained) + len(again) == 2 * (1 + 3 * 2)

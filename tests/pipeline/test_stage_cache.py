@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sosp_hub.pipeline.planning import plan
 from sosp_hub.pipeline.after_cut import final
+from sosp_hub.pipeline.planning import plan
 from sosp_hub.pipeline.stage_cache import STEPS, StageCache, step
 from sosp_hub.recipe.schema import Recipe
 
