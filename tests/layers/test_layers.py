@@ -1,11 +1,13 @@
 """The layer rules of pyproject.toml hold, and each of them is seen to fail."""
 
+import graphlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -92,6 +94,14 @@ def test_a_circle_is_named(copy, importer, imported, around):
     done = lint_imports(copy)
     assert done.returncode == 1
     assert "No cycles are allowed in sosp_hub." in done.stdout
+
+
+def test_no_circle_runs_through_what_a_package_loads():
+    """The contract compares neighbours, and a package's own file has none."""
+    graph = grimp.build_graph("sosp_hub", exclude_type_checking_imports=True, cache_dir=None)
+    imports = {file: graph.find_modules_directly_imported_by(file) for file in graph.modules}
+    assert len(imports) > 100
+    graphlib.TopologicalSorter(imports).prepare()  # a CycleError names the files
 
 
 def test_a_new_room_has_to_be_placed(copy):
