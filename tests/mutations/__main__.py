@@ -44,6 +44,7 @@ def main() -> int:
     )
     parser.add_argument("what", nargs="*", help=f"ROOM or ROOM/NAME; rooms: {' '.join(rooms())}")
     parser.add_argument("--again", action="store_true", help="also what has not changed since")
+    parser.add_argument("--table", action="store_true", help="write the table anew, try nothing")
     parser.add_argument("--limit-s", type=float, default=600, help="seconds for one mutation (600)")
     options = parser.parse_args()
     everything = [mutation for room in rooms() for mutation in mutations(room)]
@@ -52,6 +53,9 @@ def main() -> int:
         parser.error(f"no mutation of {' '.join(options.what)}; rooms: {' '.join(rooms())}")
     records: dict[str, Record] = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     records = {str(m): records[str(m)] for m in everything if str(m) in records}
+    if options.table:
+        _write(records, everything, stale=True)
+        return 0
     _load_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the tests that run end too
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
@@ -167,7 +171,7 @@ def _run_forked(tree: Path, arguments: list[str]) -> NoReturn:
         os._exit(code)
 
 
-def _write(records: dict[str, Record], everything: list[Mutation]) -> None:
+def _write(records: dict[str, Record], everything: list[Mutation], stale: bool = False) -> None:
     _RESULTS.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
     lines = [
         "# Mutations: single changes of the product, and whether a test notices",
@@ -179,6 +183,9 @@ def _write(records: dict[str, Record], everything: list[Mutation]) -> None:
         "| room | mutations | tried | noticed | argued | survive | rate |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    if stale:
+        old = sum(records[str(m)]["digest"] != m.digest() for m in everything if str(m) in records)
+        lines.insert(-3, f"{old} outcomes are of an earlier state of the file or of its tests.")
     total = Counter()
     for room in [*rooms(), "all"]:
         counts = total if room == "all" else _counts(room, records, everything)
