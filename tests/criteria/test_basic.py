@@ -30,6 +30,47 @@ def test_sosp_h_of_a_linear_net_by_hand():
     assert_close(found["w"], expected, relative=1e-12)
 
 
+def test_the_step_of_the_differences_is_the_one_that_was_asked_for():
+    """Central differences of the gradient, by hand; a large step differs from the derivative."""
+    toy = perceptron()
+    sizes = {name: g.size for name, g in toy.graph.groups.items()}
+
+    def gradient(at):
+        gates = {n: (at * torch.ones(s).double()).requires_grad_() for n, s in sizes.items()}
+        loss = F.cross_entropy(toy.model(toy.batch[0], gates), toy.batch[1])
+        return dict(zip(gates, torch.autograd.grad(loss, [*gates.values()]), strict=True))
+
+    found = {}
+    for eps in (0.5, 0.01):
+        options = {"mode": "differences", "eps": eps, "loss_fn": F.cross_entropy}
+        found[eps] = score(toy.model, toy.graph, [toy.batch], "sosp_h", **options)
+        high, low = gradient(1 + eps), gradient(1 - eps)
+        expected = {
+            n: ((high[n] + low[n]) / 2).abs() + ((high[n] - low[n]) / (2 * eps)).abs() / 2
+            for n in sizes
+        }
+        assert_close(found[eps], expected, relative=1e-9)
+    assert (found[0.5]["a"] - found[0.01]["a"]).abs().max() > 1e-3 * found[0.5]["a"].max()
+
+
+def test_the_papers_gates_multiply_the_filters():
+    """``gate: weight``: the curvature is that of a filter's scale, not the activation's."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(5, 3).double(), torch.tensor([0, 1, 1, 0, 1])
+    graph = stand_in(group("n", "neuron", 4, [("2", -1, None)], [("0.weight", 0, None, False)]))
+
+    def loss(gate):
+        weights = {"0.weight": model[0].weight.detach() * gate[:, None]}
+        return F.cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
+
+    ones = torch.ones(4).double()
+    gradient = torch.autograd.functional.jacobian(loss, ones)
+    rows = torch.autograd.functional.hessian(loss, ones).sum(1)
+    options = {"gate": "weight", "loss_fn": F.cross_entropy}
+    found = score(model, graph, [(x, y)], "sosp_h", **options)
+    assert_close(found["n"], gradient.abs() + rows.abs() / 2, relative=1e-9)
+
+
 def test_absolute_values_come_after_the_mean():
     toy = perceptron()
     inputs, labels = toy.batch

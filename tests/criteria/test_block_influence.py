@@ -117,6 +117,11 @@ def test_what_cannot_be_scored_is_said():
     model.spare = nn.ModuleList([Bend(), Bend()])
     with pytest.raises(CriterionError, match=r"layer 'spare.0' did not run"):
         score(model, layers(model, "spare"), [batch], "block_influence")
+    model.spare = nn.ModuleList(
+        [*model.layers[:1], Bend()]
+    )  # one that runs hides none that does not
+    with pytest.raises(CriterionError, match=r"layer 'spare.1' did not run"):
+        score(model, layers(model, "spare"), [batch], "block_influence")
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())

@@ -1,6 +1,7 @@
 """The axis algebra against brute force: an axis is a row of positions; a cut says which stay."""
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -202,6 +203,7 @@ def test_facts_survive_unification(pairs, number):
     shared[number].pinned.setdefault("a literal")
     shared[number].inexact.setdefault("a mean")
     mark(shared[number], "head")
+    shared[number].multiple = 4
     for one, two in pairs:
         one, two = build(one, shared), build(two, shared)
         if size_of(one) == size_of(two):
@@ -210,6 +212,37 @@ def test_facts_survive_unification(pairs, number):
         assert "a literal" in atom.pinned
         assert "a mean" in atom.inexact
         assert "head" in atom.roles
+        assert atom.multiple == 4, "a kernel takes no other numbers"
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("sizes", [(12,), (3, 4), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("kind", [Prod, Sum])
+def test_facts_reach_all_that_an_axis_becomes(kind, sizes, flipped):
+    """Drawn pairs seldom have equal sizes; these have."""
+    axis = Atom(
+        math.prod(sizes) if kind is Prod else sum(sizes),
+        pinned={"a literal": None}, inexact={"a mean": None}, multiple=4,
+    )  # fmt: skip
+    mark(axis, "head")
+    other = kind(tuple(map(Atom, sizes)))
+    unify(*((other, axis) if flipped else (axis, other)), "a test")
+    assert len(list(atoms(axis))) == len(sizes)
+    for atom in atoms(axis):
+        assert (atom.pinned, atom.inexact) == ({"a literal": None}, {"a mean": None})
+        assert atom.roles == {"head"}
+        assert atom.multiple == 4, "a kernel takes no other numbers"
+
+
+def test_facts_survive_a_border():
+    """What holds of an axis holds of its pieces, as where gate and up come out of one product."""
+    axis = Atom(12, pinned={"a literal": None}, inexact={"a mean": None}, multiple=4)
+    mark(axis, "head")
+    for piece in cut_at(axis, 8):
+        (atom,) = atoms(piece)
+        assert (atom.pinned, atom.inexact) == ({"a literal": None}, {"a mean": None})
+        assert atom.roles == {"head"}
+        assert atom.multiple == 4
 
 
 # --- what coverage depends on: nothing is pinned without need ---

@@ -161,3 +161,29 @@ def test_the_gate_of_an_expert_scales_what_it_contributes(traced):
         run(model, graph)
     handle.remove()
     assert_close(found[0], 2 * found[1], what="twice the contribution")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("round_to", [1, 6])
+def test_neurons_of_experts_are_left_in_numbers_that_the_kernel_takes(dtype, round_to):
+    """The product of experts runs for rows of whole 16 bytes: four numbers of float32."""
+    family = next(family for family in FAMILIES if family.name == "mixtral")
+    torch.manual_seed(0)
+    model = fill(family.build().eval()).to(dtype)
+    model.config._experts_implementation = "grouped_mm"
+    graph = trace(model, family.inputs(), family.outputs)
+    saliency = {
+        name: torch.rand(group.size)
+        for name, group in graph.groups.items()
+        if group.kind == "neuron" and any("experts" in member.tensor for member in group.members)
+    }
+    assert saliency
+    seen = set()
+    for share in (0.3, 0.55, 0.8):
+        plan = allocate(graph, saliency, structures=share, round_to=round_to, keep_at_least=0.0)
+        for count in plan.num_kept().values():
+            assert count * dtype.itemsize % 16 == 0
+            assert count % round_to == 0
+            seen.add(count)
+        run(apply(model, graph, plan, verify="fast"), graph)
+    assert seen, "something was cut"
