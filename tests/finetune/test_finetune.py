@@ -121,6 +121,32 @@ def test_accumulated_batches_are_one_large_batch():
     assert_close(small.state_dict(), large.state_dict(), relative=1e-5)
 
 
+def test_each_epoch_has_an_order_of_its_own():
+    seen = []
+
+    class Noted(Points):
+        def __getitems__(self, indices):
+            seen.extend(indices)
+            return super().__getitems__(indices)
+
+    finetune(net(), Noted(32), config(epochs=3))
+    epochs = [tuple(seen[start : start + 32]) for start in (0, 32, 64)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(32))] * 3
+    assert len(set(epochs)) == 3
+
+
+def test_dropout_is_another_one_for_another_seed():
+    """All samples are alike, so that their order decides nothing."""
+    weights = []
+    for seed in (0, 0, 1):
+        model, points = net(dropout=0.5), Points(32)
+        points.points[:], points.labels[:] = points.points[0], 0
+        finetune(model, points, config(), seed=seed)
+        weights.append(model[4].weight.detach())
+    assert_close(weights[1], weights[0], relative=0)
+    assert (weights[2] - weights[0]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("parts", [1, 4])
 def test_no_step_is_longer_than_the_largest_gradient_norm(parts):
     """Plain SGD with a rate of 1 moves the weights by the gradient: of a whole batch, clipped."""

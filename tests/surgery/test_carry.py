@@ -146,6 +146,30 @@ def test_an_average_takes_the_gates_of_the_plan():
         torch.testing.assert_close(same[key], tensor)
 
 
+def test_an_averaged_model_takes_the_gates_of_the_plan():
+    """A copy of the model is cut to the very model that the cut gives."""
+    model, _, inputs = trained()
+    graph = trace(model, (inputs,))
+    (name,) = graph.groups
+    plan = plan_of(graph, gates={name: (0.5, 2.0, 3.0)}, shifts={"2.bias": (1.0, 0.0, -1.0)})
+    average, pruned = copy.deepcopy(model), apply(model, graph, plan)
+    carry(average, pruned, graph, plan)
+    torch.testing.assert_close(average(inputs), pruned(inputs))
+
+
+def test_parameters_stay_in_their_group_with_its_settings():
+    model, _, inputs = trained()
+    first, last = ([*module.parameters()] for module in (model[0], model[2]))
+    groups = [{"params": first, "lr": 0.1}, {"params": last, "lr": 0.7, "weight_decay": 0.3}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    graph = trace(model, (inputs,))
+    pruned = apply(model, graph, plan_of(graph))
+    carry(optimizer, pruned, graph, plan_of(graph), dense=model)
+    found = [([*map(id, g["params"])], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    ids = [[*map(id, module.parameters())] for module in (pruned[0], pruned[2])]
+    assert found == [(ids[0], 0.1, 0), (ids[1], 0.7, 0.3)]
+
+
 def averaged(model):
     return torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
