@@ -30,7 +30,7 @@ def recalibrated_metrics(context: Context, pruned: nn.Module) -> dict[str, Any]:
 @step("final", plan, "finetune")
 def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
     """Fine-tunes the cut model: the loss curve and the state that was kept."""
-    config = context.recipe.finetune
+    config = context.recipe.at_rate(context.recipe.finetune)
     recovery = recover(
         pruned,
         context.train,

@@ -1,5 +1,6 @@
 """A run from its recipe to its output folder: the stages in order."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stage_cache import StageCache
 from sosp_hub.pipeline.training import measure_dense, train_dense, train_masks
 from sosp_hub.recipe.schema import Recipe
+from sosp_hub.report.facts import overall_metrics
+from sosp_hub.report.numbers import is_worse, metric_value
 from sosp_hub.report.terminal import show_result
 
 
@@ -69,6 +72,7 @@ def run(
     measured, recovery = follow_up(context, pruned)
     metrics: dict[str, Any] = {"dense": dense, **measured}
     metrics.setdefault("final", list(measured.values())[-1])
+    _warn_of_recovery(measured)
     report: dict[str, Any] = {}
     if is_main():
         report = write_result(
@@ -95,6 +99,23 @@ def run(
             publish(output, recipe.push)
     wait_for_everyone()
     return report
+
+
+def _warn_of_recovery(metrics: Mapping[str, Any]) -> None:
+    """Says where fine-tuning made a metric of the test split worse than it was before it."""
+    if "final" not in metrics:
+        return
+    before = metrics[[name for name in metrics if name != "final"][-1]]
+    for name in overall_metrics(metrics):
+        if name in before and is_worse(name, metrics["final"][name], before[name]):
+            logger.warning(
+                "%s is worse after fine-tuning than before it: %s, %s before; try a lower "
+                "finetune.learning_rate, more data (data.num_train), finetune.distill, or "
+                "finetune: {epochs: 0}",
+                name,
+                metric_value(name, metrics["final"][name]["value"]),
+                metric_value(name, before[name]["value"]),
+            )
 
 
 def _say_what_is_kept(cache: StageCache) -> None:

@@ -68,7 +68,7 @@ def train_dense(context: Context) -> None:
     """Trains the dense model, where the recipe says so."""
     model, config = context.recipe.model, context.recipe.model.train
     if config is not None and config.epochs:
-        dense(context, config)
+        dense(context, context.recipe.at_rate(config))
         load_model(context.model, dense.tensors(context))
     elif context.loaded.new_head or not model.pretrained:
         logger.warning(

@@ -4,6 +4,8 @@ A minus is the sign, not a hyphen; a unit stands after a space.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 _METRIC_DIGITS = 3
 _LOWER_IS_BETTER = ("loss", "perplexity", "wer", "error")
@@ -82,6 +84,13 @@ def signed(value: float, digits: int = 1) -> str:
 def is_share(metric: str) -> bool:
     """Whether the metric is a fraction that people read in percent."""
     return metric.startswith(_SHARES)
+
+
+def is_worse(metric: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a measured metric is worse than another by more than both standard errors."""
+    loss = now["value"] - before["value"]
+    loss = loss if lower_is_better(metric) else -loss
+    return loss > math.hypot(now.get("stderr") or 0.0, before.get("stderr") or 0.0)
 
 
 def lower_is_better(metric: str) -> bool:
