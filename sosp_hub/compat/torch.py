@@ -30,9 +30,6 @@ RunningNorm = batchnorm._NormBase
 Convolution = conv._ConvNd
 """Class of all convolutions."""
 
-TransposedConvolution = conv._ConvTransposeNd
-"""Class of the transposed ones."""
-
 
 class FakeMode(FakeTensorMode):
     """Tensors without data, also for the experts of a mixture in any dtype.

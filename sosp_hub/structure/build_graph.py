@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from sosp_hub.compat.torch import Convolution
+from sosp_hub.standard_layers import standard_layer
 from sosp_hub.structure.axes import (
     Atom,
     Axis,
@@ -262,7 +262,8 @@ class _Builder:
             if not self._is_read(tensor, dim, atom):
                 continue
             for reader in self._readers[tensor, atom.id]:
-                at, entry = _input_dim(self._modules[reader]), self._entries.get(reader, ())
+                layer, entry = standard_layer(self._modules[reader]), self._entries.get(reader, ())
+                at = layer.input_dim if layer else None
                 if at is not None and entry and any(a is atom for a in atoms(entry[at])):
                     sites.append(Site(reader, None, at, index_of(entry[at], atom)))
                 elif tensor in self._normalised:  # to scale it is no gate
@@ -312,15 +313,6 @@ def _is_inside_head(axis: Axis, atom: Atom) -> bool:
     return inside and any(
         "head" in a.roles for factor in axis.factors for a in atoms(factor) if a is not atom
     )
-
-
-def _input_dim(module: nn.Module) -> int | None:
-    """Dimension of a layer's input that its weight is multiplied with."""
-    if isinstance(module, Convolution):
-        return 1
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        return -1
-    return None
 
 
 def _pinned(tensors: dict[str, Axes], parameters: set[str]) -> list[Pinned]:

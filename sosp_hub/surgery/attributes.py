@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from sosp_hub.compat.torch import Convolution, RunningNorm, TransposedConvolution
 from sosp_hub.plan import Plan
+from sosp_hub.standard_layers import standard_layer
 from sosp_hub.structure.constraint_solver import attribute_values
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.traced_int import Attribute
@@ -68,27 +68,9 @@ def _follow_shapes(module: nn.Module) -> None:
         weight = getattr(module, "running_mean", None)  # a norm without scales
     if not hasattr(weight, "shape") or weight is None:
         return
-    shape = tuple(weight.shape)
-    found: dict[str, Any] = {}
-    if isinstance(module, nn.Linear):
-        found = {"out_features": shape[0], "in_features": shape[1]}
-    elif isinstance(module, TransposedConvolution):
-        found = {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
-    elif isinstance(module, Convolution):
-        depthwise = shape[1] == 1 and module.groups == module.out_channels  # which nobody has read
-        groups = shape[0] if depthwise else module.groups
-        found = {"out_channels": shape[0], "in_channels": shape[1] * groups, "groups": groups}
-    elif isinstance(module, RunningNorm):
-        found = {"num_features": shape[0]}
-    elif isinstance(module, nn.GroupNorm):
-        found = {"num_channels": shape[0]}
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        found = {"normalized_shape": shape}
-    elif isinstance(module, nn.Embedding):
-        found = {"num_embeddings": shape[0], "embedding_dim": shape[1]}
-    elif type(module).__name__ == "Conv1D":
-        found = {"nx": shape[0], "nf": shape[1]}
-    for name, value in found.items():
+    layer = standard_layer(module)
+    sizes = layer.sizes(module, tuple(weight.shape)) if layer else {}
+    for name, value in sizes.items():
         if name in vars(module) and vars(module)[name] != value:
             module.__dict__[name] = value
 

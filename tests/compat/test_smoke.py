@@ -13,7 +13,6 @@ from sosp_hub.compat import smoke
 FOLDER = Path(inspect.getfile(sosp_hub.compat)).parent
 RENAMED = {
     *("BatchNorm", "Convolution", "DispatchMode", "RunningNorm", "TensorTable", "aten"),
-    "TransposedConvolution",
 }
 TESTS = [test for library in smoke.LIBRARIES for test in smoke.smoke_tests(library)]
 

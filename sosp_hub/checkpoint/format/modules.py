@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sosp_hub.checkpoint.format.record import Plain
-from sosp_hub.compat.torch import Convolution, RunningNorm, buffer_table, parameter_table
+from sosp_hub.compat.torch import buffer_table, parameter_table
+from sosp_hub.standard_layers import standard_layer
 
 _TORCH_STATE = frozenset(nn.Module().__dict__)
 _RUN_STATE = frozenset({"max_seq_len_cached"})  # grows while a model runs
@@ -39,29 +40,8 @@ def natural_shapes(module: nn.Module, values: Mapping[str, Any]) -> dict[str, tu
         module: A module; of other classes nothing follows.
         values: The attributes to derive from, the module's own or changed ones.
     """
-    if isinstance(module, nn.Linear):
-        return {
-            "weight": (values["out_features"], values["in_features"]),
-            "bias": (values["out_features"],),
-        }
-    if isinstance(module, Convolution):
-        groups = max(values["groups"], 1)
-        channels = (values["out_channels"], values["in_channels"] // groups)
-        if module.transposed:
-            channels = (values["in_channels"], values["out_channels"] // groups)
-        return {"weight": (*channels, *values["kernel_size"]), "bias": (values["out_channels"],)}
-    if isinstance(module, RunningNorm):
-        names = ("weight", "bias", "running_mean", "running_var")
-        return dict.fromkeys(names, (values["num_features"],))
-    if isinstance(module, nn.GroupNorm):
-        return dict.fromkeys(("weight", "bias"), (values["num_channels"],))
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return dict.fromkeys(("weight", "bias"), tuple(values["normalized_shape"]))
-    if isinstance(module, nn.Embedding):
-        return {"weight": (values["num_embeddings"], values["embedding_dim"])}
-    if type(module).__name__ == "Conv1D" and {"nf", "nx"} <= values.keys():  # GPT-2's linear layer
-        return {"weight": (values["nx"], values["nf"]), "bias": (values["nf"],)}
-    return {}
+    layer = standard_layer(module)
+    return layer.shapes(module, values) if layer else {}
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

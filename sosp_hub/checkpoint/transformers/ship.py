@@ -17,6 +17,7 @@ from sosp_hub.compat.transformers import auto_classes
 _FILES = {
     "sosp_hub.errors": "sosp_hub_errors",
     "sosp_hub.compat.torch": "sosp_hub_compat_torch",
+    "sosp_hub.standard_layers": "sosp_hub_standard_layers",
     "sosp_hub.compat.transformers": "sosp_hub_compat_transformers",
     "sosp_hub.checkpoint.format.record": "sosp_hub_record",
     "sosp_hub.checkpoint.format.modules": "sosp_hub_modules",

@@ -73,8 +73,8 @@ def tables_of_a_module() -> None:
 def classes_of_layers() -> None:
     for module in (nn.Conv1d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Conv3d(1, 1, 1)):
         expect(isinstance(module, compat.Convolution), f"{module} is no convolution")
-    expect(isinstance(nn.ConvTranspose1d(1, 1, 1), compat.TransposedConvolution), "transposed")
-    expect(not isinstance(nn.Conv1d(1, 1, 1), compat.TransposedConvolution), "not transposed")
+    expect(nn.ConvTranspose1d(1, 1, 1).transposed, "transposed")
+    expect(not nn.Conv1d(1, 1, 1).transposed, "not transposed")
     for module in (nn.BatchNorm1d(1), nn.BatchNorm2d(1), nn.SyncBatchNorm(1)):
         expect(isinstance(module, compat.BatchNorm), f"{module} is no batch norm")
     for module in (nn.BatchNorm3d(1), nn.InstanceNorm2d(1)):
