@@ -17,6 +17,8 @@ from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 
 def cut(name, *, residual=False, **budget):
     """A model and its inputs, cut by random saliency to 70 % of its parameters."""

@@ -13,6 +13,8 @@ from sosp_hub.checkpoint.inputs import made_up_inputs
 from tests.checkpoint import cuts
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 AUTO = {
     "ForCausalLM": transformers.AutoModelForCausalLM,
     "LMHeadModel": transformers.AutoModelForCausalLM,

@@ -16,6 +16,8 @@ from tests.compare import assert_close
 from tests.structure.oracles import fill, run
 from tests.surgery.test_apply import outputs_of
 
+pytestmark = pytest.mark.slow
+
 CHOSEN = [c for c in CASES if c.name in {"test_resnet", "test_vit", "llama", "gpt2", "bert"}]
 LLAMA = next(case for case in CASES if case.name == "llama")
 

@@ -11,6 +11,8 @@ import sosp_hub
 from tests.checkpoint import cuts
 from tests.hub.loopback import Hub
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import json, sys
 import sosp_hub, timm, torch, transformers

@@ -8,6 +8,8 @@ import pytest
 from sosp_hub import doctor
 from sosp_hub.compat import smoke, versions
 
+pytestmark = pytest.mark.slow
+
 
 def test_doctor_says_what_is_installed_and_that_it_works():
     done = subprocess.run(

@@ -17,6 +17,8 @@ from tests.cases import CASES
 from tests.compare import assert_close
 from tests.criteria import sharded
 
+pytestmark = pytest.mark.slow
+
 LLAMA = next(case for case in CASES if case.name == "llama")
 MIXED = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
 MIXED |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}

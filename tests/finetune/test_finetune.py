@@ -15,6 +15,8 @@ from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 
 class Points(Dataset):
     """Points of two classes in the plane; each time a point is asked for it is moved a little."""

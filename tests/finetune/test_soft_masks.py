@@ -23,6 +23,8 @@ from tests.compare import assert_close
 from tests.criteria.test_scp_score import Dense, normal, stack
 from tests.finetune.test_finetune import Points
 
+pytestmark = pytest.mark.slow
+
 assert sosp_hub.zoo.timm  # registers the CIFAR ResNets
 
 

@@ -13,6 +13,8 @@ from sosp_hub.tasks.loss import batch_loss
 from tests.cases import CASES, with_trait
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("channel", "head", "kv_group", "neuron")
 
 

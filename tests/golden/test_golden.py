@@ -16,6 +16,8 @@ from sosp_hub.structure.trace import trace
 from tests.bench.families import FAMILIES
 from tests.cases import CASES
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent
 VERSIONS = {"timm": timm.__version__, "transformers": transformers.__version__}
 CHOSEN = (

@@ -12,6 +12,8 @@ from sosp_hub.report.card import render_card
 from tests.hub.conftest import NOW, READER, STRANGER, TOKEN, make_folder
 from tests.hub.loopback import Fault
 
+pytestmark = pytest.mark.slow
+
 REPO = "me/resnet18-small"
 
 

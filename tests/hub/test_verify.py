@@ -23,6 +23,8 @@ from sosp_hub.report.card import render_card
 from sosp_hub.zoo.load import example_inputs, load_model
 from tests.hub.conftest import NOW
 
+pytestmark = pytest.mark.slow
+
 REPO = "me/digits"
 RECIPE = """\
 model: {library: timm, id: cifar_resnet20, task: image-classification, pretrained: false}

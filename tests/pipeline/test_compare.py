@@ -15,6 +15,8 @@ from sosp_hub.pipeline import compare as pipeline
 from sosp_hub.pipeline.ranks import rank_correlations
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 model:
   library: timm

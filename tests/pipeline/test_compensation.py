@@ -12,6 +12,8 @@ from sosp_hub.pipeline import compensation, context, curvature, measuring
 from sosp_hub.prune import main
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def recipe(recipe):

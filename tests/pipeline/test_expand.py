@@ -12,6 +12,8 @@ from sosp_hub.pipeline import after_cut, training
 from sosp_hub.report.expansion import VARIANTS
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 model:
   library: timm

@@ -18,6 +18,8 @@ from sosp_hub.report.facts import collect
 from sosp_hub.structure.graph import Graph
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 model:
   library: timm

@@ -15,6 +15,8 @@ from sosp_hub.pipeline.growth import (
 from sosp_hub.structure.trace import trace
 from tests.structure.oracles import plan_of
 
+pytestmark = pytest.mark.slow
+
 A, B, C = "0:neuron", "2:neuron", "4:neuron"
 
 

@@ -15,6 +15,8 @@ from sosp_hub.prune import main
 from tests.compare import assert_close
 from tests.pipeline import each_process
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 

@@ -23,6 +23,8 @@ from sosp_hub.recipe.load import load_recipe
 from sosp_hub.zoo.load import load_model
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 model:
   library: timm

@@ -16,6 +16,8 @@ from sosp_hub.recovery.best import BestState, hold_out
 from sosp_hub.recovery.recover import recover
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 
 class Points(Split):
     """Points of two classes in the plane; the seen ones are remembered."""

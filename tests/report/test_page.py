@@ -11,6 +11,8 @@ from sosp_hub.errors import HubError
 from sosp_hub.report.page import write_page, write_study
 from tests.report import reports
 
+pytestmark = pytest.mark.slow
+
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )

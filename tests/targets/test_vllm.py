@@ -17,6 +17,8 @@ import sosp_hub
 from sosp_hub.checkpoint.format.headers import read_tensors
 from tests.checkpoint import cuts
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_entry_point_turns_the_loader_on():
     (plugin,) = entry_points(group="vllm.general_plugins", name="sosp_hub")
