@@ -44,7 +44,7 @@ def _resident() -> int | None:
             trim(0)
         _CLEAR.write_text("5")
         return _status("VmRSS")
-    except OSError:
+    except (OSError, TypeError):  # neither /proc nor, on Windows, a library without a name
         return None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from sosp_hub.atomic import write_text
 from sosp_hub.report import numbers
 from sosp_hub.report.drawing import CUT, KEPT, MUTED, Picture, bare, new_figure
 from sosp_hub.report.grid import Grid
@@ -47,7 +48,7 @@ def write_expansion(results: Mapping[str, Any], folder: Path, *, figures: bool =
     ]
     if results["command"]:
         parts.append(block(results["command"]))
-    (folder / "table.md").write_text("\n\n".join(parts) + "\n")
+    write_text(folder / "table.md", "\n\n".join(parts) + "\n")
     if figures:
         page = render_page(
             title=folder.name,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sosp_hub.atomic import write_text
 from sosp_hub.report import numbers
 from sosp_hub.report.grid import Grid
 from sosp_hub.report.listing import new_console, show_files
@@ -29,11 +30,12 @@ def write_comparison(results: Mapping[str, Any], folder: Path, *, figures: bool 
         "differences": [found.record() for found in compared.differences()],
     }
     (folder / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (folder / "results.csv").write_text(_cells(compared).csv())
+    write_text(folder / "results.csv", _cells(compared).csv())
     pictures = comparison_pictures(compared) if figures else []
     for picture in pictures:
         picture.save(folder / f"{picture.name}.png")
-    (folder / "table.md").write_text(_markdown(compared, [(p.name, p.title) for p in pictures]))
+    table = _markdown(compared, [(p.name, p.title) for p in pictures])
+    write_text(folder / "table.md", table)
     if figures:
         page = render_page(
             title=folder.name,

@@ -8,11 +8,12 @@ import collections
 import contextlib
 import copy
 import functools
+import importlib
 import json
 import os
-import resource
 import shutil
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
@@ -157,12 +158,20 @@ def target(inputs):
     )(given(inputs)(_is_modest(function)))
 
 
+def _peak_mb() -> float:
+    if sys.platform == "win32":  # it has none of this
+        return 0.0
+    resource = importlib.import_module("resource")
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 @contextlib.contextmanager
 def little_memory():
     """Fails where what is done inside takes much memory, even if it gives it back."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_mb()
     yield
-    taken_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    taken_mb = _peak_mb() - before
     assert taken_mb < _MOST_MB, f"{taken_mb:.0f} MB"
 
 

@@ -1,6 +1,7 @@
 """What a comparison says follows from its numbers, and from nothing else."""
 
 import csv
+import io
 import json
 import math
 
@@ -157,3 +158,11 @@ def test_without_figures_there_is_no_page(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"results.json", "results.csv", "table.md"}
     assert "nothing is said about any difference" in (tmp_path / "table.md").read_text()
+
+
+def test_tables_do_not_depend_on_the_encoding_of_the_system(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, level=2: encoding or "ascii")
+    found = results({"a": [0.5, 0.7], "\N{GREEK SMALL LETTER ALPHA}": [0.52, 0.71]})
+    write_comparison(found, tmp_path, figures=False)
+    assert "\N{PLUS-MINUS SIGN}" in (tmp_path / "table.md").read_text("utf-8")
+    assert "\N{GREEK SMALL LETTER ALPHA}" in (tmp_path / "results.csv").read_text("utf-8")
