@@ -44,6 +44,7 @@ def main() -> int:
     )
     parser.add_argument("what", nargs="*", help=f"ROOM or ROOM/NAME; rooms: {' '.join(rooms())}")
     parser.add_argument("--again", action="store_true", help="also what has not changed since")
+    parser.add_argument("--untried", action="store_true", help="only what was never tried")
     parser.add_argument("--table", action="store_true", help="write the table anew, try nothing")
     parser.add_argument("--limit-s", type=float, default=600, help="seconds for one mutation (600)")
     options = parser.parse_args()
@@ -63,8 +64,8 @@ def main() -> int:
         for _, room in itertools.groupby(asked, lambda mutation: mutation.room):
             fresh = []
             for mutation in room:
-                digest = mutation.digest()
-                if not options.again and records.get(str(mutation), {}).get("digest") == digest:
+                digest, known = mutation.digest(), records.get(str(mutation), {})
+                if known and (options.untried or known["digest"] == digest) and not options.again:
                     continue
                 record = _try(mutation, copy, options.limit_s)
                 records[str(mutation)] = {**record, "digest": digest}
