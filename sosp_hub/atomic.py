@@ -67,8 +67,8 @@ def draft_folder(folder: Path) -> Iterator[Path]:
 def put_in_place(draft: Path, folder: Path) -> None:
     """Renames a whole folder to its place; what was there goes only when the new one has come."""
     old = draft.with_name(f"{draft.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # else `old` may be what a kill has left of it
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     try:
         draft.rename(folder)

@@ -16,7 +16,7 @@ from sosp_hub.pipeline.after_cut import cell as cell_step
 from sosp_hub.pipeline.after_cut import final, follow_up
 from sosp_hub.pipeline.context import Context, open_context
 from sosp_hub.pipeline.curvature import curvature
-from sosp_hub.pipeline.output_folder import check_place, put
+from sosp_hub.pipeline.output_folder import alone, check_place, put
 from sosp_hub.pipeline.planning import check, decide_and_cut, plan, saliency, score
 from sosp_hub.pipeline.ranks import rank_correlations
 from sosp_hub.pipeline.result import costs, latency_of, versions
@@ -32,6 +32,7 @@ from sosp_hub.report.study import brief, write_comparison
 _LATENCY_S = 0.5  # of measuring in each cell
 
 
+@alone
 def compare(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
     """Runs every cell that is not done and leaves tables, plots and a page in the output folder.
 

@@ -25,7 +25,7 @@ from sosp_hub.pipeline.growth import (
     widened,
 )
 from sosp_hub.pipeline.measuring import cut
-from sosp_hub.pipeline.output_folder import check_place, put
+from sosp_hub.pipeline.output_folder import alone, check_place, put
 from sosp_hub.pipeline.planning import check, decide, score
 from sosp_hub.pipeline.result import costs, versions
 from sosp_hub.pipeline.stage_cache import StageCache, make_folder
@@ -42,6 +42,7 @@ from sosp_hub.surgery.widen import why_not, widen
 MODEL = "model"
 
 
+@alone
 def expand(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
     """Runs every seed and variant that is not done; leaves table, plots and the expanded model.
 

@@ -1,10 +1,26 @@
 """The place of an output: checked before anything is done, taken only by what is whole."""
 
+import functools
+import hashlib
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from sosp_hub.atomic import put_in_place, writing
+from sosp_hub.distributed import is_main
 from sosp_hub.errors import OutputExistsError
+from sosp_hub.recipe.schema import Recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
 
 
 def check_place(output: Path, report: str, overwrite: bool) -> None:
@@ -44,3 +60,45 @@ def put(draft: Path, output: Path) -> None:
     """Puts the whole folder in its place; what was there goes only when the new one has come."""
     with writing(output):
         put_in_place(draft, output)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps other processes of this machine from writing the same output at the same time.
+
+    The lock ends with the process, whatever ends it. It is not beside the output, so that a run
+    that is refused leaves nothing there.
+
+    Raises:
+        OutputExistsError: Another run holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    place = os.path.realpath(output)
+    name = f"sosp_hub-{os.getuid()}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.lock"
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    file = os.open(Path(tempfile.gettempdir()) / name, flags, 0o600)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputExistsError(
+                f"output.dir: another run writes {output} now; wait for it, or write another "
+                "output.dir=FOLDER"
+            ) from None
+        yield
+    finally:
+        os.close(file)
+
+
+def alone(run: Callable[Concatenate[Recipe, Options], Result]) -> Callable[..., Result]:
+    """A run that the main process does while no other process writes the same output."""
+
+    @functools.wraps(run)
+    def guarded(recipe: Recipe, *arguments: Options.args, **options: Options.kwargs) -> Result:
+        place = Path(str(recipe.output.dir)).expanduser()
+        with locked(place) if is_main() else nullcontext():
+            return run(recipe, *arguments, **options)
+
+    return guarded

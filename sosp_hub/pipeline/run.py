@@ -14,7 +14,7 @@ from sosp_hub.errors import HubError
 from sosp_hub.pipeline.after_cut import follow_up
 from sosp_hub.pipeline.context import open_context
 from sosp_hub.pipeline.curvature import calibration_of, stored_curvature
-from sosp_hub.pipeline.output_folder import check_place
+from sosp_hub.pipeline.output_folder import alone, check_place
 from sosp_hub.pipeline.planning import check, decide_and_cut, score
 from sosp_hub.pipeline.result import check_push, publish, write_result
 from sosp_hub.pipeline.scores import Scores
@@ -26,6 +26,7 @@ from sosp_hub.report.numbers import is_worse, metric_value
 from sosp_hub.report.terminal import show_result
 
 
+@alone
 def run(
     recipe: Recipe,
     *,
