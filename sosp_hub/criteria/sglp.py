@@ -21,8 +21,8 @@ class Sglp(Criterion):
     Segments: Fisher's optimal partition of the blocks' row sums of the CKA matrix. Layers,
     ``fresh``: the subset of a segment's layers is kept with the largest gradient norm when its
     pretrained weights stand in a net that is otherwise freshly initialised. ``pretrained``: the
-    layers are kept whose own weights have the largest gradient norm in the pretrained net, the
-    first block always; for language models (our choice).
+    layers are kept whose own weights have the largest gradient norm in the pretrained net; for
+    language models (our choice). The first block always stays.
 
     Scores are below 0 for the layers that go by SGLP's own quota (``keep``, in proportion to the
     segments, or ``kept_per_segment``; a block stays of each): ``budget: {threshold: 0}`` removes
@@ -35,8 +35,9 @@ class Sglp(Criterion):
     Differs from the paper: calibration samples are training samples; the partition is the exact
     optimum (the authors' code does not back-track); the fresh net is the same for all subsets; the
     number of segments is the last that saves 5 % of the variation without borders (our reading);
-    the stem compares but is in no segment; a segment with more than ``max_subsets`` subsets keeps
-    the layers with the largest norms alone; tokens are the rows where blocks work on tokens.
+    the stem compares but is in no segment; the first block stays; a segment with more than
+    ``max_subsets`` subsets keeps the layers with the largest norms alone, and says so; tokens are
+    the rows where blocks work on tokens.
     Blocks that change width or stride stay. Weights that no module can reset (class tokens,
     scales) are not fresh.
     """

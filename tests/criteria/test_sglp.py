@@ -233,16 +233,17 @@ def test_scores_are_below_zero_for_what_the_best_subsets_lose():
     removed = []
     for part in np.split(np.arange(6), found.borders[1:]):
         gone = [int(name[2:]) for name in found.removed if int(name[2:]) in part]
-        kept = len(part) - len(gone)
+        able = [i for i in part if i]  # the first block stays
         net = FreshNet(model, [f"1.{i}" for i in range(6)], seed=5)
         gradients = GradientNorms([(x, y)], None, None)
         best = max(
-            itertools.combinations(part, kept),
+            itertools.combinations(able, len(able) - len(gone)),
             key=lambda subset: gradients.of_fresh(net, [f"1.{i}" for i in subset]),
         )
-        removed += sorted(set(part) - set(best))
+        removed += sorted(set(able) - set(best))
     assert removed == [int(name[2:]) for name in found.removed]
-    assert len(removed) == 3
+    assert len(removed) == 2  # half of the five that may go
+    assert 0 not in removed
     (scores,) = score(model, bend_graph(6), [(x, y)], "sglp", num_segments=2, seed=5).values()
     assert [i for i, value in enumerate(scores) if value < 0] == removed
     assert scores.min() >= -1
@@ -317,7 +318,7 @@ def test_layers_of_real_models(name, caplog):
         assert saliency["model.layers:layer"][0] == 1
         assert found.num_subsets == (0,) * len(found.borders)
     if name == "resnet":
-        assert found.fixed == ("layer2.0", "layer3.0")
+        assert found.fixed == ("layer1.0", "layer2.0", "layer3.0")
         assert "layer2.0, layer3.0 cannot be left out" in caplog.text
 
 

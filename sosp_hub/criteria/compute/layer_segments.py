@@ -107,12 +107,12 @@ def partition(
         norms == "auto" and bool(_summed(by_token, process_sum).item())
     )
     loose = {layer for group in context.groups.values() for layer in group.layers}
-    loose -= {blocks[0]} if pretrained else set()
+    loose -= {blocks[0]}  # it sets what all others read
     quota = _quota(parts, loose, keep, kept_per_segment)
     able = [name for name in blocks if name in loose]
     gradients = GradientNorms(samples, context.loss_fn, process_sum)
     fixed = tuple(name for name in blocks if name not in loose)
-    if stay := [name for name in fixed if not (pretrained and name == blocks[0])]:
+    if stay := fixed[1:]:
         logger.info(
             "sglp: %s cannot be left out (another width, stride or form) and stay",
             ", ".join(stay),
@@ -129,6 +129,13 @@ def partition(
         kept, num = _best(own, len(own) - num_removed, norm, norm_of, max_subsets)
         removed += [name for name in own if name not in kept]
         tried.append(num)
+        number = math.comb(len(own), num_removed)
+        if norm_of is not None and number > max_subsets:
+            logger.warning(
+                "sglp: the segment from %s has %d subsets, more than max_subsets=%d: its layers "
+                "are ranked by the norm of each alone",
+                part[0], number, max_subsets,
+            )  # fmt: skip
     logger.info(
         "sglp: segments of %s blocks, of which %s go",
         ", ".join(str(len(part)) for part in parts), ", ".join(map(str, quota)),
