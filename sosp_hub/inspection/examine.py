@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.format import headers
 from sosp_hub.checkpoint.format.bounds import check_code, check_counts
-from sosp_hub.checkpoint.format.record import KEY, parse_delta
+from sosp_hub.checkpoint.format.record import KEY
+from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.skeleton import as_checkpoint_error, build_skeleton, faults_of
 from sosp_hub.checkpoint.weightless import holds_only_a_plan

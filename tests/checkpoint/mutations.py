@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import sosp_hub
 from sosp_hub.checkpoint.format import headers
 from sosp_hub.checkpoint.format.delta import apply_section
-from sosp_hub.checkpoint.format.record import parse_delta
+from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import SospHubError
 from tests.checkpoint import cuts

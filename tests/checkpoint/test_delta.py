@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sosp_hub
-from sosp_hub.checkpoint.format import record
+from sosp_hub.checkpoint.format import schema
 from sosp_hub.checkpoint.format.delta import apply_section, diff
-from sosp_hub.checkpoint.format.record import Section, parse_delta
+from sosp_hub.checkpoint.format.record import Section
+from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
 from tests.checkpoint.mutations import RECORD
@@ -210,8 +211,8 @@ def test_older_records_are_migrated(monkeypatch):
         }
         return {**old, "schema_version": 2, "base": base}
 
-    monkeypatch.setattr(record, "SCHEMA_VERSION", 2)
-    monkeypatch.setitem(record._MIGRATIONS, 1, rename)
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
+    monkeypatch.setitem(schema._MIGRATIONS, 1, rename)
     old = copy.deepcopy(RECORD)
     old["base"]["attributes"] = old["base"].pop("modules")
     assert parse_delta(old).base == parse_delta({**RECORD, "schema_version": 2}).base

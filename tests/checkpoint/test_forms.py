@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import sosp_hub
 from sosp_hub import inspect
 from sosp_hub.checkpoint import weightless
-from sosp_hub.checkpoint.format.record import parse_delta
+from sosp_hub.checkpoint.format import schema
+from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.errors import CheckpointError
 from sosp_hub.inspection.examine import examine
@@ -36,6 +37,11 @@ SCHEMA = json.loads(
 # ------------------------------------------------------------------------------------------ schema
 
 
+def test_the_published_schema_is_what_readers_accept():
+    """`python -m sosp_hub.checkpoint.format.schema` writes it again."""
+    assert schema.PUBLISHED.read_text() == schema.published_schema()
+
+
 @pytest.mark.parametrize("family", cuts.FAMILIES)
 def test_deltas_meet_the_published_schema(family, tmp_path):
     folder = sosp_hub.save_pretrained(cuts.pruned(family), tmp_path / "small")
@@ -47,7 +53,26 @@ def test_deltas_meet_the_published_schema(family, tmp_path):
 
 def test_schema_refuses_what_the_reader_refuses_by_itself():
     """What can be refused without a model, the published schema refuses too, and nothing else."""
-    for case, (path, value, _) in HOSTILE.items():
+    more = {
+        "unknown key of a stand-in": (("base", "replaced", "norm"), {"as": "mlp", "code": 1}, ""),
+        "a name with a line break": (("base", "dropped"), ["layers.2\n."], ""),
+        "a hidden part of a name": (("base", "dropped"), ["layers.__a"], ""),
+        "the root's attributes": (("base", "modules", ""), {"width": 3}, ""),
+        "the root as a tensor": (("base", "tensors", ""), [3], ""),
+        "the root as an attribute": (("base", "modules", "norm"), {"": 3}, ""),
+        "nine dimensions": (("base", "tensors", "norm.weight"), [1] * 9, ""),
+        "a dimension that is no number": (("base", "tensors", "norm.weight"), ["a"], ""),
+        "4097 numbers": (("base", "modules", "norm"), {"a": [1] * 4097}, ""),
+        "no numbers": (("base", "modules", "norm"), {"a": []}, ""),
+        "a long version": (("library_version",), "1" * 65, ""),
+        "a head": (("head",), {"class": "Head"}, ""),
+        "a head that is none": (("head",), 3, ""),
+        "names that are none": (("base", "biases"), "norm", ""),
+        "a share": (("base", "modules", "norm"), {"eps": 0.5}, ""),
+        "no layer": (("base", "replaced", "norm"), {"as": "mlp", "layer_idx": None}, ""),
+        "layer -1": (("base", "replaced", "norm"), {"as": "mlp", "layer_idx": -1}, ""),
+    }
+    for case, (path, value, _) in {**HOSTILE, **more}.items():
         record = put(RECORD, path, value)
         try:
             parse_delta(record)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import sosp_hub
 from sosp_hub.checkpoint.format import headers
 from sosp_hub.checkpoint.format.delta import apply_section
-from sosp_hub.checkpoint.format.record import parse_delta
+from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import CheckpointError
 from sosp_hub.inspection.examine import examine
@@ -210,24 +210,36 @@ def test_no_config(folder, tmp_path):
         sosp_hub.from_pretrained(tmp_path)
 
 
+TWICE = b"{" + b",".join([b'"a": ' + json.dumps(GOOD).encode()] * 2) + b"}"
+
+
+def test_every_dtype_of_safetensors_is_read(tmp_path):
+    for dtype in ("F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E4M3", "C64", "BOOL"):
+        num_bytes = 8 if dtype == "C64" else 1
+        entry = {"dtype": dtype, "shape": [1], "data_offsets": [0, num_bytes]}
+        (tmp_path / headers.WEIGHTS).write_bytes(header({"a": entry}, b"\x00" * num_bytes))
+        expected = headers.TensorHeader(dtype, (1,), num_bytes, headers.WEIGHTS)
+        assert headers.read_tensors(tmp_path) == {"a": expected}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "cut short"),
-        (b"\x00" * 8, "cut short"),
-        (struct.pack("<Q", 2**63) + b"{}", "cut short"),
-        (header(b"{]"), "header"),
-        (header([1]), "JSON object"),
-        (header({"a": GOOD}), "need 8 bytes"),
-        (header({"a": GOOD}, b"\x00" * 9), "need 8 bytes"),
-        (header({"a": {**GOOD, "shape": [10**12]}}, b"\x00" * 8), "do not fill"),
-        (header({"a": {**GOOD, "shape": [-2]}}, b"\x00" * 8), "shape"),
-        (header({"a": {**GOOD, "shape": [2.0]}}, b"\x00" * 8), "shape"),
-        (header({"a": {**GOOD, "dtype": "OBJECT"}}, b"\x00" * 8), "unknown dtype"),
-        (header({"a": {**GOOD, "data_offsets": [8, 0]}}, b"\x00" * 8), "do not fill"),
-        (header({"a": GOOD, "b": GOOD}, b"\x00" * 8), "without gaps"),
-        (header({"a": 3}, b"\x00" * 8), "expected dtype"),
-        (header(b'{"a": 1, "a": 1}'), "given twice"),
+        (b"", "header too small.*cut short"),
+        (b"\x00" * 8, "invalid JSON in header"),
+        (struct.pack("<Q", 2**63) + b"{}", "header too large"),
+        (header(b"{]"), "invalid JSON in header"),
+        (header([1]), "invalid type: sequence"),
+        (header({"a": GOOD}), "file not fully covered"),
+        (header({"a": GOOD}, b"\x00" * 9), "file not fully covered"),
+        (header({"a": {**GOOD, "shape": [10**12]}}, b"\x00" * 8), "invalid shape"),
+        (header({"a": {**GOOD, "shape": [-2]}}, b"\x00" * 8), "integer `-2`"),
+        (header({"a": {**GOOD, "shape": [2.0]}}, b"\x00" * 8), "floating point `2.0`"),
+        (header({"a": {**GOOD, "dtype": "OBJECT"}}, b"\x00" * 8), "unknown variant `OBJECT`"),
+        (header({"a": {**GOOD, "data_offsets": [8, 0]}}, b"\x00" * 8), "invalid offset"),
+        (header({"a": GOOD, "b": GOOD}, b"\x00" * 8), "invalid offset for tensor `b`"),
+        (header({"a": 3}, b"\x00" * 8), "integer `3`"),
+        (header(TWICE, b"\x00" * 8), "given twice"),
     ],
 )
 def test_damaged_weights(content, words, folder, tmp_path):

@@ -352,6 +352,7 @@ def test_shipped_code_loads_without_the_package(tmp_path):
     folder = sosp_hub.save_pretrained(model, tmp_path / "small", ship_code=True)
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_sosp_hub.LlamaForCausalLM"
+    assert not any("pydantic" in path.read_text() for path in folder.glob("*.py"))
     code = f"""
 import sys, torch, transformers
 from safetensors.torch import save_file

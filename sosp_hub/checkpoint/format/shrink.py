@@ -1,12 +1,13 @@
 """How a transformers model takes the delta from its config while it is built."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
 from sosp_hub.checkpoint.format.delta import apply_section, versions_said
-from sosp_hub.checkpoint.format.record import KEY, Delta, Section, parse_delta
+from sosp_hub.checkpoint.format.record import KEY, Delta, Section
 from sosp_hub.compat.torch import child_table
 from sosp_hub.errors import CheckpointError
 
@@ -17,8 +18,12 @@ APPLIED = "_sosp_hub_applied"
 """Set on a model that took its part of the delta."""
 
 
-def shrink(model: "PreTrainedModel") -> None:
+def shrink(model: "PreTrainedModel", parse: Callable[[Any, str], Delta]) -> None:
     """Applies what the delta in the model's config says about this class; inert without one.
+
+    Args:
+        model: While it is built.
+        parse: From the delta's JSON and its place to the delta.
 
     Raises:
         CheckpointError: The delta is damaged, or for another class, library or version.
@@ -27,7 +32,7 @@ def shrink(model: "PreTrainedModel") -> None:
     if record is None or getattr(model, APPLIED, False):
         return
     where = f"config.json: {KEY}"
-    delta = parse_delta(record, where)
+    delta = parse(record, where)
     if delta.library != "transformers":
         raise CheckpointError(
             f"{where}.library: {delta.library!r}, but a transformers model is being built"

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 import sosp_hub
 from sosp_hub.checkpoint import hooks
 from sosp_hub.checkpoint.format.delta import apply_section, diff, versions_said
-from sosp_hub.checkpoint.format.record import Delta, parse_delta
+from sosp_hub.checkpoint.format.record import Delta
+from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.timm import shards as timm_shards
 from sosp_hub.checkpoint.timm.features import announce, announced_channels, feature_entries
 from sosp_hub.compat.timm import (

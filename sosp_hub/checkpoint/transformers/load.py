@@ -22,6 +22,7 @@ from sosp_hub.checkpoint import hooks
 from sosp_hub.checkpoint.format.delta import diff
 from sosp_hub.checkpoint.format.proof import check_cache
 from sosp_hub.checkpoint.format.record import KEY, Delta, Section
+from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.format.shrink import APPLIED, shrink
 from sosp_hub.checkpoint.format.standins import has_standins
 from sosp_hub.checkpoint.inputs import made_up_inputs
@@ -194,7 +195,7 @@ def checked() -> Iterator[None]:
 
 
 def _post_init(self: PreTrainedModel) -> None:
-    shrink(self)
+    shrink(self, parse_delta)
     _ORIGINALS["post_init"](self)
 
 

@@ -11,7 +11,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from sosp_hub.checkpoint.format import proof
 from sosp_hub.checkpoint.format.delta import store_in_state
-from sosp_hub.checkpoint.format.record import KEY, Delta, Section, parse_delta
+from sosp_hub.checkpoint.format.record import KEY, Delta, Section
+from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.checkpoint.transformers import native

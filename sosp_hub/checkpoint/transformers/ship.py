@@ -31,6 +31,7 @@ _HEAD = '''"""Pruned model classes: the library's own, with layers as small as c
 import transformers
 from transformers.modeling_utils import PreTrainedModel
 
+from .sosp_hub_record import Delta
 from .sosp_hub_shrink import shrink
 
 
@@ -39,7 +40,7 @@ class _Pruned:
         original = PreTrainedModel.post_init
 
         def post_init(model):
-            shrink(model)
+            shrink(model, lambda record, _: Delta.from_json(record))
             original(model)
 
         PreTrainedModel.post_init = post_init
