@@ -3,8 +3,9 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +16,12 @@ from torch.nn import functional as F
 from sosp_hub.distributed import process_sum, to_device
 from sosp_hub.errors import DataError
 from sosp_hub.tasks.loss import Loss, batch_loss
+from sosp_hub.tasks.metrics import ROOTS, Meter
 
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
 
-_LOSS, _CORRECT, _CLASSES = 0, 1, 2  # rows of the sums; one more for each class
+_LOSS, _CORRECT, _METERS = 0, 1, 2  # rows of the sums; then one for each meter and class
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def evaluate(
     *,
     class_names: Sequence[str] = (),
     loss_fn: "LossFn | None" = None,
+    meters: Mapping[str, Meter] = MappingProxyType({}),
 ) -> dict[str, Metric]:
     """Measures a model on the batches of all processes; each sample counts once.
 
@@ -55,6 +58,7 @@ def evaluate(
             for each class that occurs).
         class_names: Names for ``per_class_accuracy``; the class's number where none is given.
 
+        meters: What else can be measured, of a task's own.
         loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
 
     Raises:
@@ -62,15 +66,20 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(_CLASSES, 6, dtype=torch.float64)
+    used = [name for name in metrics if name in meters]
+    first_class = _METERS + len(used)
+    sums = torch.zeros(first_class, 6, dtype=torch.float64)
     try:
         for batch in batches:
             batch = to_device(batch)
-            new = _sums(batch_loss(model, batch, loss_fn)).cpu()
+            loss = batch_loss(model, batch, loss_fn)
+            own = [_moments_of(*meters[name](loss, batch)) for name in used]
+            rows = _sums(loss).cpu()
+            new = torch.cat([rows[:_METERS], *own, rows[_METERS:]])
             sums = new + F.pad(sums, (0, 0, 0, len(new) - len(sums)))
     finally:
         model.train(was_training)
-    sums = _over_processes(sums)
+    sums = _over_processes(sums, first_class)
     if sums[_LOSS, 0] == 0:
         raise DataError(
             "nothing to evaluate on: the test split gives no batch; raise data.num_test"
@@ -78,7 +87,7 @@ def evaluate(
     found: dict[str, Metric] = {}
     for name in metrics:
         if name == "per_class_accuracy":
-            for label, row in enumerate(sums[_CLASSES:]):
+            for label, row in enumerate(sums[first_class:]):
                 if row[0]:
                     shown = class_names[label] if label < len(class_names) else str(label)
                     found[f"accuracy/{shown}"] = _ratio(row)
@@ -86,6 +95,12 @@ def evaluate(
             loss = _ratio(sums[_LOSS])
             value = math.exp(min(loss.value, 700.0))
             found[name] = Metric(value, loss.n, loss.stderr and value * loss.stderr)
+        elif name in used:
+            ratio = _ratio(sums[_METERS + used.index(name)])
+            if name in ROOTS:
+                value, slope = ROOTS[name](ratio.value)
+                ratio = Metric(value, ratio.n, ratio.stderr and slope * ratio.stderr)
+            found[name] = ratio
         else:
             row = sums[{"loss": _LOSS, "accuracy": _CORRECT}[name]]
             if not row[0]:
@@ -157,14 +172,18 @@ def _sums(loss: Loss) -> Float[Tensor, "rows 6"]:
     return torch.stack(rows)
 
 
+def _moments_of(x: Tensor, w: Tensor) -> Float[Tensor, "1 6"]:
+    return _moments(x.double().cpu(), w.double().cpu()).unsqueeze(0)
+
+
 def _moments(x: Float[Tensor, " samples"], w: Float[Tensor, " samples"]) -> Float[Tensor, " 6"]:
     terms = torch.stack([torch.ones_like(x), x, w, x * x, x * w, w * w])
     return terms.sum(dim=1)
 
 
-def _over_processes(sums: Float[Tensor, "rows 6"]) -> Float[Tensor, "all_rows 6"]:
+def _over_processes(sums: Float[Tensor, "rows 6"], first_class: int) -> Float[Tensor, "all_rows 6"]:
     """The sum over processes; one that had no batch does not know the number of classes."""
-    had = float(len(sums) > _CLASSES or sums[_LOSS, 0] > 0)
+    had = float(len(sums) > first_class or sums[_LOSS, 0] > 0)
     rows, num = process_sum(torch.tensor([had * len(sums), had], dtype=torch.float64)).tolist()
     num_rows = int(rows / num) if num else len(sums)
     return process_sum(F.pad(sums, (0, 0, 0, num_rows - len(sums))))

@@ -24,7 +24,6 @@ differences where a kernel has none or memory does not suffice for that of a sin
 OutputLoss = Literal["auto", "cross_entropy", "squared"]
 """Which curvature by the outputs: the loss's own, or another whatever the loss."""
 
-Task = Literal["image-classification", "text-classification", "causal-lm"]
 Library = Literal["timm", "transformers"]
 
 Inputs = "tuple[Tensor, ...] | Mapping[str, Tensor]"

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sosp_hub.types import Library, Task
+from sosp_hub.types import Library
 
 NUM_CLASSES = 5
 
@@ -35,7 +35,7 @@ class Case:
     """
 
     name: str
-    task: Task
+    task: str
     build: Callable[[], nn.Module] = field(repr=False)
     make_inputs: Callable[[int], Any] = field(repr=False)
     traits: frozenset[str] = frozenset()
@@ -63,7 +63,10 @@ class Case:
         labels = torch.arange(num_samples) % NUM_CLASSES
         if self.library == "timm":
             return inputs, labels
-        return {**inputs, "labels": inputs["input_ids"] if self.task == "causal-lm" else labels}
+        return {
+            **inputs,
+            "labels": inputs["input_ids"] if self.task == "text-generation" else labels,
+        }
 
 
 def _timm(name: str, traits: str, size: int = 32) -> Case:
@@ -87,12 +90,12 @@ def _image(num_samples: int) -> dict[str, Tensor]:
 def _transformers(head: str, traits: str, make_inputs=_text, **config: Any) -> Case:
     """`head` is the model class; its config class gets the small numbers."""
     model_class = getattr(transformers, head)
-    task: Task = "causal-lm"
+    task: str = "text-generation"
     if head.endswith("SequenceClassification"):
         task = "text-classification"
     elif head.endswith("ImageClassification"):
         task = "image-classification"
-    if task != "causal-lm":
+    if task != "text-generation":
         config["num_labels"] = NUM_CLASSES
     make_config = model_class.config_class
     return Case(

@@ -1,10 +1,117 @@
 """Class labels as numbers from 0, whatever the source writes."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 from sosp_hub.data.rows import Label, Rows
 from sosp_hub.errors import DataError, shortened
+
+Problem = Literal["single_label", "multi_label", "regression"]
+
+
+def problem_of(rows: Rows, asked: Problem | None, where: str) -> Problem:
+    """What labels are: lists are of several classes, fractions are numbers, the rest classes.
+
+    Raises:
+        DataError: Both lists and others, or whole numbers that are written as fractions.
+    """
+    labels = list(rows.labels or ())
+    lists = [isinstance(label, list | tuple) for label in labels]
+    if any(lists) and not all(lists):
+        odd = lists.index(False)
+        raise DataError(
+            f"data.label: row {odd} of {where} has {labels[odd]!r} where others have lists of "
+            "labels; write a list there too, empty for none"
+        )
+    if any(lists):
+        if asked not in (None, "multi_label"):
+            raise DataError(f"data.problem: {asked}, but the labels of {where} are lists")
+        return "multi_label"
+    if asked == "multi_label":
+        raise DataError(f"data.problem: multi_label, but the labels of {where} are no lists")
+    numbers = [label for label in labels if isinstance(label, float)]
+    if asked is None and numbers and all(number.is_integer() for number in numbers):
+        raise DataError(
+            f"data.label: {where} has the label {numbers[0]!r}, a whole number that is written as "
+            "a fraction: for classes write whole numbers, for a number to meet data.problem: "
+            "regression"
+        )
+    return asked or ("regression" if numbers else "single_label")
+
+
+def listed_classes(
+    lists: Sequence[Sequence[Label]], names: tuple[str, ...], where: str, key: str
+) -> tuple[tuple[str, ...], Callable[[Sequence[Sequence[Label]]], list[list[int]]]]:
+    """Names of the classes in lists, and what makes numbers of such lists.
+
+    Args:
+        lists: Of the train split.
+        names: Where the source lists them.
+        where: The source, for messages.
+        key: Of the section ``data``, for messages.
+
+    Raises:
+        DataError: Labels that are neither names nor whole numbers, or fewer than two classes; later
+            one that train does not have.
+    """
+    names = names or _class_names([label for labels in lists for label in labels], where)
+    if len(names) < 2:
+        raise DataError(
+            f"data.{key}: {where} has only the class {', '.join(names)}; expected two or more"
+        )
+    numbers: dict[Label, int] = {name: number for number, name in enumerate(names)}
+    numbers |= {number: number for number in range(len(names))}
+
+    def coded(lists: Sequence[Sequence[Label]]) -> list[list[int]]:
+        for row, labels in enumerate(lists):
+            odd = next((label for label in labels if label not in numbers), None)
+            if odd is not None:
+                raise DataError(
+                    f"data.{key}: row {row} of {where} has the label {odd!r}, which is none of the "
+                    f"{len(names)} classes of train ({', '.join(names[:8])})"
+                )
+        return [[numbers[label] for label in labels] for labels in lists]
+
+    return names, coded
+
+
+def several_classes(train: Rows, test: Rows, where: str) -> tuple[tuple[str, ...], Rows, Rows]:
+    """Class names, and both splits with a 0 or 1 for each class.
+
+    Raises:
+        DataError: As of ``listed_classes``.
+    """
+    lists: Any = train.labels or ()
+    names, numbers = listed_classes(lists, train.class_names, where, "label")
+
+    def coded(rows: Any) -> Any:
+        chosen = ({*row} for row in numbers(rows.labels))
+        labels = [[float(i in row) for i in range(len(names))] for row in chosen]
+        return replace(rows, labels=labels)
+
+    first = coded(train)
+    return names, first, first if test is train else coded(test)
+
+
+def number_values(train: Rows, test: Rows, where: str) -> tuple[Rows, Rows]:
+    """Both splits with a number for each sample.
+
+    Raises:
+        DataError: A label that is no finite number.
+    """
+
+    def checked(rows: Rows) -> Rows:
+        for row, value in enumerate(rows.labels or ()):
+            if isinstance(value, str | bool | None) or not math.isfinite(value):
+                raise DataError(
+                    f"data.label: row {row} of {where} has {value!r}, expected a finite number"
+                )
+        return replace(rows, labels=[float(value) for value in rows.labels or ()])
+
+    first = checked(train)
+    return first, first if test is train else checked(test)
 
 
 def code_labels(train: Rows, test: Rows, where: str) -> tuple[tuple[str, ...], Rows, Rows]:

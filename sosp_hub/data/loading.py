@@ -7,13 +7,12 @@ from typing import Any, overload
 import torch
 from torch.utils.data import DataLoader
 
-from sosp_hub.data.images import FileSplit, PixelSplit
-from sosp_hub.data.processing import ImageProcessing, Processing, TextProcessing
-from sosp_hub.data.rows import PixelRows, TextRows
+from sosp_hub.data.processing import Processing
+from sosp_hub.data.rows import ImageRows, PixelRows
 from sosp_hub.data.source import OpenData, SplitName
 from sosp_hub.data.split import Split
-from sosp_hub.data.texts import LabelledTextSplit, WindowSplit, token_windows
 from sosp_hub.errors import DataError
+from sosp_hub.recipe.tasks import find_task
 
 log = logging.getLogger(__name__)
 
@@ -26,23 +25,13 @@ def load_split(
     Raises:
         DataError: Samples of another kind than the model takes, or texts too short for one window.
     """
-    rows = data.train if split == "train" else data.test
-    match rows, processor:
-        case TextRows(labels=None), TextProcessing():
-            windows = token_windows(rows, processor, data.section.max_length, data.name)
-            return WindowSplit(windows[data.pick(len(windows), split)])
-        case TextRows(), TextProcessing():
-            return LabelledTextSplit(
-                rows, processor, data.info.class_names, data.section.max_length
-            )
-        case PixelRows(), ImageProcessing():
-            return PixelSplit(rows, processor, data.info.class_names, augment)
-        case _, ImageProcessing() if not isinstance(rows, TextRows):
-            return FileSplit(rows, processor, data.info.class_names, augment)
-    raise DataError(
-        f"data: {data.name} holds {'text' if isinstance(rows, TextRows) else 'images'}, which the "
-        "model does not take"
-    )
+    return find_task(data.task).split(data, split, processor, augment=augment)
+
+
+def wrong_kind(data: OpenData) -> DataError:
+    """Samples that the model does not take."""
+    kind = "images" if isinstance(data.train, PixelRows | ImageRows) else "text"
+    return DataError(f"data: {data.name} holds {kind}, which the model does not take")
 
 
 def make_loader(

@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -154,7 +154,32 @@ class TextRows:
         return replace(self, texts=[self.texts[i] for i in indices], labels=labels)
 
 
-Rows = PixelRows | ImageRows | TextRows
+@dataclass(frozen=True, eq=False)
+class TableRows:
+    """Columns of any values, by the key of a recipe's section ``data``.
+
+    Attributes:
+        columns: Of equal length.
+        where: The source, for messages.
+        labels: None; classes are in the columns.
+        class_names: Where the source lists them, or once they are known.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    where: str = ""
+    labels: None = None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def take(self, indices: Sequence[int]) -> Self:
+        """These samples, in this order."""
+        columns = {key: [values[i] for i in indices] for key, values in self.columns.items()}
+        return replace(self, columns=columns)
+
+
+Rows = PixelRows | ImageRows | TextRows | TableRows
 
 
 def image_folder(folder: Path) -> ImageRows:

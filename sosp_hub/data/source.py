@@ -1,7 +1,6 @@
 """Opens a data set, wherever it lives: what it holds is known before any model is."""
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,14 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from sosp_hub.data.columns import check_columns
 from sosp_hub.data.idx import is_idx_folder, read_digits, read_idx_split
-from sosp_hub.data.labels import code_labels
+from sosp_hub.data.labels import Problem, code_labels, number_values, several_classes
 from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
-from sosp_hub.data.rows import IMAGE_SUFFIXES, ImageRows, PixelRows, Rows, TextRows, image_folder
+from sosp_hub.data.rows import IMAGE_SUFFIXES, ImageRows, PixelRows, Rows, image_folder
 from sosp_hub.data.tables import TABLE_SUFFIXES, files_of_split, read_table, table_files
-from sosp_hub.errors import DataError, shortened
+from sosp_hub.errors import DataError
 from sosp_hub.recipe.schema import DataSection
-from sosp_hub.types import Task
+from sosp_hub.recipe.tasks import Task, find_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,13 +33,14 @@ class DataInfo:
     """What a model has to fit.
 
     Attributes:
-        num_labels: Classes; None for causal-lm.
+        num_labels: Outputs of the head; None where labels fix none.
         class_names: Their names, in the order of the label numbers.
         image_shape: Channels, height and width where all images share one small size, else None.
         mean: Per channel of the train images, on a scale of 0 to 1; None where they are not in
             memory.
         std: As ``mean``.
         image_size: Pixels that the recipe asks for.
+        problem: What a label is: one class, a list of classes, or a number.
     """
 
     num_labels: int | None = None
@@ -48,6 +49,7 @@ class DataInfo:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: int | None = None
+    problem: Problem = "single_label"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ class OpenData:
         info: What a model has to fit.
         train: Samples with labels from 0.
         test: As ``train``; the same texts where the test split is still to be held out of them
-            (causal-lm).
+            (language models).
         section: What was asked for.
         held_out: Share of train that is the test split; None where there is a test split, or it is
             already cut.
@@ -68,7 +70,7 @@ class OpenData:
     """
 
     name: str
-    task: Task
+    task: str
     info: DataInfo
     train: Rows
     test: Rows
@@ -98,14 +100,15 @@ class OpenData:
         return sorted(order[:limit])
 
 
-def open_data(section: DataSection, task: Task, *, seed: int = 0) -> OpenData:
+def open_data(section: DataSection, task: str, *, seed: int = 0) -> OpenData:
     """Opens train and test of a data set; limits and held-out shares are drawn with ``seed``.
 
     Raises:
         DataError: A missing file, column or split, an empty set, an unreadable image.
         HubError: The hub cannot be reached.
     """
-    name, train, test = _find(section, task)
+    kind = find_task(task)
+    name, train, test = _find(section, kind)
     for split, rows in (("train", train), ("test", test)):
         if rows is not None and not len(rows):
             raise DataError(f"data: the {split} split of {name} is empty; give one with samples")
@@ -117,7 +120,7 @@ def open_data(section: DataSection, task: Task, *, seed: int = 0) -> OpenData:
         )
     data = OpenData(
         name=name,
-        task=task,
+        task=kind.name,
         info=DataInfo(image_size=section.image_size),
         train=train,
         test=train if test is None else test,
@@ -125,10 +128,10 @@ def open_data(section: DataSection, task: Task, *, seed: int = 0) -> OpenData:
         held_out=section.validation_share if test is None else None,
         seed=seed,
     )
-    return data if task == "causal-lm" else _classified(data)
+    return kind.prepare(data)
 
 
-def _classified(data: OpenData) -> OpenData:
+def classified(data: OpenData) -> OpenData:
     """Numbers for labels, then the subsets, then small images into memory."""
     names, train, test = code_labels(data.train, data.test, data.name)
     train = train.take(data.pick(len(train), "train"))
@@ -145,6 +148,27 @@ def _classified(data: OpenData) -> OpenData:
             std=tuple(sample.std((0, 2, 3)).clamp(min=1e-3).tolist()),
         )
     return replace(data, info=info, train=train, test=test, held_out=None)
+
+
+def with_several(data: OpenData) -> OpenData:
+    """Lists of classes as a 0 or 1 for each class, then the subsets."""
+    names, train, test = several_classes(data.train, data.test, data.name)
+    info = replace(data.info, num_labels=len(names), class_names=names, problem="multi_label")
+    return picked(replace(data, info=info, train=train, test=test))
+
+
+def with_values(data: OpenData) -> OpenData:
+    """A number for each sample, then the subsets."""
+    train, test = number_values(data.train, data.test, data.name)
+    info = replace(data.info, num_labels=1, class_names=("value",), problem="regression")
+    return picked(replace(data, info=info, train=train, test=test))
+
+
+def picked(data: OpenData) -> OpenData:
+    """The subsets that the recipe asks for."""
+    train = data.train.take(data.pick(len(data.train), "train"))
+    test = data.test.take(data.pick(len(data.test), "test"))
+    return replace(data, train=train, test=test, held_out=None)
 
 
 def _in_memory(train: ImageRows, test: ImageRows) -> tuple[Rows, Rows]:
@@ -190,13 +214,15 @@ def _local(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
         _need(task, "image-classification", str(path))
         test = None if section.test is None else read_idx_split(path, section.test)
         return read_idx_split(path, section.train), test
-    if task == "image-classification" and _has_images(path):
+    if task.name == "image-classification" and _has_images(path):
         return _split_folders(path, section)
     files = table_files(path)
     if not files:
-        kinds = "images in one subfolder per class, or " if task == "image-classification" else ""
+        kinds = (
+            "images in one subfolder per class, or " if task.name == "image-classification" else ""
+        )
         raise DataError(
-            f"data.path: {path} holds no data for {task}; expected {kinds}files of "
+            f"data.path: {path} holds no data for {task.name}; expected {kinds}files of "
             f"{', '.join(sorted(TABLE_SUFFIXES))}"
         )
     train, test = (
@@ -256,68 +282,13 @@ def _from_hub(section: DataSection, task: Task) -> tuple[Rows, Rows | None]:
 
 def _columns(table: "Dataset", section: DataSection, task: Task, where: str) -> Rows:
     """The columns that the task needs."""
-    if not len(table):
-        raise DataError(f"data: {where} has no rows; give a data set with samples")
-    needed = {
-        "image-classification": ("image", "label"),
-        "text-classification": ("text", "label"),
-        "causal-lm": ("text",),
-    }[task]
-    for key in needed:
-        column = getattr(section, key)
-        if column not in table.column_names:
-            raise DataError(
-                f"data.{key}: {where} has no column {column!r}; it has "
-                f"{shortened(', '.join(table.column_names), 300)}{_separator(table.column_names)}"
-            )
-    labels, names = _labels(table, section.label) if "label" in needed else (None, ())
-    if labels is not None and task == "image-classification":
-        images = _image_column(table, section.image)
-        return ImageRows(range(len(table)), images, labels, f"in row {{}} of {where}", names)
-    texts = table[section.text][:]
-    odd = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
-    if odd is not None and isinstance(texts[odd], bytes):
-        raise DataError(f"data.text: row {odd} of {where} is not in UTF-8; save the file as UTF-8")
-    if odd is not None:
-        raise DataError(
-            f"data.text: row {odd} of {where} has {shortened(repr(texts[odd]))} in column "
-            f"{section.text!r}, expected text"
-        )
-    return TextRows(texts, labels, names)
+    check_columns(table, section, task.columns, where)
+    return task.rows(table, section, where)
 
 
-def _separator(columns: Sequence[str]) -> str:
-    """What to do where a table was read as one column."""
-    if len(columns) == 1 and ";" in columns[0]:
-        return ". The file separates its columns with semicolons; write it with commas"
-    if len(columns) == 1 and "\t" in columns[0]:
-        return ". The file separates its columns with tabs; name it .tsv"
-    return ""
-
-
-def _labels(table: "Dataset", column: str) -> tuple[list[Any], tuple[str, ...]]:
-    from datasets import ClassLabel
-
-    feature = table.features[column]
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
-    return table[column][:], names
-
-
-def _image_column(table: "Dataset", column: str) -> Callable[[int], Any]:
-    from datasets import Image
-
-    if not isinstance(table.features[column], Image):
-        table = table.cast_column(column, Image())
-    return partial(_cell, table.select_columns([column]), column)
-
-
-def _cell(table: "Dataset", column: str, row: int) -> Any:
-    return table[row][column]
-
-
-def _need(task: Task, expected: Task, where: str) -> None:
-    if task != expected:
-        raise DataError(f"data: {where} is for {expected}, but model.task is {task}")
+def _need(task: Task, expected: str, where: str) -> None:
+    if task.name != expected:
+        raise DataError(f"data: {where} is for {expected}, but model.task is {task.name}")
 
 
 def _no_split(section: DataSection, key: str, where: str, listed: str) -> DataError:

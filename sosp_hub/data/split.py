@@ -13,7 +13,7 @@ class Split(Dataset[Any]):
     left to do; small images are one uint8 tensor and need no worker processes. Use `make_loader`.
 
     Attributes:
-        num_labels: Classes; None for causal-lm.
+        num_labels: Classes; None where labels fix none.
         class_names: Their names.
     """
 

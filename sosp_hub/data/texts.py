@@ -1,7 +1,8 @@
 """Text splits: windows of tokens for a language model, padded texts for a classifier."""
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -9,12 +10,17 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from sosp_hub.data.processing import TextProcessing
+from sosp_hub.data.ignored import IGNORED
+from sosp_hub.data.labels import Problem
+from sosp_hub.data.loading import wrong_kind
+from sosp_hub.data.processing import Processing, TextProcessing
 from sosp_hub.data.rows import TextRows
+from sosp_hub.data.source import OpenData
 from sosp_hub.data.split import Split
 from sosp_hub.errors import DataError, shortened
 
 log = logging.getLogger(__name__)
+
 
 _BETWEEN_TEXTS = "\n\n"  # our choice; what the usual WikiText evaluation writes between its rows
 _TEXTS_AT_ONCE = 1000
@@ -40,8 +46,92 @@ class WindowSplit(Split):
         return {"input_ids": tokens, "labels": tokens}
 
 
-class LabelledTextSplit(Split):
-    """Texts cut at the longest length allowed and padded to the longest of their batch."""
+class MaskedSplit(Split):
+    """Windows of which some tokens are masked, the same each time; labels are those tokens.
+
+    Which ones depends on the seed and the window alone.
+
+    Args:
+        windows: Tokens.
+        mask: The token that hides others.
+        seed: Of the choice.
+        share: Of the tokens of a window that are hidden, at least one.
+    """
+
+    num_labels = None
+    class_names = ()
+
+    def __init__(
+        self, windows: Int64[Tensor, "windows tokens"], mask: int, seed: int, share: float = 0.15
+    ) -> None:
+        self._windows, self._mask, self._seed = windows, mask, seed
+        self._num = max(1, round(share * windows.shape[1]))
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        tokens = self._windows[torch.as_tensor(indices, dtype=torch.int64)].clone()
+        labels = torch.full_like(tokens, IGNORED)
+        for row, window in enumerate(tokens):
+            digest = hashlib.blake2b(window.numpy().tobytes(), digest_size=6).digest()
+            chance = torch.Generator().manual_seed(self._seed ^ int.from_bytes(digest))
+            hidden = torch.randperm(len(window), generator=chance)[: self._num]
+            labels[row, hidden] = window[hidden]
+            tokens[row, hidden] = self._mask
+        mask = torch.ones_like(tokens)
+        return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+class EncodedSplit(Split):
+    """Encoded texts, padded to the longest of their batch.
+
+    Args:
+        encoded: What the tokenizer gives: names with one list a sample; ``labels`` among them are
+            one a token.
+        tokenizer: Says what to pad with, and on which side.
+        targets: One row a sample, by the name that the model takes.
+        class_names: Names of the labels.
+    """
+
+    def __init__(
+        self,
+        encoded: Mapping[str, Sequence[Sequence[int]]],
+        tokenizer: Any,
+        targets: Mapping[str, Tensor],
+        class_names: tuple[str, ...] = (),
+    ) -> None:
+        self.class_names, self.num_labels = class_names, len(class_names) or None
+        names = (*tokenizer.model_input_names, "labels")
+        self._encoded = {name: encoded[name] for name in names if name in encoded}
+        self._targets = dict(targets)
+        self._fill = {
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+            "labels": IGNORED,
+        }
+        self._left = tokenizer.padding_side == "left"
+
+    def __len__(self) -> int:
+        return len(self._encoded["input_ids"])
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        batch = {
+            name: self._padded([values[i] for i in indices], self._fill.get(name, 0))
+            for name, values in self._encoded.items()
+        }
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return {**batch, **{name: rows[chosen] for name, rows in self._targets.items()}}
+
+    def _padded(self, samples: list[Sequence[int]], fill: int) -> Int64[Tensor, "batch tokens"]:
+        longest = max(len(sample) for sample in samples)
+        gaps = [[fill] * (longest - len(sample)) for sample in samples]
+        pairs = zip(samples, gaps, strict=True)
+        return torch.tensor([[*gap, *text] if self._left else [*text, *gap] for text, gap in pairs])
+
+
+class LabelledTextSplit(EncodedSplit):
+    """Texts cut at the longest length allowed, with a label each."""
 
     def __init__(
         self,
@@ -49,44 +139,37 @@ class LabelledTextSplit(Split):
         processing: TextProcessing,
         class_names: tuple[str, ...],
         max_length: int,
+        problem: Problem = "single_label",
     ) -> None:
-        self.class_names, self.num_labels = class_names, len(class_names)
-        tokenizer = processing.tokenizer
         length = allowed_length(processing, max_length)
-        encoded = tokenizer(list(rows.texts), truncation=True, max_length=length)
+        encoded = processing.tokenizer(list(rows.texts), truncation=True, max_length=length)
         empty = next((i for i, ids in enumerate(encoded["input_ids"]) if not ids), None)
         if empty is not None:
             raise DataError(
                 f"data.text: the text {shortened(repr(rows.texts[empty]))} (label "
                 f"{(rows.labels or ())[empty]}) gives no token; take out samples without text"
             )
-        self._encoded = {
-            name: encoded[name] for name in tokenizer.model_input_names if name in encoded
-        }
-        self._fill = {
-            "input_ids": tokenizer.pad_token_id,
-            "token_type_ids": tokenizer.pad_token_type_id,
-        }
-        self._left = tokenizer.padding_side == "left"
-        numbers = torch.as_tensor(rows.labels, dtype=torch.int64)
-        order = processing.label_order
-        self._labels = numbers if order is None else torch.tensor(order)[numbers]
+        dtype = torch.int64 if problem == "single_label" else torch.float32
+        labels = torch.as_tensor(rows.labels, dtype=dtype)
+        if (order := processing.label_order) is not None:
+            outputs = torch.tensor(order)
+            labels = outputs[labels] if problem == "single_label" else labels[:, outputs.argsort()]
+        super().__init__(encoded, processing.tokenizer, {"labels": labels}, class_names)
 
-    def __len__(self) -> int:
-        return len(self._labels)
 
-    def __getitems__(self, indices: Sequence[int]) -> Any:
-        batch = {
-            name: self._padded([values[i] for i in indices], self._fill.get(name, 0))
-            for name, values in self._encoded.items()
-        }
-        return {**batch, "labels": self._labels[torch.as_tensor(indices, dtype=torch.int64)]}
+def windows_of(
+    data: OpenData, split: str, processing: Processing
+) -> Int64[Tensor, "windows tokens"]:
+    """The windows of a split, of those that its texts give.
 
-    def _padded(self, samples: list[list[int]], fill: int) -> Int64[Tensor, "batch tokens"]:
-        longest = max(len(sample) for sample in samples)
-        gaps = [[fill] * (longest - len(sample)) for sample in samples]
-        pairs = zip(samples, gaps, strict=True)
-        return torch.tensor([gap + text if self._left else text + gap for text, gap in pairs])
+    Raises:
+        DataError: Samples that are no texts, or too little text for one window.
+    """
+    rows = data.train if split == "train" else data.test
+    if not isinstance(rows, TextRows) or not isinstance(processing, TextProcessing):
+        raise wrong_kind(data)
+    windows = token_windows(rows, processing, data.section.max_length, data.name)
+    return windows[data.pick(len(windows), "train" if split == "train" else "test")]
 
 
 @lru_cache(maxsize=1)  # train and a test split that is held out of it are one stream

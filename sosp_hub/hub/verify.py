@@ -22,6 +22,7 @@ from sosp_hub.hub.attempts import Patience, check_token, explain, persistently
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.tasks import find_task
 from sosp_hub.report.facts import overall_metrics
 from sosp_hub.report.markers import read_card
 from sosp_hub.report.numbers import is_share, metric_value
@@ -232,7 +233,8 @@ def _evaluate(
             break
         batches.append(batch)
         left -= recipe.evaluate.batch_size
-    measured = evaluate(model, batches, names)
+    meters = find_task(recipe.model.task).meters(data.info)
+    measured = evaluate(model, batches, names, meters=meters)
     return {name: {"value": m.value, "n": m.n, "stderr": m.stderr} for name, m in measured.items()}
 
 

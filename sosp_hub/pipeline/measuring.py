@@ -12,6 +12,7 @@ from sosp_hub.distributed import progress, to_device
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.pipeline.context import Context
 from sosp_hub.plan import PruningPlan
+from sosp_hub.recipe.tasks import find_task, metric_names
 from sosp_hub.surgery.apply import apply
 from sosp_hub.zoo.load import example_inputs
 
@@ -22,8 +23,12 @@ def measured(context: Context, model: nn.Module, what: str) -> dict[str, Any]:
     num_workers = context.recipe.data.num_workers
     loader = make_loader(context.test, section.batch_size, num_workers=num_workers)
     shown = progress(context.accelerator.prepare_data_loader(loader), f"measure {what}")
-    names = section.names(context.recipe.model.task)
-    metrics = evaluate(model, shown, names, class_names=context.test.class_names)
+    assert context.data is not None  # nothing is measured without it
+    task, info = find_task(context.recipe.model.task), context.data.info
+    names = metric_names(section.metrics, task, info)
+    metrics = evaluate(
+        model, shown, names, class_names=context.test.class_names, meters=task.meters(info)
+    )
     return {name: dataclasses.asdict(metric) for name, metric in metrics.items()}
 
 

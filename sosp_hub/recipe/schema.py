@@ -1,19 +1,22 @@
 """The recipe: one typed section per stage. Defaults and their meaning are written here alone."""
 
+import difflib
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
 from sosp_hub.recipe.targets import Targets
+from sosp_hub.recipe.tasks import find_task
 from sosp_hub.recipe.training import FROM_RANDOM, TrainSection
-from sosp_hub.types import DEFAULT_KINDS, Kind, Library, Task
+from sosp_hub.types import DEFAULT_KINDS, Kind, Library
 
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
 _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
 Verb = Literal["prune", "compare", "expand"]
 BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
+TaskName = Annotated[str, AfterValidator(lambda name: find_task(name).name)]
 
 
 TrainT = TypeVar("TrainT", bound=TrainSection)
@@ -27,7 +30,9 @@ class ModelSection(Section):
     path: str | None = Field(
         default=None, description="local folder; goes before `id`, which then only names it"
     )
-    task: Task = Field(description="fixes loss, example inputs and metrics")
+    task: TaskName = Field(
+        description="fixes loss, example inputs and metrics; the hub's pipeline tag"
+    )
     revision: str | None = Field(default=None, description="commit, branch or tag on the hub")
     pretrained: bool = Field(
         default=True, description="load weights; false = random weights, to be trained"
@@ -69,6 +74,18 @@ class DataSection(Section):
     image: str = Field(default="image", description="column of the images")
     label: str = Field(default="label", description="column of the classes")
     text: str = Field(default="text", description="column of the texts")
+    problem: Literal["single_label", "multi_label", "regression"] | None = Field(
+        default=None,
+        description="what a label of text-classification is; null = a class, several where the "
+        "column has lists, a number to meet where it has fractions",
+    )
+    tokens: str = Field(default="tokens", description="column of lists of words")
+    tags: str = Field(default="tags", description="column of lists of their tags")
+    question: str = Field(default="question", description="column of the questions")
+    context: str = Field(default="context", description="column of what answers stand in")
+    answers: str = Field(
+        default="answers", description="column of answers: {text: [...], answer_start: [...]}"
+    )
     num_train: Count | None = Field(default=None, description="training samples used; null = all")
     num_test: Count | None = Field(default=None, description="test samples used; null = all")
     image_size: Count | None = Field(
@@ -190,22 +207,14 @@ class FinetuneSection(TrainSection):
 class EvaluateSection(Section):
     """What is measured: before the cut, after it, and at the end."""
 
-    metrics: (
-        Annotated[
-            tuple[Literal["accuracy", "loss", "perplexity", "per_class_accuracy"], ...],
-            Field(strict=False),
-        ]
-        | None
-    ) = Field(default=None, description="null = accuracy, or perplexity for causal-lm")
+    metrics: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="what the task can measure; null = its own"
+    )
     batch_size: Count = Field(default=64, description="samples of one step")
     latency: bool = Field(
         default=True, description="measure seconds of a forward pass before and after"
     )
     latency_batch_size: Count = Field(default=8, description="samples of that pass")
-
-    def names(self, task: Task) -> tuple[str, ...]:
-        """The metrics that are measured."""
-        return self.metrics or ("perplexity" if task == "causal-lm" else "accuracy",)
 
 
 class OutputSection(Section):
@@ -377,12 +386,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:
-        if self.model.task == "causal-lm" and "per_class_accuracy" in (self.evaluate.metrics or ()):
-            raise ValueError(
-                "evaluate.metrics: per_class_accuracy needs classes and causal-lm has none; "
-                "write perplexity, accuracy or loss"
-            )
-        if self.model.task == "image-classification" or not self.augments():
+        task = find_task(self.model.task)
+        for number, metric in enumerate(self.evaluate.metrics or ()):
+            if metric not in task.metrics:
+                near = difflib.get_close_matches(metric, task.metrics, n=1, cutoff=0.5)
+                guess = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(
+                    f"evaluate.metrics.{number}: {task.name} has no {metric!r}{guess}; it has "
+                    f"{', '.join(task.metrics)}"
+                )
+        if task.inputs == "images" or not self.augments():
             return self
         raise ValueError("augment: only images are augmented; leave it out for text")
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from sosp_hub.atomic import write_text
 from sosp_hub.errors import HubError, without_secrets
 from sosp_hub.recipe.criteria import CRITERIA, Method
+from sosp_hub.recipe.tasks import known_task
 from sosp_hub.report.facts import (
     UNNAMED,
     Facts,
@@ -37,11 +38,6 @@ from sosp_hub.report.snippets import (
     where_it_loads,
 )
 
-_PIPELINE_TAGS = {
-    "image-classification": "image-classification",
-    "text-classification": "text-classification",
-    "causal-lm": "text-generation",
-}
 _INHERITED = ("license", "license_name", "license_link", "language")
 _UNION = ("tags", "datasets", "metrics")
 
@@ -143,7 +139,8 @@ def metadata(
     base = report.get("base") or {}
     final = (report.get("metrics") or {}).get("final") or {}
     names = [name for name in overall_metrics({"final": final}) if name != "loss"]
-    task = _PIPELINE_TAGS.get(facts.task or "")
+    known = known_task(facts.task)
+    task = known.name if known else None
     tags = ["sosp_hub", "pruned", "structured-pruning"]
     if (report.get("criterion") or {}).get("name"):
         tags.append(str(report["criterion"]["name"]).replace("_", "-"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sosp_hub.errors import without_secrets
+from sosp_hub.recipe.tasks import known_task
 from sosp_hub.report import numbers
 from sosp_hub.report.grid import Grid
 from sosp_hub.report.schema import check_report
@@ -98,7 +99,8 @@ def collect(report: Mapping[str, Any]) -> Facts:
     base_model = hub_id(base.get("model"))
     task = report.get("task") or model.get("task")
     provenance = (report.get("plan") or {}).get("provenance") or {}
-    unit = "test tokens" if task == "causal-lm" else "test samples"
+    known = known_task(task)
+    unit = f"test {known.counted if known else 'samples'}"
     latency = report.get("latency") or {}
     return Facts(
         smaller=_smaller(cost),

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _METRIC_DIGITS = 3
-_LOWER_IS_BETTER = ("loss", "perplexity", "wer", "error")
-_SHARES = ("accuracy", "top", "f1", "precision", "recall")
+_LOWER_IS_BETTER = ("loss", "perplexity", "wer", "error", "mean_absolute", "root_mean_squared")
+_SHARES = ("accuracy", "top", "f1", "precision", "recall", "span_f1", "exact_match")
 _MINUS = "\N{MINUS SIGN}"
 
 

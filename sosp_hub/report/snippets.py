@@ -8,17 +8,13 @@ from typing import Any, Literal
 
 from sosp_hub.checkpoint.format.headers import read_tensors
 from sosp_hub.errors import CheckpointError, HubError
+from sosp_hub.recipe.tasks import find_task, known_task
 from sosp_hub.report.markers import quoted
 from sosp_hub.types import Library
 from sosp_hub.untrusted import UnreadableError, read_json
 
 Tier = Literal["native", "delta"]
 
-_AUTO = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
 _LARGEST_SIDE = 16_384  # pixels of an input that a card shows
 _REGISTERED_HERE = "cifar_resnet"  # timm knows these networks only once sosp_hub is imported
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
@@ -89,12 +85,7 @@ def load_snippet(checkpoint: Checkpoint, address: str, task: str | None) -> str:
     if checkpoint.library == "transformers" and checkpoint.has_tokenizer:
         imports["transformers"] = (*imports.get("transformers", ()), "AutoTokenizer")
         use += [f"tokenizer = AutoTokenizer.from_pretrained({quoted(address)})"]
-        use += ['inputs = tokenizer("The weather today is", return_tensors="pt")']
-        if task == "causal-lm":
-            use += ["tokens = model.generate(**inputs, max_new_tokens=20)"]
-            use += ["print(tokenizer.decode(tokens[0]))"]
-        else:
-            use += ["print(model(**inputs).logits)"]
+        use += (known_task(task) or find_task("text-classification")).use()
     elif size is not None:
         imports["torch"] = ()
         logits = ".logits" if checkpoint.library == "transformers" else ""
@@ -149,9 +140,9 @@ def _loading(
         source = quoted(f"{prefix}:{address}")
         line = f"model = timm.create_model({source}, pretrained=True).eval()"
         return {"timm": ()}, line
-    if checkpoint.tier == "native" and task in _AUTO:
-        line = f"model = {_AUTO[task]}.from_pretrained({quoted(address)}).eval()"
-        return {"transformers": (_AUTO[task],)}, line
+    if checkpoint.tier == "native" and (known := known_task(task)):
+        line = f"model = {known.auto_class}.from_pretrained({quoted(address)}).eval()"
+        return {"transformers": (known.auto_class,)}, line
     return {"sosp_hub": ()}, f"model = sosp_hub.from_pretrained({quoted(address)}).eval()"
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from sosp_hub.data.ignored import IGNORED
 from sosp_hub.errors import DataError
 
-IGNORED = -100  # label that counts for nothing, as PyTorch and transformers have it
 _TOLERANCE = 1e-3  # of probabilities that have to sum to 1
 
 Form = Literal["softmax", "sigmoid", "squared"]

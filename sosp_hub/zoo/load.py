@@ -4,14 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sosp_hub.data.processing import ImageProcessing
 from sosp_hub.data.reach import nearest_existing
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import ModelError
 from sosp_hub.recipe.schema import ModelSection
+from sosp_hub.recipe.tasks import find_task
 from sosp_hub.zoo.loaded import Loaded
 
 __all__ = ["Loaded", "example_inputs", "load_model"]
@@ -79,18 +78,4 @@ def example_inputs(
         batch_size: Samples.
         num_tokens: Length of each text, where the model takes texts and that many tokens.
     """
-    chance = torch.Generator().manual_seed(0)
-    parameter = next(loaded.model.parameters())
-    processor = loaded.processor
-    if isinstance(processor, ImageProcessing):
-        images = torch.randn(batch_size, *processor.shape, generator=chance)
-        images = images.to(parameter.device, parameter.dtype)
-        return (images,) if processor.key is None else {processor.key: images}
-    num_tokens = min(num_tokens, processor.max_positions or num_tokens)
-    config: Any = loaded.model.config
-    vocabulary = min(len(processor.tokenizer), config.get_text_config().vocab_size)
-    tokens = torch.randint(vocabulary, (batch_size, num_tokens), generator=chance)
-    inputs = {"input_ids": tokens.to(parameter.device)}
-    if loaded.task == "causal-lm":
-        return {**inputs, "use_cache": False}
-    return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    return find_task(loaded.task).example_inputs(loaded, batch_size, num_tokens)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sosp_hub.data.processing import Processing
-from sosp_hub.types import Library, Task
+from sosp_hub.types import Library
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +20,7 @@ class Loaded:
         library: Which library built it.
         task: What it is used for.
         processor: How it wants its inputs (for `load_split`).
-        num_labels: Outputs of the head; None for causal-lm.
+        num_labels: Outputs of the head; None where labels fix none.
         new_head: The head's weights are random and want training.
         tokenizer: To be saved beside the weights; None for images.
         image_processor: The transformers object, to be saved beside the weights; None for timm
@@ -33,7 +33,7 @@ class Loaded:
 
     model: "nn.Module"
     library: Library
-    task: Task
+    task: str
     processor: Processing
     num_labels: int | None = None
     new_head: bool = False

@@ -17,6 +17,7 @@ from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import ModelError, SospHubError
 from sosp_hub.recipe.schema import ModelSection
+from sosp_hub.recipe.tasks import find_task
 from sosp_hub.untrusted import UnreadableError, read_json
 from sosp_hub.zoo.head import fit_head
 from sosp_hub.zoo.loaded import Loaded
@@ -28,11 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_AUTO = {
-    "image-classification": transformers.AutoModelForImageClassification,
-    "text-classification": transformers.AutoModelForSequenceClassification,
-    "causal-lm": transformers.AutoModelForCausalLM,
-}
 _ERRORS = (
     *(OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError),
     SafetensorError,
@@ -48,18 +44,20 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
         DataError: A head that does not fit the labels.
         HubError: The hub cannot be reached.
     """
-    source = _source(section)
+    source, task = _source(section), find_task(section.task)
     with _loading(section, source):
         config = _config(section, source, data)
         num_labels, new_head, outputs = None, False, None
-        if section.task != "causal-lm":
+        if task.head:
             outputs = _outputs(section, config)
             num_labels, new_head = fit_head(section, data, outputs)
             _set_labels(config, num_labels, data if new_head else None)
+            if new_head:
+                task.configure(config, data)
         model = _model(section, source, config, outputs)
-        tokenizer = None if section.task == "image-classification" else _tokenizer(section, source)
+        tokenizer = None if task.inputs == "images" else _tokenizer(section, source)
         images = _image_processor(section, source) if tokenizer is None else None
-    if tokenizer is not None and section.task == "text-classification":
+    if tokenizer is not None and task.head:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -85,17 +83,13 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
         image_processor=images,
         base_model=origin.base_model,
         base_revision=origin.base_revision,
-        card={**origin.card, "pipeline_tag": _PIPELINE_TAGS[section.task]}
-        if new_head
-        else origin.card,
+        card={**origin.card, "pipeline_tag": section.task} if new_head else origin.card,
     )
 
 
-_PIPELINE_TAGS = {
-    "image-classification": "image-classification",
-    "text-classification": "text-classification",
-    "causal-lm": "text-generation",
-}
+def _auto(section: ModelSection) -> Any:
+    """The class of transformers that builds models of the task."""
+    return getattr(transformers, find_task(section.task).auto_class)
 
 
 def silence() -> None:
@@ -164,7 +158,7 @@ def _config(section: ModelSection, source: Path | str, data: DataInfo | None) ->
             f"model.kwargs: the config of {config.model_type} has no {odd!r}"
             + (f"; did you mean {close[0]!r}?" if close else "")
         )
-    if not classes_for(_AUTO[section.task], type(config)):
+    if not classes_for(_auto(section), type(config)):
         raise ModelError(
             f"model.task: transformers has no {config.model_type} for {section.task}; "
             "write another task, or give another model"
@@ -182,7 +176,7 @@ def _config(section: ModelSection, source: Path | str, data: DataInfo | None) ->
 
 def _outputs(section: ModelSection, config: Any) -> int | None:
     """Outputs of the head among the weights; None where they bring none for this task."""
-    names = {cls.__name__ for cls in classes_for(_AUTO[section.task], type(config))}
+    names = {cls.__name__ for cls in classes_for(_auto(section), type(config))}
     found = section.pretrained and names.intersection(config.architectures or ())
     return config.num_labels if found else None
 
@@ -204,7 +198,7 @@ def _set_labels(config: Any, num_labels: int | None, named: DataInfo | None) -> 
 def _model(
     section: ModelSection, source: Path | str, config: Any, old_outputs: int | None
 ) -> "PreTrainedModel":
-    auto, dtype = _AUTO[section.task], getattr(torch, section.dtype)
+    auto, dtype = _auto(section), getattr(torch, section.dtype)
     if not section.pretrained:
         return auto.from_config(config, dtype=dtype)
     replaced = old_outputs is not None and old_outputs != config.num_labels
@@ -222,9 +216,9 @@ def _model(
                 f"model: {name} of {section.id} has shape {list(old)} in the weights, but "
                 f"{list(new)} in the model"
             )
-    if section.task == "causal-lm":
+    if section.task == "text-generation":
         _check_causal(model)
-    trunk = "" if section.task == "causal-lm" else f"{model.base_model_prefix}."
+    trunk = "" if section.task == "text-generation" else f"{model.base_model_prefix}."
     lacking = [name for name in report["missing_keys"] if name.startswith(trunk)]
     if lacking:  # new heads of classifiers are told elsewhere
         log.warning(
@@ -246,7 +240,8 @@ def _check_causal(model: "PreTrainedModel") -> None:
     if (first - second).abs().max() > noise * first.abs().max():
         raise ModelError(
             f"model.task: this {model.config.model_type} looks at later tokens, so it is an "
-            "encoder and no causal-lm; write model.task: text-classification, or give a decoder"
+            "encoder and generates no text; write model.task: text-classification, or fill-mask, "
+            "or give a decoder"
         )
 
 

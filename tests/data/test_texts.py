@@ -136,7 +136,7 @@ def test_bad_files(tmp_path, case):
 
 def test_folder_without_data(tmp_path):
     (tmp_path / "notes.doc").write_text("x")
-    with pytest.raises(DataError, match="holds no data for causal-lm"):
+    with pytest.raises(DataError, match="holds no data for text-generation"):
         open_data(DataSection(path=str(tmp_path)), MODEL)
 
 

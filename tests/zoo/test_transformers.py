@@ -166,7 +166,7 @@ def test_bad_models(tmp_path, save, load):
     with pytest.raises(ModelError, match="nearest folder that does is"):
         load(tmp_path / "no/where", CAUSAL)
     folder, _ = save("ViTForImageClassification")
-    with pytest.raises(ModelError, match="has no vit for causal-lm"):
+    with pytest.raises(ModelError, match="has no vit for text-generation"):
         load(folder, CAUSAL)
     folder, _ = save("BertForMaskedLM", "encoder")
     with pytest.raises(ModelError, match=r"bert looks at later tokens.*text-classification"):

@@ -1,0 +1,3 @@
+"""The label that counts for nothing."""
+
+IGNORED = -100  # as PyTorch and transformers have it

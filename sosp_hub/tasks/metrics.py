@@ -1,0 +1,109 @@
+"""Metrics as ratios of sums over samples, so that each has a standard error.
+
+A meter gives for each sample of a batch what it counts and how much it weighs; the metric is the
+sum of the one over the sum of the other, over all samples of all processes.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sosp_hub.errors import DataError
+from sosp_hub.tasks.loss import Loss
+from sosp_hub.tasks.predictions import Form, Predictions
+
+Meter = Callable[[Loss, Any], tuple[Tensor, Tensor]]
+"""From a batch's loss, and the batch, to counts and weights, one each for every sample."""
+
+ROOTS: Mapping[str, Callable[[float], tuple[float, float]]] = {
+    "root_mean_squared_error": lambda mean: (math.sqrt(mean), 0.5 / math.sqrt(mean or 1.0)),
+}
+"""Metrics that are functions of a ratio: value and slope."""
+
+
+def _read(loss: Loss, form: Form, metric: str) -> Predictions:
+    if loss.predictions is None or loss.predictions.form != form:
+        found = "nothing that is known" if loss.predictions is None else loss.predictions.form
+        raise DataError(
+            f"evaluate.metrics: {metric} needs outputs that the loss reads as {form}; it reads "
+            f"{found}. Write loss"
+        )
+    return loss.predictions
+
+
+def f1_of_labels(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+    """Twice the labels that are rightly found, over those found plus those there (micro F1)."""
+    del batch
+    read = _read(loss, "sigmoid", "f1")
+    found, there = read.values > 0, read.targets > 0.5
+    return 2 * (found & there).sum(1), found.sum(1) + there.sum(1)
+
+
+def absolute_error(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+    """The mean distance from the target."""
+    del batch
+    read = _read(loss, "squared", "mean_absolute_error")
+    return (read.values - read.targets).abs().mean(1), torch.ones(len(read.values))
+
+
+def squared_error(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+    """The mean squared distance from the target."""
+    del batch
+    read = _read(loss, "squared", "root_mean_squared_error")
+    return (read.values - read.targets).square().mean(1), torch.ones(len(read.values))
+
+
+def f1_of_spans(class_names: Sequence[str]) -> Meter:
+    """Spans rightly found in both ends and type (CoNLL 2003), by seqeval; twice over found + there.
+
+    Args:
+        class_names: Tags such as ``B-PER``; tags without a prefix are spans of one type each.
+    """
+
+    def meter(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+        try:
+            from seqeval.metrics.sequence_labeling import get_entities
+        except ImportError as error:
+            raise DataError(
+                "evaluate.metrics: span_f1 needs seqeval; pip install 'sosp_hub[metrics]', or "
+                "write accuracy"
+            ) from error
+        del batch
+        read = _read(loss, "softmax", "span_f1")
+        counts, weights = [], []
+        rows = zip(read.values.argmax(-1), read.targets, read.weights != 0, strict=True)
+        for predicted, labels, counted in rows:
+            found, there = (
+                set(get_entities([class_names[i] for i in tags[counted].tolist()]))
+                for tags in (predicted, labels)
+            )
+            counts.append(2.0 * len(found & there))
+            weights.append(float(len(found) + len(there)))
+        return torch.tensor(counts), torch.tensor(weights)
+
+    return meter
+
+
+def exact_span(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+    """Whether both ends of an answer are right."""
+    del batch
+    read = _read(loss, "softmax", "exact_match")
+    right = (read.values.argmax(-1) == read.targets).all(1)
+    return right.double(), torch.ones(len(right))
+
+
+def f1_of_answers(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+    """The mean over samples of the F1 of the tokens between the two ends."""
+    del batch
+    read = _read(loss, "softmax", "f1")
+    scores = []
+    for (start, end), (first, last) in zip(
+        read.values.argmax(-1).tolist(), read.targets.tolist(), strict=True
+    ):
+        shared = max(0, min(end, last) - max(start, first) + 1)
+        total = max(0, end - start + 1) + (last - first + 1)
+        scores.append(2 * shared / total)
+    return torch.tensor(scores, dtype=torch.float64), torch.ones(len(scores))
