@@ -14,21 +14,21 @@ def eligible_groups(graph: Graph, recipe: Recipe) -> dict[str, Group]:
         TraceError: There is none, or none of such a name; says what there is.
     """
     kinds, only = recipe.structure.kinds, recipe.structure.only
-    found = {name: group for name, group in graph.groups.items() if group.kind in kinds}
-    if not found:
-        there = sorted(
+    of_kinds = {name: group for name, group in graph.groups.items() if group.kind in kinds}
+    if not of_kinds:
+        kinds_here = sorted(
             {group.kind for group in graph.groups.values()} & set(recipe.criterion.kinds)
         )
         raise TraceError(
             f"{recipe.model.id}: nothing in it can be cut as {', '.join(kinds)}; "
             + (
-                f"it has {', '.join(there)}: write structure.kinds: [{', '.join(there)}]"
-                if there
+                f"it has {', '.join(kinds_here)}: write structure.kinds: [{', '.join(kinds_here)}]"
+                if kinds_here
                 else "no structure of it can be cut at all; choose another model"
             )
         )
     try:
-        names = selected(found, only, recipe.structure.exclude)
+        names = selected(of_kinds, only, recipe.structure.exclude)
     except BudgetError as error:
         raise TraceError(f"{recipe.model.id}: structure.{error}") from error
-    return {name: found[name] for name in names}
+    return {name: of_kinds[name] for name in names}

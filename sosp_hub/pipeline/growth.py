@@ -58,8 +58,8 @@ def factor_of_equal_size(
     low, high = 1.0, most
     for _ in range(40):
         middle = (low + high) / 2
-        found = cost(_counts(graph, names, middle)).params
-        low, high = (middle, high) if found < wanted else (low, middle)
+        params = cost(_counts(graph, names, middle)).params
+        low, high = (middle, high) if params < wanted else (low, middle)
 
     def miss(factor: float) -> int:
         return abs(cost(_counts(graph, names, factor)).params - wanted)
@@ -68,9 +68,9 @@ def factor_of_equal_size(
 
 
 def _counts(graph: Graph, names: Sequence[str], factor: float) -> Mapping[str, int]:
-    found = {}
+    counts = {}
     for name in names:
         group = graph.groups[name]
         step = group.multiple
-        found[name] = max(group.size, ceil(round(factor * group.size) / step) * step)
-    return found
+        counts[name] = max(group.size, ceil(round(factor * group.size) / step) * step)
+    return counts

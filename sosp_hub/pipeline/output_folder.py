@@ -47,12 +47,14 @@ def check_place(output: Path, report: str, overwrite: bool) -> None:
                 f"output.dir: {output} holds a finished run; write another output.dir=FOLDER, or"
                 " add --overwrite to replace it"
             )
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise OutputExistsError(f"output.dir: {there} is a file; write the name of a new folder")
-    if not os.access(there, os.W_OK):
+    nearest = next(
+        path for path in (output.absolute(), *output.absolute().parents) if path.exists()
+    )
+    if not nearest.is_dir():
+        raise OutputExistsError(f"output.dir: {nearest} is a file; write the name of a new folder")
+    if not os.access(nearest, os.W_OK):
         raise OutputExistsError(
-            f"output.dir: {there} cannot be written to; write output.dir=FOLDER of your own"
+            f"output.dir: {nearest} cannot be written to; write output.dir=FOLDER of your own"
         )
 
 

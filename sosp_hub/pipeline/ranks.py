@@ -23,15 +23,15 @@ def rank_correlations(
         ``matrix``; None in it where a criterion gave every
         structure the same score, or two scored no group in common.
     """
-    found = []
+    tables = []
     for kinds in dict.fromkeys(kinds for kinds, _ in scores):
         seeds = [by_criterion for (k, _), by_criterion in scores.items() if k == kinds]
         names = list(seeds[0])
         if len(names) > 1:
             mean = np.mean([_matrix([one[name] for name in names]) for one in seeds], axis=0)
             matrix = [[None if np.isnan(x) else float(x) for x in row] for row in mean]
-            found.append({"kinds": list(kinds), "criteria": names, "matrix": matrix})
-    return found
+            tables.append({"kinds": list(kinds), "criteria": names, "matrix": matrix})
+    return tables
 
 
 def _matrix(saliencies: "Sequence[Saliency]") -> NDArray[np.float64]:

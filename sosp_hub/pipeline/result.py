@@ -151,10 +151,10 @@ def publish(output: Path, push: PushSection) -> None:
 
 def costs(graph: Graph, plan: PruningPlan) -> dict[str, dict[str, int]]:
     """MACs, parameters and bytes, before and after."""
-    found = {"before": cost(graph), "after": cost(graph, plan)}
+    costs_of = {"before": cost(graph), "after": cost(graph, plan)}
     return {
         when: {"macs": one.macs, "params": one.params, "bytes": one.bytes}
-        for when, one in found.items()
+        for when, one in costs_of.items()
     }
 
 
@@ -195,8 +195,8 @@ def peak_memory_of(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[st
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that numbers depend on."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version()} | found
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | packages
 
 
 def _hardware() -> str:

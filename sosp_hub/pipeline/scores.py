@@ -129,11 +129,11 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
     if not folder.is_dir():
         raise OutputExistsError(f"--from-scores: {folder}: no such folder")
     report = read_report(folder)
-    for name, there in (
+    for name, present in (
         (REPORT, report is not None),
         (SALIENCY, (folder / SALIENCY).is_file()),
     ):
-        if not there:
+        if not present:
             raise OutputExistsError(
                 f"--from-scores: {folder} has no {name}; give the output folder of a run"
             )
@@ -161,10 +161,12 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
                 f"{tensor.ndim} dimensions, expected one number with a fraction for each structure"
             )
     base = {key: value for key, value in (report.get("base") or {}).items() if value is not None}
-    told = (report.get("plan") or {}).get("provenance", {}).get("compensation") or {}
+    compensation = (report.get("plan") or {}).get("provenance", {}).get("compensation") or {}
     calibration = report.get("calibration") or {}
     dense = (report.get("metrics") or {}).get("dense") or {}
-    return Scores(folder, recipe, saliency, calibration, base, told.get("damping"), made, dense)
+    return Scores(
+        folder, recipe, saliency, calibration, base, compensation.get("damping"), made, dense
+    )
 
 
 def _which_data(recipe: Recipe) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def cells_of(recipe: Recipe) -> tuple[list[Cell], list[str]]:
         changes: dict[str, Any] = {"criterion": {**protocol, **own}}
         if "kinds" in entry:
             changes["structure"] = {**base.get("structure", {}), "kinds": entry["kinds"]}
-        made, found = _recipe({**base, **changes}, f"compare.criteria.{number}")
-        faults += found
+        made, own_faults = _recipe({**base, **changes}, f"compare.criteria.{number}")
+        faults += own_faults
         if made is not None and isinstance(made.criterion, MaskTrainedCriterion):
             name, untrained = made.criterion.name, made.criterion.untrained
             faults.append(
@@ -60,8 +60,8 @@ def cells_of(recipe: Recipe) -> tuple[list[Cell], list[str]]:
             criteria.append((_criterion_label(entry), made, changes))
     for number, entry in enumerate(section.budgets or [base.get("budget", {})]):
         any_criterion = {"criterion": {"name": "random"}, "budget": {**rest, **entry}}
-        made, found = _recipe({**base, **any_criterion}, f"compare.budgets.{number}")
-        faults += found
+        made, own_faults = _recipe({**base, **any_criterion}, f"compare.budgets.{number}")
+        faults += own_faults
         if made is not None:  # whole, since a criterion may have another default
             whole = {"budget": made.budget.model_dump(mode="json")}
             budgets.append((_budget_label(made, entry), made, whole))
