@@ -29,6 +29,8 @@ from tests.checkpoint.test_families import output
 from tests.checkpoint.test_hostile import HOSTILE, put
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 SCHEMA = json.loads(
     (Path(sosp_hub.__file__).parent / "checkpoint" / "format" / "delta.schema.json").read_text()
 )

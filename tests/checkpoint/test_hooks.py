@@ -15,6 +15,8 @@ from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 TOKENS = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
 
 

@@ -20,6 +20,8 @@ from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 TRANSFORMERS = ["llama", "bert", "gpt2", "t5", "vit", "mixtral", "clip", "whisper"]
 TIMM = {
     "test_resnet": {},

@@ -14,6 +14,8 @@ import sosp_hub
 from sosp_hub.recipe.schema import BudgetSection
 from tests.checkpoint import cuts
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[2] / "docs"
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
