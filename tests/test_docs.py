@@ -45,7 +45,7 @@ def test_the_names_in_the_design_are_those_of_the_code():
     text = (ROOT / "docs/design.md").read_text("utf-8")
     code = "\n".join(path.read_text("utf-8") for path in ROOT.glob("sosp_hub/**/*.py"))
     named = set(re.findall(r"`@?([A-Z]\w+(?:\.\w+)?)`", text))
-    assert {"CRITERIA.declare", "TARGETS.declare", "EvaluateSection"} <= named
+    assert {"CRITERIA.declare", "TARGETS.declare", "DataSection"} <= named
     assert {name for name in named if name not in code} == set()
     assert set(re.findall(r"\bsosp_hub\.(\w+)\(", text)) <= set(sosp_hub.__all__)
 

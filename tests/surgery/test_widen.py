@@ -16,6 +16,8 @@ from tests.compare import assert_close
 from tests.structure.oracles import fill, plan_of, run
 from tests.surgery.test_apply import assert_untouched, outputs_of, state
 
+pytestmark = pytest.mark.slow
+
 LLAMA = next(case for case in CASES if case.name == "llama")
 RESNET = next(case for case in CASES if case.name == "test_resnet")
 
