@@ -48,6 +48,7 @@ _OPS: dict[str, Callable[[int, int], int]] = {
     "*": operator.mul,
     "//": operator.floordiv,
     "%": operator.mod,
+    "**": operator.pow,
 }
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
@@ -109,6 +110,8 @@ class TracedInt(int):
         return _leaked(other) / self._leaked()
 
     def __pow__(self, other: Any, mod: Any = None) -> Any:
+        if type(other) in {int, TracedInt} and other >= 0 and mod is None:
+            return TracedInt(int(self) ** int(other), Op("**", self.expr, expr_of(other)))
         return pow(self._leaked(), _leaked(other), mod)
 
     def __rpow__(self, other: Any) -> Any:
@@ -231,6 +234,11 @@ def solve(
             if not known or target % known:
                 return None
             target //= known
+        elif expr.symbol == "**" and in_left:
+            root = round(target ** (1 / known)) if known > 0 and target > 0 else 0
+            if root**known != target:
+                return None
+            target = root
         elif expr.symbol == "//" and in_left:
             target *= known
         elif expr.symbol == "//" and target and known % target == 0:

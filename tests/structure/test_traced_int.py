@@ -65,13 +65,21 @@ def test_a_negative_size_is_remembered_too():
     "use",
     [
         float, math.sqrt, lambda n: n / 2, lambda n: 2 / n, lambda n: n**-0.5, lambda n: 2**n,
-        lambda n: n * 0.5, lambda n: pow(n, 2),
+        lambda n: n * 0.5, lambda n: n**-1, lambda n: pow(n, 2.0),
     ],
 )  # fmt: skip
 def test_a_size_that_becomes_a_value_is_told(use, told):
     """All but a float on the left (``1.0 / n``), which Python answers without asking the int."""
     assert use(TracedInt(16, WIDTH)) == pytest.approx(use(16))
     assert told == ([WIDTH], [], [])
+
+
+def test_a_power_is_remembered(told):
+    number = TracedInt(16, WIDTH) ** 2
+    assert int(number) == 256
+    assert number.expr == Op("**", WIDTH, 2)
+    assert evaluate(number.expr, {WIDTH: 3}, size) == 9
+    assert told == ([], [], [])
 
 
 def test_arithmetic_with_plain_ints_tells_nothing(told):
@@ -200,6 +208,8 @@ def test_without_remainders_solve_finds_the_one_solution(expr, width):
         (Op("+", Op("*", 2, WIDTH), HEADS), 11, (WIDTH, 4)),
         (Op("*", WIDTH, WIDTH), 9, None),
         (Op("%", WIDTH, 4), 1, None),
+        (Op("**", WIDTH, 2), 49, (WIDTH, 7)),
+        (Op("**", WIDTH, 2), 50, None),
         (HEADS, 3, None),
     ],
 )

@@ -11,10 +11,10 @@ from sosp_hub.errors import VerificationError
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery.apply import apply, cut
-from sosp_hub.surgery.verify import masked_outputs, verified_cut
+from sosp_hub.surgery.verify import TOLERANCE, masked_outputs, verified_cut
 from tests.cases import CASES
 from tests.compare import assert_close
-from tests.structure.oracles import fill, gated, half, plan_of, run
+from tests.structure.oracles import difference, fill, gated, half, plan_of, run
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 RESNET = next(case for case in CASES if case.name == "test_resnet")
@@ -240,6 +240,74 @@ def test_every_output_counts(monkeypatch):
     sabotage_positions(monkeypatch, graph, "up.weight", 0)
     with pytest.raises(VerificationError, match=name):
         apply(model, graph, plan)
+
+
+class Sensitive(nn.Module):
+    """Differences of large numbers: rounding alone is above the tolerance."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.scale = nn.Linear(64, 64), nn.Linear(64, 3), 3e4
+
+    def forward(self, x):
+        x = self.two(self.one(x) + self.scale)
+        return x - x.mean(0, keepdim=True)
+
+
+def test_rounding_is_told_from_a_fault(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Sensitive().eval(), torch.randn(4, 64)
+    graph = trace(model, (x,))
+    (name,) = graph.groups
+    plan = plan_of(graph, {name: range(1, 64, 2)})
+    found, expected = (
+        run(cut(copy.deepcopy(model), graph, plan), graph),
+        masked_outputs(model, graph, plan),
+    )
+    assert difference(found, expected) > TOLERANCE
+    apply(model, graph, plan)
+    sabotage_positions(monkeypatch, graph, "two.weight", 1)
+    with pytest.raises(VerificationError, match="differ"):
+        apply(model, graph, plan)
+
+
+class WithNothing(Block):
+    """A parameter without values, such as the registers of a model that has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.registers = nn.Parameter(torch.zeros(2, 0, 5))
+
+    def forward(self, x):
+        return super().forward(torch.cat([self.registers, x], 1))
+
+
+def test_a_parameter_without_values_stands_in_nobodys_way():
+    torch.manual_seed(0)
+    model, plain = fill(WithNothing().eval()), Block().eval()
+    x = (torch.randn(2, 4, 5),)
+    graph = trace(model, x)
+    assert {*graph.groups} == {*trace(plain, x).groups}
+    apply(model, graph, half(graph))
+
+
+class Lookup(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(7, 5), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.down(self.up(self.table(ids)))
+
+
+def test_inputs_on_which_the_model_itself_fails_are_no_fault_of_the_cut():
+    """Without data nobody looks at the numbers of tokens."""
+    model = fill(Lookup().eval())
+    graph = trace(model, (torch.tensor([[1, 7]]),))
+    with pytest.raises(VerificationError, match="Lookup itself does not run") as caught:
+        apply(model, graph, half(graph))
+    assert "report the model" not in str(caught.value)
+    assert not caught.value.groups
 
 
 # --- the masked model itself ---

@@ -139,9 +139,7 @@ def _repeat(terms: Terms, op: Operation) -> None:
 
 @rule("cat", "concatenate", "concat")
 def _cat(terms: Terms, op: Operation) -> None:
-    pieces = [
-        piece for piece in op.tensor if piece.dim() == op.out.dim() and piece.numel()
-    ] or list(op.tensor)
+    pieces = [piece for piece in op.tensor if piece.dim() == op.out.dim()]  # none of shape [0]
     dim = position_of(op.argument(1, "dim", 0), op.out)
     axes = [terms.of(piece) for piece in pieces]
     result = list(axes[0])
@@ -149,7 +147,8 @@ def _cat(terms: Terms, op: Operation) -> None:
         for i in range(op.out.dim()):
             if i != dim:
                 unify(result[i], other[i], f"`cat` in {terms.where}")
-    result[dim] = Sum(tuple(a[dim] for a in axes))
+    parts = [a[dim] for a in axes if size_of(a[dim])]
+    result[dim] = Sum(tuple(parts)) if parts else axes[0][dim]
     terms.set(op.out, result)
 
 
