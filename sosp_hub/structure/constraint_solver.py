@@ -123,6 +123,23 @@ def settle(
     return {number: find(number) for number in members}
 
 
+class _Index:
+    """Constraints, and those that an attribute has to do with, in their order."""
+
+    def __init__(self, constraints: Sequence[Constraint]) -> None:
+        self.by_attribute: dict[Attribute, dict[int, Constraint]] = {}
+        for position, constraint in enumerate(constraints):
+            for attribute in attributes(constraint.expr):
+                self.by_attribute.setdefault(attribute, {})[position] = constraint
+
+    def of(self, wanted: Iterable[Attribute]) -> list[Constraint]:
+        """The constraints on any of these attributes."""
+        found: dict[int, Constraint] = {}
+        for attribute in wanted:
+            found |= self.by_attribute.get(attribute, {})
+        return [found[position] for position in sorted(found)]
+
+
 def _satisfy(
     relevant: Sequence[Constraint],
     find: Callable[[int], int],
@@ -131,6 +148,7 @@ def _satisfy(
 ) -> None:
     """Ties and pins until every constraint holds for counts drawn at random."""
     clean = 0
+    index = _Index(relevant)
     while clean < _CLEAN_DRAWS:
         draw: dict[int, int] = {}
 
@@ -141,12 +159,12 @@ def _satisfy(
 
         _, violated = solve_attributes(relevant, count)
         clean = 0 if violated else clean + 1
-        refined = [_refine(c, relevant, find, representative) for c in violated]
+        refined = [_refine(c, index, find, representative) for c in violated]
         if any(refined):
             continue
         touched: set[int] = set()
         for constraint in violated:
-            involved = _involved(constraint, relevant)
+            involved = _involved(constraint, index)
             if touched.isdisjoint(find(atom.id) for atom in involved):
                 _repair(constraint, involved, find, representative)
                 touched |= {find(atom.id) for atom in involved}
@@ -166,11 +184,12 @@ def bar_counts(
         Whether atoms were pinned, since no other count was left or several counts decide together.
     """
     pinned = False
-    live = {attribute for constraint in constraints for attribute in attributes(constraint.expr)}
+    index = _Index(constraints)
+    live = index.by_attribute.keys()
     for comparison in comparisons:
         if _dead(comparison) and not attributes(comparison.expr) & live:
             continue
-        bound = _bound(comparison, constraints)
+        bound = _bound(comparison, index)
         involved = [a for c in (comparison, *bound) for a in (*atoms(c.axis), *expr_atoms(c.expr))]
         asks_for_one = isinstance(comparison.expr, Op) and comparison.expr.right == 1
         loose = {
@@ -210,18 +229,16 @@ def _flips(
     return comparison in solve_attributes([*bound, comparison], count)[1]
 
 
-def _bound(comparison: Constraint, constraints: Sequence[Constraint]) -> list[Constraint]:
+def _bound(comparison: Constraint, index: _Index) -> list[Constraint]:
     """The constraints that have a say in the attributes of a comparison."""
-    bound: list[Constraint] = []
-    wanted = attributes(comparison.expr)
-    rest = list(constraints)
-    while True:
-        found = [c for c in rest if attributes(c.expr) & wanted]
-        if not found:
-            return bound
-        bound += found
-        rest = [c for c in rest if not attributes(c.expr) & wanted]
-        wanted = wanted.union(*(attributes(c.expr) for c in found))
+    bound: dict[int, Constraint] = {}
+    wanted, asked = attributes(comparison.expr), set[Attribute]()
+    while wanted - asked:
+        found = {id(c): c for c in index.of(wanted - asked) if id(c) not in bound}
+        asked |= wanted
+        bound |= found
+        wanted = wanted.union(*(attributes(c.expr) for c in found.values()))
+    return list(bound.values())
 
 
 def _relevant(constraints: Sequence[Constraint]) -> list[Constraint]:
@@ -257,19 +274,18 @@ def _key(expr: object) -> object:
 
 
 def _pin_leaks(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, str]]) -> None:
+    index = _Index(constraints)
     for expr, where in leaks:
         touched = list(expr_atoms(expr))  # type: ignore[arg-type]
         for attribute in attributes(expr):  # type: ignore[arg-type]
-            touched += [
-                a for c in constraints if attribute in attributes(c.expr) for a in atoms(c.axis)
-            ]
+            touched += [a for c in index.of([attribute]) for a in atoms(c.axis)]
         for atom in touched:
             atom.pinned.setdefault(f"the code in {where} computes with its size")
 
 
 def _refine(
     constraint: Constraint,
-    all_of_them: Sequence[Constraint],
+    index: _Index,
     find: Callable[[int], int],
     tied: dict[int, int],
 ) -> bool:
@@ -289,7 +305,7 @@ def _refine(
             return False
         return 1 < size < whole.size and bool(split(whole, whole.size // size, ""))
     if isinstance(expr, Attribute):
-        others: list[Axis] = [c.axis for c in all_of_them if c.expr == expr]
+        others: list[Axis] = [c.axis for c in index.of([expr]) if c.expr == expr]
     else:
         others = [] if isinstance(expr, int) else [expr]
     changed = False
@@ -322,11 +338,10 @@ def _repair(
         atom.pinned.setdefault(f"its size is bound to others by {constraint.where}")
 
 
-def _involved(constraint: Constraint, all_of_them: Sequence[Constraint]) -> list[Atom]:
-    wanted = attributes(constraint.expr)
+def _involved(constraint: Constraint, index: _Index) -> list[Atom]:
     found = [*atoms(constraint.axis), *expr_atoms(constraint.expr)]
-    for other in all_of_them:
-        if wanted and attributes(other.expr) & wanted and other is not constraint:
+    for other in index.of(attributes(constraint.expr)):
+        if other is not constraint:
             found += [*atoms(other.axis), *expr_atoms(other.expr)]
     return found
 

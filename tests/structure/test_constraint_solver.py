@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 
-from sosp_hub.structure import axes
+from sosp_hub.structure import axes, constraint_solver
 from sosp_hub.structure.axes import UNIT, Atom, Prod, Sum
 from sosp_hub.structure.constraint_solver import settle, solve_attributes
 from sosp_hub.structure.terms import Constraint
-from sosp_hub.structure.traced_int import Attribute, Op
+from sosp_hub.structure.traced_int import Attribute, Op, attributes
 
 HEADS, WIDTH, DIM = Attribute("a", "heads"), Attribute("a", "width"), Attribute("a", "dim")
 
@@ -224,3 +224,24 @@ def test_copies_among_which_a_choice_is_made_are_not_too_few():
     """scores.view(-1, groups, -1).topk(2), after a mask of the groups was expanded to it."""
     copies = Atom(4, roles={"copies"})
     assert check([says(HEADS, copies)], [copies], [true(">=", HEADS, 2)]) == 3
+
+
+def work_of(monkeypatch, layers):
+    """How many expressions are taken apart for so many layers, each with a tie and a choice."""
+    constraints, comparisons = [], []
+    for i in range(layers):
+        heads, width = Attribute(f"{i}", "heads"), Attribute(f"{i}", "width")
+        one, two, whole = Atom(4), Atom(4), Atom(8)
+        constraints += [says(heads, one), says(heads, two), says(Op("*", heads, width), whole)]
+        comparisons.append(says(Op(">", heads, 1), UNIT))
+    count = itertools.count()
+    monkeypatch.setattr(
+        constraint_solver, "attributes", lambda expr: (next(count), attributes(expr))[1]
+    )
+    settle(constraints, [(Op("*", Attribute("0", "heads"), 2), "a test")], comparisons)
+    return next(count)
+
+
+def test_work_does_not_grow_with_the_square_of_the_number_of_layers(monkeypatch):
+    """Eight times the layers, and up to four times the draws until all of them hold."""
+    assert work_of(monkeypatch, 320) < 32 * work_of(monkeypatch, 40)
