@@ -1,4 +1,4 @@
-"""Steps that follow a cut: metrics, norms re-estimated, fine-tuning, a row of a table."""
+"""Steps that follow a cut: metrics, rebuild, norms, fine-tuning, a row of a table."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,9 @@ from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.measuring import measured
 from sosp_hub.pipeline.planning import plan
+from sosp_hub.pipeline.rebuilding import rebuild, rebuilt
 from sosp_hub.pipeline.stage_cache import step
+from sosp_hub.plan import PruningPlan
 from sosp_hub.recovery.recover import recover
 
 
@@ -21,13 +23,19 @@ def cut_metrics(context: Context, pruned: nn.Module) -> dict[str, Any]:
     return measured(context, pruned, "cut")
 
 
-@step("recalibrated_metrics", plan, "finetune", "evaluate")
+@step("rebuilt_metrics", rebuilt, "evaluate")
+def rebuilt_metrics(context: Context, pruned: nn.Module) -> dict[str, Any]:
+    """Metrics once the weights that read what was cut were solved again."""
+    return measured(context, pruned, "rebuilt")
+
+
+@step("recalibrated_metrics", rebuilt, "finetune", "evaluate")
 def recalibrated_metrics(context: Context, pruned: nn.Module) -> dict[str, Any]:
     """Metrics with norms re-estimated."""
     return measured(context, pruned, "recalibrated")
 
 
-@step("final", plan, "finetune")
+@step("final", rebuilt, "finetune")
 def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
     """Fine-tunes the cut model: the loss curve and the state that was kept."""
     config = context.recipe.at_rate(context.recipe.finetune)
@@ -58,15 +66,21 @@ def cell(context: Context, row: Callable[[Context], dict[str, Any]]) -> dict[str
     return row(context)
 
 
-def follow_up(context: Context, pruned: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What follows a cut: metrics, norms re-estimated, fine-tuning; what is told of that.
+def follow_up(
+    context: Context, decided: PruningPlan, pruned: nn.Module
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What follows a cut: metrics, rebuild, norms, fine-tuning; what is told of the last.
 
-    Metrics of ``cut``, ``recalibrated`` where there was a norm to re-estimate, and ``final`` where
-    there was fine-tuning. Without data nothing is measured, and nothing trained.
+    Metrics of ``cut``, ``rebuilt`` where weights were solved again, ``recalibrated`` where there
+    was a norm to re-estimate, and ``final`` where there was fine-tuning. Without data nothing is
+    measured, and nothing solved or trained.
     """
     if context.data is None:
+        rebuild(context, decided, pruned)  # says that it is not done
         return {"cut": {}}, {}
     metrics = {"cut": cut_metrics(context, pruned)}
+    if rebuild(context, decided, pruned):
+        metrics["rebuilt"] = rebuilt_metrics(context, pruned)
     with context.cache.timed("recalibration"):
         num_norms = 0
         if context.recipe.recalibrates():

@@ -19,6 +19,7 @@ from sosp_hub.pipeline.curvature import curvature
 from sosp_hub.pipeline.output_folder import alone, check_place, put
 from sosp_hub.pipeline.planning import check, decide_and_cut, plan, saliency, score
 from sosp_hub.pipeline.ranks import rank_correlations
+from sosp_hub.pipeline.rebuilding import rebuilt
 from sosp_hub.pipeline.result import costs, latency_of, versions
 from sosp_hub.pipeline.stage_cache import StageCache, Step
 from sosp_hub.pipeline.training import dense_metrics, measure_dense, train_dense
@@ -92,7 +93,8 @@ def _run(cells: Sequence[Cell], folder: Path) -> None:
         context = base.turned_to(cell.recipe, _cache(folder, cell))
         if cell_step.made(context) is None:
             row = cell_step(context, _row)
-            context.cache.forget(final)  # its numbers are in the row, and weights are large
+            for large in (rebuilt, final):  # numbers are in the row, and weights are large
+                context.cache.forget(large)
             name = next(iter(row["metrics"]["cut"]))
             values = [metric_value(name, one[name]["value"]) for one in row["metrics"].values()]
             shown = cell.criterion, cell.budget, cell.seed, name, ", ".join(values)
@@ -102,7 +104,7 @@ def _run(cells: Sequence[Cell], folder: Path) -> None:
 def _row(context: Context) -> dict[str, Any]:
     """Everything that is measured in one cell."""
     decided, pruned = decide_and_cut(context, score(context))
-    metrics, _ = follow_up(context, pruned)
+    metrics, _ = follow_up(context, decided, pruned)
     recipe, groups = context.recipe, context.groups
     sizes = {name: group.size for name, group in groups.items()}
     return {

@@ -27,6 +27,7 @@ from sosp_hub.pipeline.growth import (
 from sosp_hub.pipeline.measuring import cut
 from sosp_hub.pipeline.output_folder import alone, check_place, put
 from sosp_hub.pipeline.planning import check, decide, score
+from sosp_hub.pipeline.rebuilding import rebuilt
 from sosp_hub.pipeline.result import costs, versions
 from sosp_hub.pipeline.stage_cache import StageCache, make_folder
 from sosp_hub.pipeline.training import measure_dense, train_dense
@@ -158,7 +159,8 @@ class _Seed:
             of_budget = context.turned_to(mine, self._cache(folder, mine))
             saved = name == VARIANTS[1] and (self.seed, label) == self._saved()
             row = cell(of_budget, lambda of_budget, saved=saved: self._row(of_budget, saved))
-            of_budget.cache.forget(final)  # its numbers are in the row
+            for large in (rebuilt, final):  # numbers are in the row
+                of_budget.cache.forget(large)
             metric = overall_metrics(row["metrics"])[0]
             last = list(row["metrics"].values())[-1][metric]["value"]
             shown = name, label, self.seed, metric, metric_value(metric, last)
@@ -170,7 +172,7 @@ class _Seed:
         """Everything that is measured at one budget; the first expanded model is kept."""
         plan = decide(context, score(context))
         pruned = cut(context, plan)
-        metrics, _ = follow_up(context, pruned)
+        metrics, _ = follow_up(context, plan, pruned)
         if saved and is_main():
             make_folder(self.folder)
             loaded = context.loaded

@@ -70,7 +70,7 @@ def run(
     train_masks(context)
     saliency = score(context)
     plan, pruned = decide_and_cut(context, saliency)
-    measured, recovery = follow_up(context, pruned)
+    measured, recovery = follow_up(context, plan, pruned)
     metrics: dict[str, Any] = {"dense": dense, **measured}
     metrics.setdefault("final", list(measured.values())[-1])
     _warn_of_recovery(measured)

@@ -19,7 +19,7 @@ from sosp_hub.report.schema import read_report
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency
 
-_FREE = ("budget", "data", "evaluate", "finetune", "output", "push")
+_FREE = ("budget", "data", "evaluate", "finetune", "output", "push", "rebuild")
 _FREE_KEYS = ("model.id", "model.path", "model.revision", "structure.verify")
 
 

@@ -179,6 +179,29 @@ class BudgetSection(Section):
         return {key: value for key in BUDGETS if (value := getattr(self, key)) is not None}
 
 
+class RebuildSection(Section):
+    """Weights that read what was cut, solved again on calibration inputs, layer by layer."""
+
+    method: Literal["ridge"] | None = Field(
+        default="ridge",
+        description="least squares toward what each layer computed uncut; null = leave the cut as "
+        "it is",
+    )
+    damping: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        default="auto",
+        description="how strongly weights are held to what they were, as a share of the mean "
+        "square of a layer's inputs; auto = the best of each layer on samples held out",
+    )
+    dense_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="target: 0 = the layer's own uncut output of what it is given now, 1 = its "
+        "output in the dense model, between = a mix",
+    )
+    num_samples: Count = Field(
+        default=256, description="calibration samples, over all processes; no labels are needed"
+    )
+
+
 class FinetuneSection(TrainSection):
     """Recovery after the cut."""
 
@@ -303,6 +326,7 @@ class Recipe(Section):
     structure: StructureSection = Field(default=StructureSection())
     criterion: AnyCriterion = Field(default_factory=lambda: CRITERIA.validate({}))
     budget: BudgetSection = Field(default=BudgetSection())
+    rebuild: RebuildSection = Field(default=RebuildSection())
     finetune: FinetuneSection = Field(default=FinetuneSection())
     evaluate: EvaluateSection = Field(default=EvaluateSection())
     output: OutputSection = Field(default=OutputSection())
@@ -412,6 +436,11 @@ class Recipe(Section):
         """Whether BatchNorm statistics are re-estimated after a cut."""
         asked = self.finetune.recalibrate_norm
         return self.criterion.compensate_steps == 0 if asked is None else asked
+
+    def rebuilds(self) -> bool:
+        """Whether weights are solved again after a cut, where there is calibration data."""
+        layers = set(self.structure.kinds) == {"layer"}
+        return self.rebuild.method is not None and not layers
 
     def augments(self) -> bool:
         """Whether any training shifts and flips images."""

@@ -29,6 +29,7 @@ logger = logging.getLogger("sosp_hub")
 
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """What ``damping="auto"`` tries in each layer."""
+_OUTPUTS = 128  # of a layer, by which that is judged
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ class _Work:
         largest = max((self._num_bytes(name) for name in order), default=0)
         logger.info(
             "rebuild: %d weights that read a cut axis, one after the other; sums of products of "
-            "the largest take %.2g GB", len(order), largest / 1e9,
+            "the largest take %.2g GB, and each result kept between passes about %.2g GB",
+            len(order), largest / 1e9, self._stream.num_bytes / 1e9,
         )  # fmt: skip
         return [self._layer(name) for name in order]
 
@@ -345,6 +347,7 @@ def _best(layer: Layer, fit: Gram, held_out: Gram) -> float:
     """The damping with which what is fitted to one part of the data serves the other best."""
     if not held_out.counts.any() or not fit.counts.any():
         return 0.1
+    layer = layer.some(_OUTPUTS)
     errors = {d: float(layer.solved(fit, d).error(held_out).sum()) for d in DAMPINGS}
     return min(errors, key=lambda damping: errors[damping])
 

@@ -79,6 +79,12 @@ class Layer:
             total += 2 * (self.bias * away).sum(1) + gram.counts * self.bias.square().sum(1)
         return total.clamp(min=0)
 
+    def some(self, most: int) -> "Layer":
+        """The layer with at most so many of its outputs, evenly spaced."""
+        step = -(-self.dense.shape[1] // most)
+        bias = None if self.bias is None else self.bias[:, ::step]
+        return Layer(self.dense[:, ::step], self.start[:, ::step], self.kept, bias)
+
     def take(self, other: "Layer", where: Tensor) -> "Layer":
         """The other layer in the slots where that is said, this one elsewhere."""
         new = torch.where(where[:, None, None], other.start, self.start)

@@ -9,8 +9,8 @@ from torch import nn
 
 from sosp_hub.reconstruction.products import Product, Products, Watched
 from sosp_hub.structure.copies import copy_inputs, map_tensors
-from sosp_hub.structure.trace import call
-from sosp_hub.tasks.batches import num_samples
+from sosp_hub.structure.trace import call, output_tensors
+from sosp_hub.tasks.batches import num_samples, tensors
 from sosp_hub.tasks.loss import forward
 
 
@@ -32,6 +32,12 @@ class Stream:
         batches: What it is run on.
         chains: Names of modules each of which gives its result to the next one alone.
         example_inputs: What it was traced with: says in which order weights run.
+
+    Attributes:
+        order: The weights in the order they run.
+        refused: Why others are not followed, by name.
+        first: A product of each weight.
+        num_bytes: About what the largest result that is kept takes, for all batches.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Stream:
         running: list[str] = [""]
         frame: dict[str, str] = {}
         left: list[str] = []
+        sizes: dict[str, int] = {}
 
         def note(product: Product) -> None:
             self.first.setdefault(product.tensor, product)
@@ -74,9 +81,10 @@ class Stream:
                 def enter(*_: Any, name: str = name) -> None:
                     running.append(name)
 
-                def leave(*_: Any, name: str = name) -> None:
+                def leave(_: nn.Module, __: Any, result: Any, name: str = name) -> None:
                     running.pop()
                     left.append(name)
+                    sizes[name] = sum(t.numel() * t.element_size() for t in output_tensors(result))
 
                 stack.callback(module.register_forward_pre_hook(enter).remove)
                 stack.callback(module.register_forward_hook(leave).remove)
@@ -100,6 +108,9 @@ class Stream:
             for name, calls in self._calls.items()
             if calls == 1 and self._holds(name)
         }
+
+        share = sum(_num_inputs(batch) for batch in self._batches) / _num_inputs(example_inputs)
+        self.num_bytes = int(share * max((sizes[name] for name in self._needs), default=0))
 
     def _holds(self, name: str) -> bool:
         """Whether a module has one of the weights, or is a block in a row of blocks."""
@@ -171,6 +182,11 @@ class Stream:
 
 def _inside(name: str, outer: str) -> bool:
     return outer == "" or f"{name}.".startswith(f"{outer}.")
+
+
+def _num_inputs(batch: Any) -> int:
+    """Numbers in the first tensor of a batch."""
+    return next((tensor.numel() for tensor in tensors(batch)), 1)
 
 
 def _hollow(result: Any) -> Any:

@@ -220,6 +220,11 @@ def _merge(made: ModelCardData, kept: Mapping[str, Any]) -> ModelCardData:
 
 def _recovery(report: Mapping[str, Any]) -> str:
     steps = []
+    if (report.get("metrics") or {}).get("rebuilt"):
+        steps.append(
+            "the weights that read what was cut were solved again by least squares on calibration "
+            "inputs"
+        )
     if (report.get("metrics") or {}).get("recalibrated"):
         steps.append("its normalisation statistics were re-estimated on the calibration data")
     if report.get("history"):

@@ -20,6 +20,7 @@ from sosp_hub.untrusted import UnreadableError, parse_yaml
 STAGES = (
     ("dense", "dense"),
     ("cut", "after the cut"),
+    ("rebuilt", "rebuilt"),
     ("recalibrated", "norms re-estimated"),
     ("final", "final"),
 )

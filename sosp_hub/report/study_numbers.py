@@ -17,6 +17,7 @@ from sosp_hub.report.numbers import is_share, lower_is_better
 
 STAGES = (
     ("cut", "after the cut"),
+    ("rebuilt", "rebuilt"),
     ("recalibrated", "norms re-estimated"),
     ("final", "fine-tuned"),
 )

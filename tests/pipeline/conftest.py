@@ -7,6 +7,7 @@ model: {library: timm, id: cifar_resnet20, task: image-classification, pretraine
 data: {id: sklearn/digits, num_train: 64, num_test: 32}
 criterion: {name: taylor, num_samples: 24, batch_size: 16}
 budget: {structures: 0.6}
+rebuild: {method: null}
 finetune: {epochs: 0, recalibrate_norm: false}
 evaluate: {metrics: [loss], latency: false}
 output: {dir: OUTPUT, figures: false}

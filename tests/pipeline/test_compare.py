@@ -85,7 +85,7 @@ def test_scores_are_shared_between_budgets_and_the_dense_model_between_criteria(
     assert len(results["cells"]) == 8
     assert results["budgets"] == ["structures 0.5", "macs 0.8"]
     for cell in results["cells"]:
-        assert list(cell["metrics"]) == ["cut", "recalibrated", "final"]
+        assert list(cell["metrics"]) == ["cut", "rebuilt", "recalibrated", "final"]
         assert cell["scoring"]["seconds"] > 0
         assert cell["structures"]["before"] == 3 * 16 + 3 * 32
     rows = list(csv.DictReader((folder / "out" / "results.csv").read_text().splitlines()))

@@ -64,7 +64,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_a_smaller_model_with_all_that_belongs_to_it(finished):
     output = finished / "out"
     report = json.loads((output / "sosp_report.json").read_text())
-    assert list(report["metrics"]) == ["dense", "cut", "recalibrated", "final"]
+    assert list(report["metrics"]) == ["dense", "cut", "rebuilt", "recalibrated", "final"]
     for found in report["metrics"].values():
         assert found["accuracy"]["n"] == 100
         assert found["accuracy"]["stderr"] > 0
@@ -96,6 +96,8 @@ def test_a_run_leaves_a_smaller_model_with_all_that_belongs_to_it(finished):
         "saliency",
         "plan",
         "cut_metrics",
+        "rebuilt",
+        "rebuilt_metrics",
         "recalibrated_metrics",
         "final",
         "final_metrics",

@@ -1,0 +1,48 @@
+"""The step that solves the weights that read what was cut again."""
+
+import dataclasses
+from typing import Any
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from sosp_hub.distributed import OnDevice, logger, process_sum
+from sosp_hub.pipeline.context import Context
+from sosp_hub.pipeline.planning import plan
+from sosp_hub.pipeline.stage_cache import step
+from sosp_hub.plan import PruningPlan
+from sosp_hub.reconstruction.rebuild import rebuilt_weights
+from sosp_hub.surgery.apply import apply
+
+
+@step("rebuilt", plan, "rebuild", with_peak=True)
+def rebuilt(context: Context, decided: PruningPlan) -> dict[str, Any]:
+    """Solves them layer by layer; leaves the weights of the cut model, and tells of each layer."""
+    config = context.recipe.rebuild
+    batches = context.calibration_batches(0, min(config.num_samples, len(context.train)))
+    made = rebuilt_weights(
+        context.model,
+        context.graph,
+        decided,
+        OnDevice(batches, "rebuild"),
+        damping=config.damping,
+        dense_share=config.dense_share,
+        process_sum=process_sum,
+    )
+    if made.layers:
+        small = apply(made.model.cpu(), context.graph, made.plan, verify="fast")
+        context.cache.save(lambda: save_model(small, str(rebuilt.tensors(context))))
+    return {"layers": [dataclasses.asdict(layer) for layer in made.layers], "left": made.left}
+
+
+def rebuild(context: Context, decided: PruningPlan, pruned: nn.Module) -> bool:
+    """Gives a cut model the weights that make up for the cut, in place; whether there were any."""
+    if not context.recipe.rebuilds():
+        return False
+    if context.data is None:
+        logger.info("rebuild: without data the weights that read what was cut stay as they are")
+        return False
+    if not rebuilt(context, decided)["layers"]:
+        return False
+    load_model(pruned, rebuilt.tensors(context))  # read on the CPU, copied to where the model is
+    return True

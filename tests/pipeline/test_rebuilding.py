@@ -1,0 +1,58 @@
+"""The section ``rebuild`` of a recipe: on by default, kept between runs, off without data."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from sosp_hub.prune import main
+from tests.compare import assert_close
+
+
+def report_of(recipe):
+    return json.loads((recipe.parent / "out" / "sosp_report.json").read_text())
+
+
+@pytest.fixture
+def rebuilding(recipe):
+    recipe.write_text(recipe.read_text().replace("rebuild: {method: null}\n", ""))
+    return recipe
+
+
+def test_it_is_on_by_default_and_lowers_the_loss_of_a_cut(rebuilding):
+    assert main([str(rebuilding), "model.train={epochs: 2, learning_rate: 3.0e-3}"]) == 0
+    report = report_of(rebuilding)
+    metrics = {stage: found["loss"]["value"] for stage, found in report["metrics"].items()}
+    assert list(metrics) == ["dense", "cut", "rebuilt", "final"]
+    assert metrics["rebuilt"] < metrics["cut"]
+    assert metrics["final"] == metrics["rebuilt"]
+    card = (rebuilding.parent / "out" / "README.md").read_text()
+    assert "solved again by least squares on calibration inputs" in card
+    assert "| rebuilt |" in card
+
+
+def test_without_data_the_cut_stays_as_it_is_and_that_is_told(rebuilding, caplog):
+    assert main([str(rebuilding)]) == 0
+    again = rebuilding.parent / "again"
+    given = ["--from-scores", str(rebuilding.parent / "out"), "budget.structures=0.5"]
+    with caplog.at_level("INFO"):
+        assert main([*given, f"output.dir={again}"]) == 0
+    assert "without data the weights that read what was cut stay as they are" in caplog.text
+    plain = rebuilding.parent / "plain"
+    assert main([*given, "rebuild.method=null", f"output.dir={plain}"]) == 0
+    weights = [load_file(folder / "model.safetensors") for folder in (again, plain)]
+    assert_close(*weights, relative=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("rebuild.method=lstsq", "rebuild.method"),
+        ("rebuild.damping=-1", "rebuild.damping"),
+        ("rebuild.dense_share=2", "rebuild.dense_share"),
+        ("rebuild.num_samples=0", "rebuild.num_samples"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_key(given, told, recipe, capsys):
+    assert main([str(recipe), given]) != 0
+    assert told in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""Passes that go on from where a model is final: how often what runs, and what is held."""
+
+import torch
+from torch import nn
+
+from sosp_hub.reconstruction.products import Watched
+from sosp_hub.reconstruction.stream import Stream
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def stream_of(model, batches):
+    watched = {
+        name: Watched(parameter, 1)
+        for name, parameter in model.named_parameters()
+        if name.endswith("down.weight")
+    }
+    chain = [f"{i}" for i in range(len(model))]
+    return Stream(model, watched, batches, [chain], (batches[0][0],))
+
+
+def test_every_block_runs_once_more_than_it_has_readers_and_one_output_is_held():
+    model = nn.Sequential(*(Block() for _ in range(5))).eval()
+    batches = [(torch.randn(n, 4), torch.zeros(n)) for n in (3, 2)]
+    stream = stream_of(model, batches)
+    calls = [0] * 5
+    for i, block in enumerate(model):
+        block.up.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    assert stream.order == [f"{i}.down.weight" for i in range(5)]
+    for number, tensor in enumerate(stream.order):
+        found = [rows.shape for products in stream.run(tensor) for _, _, rows, *_ in products]
+        assert found == [(1, 3, 8), (1, 2, 8)]
+        held = [name for name, values in stream._kept.items() if 0 not in values[0].stride()]
+        assert held == ([f"{number - 1}"] if number else [])
+    assert calls == [2 * len(batches)] * 4 + [len(batches)]
+
+
+def test_what_is_handed_out_is_what_a_changed_weight_gives():
+    model = nn.Sequential(*(Block() for _ in range(3))).eval()
+    batches = [(torch.randn(3, 4), torch.zeros(3))]
+    stream = stream_of(model, batches)
+    for number, tensor in enumerate(stream.order):
+        rows = [products[0].rows for products in stream.run(tensor)]
+        with torch.no_grad():
+            x = batches[0][0]
+            for block in model[:number]:
+                x = block(x)
+            torch.testing.assert_close(rows[0][0], torch.relu(model[number].up(x)))
+            model.get_parameter(tensor).mul_(-3.0)
+
+
+def test_a_changed_result_in_place_does_not_reach_what_is_held():
+    class Double(nn.Module):
+        def forward(self, x):
+            return x.mul_(2)
+
+    model = nn.Sequential(Block(), Double(), Block(), Block()).eval()
+    batches = [(torch.randn(3, 4), torch.zeros(3))]
+    stream = stream_of(model, batches)
+    with torch.no_grad():
+        for position, tensor in zip((0, 2, 3), stream.order, strict=True):
+            for products in stream.run(tensor):
+                x = batches[0][0].clone()
+                for block in model[:position]:
+                    x = block(x)
+                torch.testing.assert_close(products[0].rows[0], torch.relu(model[position].up(x)))
+
+
+def test_hooks_and_forwards_are_as_before():
+    model = nn.Sequential(*(Block() for _ in range(3))).eval()
+    batches = [(torch.randn(3, 4), torch.zeros(3))]
+    stream = stream_of(model, batches)
+    for tensor in stream.order:
+        list(stream.run(tensor))
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
