@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sosp_hub.structure.modes import body_of
+from sosp_hub.tasks.batches import num_samples, tensors
 
 _PLACES = 64
 """Positions of an image, at random, at which a convolution's inputs are looked at; more where that
@@ -27,7 +28,7 @@ class Product(NamedTuple):
         tensor: Name of the weight.
         slots: Which of its matrices take part.
         rows: ``(slots, rows, inputs)`` in float32 or wider: what they are multiplied with.
-        samples: The sample of the batch that each row is of; None where that is not known.
+        keys: Of the sample that each row is of; None where that is not known.
         bias: What is added to the product.
         groups: Of a convolution; 0 = it is none.
         taps: Positions of a convolution's window.
@@ -36,7 +37,7 @@ class Product(NamedTuple):
     tensor: str
     slots: slice
     rows: Tensor
-    samples: Tensor | None = None
+    keys: Tensor | None = None
     bias: Tensor | None = None
     groups: int = 0
     taps: int = 1
@@ -71,12 +72,18 @@ class Products(TorchFunctionMode):
         self._names = {w.weight.untyped_storage().data_ptr(): n for n, w in watched.items()}
         self._watched, self._see, self._refuse = watched, see, refuse
         self._all_samples = num_samples
-        self.batch, self.num_samples = 0, 1
+        self.keys: Sequence[int] = (0,)
         self.mask: Tensor | None = None
 
-    def begin(self, number: int, num_samples: int, mask: Tensor | None) -> None:
-        """Another batch is coming; ``mask`` says which of its tokens are not padding."""
-        self.batch, self.num_samples, self.mask = number, num_samples, mask
+    def begin(self, keys: Sequence[int], mask: Tensor | None) -> None:
+        """Another batch is coming.
+
+        Args:
+            keys: A number for each sample that says by itself what is drawn at random for it, so
+                that batches and processes make no difference.
+            mask: Which of its tokens are not padding.
+        """
+        self.keys, self.mask = keys, mask
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -106,13 +113,13 @@ class Products(TorchFunctionMode):
                 self._refuse(tensor, "a convolution reads a part of it")
                 return
             x = x if x.dim() == weight.dim() else x.unsqueeze(0)
-            generator = torch.Generator()
-            generator.manual_seed(zlib.crc32(f"{tensor} {self.batch}".encode()))
+            name_key, keys = zlib.crc32(tensor.encode()), self._keys(len(x))
+            seeds = range(len(x)) if keys is None else keys.tolist()
             enough = _ROWS_PER_INPUT * weight[0].numel() // max(self._all_samples, 1)
-            rows = patches(x, weight, given, max(_PLACES, enough), generator)
-            samples = self._samples(rows.shape[1])
+            rows = patches(x, weight, given, max(_PLACES, enough), [s ^ name_key for s in seeds])
+            keys = self._keys(rows.shape[1])
             groups, taps = given.get("groups", 1), weight[0, 0].numel()
-            self._see(Product(tensor, slice(None), _wide(rows), samples, bias, groups, taps))
+            self._see(Product(tensor, slice(None), _wide(rows), keys, bias, groups, taps))
             return
         side = -1 if name == "linear" else -2
         if not _whole(weight, parameter, dim, side):
@@ -136,16 +143,30 @@ class Products(TorchFunctionMode):
             slot = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
             slots = slice(slot, slot + 1)
         shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        samples = self._samples(len(x))
+        keys = self._keys(len(x))
         mask = self.mask
         if mask is not None and mask.numel() == len(x) and shape in (mask.shape, (len(x),)):
             real = mask.flatten().to(x.device).bool()
-            x, samples = x[real], None if samples is None else samples[real.cpu()]
-        self._see(Product(tensor, slots, _wide(x)[None], samples, bias))
+            x, keys = x[real], None if keys is None else keys[real.cpu()]
+        self._see(Product(tensor, slots, _wide(x)[None], keys, bias))
 
-    def _samples(self, num_rows: int) -> Tensor | None:
-        each, rest = divmod(num_rows, self.num_samples)
-        return None if rest else torch.arange(self.num_samples).repeat_interleave(each)
+    def _keys(self, num_rows: int) -> Tensor | None:
+        each, rest = divmod(num_rows, len(self.keys))
+        return None if rest else torch.tensor(self.keys).repeat_interleave(each)
+
+
+def sample_keys(batch: Any) -> list[int]:
+    """A number for each sample, of what is in it alone, padding left out."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    size = num_samples(batch)
+    first = next(tensor for tensor in tensors(batch) if tensor.ndim and len(tensor) == size)
+    first = first.detach().cpu()
+    keys = []
+    for i, sample in enumerate(first):
+        if isinstance(mask, Tensor) and mask.shape == first.shape:
+            sample = sample[mask[i].cpu().bool()]
+        keys.append(zlib.crc32(sample.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()))
+    return keys
 
 
 _ARGUMENTS = {
@@ -181,9 +202,17 @@ def patches(
     weight: Tensor,
     given: Mapping[str, Any],
     places: int,
-    generator: torch.Generator,
+    seeds: Sequence[int],
 ) -> Tensor:
-    """What a convolution multiplies its weights with: ``(groups, samples * places, inputs)``."""
+    """What a convolution multiplies its weights with: ``(groups, samples * places, inputs)``.
+
+    Args:
+        x: Its input.
+        weight: Its weight.
+        given: Its other arguments.
+        places: Most positions of a sample.
+        seeds: For each sample, which it takes of more.
+    """
     num = weight.dim() - 2
     groups = given.get("groups", 1)
     stride, dilation = (_each(given.get(key, 1), num) for key in ("stride", "dilation"))
@@ -200,13 +229,22 @@ def patches(
     window = (slice(None, None, d) for d in dilation)
     x = x[(..., *window)]
     sizes = x.shape[2 : 2 + num]
-    chosen = torch.arange(sizes.numel())
-    if len(chosen) > places:
-        chosen = torch.randperm(len(chosen), generator=generator)[:places].sort().values
+    total = sizes.numel()
+    chosen = torch.arange(total).expand(len(x), -1)
+    if total > places:
+        draws = (torch.randperm(total, generator=_generator(seed))[:places] for seed in seeds)
+        chosen = torch.stack(list(draws))
     at = torch.unravel_index(chosen.to(x.device), sizes)
-    x = x[(slice(None), slice(None), *at)]  # (samples, channels, places, window)
-    x = x.flatten(3).unflatten(1, (groups, -1))
-    return x.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
+    samples = torch.arange(len(x), device=x.device)[:, None]
+    x = x[(samples, slice(None), *at)]  # (samples, places, channels, window)
+    x = x.flatten(3).unflatten(2, (groups, -1))
+    return x.permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)
+
+
+def _generator(seed: int) -> torch.Generator:
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    return generator
 
 
 def _each(value: int | Sequence[int], num: int) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.surgery.apply import Verify, check_arguments, check_model, fold, get_tensor
+from sosp_hub.tasks.batches import num_samples
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches
@@ -198,8 +199,8 @@ class _Work:
             name: Watched(get_tensor(partly.model, name), reader.dim)
             for name, reader in partly.readers.items()
         }
-        chains = _chains(dense, graph)
-        self._stream = Stream(partly.model, watched, batches, chains, graph.example_inputs)
+        chains, total = _chains(dense, graph), self._num_samples(batches)
+        self._stream = Stream(partly.model, watched, batches, chains, graph.example_inputs, total)
         self.left = dict(self._stream.refused)
         self._dense_stream = None
         if options.dense_share:
@@ -208,7 +209,12 @@ class _Work:
                 name: Watched(get_tensor(twin, name), partly.readers[name].dim)
                 for name in self._stream.order
             }
-            self._dense_stream = Stream(twin, watched, batches, chains, graph.example_inputs)
+            self._dense_stream = Stream(twin, watched, batches, chains, graph.example_inputs, total)
+
+    def _num_samples(self, batches: Sequence[Any]) -> int:
+        own = torch.tensor(float(sum(num_samples(batch) for batch in batches)))
+        process_sum = self._options.process_sum
+        return int(own if process_sum is None else process_sum(own))
 
     def run(self) -> list[RebuiltLayer]:
         """Solves one weight after the other."""
@@ -273,16 +279,16 @@ class _Work:
         run = self._stream.run(name)
         others = dense.run(name) if dense is not None and aside else None
         pairs = ((one, None) for one in run) if others is None else zip(run, others, strict=True)
-        for number, (products, others) in enumerate(pairs):
+        for products, others in pairs:
             if others is not None and not _alike(products, others):
                 raise DataError(
                     f"{name!r} reads other rows in the dense model than after the cut (experts "
                     "get other tokens); write dense_share=0"
                 )
             for product, other in zip(products, others or products, strict=True):
-                samples = product.samples
-                samples = torch.arange(product.rows.shape[1]) if samples is None else samples
-                held_out = ((samples + number) % 4 == 3).to(product.rows.device)
+                keys = product.keys
+                keys = torch.arange(product.rows.shape[1]) if keys is None else keys
+                held_out = (keys % 4 == 3).to(product.rows.device)
                 for part, chosen in zip(parts, (~held_out, held_out), strict=True):
                     if bool(chosen.any()):
                         rows = product.rows[:, chosen], other.rows[:, chosen] if aside else None

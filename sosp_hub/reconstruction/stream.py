@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sosp_hub.reconstruction.products import Product, Products, Watched
+from sosp_hub.reconstruction.products import Product, Products, Watched, sample_keys
 from sosp_hub.structure.copies import copy_inputs, map_tensors
 from sosp_hub.structure.trace import call, output_tensors
-from sosp_hub.tasks.batches import num_samples, tensors
+from sosp_hub.tasks.batches import tensors
 from sosp_hub.tasks.loss import forward
 
 
@@ -32,6 +32,7 @@ class Stream:
         batches: What it is run on.
         chains: Names of modules each of which gives its result to the next one alone.
         example_inputs: What it was traced with: says in which order weights run.
+        num_samples: Samples of the batches of all processes.
 
     Attributes:
         order: The weights in the order they run.
@@ -47,13 +48,14 @@ class Stream:
         batches: Sequence[Any],
         chains: Sequence[Sequence[str]],
         example_inputs: Any,
+        num_samples: int,
     ) -> None:
         self._model, self._batches = model, batches
         self.refused: dict[str, str] = {}
         self.first: dict[str, Product] = {}
         self.order: list[str] = []
-        total = sum(num_samples(batch) for batch in batches)
-        self._watched, self._num_samples = watched, total
+        self._watched, self._num_samples = watched, num_samples
+        self._keys = [sample_keys(batch) for batch in batches]
         self._before = {
             later: list(chain[:i]) for chain in chains for i, later in enumerate(chain) if i
         }
@@ -163,7 +165,7 @@ class Stream:
                     {tensor: self._watched[tensor]}, found.append, self._refuse,
                     self._num_samples,
                 )  # fmt: skip
-                products.begin(i, num_samples(batch), mask)
+                products.begin(self._keys[i], mask)
                 with products, torch.no_grad(), suppress(_Stop):
                     forward(self._model, batch)
                 yield found

@@ -145,6 +145,19 @@ def test_a_convolution_looks_at_some_positions_of_large_images():
     assert_close(again.model.state_dict(), first.model.state_dict(), relative=0)
 
 
+def test_batches_make_no_difference_to_what_is_drawn_and_held_out():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3)).double()
+    images = torch.randn(16, 3, 20, 20, dtype=torch.float64)
+    graph = trace(model, (images[:2],))
+    plan = PruningPlan({"0:channel": (1, 2, 5)}, {"0:channel": 6})
+    one, two = (
+        rebuilt_weights(model, graph, plan, [(part, torch.zeros(len(part))) for part in parts])
+        for parts in (images.split(16), images.flip(0).split(5))
+    )
+    assert_close(two.model.state_dict(), one.model.state_dict(), relative=1e-9)
+    assert two.layers[0].damping == one.layers[0].damping
+
+
 def test_a_constant_of_a_convolution_goes_into_the_mean_of_the_norm_behind_it():
     model = nn.Sequential(
         nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4)
@@ -404,7 +417,7 @@ def test_processes_add_up_their_sums(batches):
     model = Perceptron(bias=True).double()
     graph = trace(model, (batches[0][0],))
     plan = half_of(graph)
-    expected = rebuilt_weights(model, graph, plan, batches, damping=DAMPING)
+    expected = rebuilt_weights(model, graph, plan, batches)
     shares = [batches[:1], batches[1:], []]
     barrier, sent = threading.Barrier(3, timeout=60), {}
 
@@ -417,9 +430,8 @@ def test_processes_add_up_their_sums(batches):
             return total
 
         return rebuilt_weights(
-            copy.deepcopy(model), graph, plan, shares[rank], damping=DAMPING,
-            process_sum=process_sum,
-        )  # fmt: skip
+            copy.deepcopy(model), graph, plan, shares[rank], process_sum=process_sum
+        )
 
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(process, range(3)))

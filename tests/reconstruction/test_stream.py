@@ -23,7 +23,7 @@ def stream_of(model, batches):
         if name.endswith("down.weight")
     }
     chain = [f"{i}" for i in range(len(model))]
-    return Stream(model, watched, batches, [chain], (batches[0][0],))
+    return Stream(model, watched, batches, [chain], (batches[0][0],), 5)
 
 
 def test_every_block_runs_once_more_than_it_has_readers_and_one_output_is_held():
