@@ -1,8 +1,11 @@
 """Every rewritten operation equals PyTorch's own, up to the second derivative."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sosp_hub.double_backward import _REWRITES, CheapSecondDerivatives, pieces
 from tests.compare import assert_close
@@ -170,3 +173,77 @@ def test_a_saved_tensor_that_is_written_over_is_noticed(function):
         (z if function is F.relu else y).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
+
+
+def test_attention_with_dropout_drops():
+    """A model may drop in eval mode too; the same numbers are drawn then."""
+    query, key, value = (torch.randn(2, 3, 5, 4) for _ in range(3))
+
+    def run():
+        torch.manual_seed(1)
+        q = query.clone().requires_grad_()
+        return F.scaled_dot_product_attention(q, key, value, dropout_p=0.5)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = run()
+        with CheapSecondDerivatives():
+            found = run()
+    assert_close(found.detach(), expected.detach(), relative=1e-6)
+
+
+@pytest.mark.parametrize(("places", "kept"), [(8, True), (64, False)])
+def test_between_many_positions_no_table_of_shares_is_kept(places, kept):
+    """It would take the memory that long texts and large pictures do not have."""
+    query, key, value = (torch.randn(1, 2, places, 4) for _ in range(3))
+    sizes = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ),
+        CheapSecondDerivatives(),
+    ):
+        output = F.scaled_dot_product_attention(query.requires_grad_(), key, value)
+        (gradient,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+        gradient.square().sum().backward()
+    assert any(size >= 2 * places * places for size in sizes) == kept
+
+
+def written_over(function):
+    """Goes on with the tensor that was changed in place, not with what the call returned."""
+
+    def run(x):
+        y = x * 2
+        function(y, inplace=True)
+        return y
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *map(written_over, (F.relu, F.relu6, F.silu)),
+        lambda x: F.batch_norm(x, torch.zeros(4), torch.ones(4), training=True),
+        lambda x: F.batch_norm(x, None, None, training=True),
+    ],
+    ids=["relu_", "relu6_", "silu_", "batch statistics", "no statistics"],
+)
+def test_what_a_model_does_besides_is_derived_as_it_is(function):
+    x = torch.randn(6, 4)
+    found = []
+    for context in (contextlib.nullcontext(), CheapSecondDerivatives()):
+        leaf = x.clone().requires_grad_()
+        with context:
+            output = function(leaf)
+        (gradient,) = torch.autograd.grad((output + 1).pow(3).sum(), leaf, create_graph=True)
+        gradient.square().sum().backward()
+        found.append((output.detach(), gradient.detach(), leaf.grad))
+    assert_close(found[1], found[0], relative=1e-5)
+
+
+def test_the_weight_of_a_norm_that_takes_a_gradient_gets_one():
+    weight, bias = torch.randn(4).requires_grad_(), torch.randn(4)
+    with CheapSecondDerivatives():
+        output = F.layer_norm(torch.randn(3, 4).requires_grad_(), (4,), weight, bias)
+    output.square().sum().backward()
+    assert weight.grad.abs().max() > 0

@@ -224,3 +224,11 @@ def test_a_unit_gate_whose_reader_has_no_derivative_gets_none(function):
     with CheapSecondDerivatives():
         read = _WithoutDerivative.apply(_unit_gate(function(x), gate))
     assert torch.autograd.grad(read.sum(), (x, gate), allow_unused=True) == (None, None)
+
+
+def test_gates_are_as_fine_as_the_finest_weight():
+    """One layer in double precision: its derivatives are not cut to seven digits."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).double())
+    groups = {"n": group("n", "neuron", 4, [("1", -1, None)])}
+    with gated(model, groups) as gates:
+        assert gates.values["n"].dtype == torch.float64
