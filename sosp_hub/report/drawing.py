@@ -1,6 +1,6 @@
 """What all pictures share: colours, empty figures, and a picture that can be saved."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -74,6 +74,21 @@ def kind_words(kind: str) -> str:
 def short_name(group: Mapping[str, Any]) -> str:
     """Without its kind."""
     return escaped(group["name"].rpartition(":")[0] or group["name"], "figure")
+
+
+def tick_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names for an axis: without what all of them begin with, and of long ones the end."""
+    parts = [(group["name"].rpartition(":")[0] or group["name"]).split(".") for group in groups]
+    same = 0
+    while len(parts) > 1 and all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
+        same += 1
+    names = [".".join(part[same:]) for part in parts]
+    return [
+        escaped(n if len(n) <= _LONGEST_TICK else f"…{n[-_LONGEST_TICK:]}", "figure") for n in names
+    ]
+
+
+_LONGEST_TICK = 28  # characters
 
 
 def bare(axes: Axes, grid: Literal["x", "y"]) -> None:

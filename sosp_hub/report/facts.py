@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sosp_hub.data.tables import TABLE_SUFFIXES
 from sosp_hub.errors import without_secrets
 from sosp_hub.recipe.tasks import known_task
 from sosp_hub.report import numbers
@@ -124,7 +125,9 @@ def collect(report: Mapping[str, Any]) -> Facts:
         task=task,
         data_id=hub_id(data.get("id")) if not data.get("path") else None,
         data_words=_data_words(data, report.get("calibration") or {}),
-        test_split=data.get("test", "test") if data else None,
+        test_split=_test_split(data, (report.get("calibration") or {}).get("seed"))
+        if data
+        else None,
         command=scrub(str(report.get("command") or "")),
         recipe=scrub(recipe_text).strip(),
         trained_here=model.get("pretrained") is False,
@@ -370,6 +373,17 @@ def _base_name(base: Mapping[str, Any]) -> str | None:
     if not name:
         return None
     return hub_id(name) or Path(str(name)).name
+
+
+def _test_split(data: Mapping[str, Any], seed: int | None) -> str:
+    """Its name, or how it was held out: a file alone has no splits."""
+    split = data.get("test", "test")
+    if split is not None and Path(str(data.get("path") or "")).suffix not in TABLE_SUFFIXES:
+        return str(split)
+    given = data.get("validation_share")
+    part = given if isinstance(given, float) and 0 < given < 1 else 0.2
+    words = f"held-out {numbers.share(part, 0)} of {data.get('train', 'train')}"
+    return words if seed is None else f"{words}, seed {seed}"
 
 
 def _data_words(data: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ from sosp_hub.report.drawing import (
     kind_words,
     new_figure,
     short_name,
+    tick_names,
 )
 from sosp_hub.report.facts import STAGES, overall_metrics
 from sosp_hub.report.listing import CURVATURE, SALIENCY
@@ -224,7 +225,7 @@ def draw_saliency(
         if named:
             strip.set_xticks(
                 np.arange(len(members)),
-                [short_name(group) for group in members],
+                tick_names(members),
                 rotation=45,
                 ha="right",
                 rotation_mode="anchor",

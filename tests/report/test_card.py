@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from sosp_hub.errors import HubError
 from sosp_hub.recipe.criteria import CRITERIA
 from sosp_hub.report.card import _calibration, render_card
+from sosp_hub.report.drawing import tick_names
 from sosp_hub.report.facts import collect
 from sosp_hub.report.figures import pictures
 from sosp_hub.report.markers import BEGIN, END
@@ -190,6 +191,36 @@ def test_metadata_are_inherited(text):
     (result,) = data["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "perplexity", "value": 29.9, "name": "perplexity"}]
     assert result["dataset"]["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("data", "split"),
+    [
+        ("{id: sklearn/digits}", "test"),
+        ("{id: a/b, test: validation}", "validation"),
+        ("{id: a/b, test: null}", "held-out 20 % of train, seed 0"),
+        ("{path: .../a.csv, train: all, validation_share: 0.1}", "held-out 10 % of all, seed 0"),
+        ("{path: .../folder}", "test"),
+    ],
+)
+def test_the_split_that_was_measured_is_one_that_exists(image, data, split):
+    recipe = f"model: {{id: a, task: image-classification}}\ndata: {data}\n"
+    changed(image, lambda report: report.update(recipe=recipe))
+    (result,) = head(render(image))["model-index"][0]["results"]
+    assert result["dataset"]["split"] == split
+
+
+def test_names_of_an_axis_are_short_and_differ():
+    layers = [
+        f"model.decoder.layers.{i}.mlp.{n}_proj:neuron" for i in (3, 12) for n in ("up", "a" * 40)
+    ]
+    names = tick_names([{"name": name} for name in layers])
+    assert names[0] == "3.mlp.up_proj"
+    assert names[2] == "12.mlp.up_proj"
+    assert all(len(name) <= 29 for name in names)
+    assert names[1].endswith("a_proj")
+    assert tick_names([{"name": "conv1:channel"}]) == ["conv1"]
+    assert tick_names([{"name": "a"}, {"name": "a.b"}]) == ["a", "a.b"]
 
 
 def test_metadata_are_never_guessed(image):

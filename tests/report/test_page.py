@@ -24,7 +24,12 @@ window.onload = () => {
   const asked = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:"));
   document.title = JSON.stringify({
     images: document.images.length, broken: broken.length, wide: wide, asked: asked.length,
-    rows: document.querySelectorAll("tbody tr").length
+    rows: document.querySelectorAll("tbody tr").length,
+    tiles: document.querySelectorAll(".numbers li").length,
+    tileRows: new Set([...document.querySelectorAll(".numbers li")].map(
+      tile => Math.round(tile.getBoundingClientRect().top))).size,
+    cutOff: [...document.querySelectorAll(".numbers li")].some(
+      tile => tile.scrollWidth > tile.clientWidth + 1)
   });
 };
 </script>"""
@@ -86,6 +91,20 @@ def test_the_page_renders_without_a_console_error(tmp_path, make):
 def test_the_page_fits_a_phone(tmp_path, run):
     seen, _ = open_in_browser(write_page(run), tmp_path, width=500)
     assert not seen["wide"]
+
+
+@needs_browser
+def test_five_numbers_stand_in_one_row_on_a_desk_and_are_whole_on_a_phone(tmp_path, run):
+    report = json.loads((run / "sosp_report.json").read_text())
+    report["peak_memory"] = {when: {"bytes": 3e8, "batch": 8} for when in ("before", "after")}
+    (run / "sosp_report.json").write_text(json.dumps(report))
+    page = write_page(run)
+    for width, rows in ((1200, 1), (500, 5)):
+        seen, _ = open_in_browser(page, tmp_path, width)
+        assert seen["tiles"] == 5
+        assert seen["tileRows"] <= rows, seen
+        assert not seen["wide"]
+        assert not seen["cutOff"]
 
 
 @needs_browser
