@@ -17,9 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import sosp_hub
 from sosp_hub.checkpoint.format import headers
@@ -137,6 +139,12 @@ def config_of(library):
     return json.loads((folder(library) / headers.CONFIG).read_text())
 
 
+@functools.cache
+def stored_in(library):
+    """The tensors of the weight file there."""
+    return load_file(folder(library) / headers.WEIGHTS)
+
+
 CONFIGS = st.sampled_from(sorted(MODELS)).flatmap(
     lambda library: st.tuples(
         st.just(library),
@@ -202,8 +210,12 @@ def _fuzz_delta(record):
 @target(CONFIGS)
 def _fuzz_config(given_input):
     library, content = given_input
+    stored = stored_in(library)
     (folder(library) / headers.CONFIG).write_bytes(content)
-    sosp_hub.from_pretrained(folder(library))
+    loaded = sosp_hub.from_pretrained(folder(library)).state_dict()
+    assert loaded.keys() == stored.keys()
+    for name, tensor in loaded.items():  # what is accepted holds the numbers of the files
+        assert torch.equal(tensor, stored[name].to(tensor.dtype)), name
 
 
 @target(damaged(mutated(ENTRIES).map(lambda entries: header(entries, b"\x00" * 16))))
