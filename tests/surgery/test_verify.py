@@ -291,6 +291,32 @@ def test_a_parameter_without_values_stands_in_nobodys_way():
     apply(model, graph, half(graph))
 
 
+class ThreeOperands(nn.Module):
+    """``einsum`` lays out axes of size one as it likes."""
+
+    def __init__(self):
+        super().__init__()
+        self.values, self.heads = nn.Linear(5, 12), 3
+        self.out = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        x = self.values(x).view(*x.shape[:-1], self.heads, -1)
+        weights = torch.einsum("bqhd,bkhd->bhqk", x, x).softmax(-1)
+        return torch.einsum("bhqk,bkhd,hdo->bqo", weights, x, self.out)
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_where_an_axis_of_size_one_lies_is_no_fault(verify, kept):
+    torch.manual_seed(0)
+    model, x = fill(ThreeOperands().eval()), (torch.randn(2, 4, 5),)
+    graph = trace(model, x)
+    for name in graph.groups:
+        plan = plan_of(graph, {name: range(kept)})
+        pruned = apply(model, graph, plan, verify=verify)
+        assert_close(run(pruned, graph), gated(model, graph, plan))
+
+
 class Lookup(nn.Module):
     def __init__(self):
         super().__init__()
