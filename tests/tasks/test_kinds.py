@@ -125,6 +125,7 @@ def run(base, folder, task, make, wanted, criterion="sosp_i", **rows):
     return main([str(folder / "recipe.yaml")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", RUNS)
 def test_a_recipe_from_rows_to_a_verified_folder(base, tmp_path, key):
     make, wanted, best = RUNS[key]
@@ -157,6 +158,7 @@ def test_a_recipe_from_rows_to_a_verified_folder(base, tmp_path, key):
             assert checks[f"metric {name}"].holds, checks[f"metric {name}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "sosp_h", "magnitude", "activation"])
 def test_every_kind_of_criterion_scores_spans(base, tmp_path, criterion):
     assert run(base, tmp_path, "question-answering", asked, ["f1"], criterion) == 0
