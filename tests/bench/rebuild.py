@@ -79,11 +79,11 @@ def resnet(args):
         saliency = sosp_hub.score(
             model, graph, calibration, "sosp_i" if name == "surgeon" else name, **options
         )
-        seconds = time.process_time() - start
+        scoring = time.process_time() - start
         for kept in args.kept:
             saliency = {group: saliency[group] for group in inner}
             plan = sosp_hub.allocate(graph, saliency, structures=kept)
-            print(f"{name} {kept} scored in {seconds:.1f} s", flush=True)
+            print(f"{name} {kept} scored in {scoring:.1f} s", flush=True)
             report("cut", sosp_hub.apply(model, graph, plan, "fast"), calibration, test)
             for damping in args.dampings:
                 start = time.process_time()
