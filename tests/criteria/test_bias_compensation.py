@@ -80,3 +80,13 @@ def test_faults():
     plan = _half(group, shifts={"a.bias": (0.0,)})
     with pytest.raises(PlanError, match=r"the second plan shifts 'a.bias'"):
         PruningPlan({}, {}).compose(plan)
+
+
+def test_no_mean_is_folded_where_a_cut_changes_what_is_left():
+    """Behind a norm over the cut axis the others are other numbers than they were."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    batch = (torch.randn(8, 5), torch.zeros(8).long())
+    graph = sosp_hub.trace(model, batch[:1])
+    (group,) = graph.groups.values()
+    assert not group.exact
+    assert means_at_biases(model, graph, graph.groups, [batch]) == {}

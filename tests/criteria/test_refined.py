@@ -211,3 +211,18 @@ def test_low_rank_takes_the_steps_of_the_matrix():
         step = refined(plan, groups, lambda at, f=Found: f, lambda at, v=values: next(v), 1, [0.1])
         gates.append([*step.gates["a"], *step.gates["b"]])
     assert_close(torch.tensor(gates[0]), torch.tensor(gates[1]), relative=1e-6)
+
+
+def test_steps_begin_at_the_gates_that_the_plan_has():
+    """Where no step is taken, or none helps, they are what they were."""
+    toy = perceptron()
+    plan = PruningPlan({"a": (0, 2, 4)}, {"a": 5}, gates={"a": (0.5, 1.25, 2.0)})
+    seen = []
+
+    def divergence(gates):
+        seen.append({name: row.tolist() for name, row in gates.items()})
+        return 0.25
+
+    found = refined(plan, toy.groups, lambda gates: pytest.fail("no step"), divergence, 0)
+    assert seen == [{"a": [0.5, 0.0, 1.25, 0.0, 2.0], "b": [1.0, 1.0, 1.0]}]
+    assert found.gates == plan.gates

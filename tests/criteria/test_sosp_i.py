@@ -360,3 +360,6 @@ def test_faults():
     of_one = CurvatureMeasure().measure(toy.model, {"a": toy.groups["a"]}, [toy.batch])
     with pytest.raises(CriterionError, match=r"is of 5 structures, the groups have 8"):
         score(toy.model, toy.graph, [], "sosp_i", curvature=of_one)
+    of_both = CurvatureMeasure().measure(toy.model, toy.groups, [toy.batch])
+    with pytest.raises(CriterionError, match=r"is of 8 structures, the groups have 5"):
+        score(toy.model, stand_in(toy.groups["a"]), [], "sosp_i", curvature=of_both)

@@ -232,3 +232,61 @@ def test_gates_are_as_fine_as_the_finest_weight():
     groups = {"n": group("n", "neuron", 4, [("1", -1, None)])}
     with gated(model, groups) as gates:
         assert gates.values["n"].dtype == torch.float64
+
+
+def test_a_gate_is_where_its_structure_is():
+    """As behind a channel shuffle: as many positions as structures, in another order."""
+    model, x = nn.Linear(4, 2).double(), torch.randn(3, 4).double()
+    order = [2, 0, 3, 1]
+    values = torch.tensor([0.5, 2.0, -1.0, 3.0]).double()
+    outer, expected = nn.Sequential(nn.Identity(), model), model(x * values[order]).detach()
+    with gated(outer, {"n": group("n", "neuron", 4, [("1", -1, order)])}) as gates:
+        gates.set_({"n": values})
+        assert_close(outer(x).detach(), expected, relative=1e-12)
+
+
+class Three(nn.Module):
+    """Reads three things, of which the first is gated."""
+
+    def forward(self, x, scale, shift):
+        return x * scale + shift
+
+
+class Calls(nn.Module):
+    def __init__(self, by_name):
+        super().__init__()
+        self.inner, self.by_name = Three(), by_name
+
+    def forward(self, x):
+        if self.by_name:
+            return self.inner(x=x, scale=2.0, shift=1.0)
+        return self.inner(x, 2.0, 1.0)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_whichever_way_a_module_is_called(by_name):
+    model, x = Calls(by_name), torch.randn(2, 3)
+    values = torch.tensor([0.0, 2.0, 1.0])
+    with gated(model, {"n": group("n", "neuron", 3, [("inner", -1, None)])}) as gates:
+        assert_close(model(x).detach(), x * 2 + 1)
+        gates.set_({"n": values})
+        assert_close(model(x).detach(), x * values * 2 + 1)
+
+
+def test_own_gates_of_samples_need_samples_in_front():
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 2))
+    groups = {"n": group("n", "neuron", 3, [("1", 0, None)])}
+    with gated(model, groups) as gates:
+        gates.set_(1.0, num_samples=3)
+        with pytest.raises(CriterionError, match="not found along dimension 0"):
+            model(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(("positions", "width"), [(1, 4), (4, 1)])
+def test_a_gate_is_not_spread_over_another_model(positions, width):
+    """One that has another width: numbers of one size must not be broadcast over it."""
+    model = nn.Sequential(nn.Identity(), nn.Linear(width, 2))
+    groups = {"n": group("n", "neuron", positions, [("1", -1, None)])}
+    words = f"has {width} positions, in the graph {positions}"
+    with gated(model, groups), pytest.raises(CriterionError, match=words):
+        model(torch.randn(3, width))
