@@ -11,6 +11,8 @@ from sosp_hub.errors import OutputExistsError
 from sosp_hub.pipeline.output_folder import check_place, locked, put
 from sosp_hub.prune import main
 
+pytestmark = pytest.mark.slow
+
 HOLD = """
 import sys
 from pathlib import Path

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from sosp_hub.prune import main
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 
 def report_of(recipe):
     return json.loads((recipe.parent / "out" / "sosp_report.json").read_text())

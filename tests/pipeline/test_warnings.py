@@ -4,6 +4,8 @@ import pytest
 
 from sosp_hub.pipeline.run import _warn_of_recovery
 
+pytestmark = pytest.mark.slow
+
 
 def metric(value, stderr):
     return {"value": value, "n": 100, "stderr": stderr}

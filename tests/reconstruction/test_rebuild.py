@@ -21,6 +21,8 @@ from tests.compare import assert_close
 from tests.structure.oracles import fill
 from tests.structure.test_experts import build as build_experts
 
+pytestmark = pytest.mark.slow
+
 DAMPING = 0.1
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parents[2] / "model_cards"
 _SPEC = importlib.util.spec_from_file_location("collect_cards", HERE / "collect.py")
 collect_cards = importlib.util.module_from_spec(_SPEC)

@@ -15,6 +15,8 @@ from sosp_hub.surgery.apply import apply, cut
 from tests.compare import assert_close
 from tests.structure.oracles import fill, gated, half, ragged, run
 
+pytestmark = pytest.mark.slow
+
 STEPS = (
     "linear", "relu", "gelu", "add", "multiply", "cat", "gate", "shuffle", "slice", "pad", "norm",
     "attend", "convolve", "depthwise", "mean", "repeat", "write",

@@ -14,6 +14,8 @@ from sosp_hub.recipe.load import load_recipe
 from sosp_hub.recipe.targets import TARGETS
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.slow
+
 
 def llama(**keys):
     torch.manual_seed(0)

@@ -14,6 +14,8 @@ from sosp_hub.tasks import batch_loss, next_token, pixels, sigmoid, softmax, squ
 from tests.compare import assert_close
 from tests.gates.toys import group, perceptron
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 INTS = torch.tensor([0, 2, 1, 1, 0, 2, 2])
 SOME = torch.tensor([0, 2, -100, 1, 0, -100, 2])
