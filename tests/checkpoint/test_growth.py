@@ -6,7 +6,6 @@ import pytest
 import timm
 
 import sosp_hub
-from sosp_hub.checkpoint import io
 from sosp_hub.errors import CheckpointError
 from sosp_hub.inspection.examine import examine
 from sosp_hub.structure.trace import trace
@@ -94,7 +93,7 @@ def test_sizes_are_compared_with_the_weight_files_before_anything_is_built(
         raise CheckpointError("this is too late")
 
     for library in ("timm", "transformers"):
-        monkeypatch.setattr(io, f"_load_{library}", load)
+        monkeypatch.setattr(f"sosp_hub.checkpoint.{library}.read.read", load)
     with pytest.raises(CheckpointError, match=f"{module}.weight.*holds"):
         sosp_hub.from_pretrained(tmp_path)
 
