@@ -147,8 +147,17 @@ def score(
 def _copies(batches: "Batches") -> "Batches":
     """Batches that a model may write to; an iterator still goes through them once."""
     if isinstance(batches, Iterator):
-        return map(copy_inputs, batches)
+        return _CopiesOnce(batches, type(batches).__name__)
     return _Copies(batches)
+
+
+@dataclass(frozen=True)
+class _CopiesOnce(Iterator[Any]):
+    batches: Iterator[Any]
+    given: str
+
+    def __next__(self) -> Any:
+        return copy_inputs(next(self.batches))
 
 
 @dataclass(frozen=True)

@@ -328,6 +328,8 @@ def test_blocks_to_keep_can_be_given():
     kept = Sglp(kept_per_segment=(2, 1)).partition(context)
     assert len(kept.removed) == 3
     assert sum(int(name[2:]) < kept.borders[1] for name in kept.removed) == kept.borders[1] - 2
+    for keep, num_removed in ((0.8, 1), (0.5, 2), (0.2, 4)):  # of five; the first block stays
+        assert len(Sglp(keep=keep, num_segments=2).partition(context).removed) == num_removed
     with pytest.raises(CriterionError, match=r"kept_per_segment=\[6, 1\].*can keep"):
         Sglp(kept_per_segment=(6, 1)).partition(context)
     with pytest.raises(CriterionError, match=r"lists 2 segments, num_segments is 3"):

@@ -82,3 +82,21 @@ def test_a_card_holds_no_token_of_its_report(tmp_path):
     card = render_card(folder, run=False, figures=False).read_text()
     assert "cifar_resnet20" in card
     assert TOKEN not in card
+
+
+@pytest.mark.parametrize("given", ["argument", "environment"])
+def test_a_file_that_holds_the_token_in_use_is_not_published(hub, folder, monkeypatch, given):
+    """Also one that looks like no token."""
+    hub.users[PLAIN] = hub.users[TOKEN]
+    monkeypatch.setenv("HF_TOKEN", PLAIN if given == "environment" else TOKEN)
+    (folder / "notes.txt").write_text(f"login with {PLAIN}")
+    with pytest.raises(HubError, match=r"notes\.txt: holds an access token"):
+        push(folder, token=PLAIN if given == "argument" else None)
+    assert REPO not in hub.repos
+
+
+def test_dense_weights_that_a_run_made_stay_here(hub, folder):
+    (folder / "dense").mkdir()
+    (folder / "dense" / "model.safetensors").write_bytes(b"dense")
+    push(folder)
+    assert not [name for name in hub.contents(REPO) if name.startswith("dense")]

@@ -179,7 +179,8 @@ def _write(records: dict[str, Record], everything: list[Mutation], stale: bool =
         "",
         "`python -m tests.mutations` ([how](../../mutations/__main__.py)); each mutation, with what"
         " a user would lose, is in [rooms](../../mutations/rooms). Noticed: a test fails, or the"
-        " time limit ends a hang. Argued: survives, and no user can see a difference.",
+        " time limit ends a hang. Argued: survives, and no user can see a difference."
+        " Rates are of what was tried, after tests were written for what had survived.",
         "",
         "| room | mutations | tried | noticed | argued | survive | rate |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

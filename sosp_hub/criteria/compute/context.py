@@ -50,8 +50,9 @@ class Context:
     def several_passes(self, criterion: str) -> "Batches":
         """The batches; raises CriterionError where they can be gone through only once."""
         if isinstance(self.batches, Iterator):
+            given = getattr(self.batches, "given", type(self.batches).__name__)
             raise CriterionError(
                 f"criterion {criterion!r} goes through the data more than once and was given a "
-                f"{type(self.batches).__name__}; give a list of batches or a data loader"
+                f"{given}; give a list of batches or a data loader"
             )
         return self.batches
