@@ -84,7 +84,7 @@ def num_writes(tensor: Tensor) -> int:
     return tensor._version
 
 
-def compiled_from(model: nn.Module) -> Any:
+def compiled_from(model: Any) -> Any:
     """What ``torch.compile`` made a model of; None where it did not."""
     return getattr(model, "_orig_mod", None)
 

@@ -3,6 +3,9 @@
 ``python -m sosp_hub.checkpoint.format.schema`` writes ``delta.schema.json`` again.
 """
 
+# pyright: reportInvalidTypeForm=false
+# Types are made by functions, which a type checker cannot follow.
+
 import json
 import math
 import re
@@ -225,10 +228,10 @@ class SectionRecord(_Strict):
     cls: ClassName = Field(alias="class")
     modules: Values = {}
     configs: Values = {}
-    tensors: _by_name(ModulePath, Shape) = {}  # type: ignore[valid-type]
+    tensors: _by_name(ModulePath, Shape) = {}
     buffers: Names = []
     biases: Names = []
-    replaced: _by_name(ModulePath, ReplacementRecord) = {}  # type: ignore[valid-type]
+    replaced: _by_name(ModulePath, ReplacementRecord) = {}
     dropped: Names = []
     growth: Growth = 1
 
@@ -273,7 +276,7 @@ def _words(error: ValidationError, path: str) -> str:
     if kind == "delta":
         return f"{where}: {_short(value)}, {fault['msg']}"
     if kind == "literal_error":
-        return f"{where}: {_short(value)}, expected {fault['ctx']['expected']}"
+        return f"{where}: {_short(value)}, expected {fault.get('ctx', {})['expected']}"
     return f"{where}: {_short(value)}, expected a JSON object"
 
 

@@ -53,7 +53,8 @@ def hook() -> None:
         _ORIGINALS["set_attn_implementation"] = PreTrainedModel.set_attn_implementation
         PreTrainedModel.set_attn_implementation = _set_attn_implementation
         _ORIGINALS["from_pretrained"] = vars(PreTrainedModel)["from_pretrained"]
-        PreTrainedModel.from_pretrained = classmethod(_from_pretrained)
+        own = classmethod(_from_pretrained)
+        PreTrainedModel.from_pretrained = own  # pyright: ignore[reportAttributeAccessIssue]
         if (loader := get_loader()) is not None:
             _ORIGINALS["loader"] = loader
             set_loader(_load)

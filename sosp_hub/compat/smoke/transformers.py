@@ -11,7 +11,7 @@ from torch import nn
 from sosp_hub.compat import transformers as compat
 from sosp_hub.compat.smoke import expect, smoke
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1,
 }  # fmt: skip
