@@ -12,7 +12,18 @@ EXPERTS_KEY = "_experts_implementation_internal"
 CONFIG_STATE = frozenset({ATTENTION_KEY, EXPERTS_KEY})
 """Attributes of a config that say how a model runs, not what it is."""
 
+_ATTENTION = "_attn_implementation"
 _LOADER = "_load_pretrained_model"
+
+
+def attention_of(config: Any) -> str | None:
+    """Which attention a config says the model runs; None where it says none."""
+    return getattr(config, _ATTENTION, None)
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Lets the model of a config run another attention, such as ``eager``."""
+    setattr(config, _ATTENTION, name)
 
 
 def find_cache(values: Iterable[Any]) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.transformers import attention_of, set_attention
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.shadow import is_config
@@ -124,7 +125,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
 
 
 def _is_fused(model: nn.Module, _: Graph) -> bool:
-    kinds = {getattr(config, "_attn_implementation", None) for config in _configs(model)}
+    kinds = {attention_of(config) for config in _configs(model)}
     return bool(kinds - {None, "eager"}) or any(
         vars(module).get("fused_attn") is True for module in model.modules()
     )
@@ -136,8 +137,8 @@ def _eager(run: _Run) -> None:
 
 def _set_eager(model: nn.Module) -> None:
     for config in _configs(model):
-        if getattr(config, "_attn_implementation", None) is not None:
-            config._attn_implementation = "eager"
+        if attention_of(config) is not None:
+            set_attention(config, "eager")
     for module in model.modules():
         if vars(module).get("fused_attn") is True:
             module.fused_attn = False  # type: ignore[assignment]
@@ -267,6 +268,12 @@ def _has_training(_: nn.Module, graph: Graph) -> bool:
     return bool(graph.only_in_training)
 
 
+_DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+
+
 def _training(run: _Run) -> None:
     run.settings.append(_set_training)
 
@@ -274,7 +281,7 @@ def _training(run: _Run) -> None:
 def _set_training(model: nn.Module) -> None:
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, _DROPOUTS):
             module.p = 0.0  # nothing random to compare
 
 

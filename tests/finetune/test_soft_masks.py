@@ -208,7 +208,7 @@ def test_from_a_recipe(tmp_path, monkeypatch):
     assert record["num_off"] > 0
     assert main([str(path)]) == 0  # goes on behind the training
     report = json.loads((output / "sosp_report.json").read_text())
-    assert list(report["metrics"]) == ["dense", "cut", "final"]
+    assert list(report["metrics"]) == ["dense", "cut", "rebuilt", "final"]
     assert report["plan"]["provenance"]["budget"] == {"threshold": 0.0}
     kept = {name: len(kept) for name, kept in report["plan"]["kept"].items()}
     assert sum(report["plan"]["sizes"][name] - number for name, number in kept.items()) > 0

@@ -107,7 +107,8 @@ def auto_classes() -> None:
 @smoke("attention and experts of pruned models run as they were told; ONNX of experts")
 def state_of_configs() -> None:
     config = _llama().config
-    config._attn_implementation = "eager"
+    compat.set_attention(config, "eager")
+    expect(compat.attention_of(config) == "eager", "a config's attention is not what was set")
     expect(vars(config).get(compat.ATTENTION_KEY) == "eager", "the choice of attention moved")
     config._experts_implementation = "batched_mm"
     expect(vars(config).get(compat.EXPERTS_KEY) == "batched_mm", "the choice of experts moved")
