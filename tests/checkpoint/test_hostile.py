@@ -237,7 +237,8 @@ def test_every_dtype_of_safetensors_is_read(tmp_path):
         (header({"a": {**GOOD, "shape": [2.0]}}, b"\x00" * 8), "floating point `2.0`"),
         (header({"a": {**GOOD, "dtype": "OBJECT"}}, b"\x00" * 8), "unknown variant `OBJECT`"),
         (header({"a": {**GOOD, "data_offsets": [8, 0]}}, b"\x00" * 8), "invalid offset"),
-        (header({"a": GOOD, "b": GOOD}, b"\x00" * 8), "invalid offset for tensor `b`"),
+        # two at one place: the library names either, in the order of its hash table
+        (header({"a": GOOD, "b": GOOD}, b"\x00" * 8), "invalid offset for tensor `[ab]`"),
         (header({"a": 3}, b"\x00" * 8), "integer `3`"),
         (header(TWICE, b"\x00" * 8), "given twice"),
     ],
