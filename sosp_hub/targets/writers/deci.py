@@ -131,7 +131,7 @@ def check(model: Any) -> int:
     if family not in _FAMILIES or not hasattr(model, "lm_head"):
         raise ModelError(
             f"DeciLM: written for causal language models of {', '.join(_FAMILIES)}, not {family}; "
-            f"write GGUF, or save it with sosp_hub.save_pretrained"
+            f"the targets onnx and torch_export ask for no family"
         )
     if getattr(config, "sliding_window", None) is not None:
         raise CheckpointError(
