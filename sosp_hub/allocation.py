@@ -281,7 +281,9 @@ def _eligible(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind,
             f"it has {', '.join(list(graph.groups)[:5])}"
         )
     chosen = [
-        name for name, group in graph.groups.items() if name in saliency and group.kind in kinds
+        name
+        for name, group in graph.groups.items()
+        if name in saliency and group.kind in kinds and name not in graph.unproved
     ]
     if not chosen:
         present = sorted({group.kind for group in graph.groups.values()})

@@ -23,6 +23,8 @@ def apply(
     graph: Graph,
     plan: PruningPlan,
     verify: Verify = "thorough",
+    *,
+    strict: bool = False,
 ) -> nn.Module:
     """A new, smaller model of the same class; the given model stays as it is.
 
@@ -38,14 +40,18 @@ def apply(
         verify: ``thorough`` compares every tensor shape of the cut model's forward pass with the
             predicted one, and its outputs with those of the masked model on the traced inputs;
             ``fast`` compares shapes only and needs no data.
+        strict: Raise where the cut of a group goes wrong. Else that group stays whole and all
+            else is cut; ``graph.unproved`` and a line of the log say which, and why. A plan with
+            gates or shifts is cut as it is or not at all.
 
     Raises:
         PlanError: The plan was made for another model, breaks a tie, has gates that no weight
             of their own reads or shifts of what is no bias, or is no plan.
-        VerificationError: The cut model does not compute what the masked model computes; its
-            ``groups`` are those where it goes wrong.
+        VerificationError: The cut model does not compute what the masked model computes, and no
+            group was found that can be left whole, or ``strict``; its ``groups`` are those where
+            it goes wrong.
     """
-    pruned = surgery.apply(model, graph, plan, verify)
+    pruned = surgery.apply(model, graph, plan, verify, strict=strict)
     describe_cut(pruned)
     if plan.provenance.get("uniform") is True:
         io.tell_obstacle(why_not_plain(pruned))
@@ -57,6 +63,8 @@ def apply_(
     graph: Graph,
     plan: PruningPlan,
     verify: Verify = "thorough",
+    *,
+    strict: bool = False,
 ) -> nn.Module:
     """``apply`` in place: the given model becomes the smaller one, after the cut was verified.
 
@@ -69,8 +77,9 @@ def apply_(
         graph: What ``trace`` found.
         plan: Kept indices per group.
         verify: How much is compared.
+        strict: Whether a group whose cut goes wrong is an error.
     """
-    surgery.apply_(model, graph, plan, verify)
+    surgery.apply_(model, graph, plan, verify, strict=strict)
     describe_cut(model)
     if plan.provenance.get("uniform") is True:
         io.tell_obstacle(why_not_plain(model))
@@ -107,7 +116,7 @@ def apply_plan_file(
         )
     if isinstance(inputs, dict) and hasattr(getattr(base, "config", None), "use_cache"):
         inputs["use_cache"] = False
-    return apply(base, trace(base, inputs), plan).eval()
+    return apply(base, trace(base, inputs), plan, strict=True).eval()
 
 
 def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:

@@ -43,7 +43,9 @@ def cut(
     device = context.accelerator.device
     verify = verify or context.recipe.structure.verify
     try:
-        return apply(context.model.cpu(), context.graph, plan, verify=verify).to(device)
+        return apply(context.model.cpu(), context.graph, plan, verify=verify, strict=True).to(
+            device
+        )
     finally:
         context.model.to(device)
 

@@ -30,7 +30,7 @@ def rebuilt(context: Context, decided: PruningPlan) -> dict[str, Any]:
         process_sum=process_sum,
     )
     if made.layers:
-        small = apply(made.model.cpu(), context.graph, made.plan, verify="fast")
+        small = apply(made.model.cpu(), context.graph, made.plan, verify="fast", strict=True)
         context.cache.save(lambda: save_model(small, str(rebuilt.tensors(context))))
     return {"layers": [dataclasses.asdict(layer) for layer in made.layers], "left": made.left}
 

@@ -110,7 +110,7 @@ def rebuild(
     Raises:
         PlanError: A plan that does not fit, or a model without weights.
         DataError: No calibration data, or activations that are not finite.
-        VerificationError: As ``apply`` does.
+        VerificationError: As ``apply(strict=True)`` does: the weights were made for the whole plan.
     """
     rebuilt = rebuilt_weights(
         model,
@@ -121,7 +121,7 @@ def rebuild(
         dense_share=dense_share,
         process_sum=process_sum,
     )
-    return apply(rebuilt.model, graph, rebuilt.plan, verify=verify)
+    return apply(rebuilt.model, graph, rebuilt.plan, verify=verify, strict=True)
 
 
 def rebuilt_weights(

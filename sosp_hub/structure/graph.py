@@ -1,7 +1,7 @@
 """The result of a trace: groups, ties, what is pinned and why, and all that a cut needs to know."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,8 @@ class Graph:
         only_in_training: Modules with parameters that evaluation never uses, training does.
         never_used: Modules with parameters that neither uses; they keep their size.
         routes: Other ways to run the model, found when it is first cut.
+        unproved: Groups whose cut was seen to differ from the masked model, and how; they stay
+            whole in every cut since.
     """
 
     groups: dict[str, Group]
@@ -105,6 +107,14 @@ class Graph:
     only_in_training: tuple[str, ...] = ()
     never_used: tuple[str, ...] = ()
     routes: Routes = field(default_factory=Routes)
+    unproved: dict[str, str] = field(default_factory=dict)
+
+    def provable(self, plan: PruningPlan) -> PruningPlan:
+        """The plan without the groups of ``unproved``."""
+        if self.unproved.keys().isdisjoint(plan.kept):
+            return plan
+        kept = {name: indices for name, indices in plan.kept.items() if name not in self.unproved}
+        return replace(plan, kept=kept, sizes={name: plan.sizes[name] for name in kept})
 
     def check(self, plan: Plan) -> None:
         """Raises PlanError unless the plan was made for this model and obeys its ties."""

@@ -14,8 +14,8 @@ from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.layers import drop_layers
+from sosp_hub.surgery.proof import verified_cut
 from sosp_hub.surgery.replaced import note_replaced
-from sosp_hub.surgery.verify import verified_cut
 
 Verify = Literal["thorough", "fast"]
 
@@ -25,6 +25,8 @@ def apply(
     graph: Graph,
     plan: PruningPlan,
     verify: Verify = "thorough",
+    *,
+    strict: bool = False,
 ) -> nn.Module:
     """A new, smaller model of the same class; the given model stays as it is.
 
@@ -38,12 +40,16 @@ def apply(
         verify: ``thorough`` compares every tensor shape of the cut model's forward pass with the
             predicted one, and its outputs with those of the masked model on the traced inputs;
             ``fast`` compares shapes only and needs no data.
+        strict: Raise where the cut of a group goes wrong. Else that group stays whole and all
+            else is cut; ``graph.unproved`` and a line of the log say which, and why. A plan with
+            gates or shifts is cut as it is or not at all.
 
     Raises:
         PlanError: The plan was made for another model, breaks a tie, has gates that no weight
             of their own reads or shifts of what is no bias, or is no plan.
-        VerificationError: The cut model does not compute what the masked model computes; its
-            ``groups`` are those where it goes wrong.
+        VerificationError: The cut model does not compute what the masked model computes, and no
+            group was found that can be left whole, or ``strict``; its ``groups`` are those where
+            it goes wrong.
     """
     check_arguments(model, graph, plan)
     if verify not in get_args(Verify):
@@ -53,7 +59,7 @@ def apply(
     if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError("the model has no weights (meta device): give verify='fast', or load them")
     dense = fold(copy_model(model), graph, plan) if plan.gates or plan.shifts else model
-    return verified_cut(dense, graph, plan, thorough=verify == "thorough", cut=cut)
+    return verified_cut(dense, graph, plan, thorough=verify == "thorough", cut=cut, strict=strict)
 
 
 def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
@@ -93,14 +99,16 @@ def apply_(
     graph: Graph,
     plan: PruningPlan,
     verify: Verify = "thorough",
+    *,
+    strict: bool = False,
 ) -> nn.Module:
     """``apply`` in place: the given model becomes the smaller one, after the cut was verified.
 
     The model object stays; its submodules are new ones, so fetch them again where you hold any.
     Its parameters are new ones too: ``carry`` points an optimizer at them.
     """
-    pruned = apply(model, graph, plan, verify)
-    note_replaced(dict(model.named_parameters()), plan)
+    pruned = apply(model, graph, plan, verify, strict=strict)
+    note_replaced(dict(model.named_parameters()), graph.provable(plan))
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)
     return model

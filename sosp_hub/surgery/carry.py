@@ -57,6 +57,7 @@ def carry(
             f"carry got a {type(graph).__name__} and a {type(plan).__name__}; expected "
             "carry(what, pruned, graph, plan)"
         )
+    plan = graph.provable(plan)
     if isinstance(what, Optimizer):
         _carry_optimizer(what, pruned, graph, plan, dense)
         return what

@@ -29,7 +29,6 @@ from sosp_hub.structure.terms import Axes, Step
 from sosp_hub.structure.trace import (
     Program,
     call,
-    describe,
     output_tensors,
     retrace,
     trace,
@@ -51,49 +50,15 @@ Cut = Callable[[nn.Module, Graph, PruningPlan], nn.Module]
 Grow = Callable[[nn.Module, Graph, GrowthPlan], nn.Module]
 
 
-def verified_cut(
-    model: nn.Module, graph: Graph, plan: PruningPlan, *, thorough: bool, cut: Cut
-) -> nn.Module:
-    """A copy of ``model``, cut by ``cut``, that computes what ``model`` masked by ``plan`` does.
-
-    Raises:
-        VerificationError: It does not, or the cut fails; names the fewest groups that show it.
-    """
-    with isolated(model):
-        try:
-            return _checked_cut(model, graph, plan, thorough, cut)
-        except Exception as error:  # noqa: BLE001 - whatever a wrong cut makes the code raise
-            failure = error
-        _check_dense(model, graph)
-        groups = _culprits(model, graph, plan, thorough, cut)
-        told = failure if isinstance(failure, SospHubError) else f"the cut fails: {failure!r}"
-        named = " and ".join(repr(name) for name in groups[:3])
-        more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
-        raise VerificationError(
-            f"{told}. Group {named}{more} is where it goes wrong; "
-            "drop it from the saliency (it then stays whole) and report the model",
-            groups,
-        ) from failure
-
-
-def _check_dense(model: nn.Module, graph: Graph) -> None:
-    """Tells inputs on which the model itself fails from a cut that fails."""
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        return
-    try:
-        _outputs(copy_model(model), graph)
-    except Exception as error:
-        raise VerificationError(
-            f"{type(model).__name__} itself does not run on the example inputs "
-            f"{describe(graph.example_inputs)}: {type(error).__name__}: {error}. Trace it again, "
-            "with inputs that it runs on, such as token numbers below its vocabulary's size"
-        ) from error
-
-
-def _checked_cut(
+def checked_cut(
     model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut
 ) -> nn.Module:
-    if not thorough or not plan.kept:
+    """A cut copy, unless it differs from the masked model; run it ``isolated``.
+
+    Raises:
+        Exception: It differs (VerificationError), or whatever the cut or the cut model raises.
+    """
+    if not thorough:
         find_routes(model, graph)
         pruned = cut(copy_model(model), graph, plan)
         check_shapes(pruned, graph, plan)
@@ -175,34 +140,6 @@ def _on(route: Route | None) -> Iterator[None]:
             raise
         told = error if isinstance(error, SospHubError) else f"the cut model fails: {error!r}"
         raise VerificationError(f"with {route.name}: {told}") from error
-
-
-def _culprits(
-    model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut
-) -> list[str]:
-    """The fewest groups (with their ties) whose cut alone fails, found by halving."""
-    tied = {name: tie for tie in graph.ties for name in tie}
-    sets = list(dict.fromkeys(tuple(tied.get(name, (name,))) for name in plan.kept))
-
-    def names_of(chosen: Sequence[tuple[str, ...]]) -> list[str]:
-        return [name for names in chosen for name in names if name in plan.kept]
-
-    def fails(chosen: Sequence[tuple[str, ...]]) -> bool:
-        names = names_of(chosen)
-        part = PruningPlan({n: plan.kept[n] for n in names}, {n: plan.sizes[n] for n in names})
-        try:
-            _checked_cut(model, graph, part, thorough, cut)
-        except Exception:  # noqa: BLE001 - whatever the broken model raises, it is in here
-            return True
-        return False
-
-    while len(sets) > 1:
-        middle = len(sets) // 2
-        half = next((half for half in (sets[:middle], sets[middle:]) if fails(half)), None)
-        if half is None:  # it takes groups of both halves
-            break
-        sets = half
-    return names_of(sets)
 
 
 def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan, run: Program = call) -> None:
@@ -305,8 +242,8 @@ def verify_growth(
     if not thorough:
         return
     dense = _without_zeros(copy_model(model).eval())
-    expected = _outputs(dense, graph)
-    error = _difference(_outputs(grow(dense, graph, growth), graph), expected)
+    expected = outputs_of(dense, graph)
+    error = _difference(outputs_of(grow(dense, graph, growth), graph), expected)
     if error <= TOLERANCE:
         return
     for name in growth.copies:
@@ -314,7 +251,7 @@ def verify_growth(
         tied = any(name in tie for tie in graph.ties)
         if (
             not tied
-            and _difference(_outputs(grow(dense, graph, part), graph), expected) > TOLERANCE
+            and _difference(outputs_of(grow(dense, graph, part), graph), expected) > TOLERANCE
         ):
             break
     else:
@@ -325,7 +262,8 @@ def verify_growth(
     )
 
 
-def _outputs(model: nn.Module, graph: Graph, run: Program = call) -> list[Tensor]:
+def outputs_of(model: nn.Module, graph: Graph, run: Program = call) -> list[Tensor]:
+    """The outputs that matter, on the example inputs, in evaluation."""
     with isolated(model), torch.no_grad():
         result = run(model.eval(), copy_inputs(graph.example_inputs))
     return output_tensors(wanted_outputs(result, graph.outputs))

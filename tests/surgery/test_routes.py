@@ -119,7 +119,7 @@ def test_a_way_that_a_cut_breaks_is_told(verify):
     model, x = fill(Literal().eval()), torch.randn(2, 4, 5)
     graph = trace(model, (x,))
     with pytest.raises(VerificationError, match="with eager attention") as caught:
-        apply(model, graph, plan_of(graph, {heads_of(graph): (0, 2)}), verify=verify)
+        apply(model, graph, plan_of(graph, {heads_of(graph): (0, 2)}), verify=verify, strict=True)
     assert caught.value.groups == (heads_of(graph),)
 
 
@@ -187,4 +187,4 @@ def test_a_wrong_head_of_training_is_noticed(monkeypatch):
 
     monkeypatch.setattr(surgery, "rewrite", wrong)
     with pytest.raises(VerificationError, match="training"):
-        apply(model, graph, plan)
+        apply(model, graph, plan, strict=True)

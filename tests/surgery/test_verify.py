@@ -1,23 +1,34 @@
 """Verification has to fail: each test breaks a cut in one way and expects to be told where."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from sosp_hub.allocation import allocate
 from sosp_hub.errors import VerificationError
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery.apply import apply, cut
-from sosp_hub.surgery.verify import TOLERANCE, masked_outputs, verified_cut
+from sosp_hub.surgery.carry import carry
+from sosp_hub.surgery.proof import verified_cut
+from sosp_hub.surgery.verify import TOLERANCE, masked_outputs
 from tests.cases import CASES
 from tests.compare import assert_close
 from tests.structure.oracles import difference, fill, gated, half, plan_of, run
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 RESNET = next(case for case in CASES if case.name == "test_resnet")
+
+
+KINDS = ("neuron", "head", "head_dim")
+
+
+def ones(graph):
+    return {name: torch.ones(group.size) for name, group in graph.groups.items()}
 
 
 class Block(nn.Module):
@@ -76,7 +87,7 @@ def test_other_indices_in_one_tensor_are_noticed(monkeypatch, block, tensor, dim
     apply(model, graph, plan)
     sabotage_positions(monkeypatch, graph, tensor, dim)
     with pytest.raises(VerificationError, match=group_of(graph, tensor, dim)):
-        apply(model, graph, plan)
+        apply(model, graph, plan, strict=True)
 
 
 @pytest.mark.parametrize("case", [LLAMA, RESNET], ids=str)
@@ -93,7 +104,7 @@ def test_every_tensor_of_a_real_model_is_watched(monkeypatch, case):
             with monkeypatch.context() as patch:
                 sabotage_positions(patch, graph, member.tensor, member.dim)
                 with pytest.raises(VerificationError, match="Group"):
-                    apply(model, graph, plan)
+                    apply(model, graph, plan, strict=True)
 
 
 @pytest.mark.parametrize("verify", ["thorough", "fast"])
@@ -104,7 +115,7 @@ def test_an_attribute_that_is_not_rewritten_is_noticed(monkeypatch, block, verif
     apply(model, graph, plan, verify=verify)
     monkeypatch.setattr(surgery, "rewrite", lambda *args: None)
     with pytest.raises(VerificationError, match=heads):
-        apply(model, graph, plan, verify=verify)
+        apply(model, graph, plan, verify=verify, strict=True)
 
 
 def test_an_attribute_that_is_set_wrongly_is_noticed(monkeypatch, block):
@@ -121,7 +132,7 @@ def test_an_attribute_that_is_set_wrongly_is_noticed(monkeypatch, block):
     monkeypatch.setattr(surgery, "rewrite", wrong)
     for verify in ("thorough", "fast"):
         with pytest.raises(VerificationError):
-            apply(model, graph, plan, verify=verify)
+            apply(model, graph, plan, verify=verify, strict=True)
 
 
 def test_what_constant_zeros_would_hide_is_noticed(monkeypatch):
@@ -136,7 +147,7 @@ def test_what_constant_zeros_would_hide_is_noticed(monkeypatch):
     nn.init.zeros_(model.layer1[0].bn2.weight)
     nn.init.zeros_(model.layer1[0].bn2.bias)
     with pytest.raises(VerificationError, match=name):
-        apply(model, graph, plan)
+        apply(model, graph, plan, strict=True)
 
 
 def test_outputs_that_are_not_numbers_are_noticed(block):
@@ -146,7 +157,7 @@ def test_outputs_that_are_not_numbers_are_noticed(block):
     apply(model, graph, plan_of(graph, {name: (1, 2)}))  # it goes with the cut
     plan = plan_of(graph, {name: (0, 2)})
     with pytest.raises(VerificationError):
-        apply(model, graph, plan)
+        apply(model, graph, plan, strict=True)
 
 
 def test_only_the_broken_group_is_named(monkeypatch, block):
@@ -157,27 +168,77 @@ def test_only_the_broken_group_is_named(monkeypatch, block):
     sabotage_positions(monkeypatch, graph, "two.weight", 1)
     plan = plan_of(graph, {**plan.kept, wrong: (3, 4, 5)})
     with pytest.raises(VerificationError) as caught:
-        apply(model, graph, plan)
+        apply(model, graph, plan, strict=True)
     assert repr(wrong) in str(caught.value)
     assert repr(other) not in str(caught.value)
     assert caught.value.groups == (wrong,)
 
 
-def test_groups_that_only_fail_together_are_all_named(monkeypatch, block):
-    model, graph = block
-    plan = half(graph)
-    one, two = (group_of(graph, f"{name}.weight", 0) for name in ("one", "two"))
+def breaks_where_all_of(groups, monkeypatch, graph):
+    """The cut fails where all of these groups are in it."""
     rewrite = surgery.rewrite
 
     def wrong(pruned, _, part):
         rewrite(pruned, graph, part)
-        if {one, two} <= part.kept.keys():
-            raise IndexError("both at once")
+        if groups <= part.kept.keys():
+            raise IndexError("all at once")
 
     monkeypatch.setattr(surgery, "rewrite", wrong)
-    with pytest.raises(VerificationError, match=r"the cut fails: IndexError\('both") as caught:
-        apply(model, graph, plan)
-    assert {one, two} <= set(caught.value.groups)
+
+
+def test_of_groups_that_only_fail_together_one_is_named(monkeypatch, block):
+    model, graph = block
+    plan = half(graph)
+    both = {group_of(graph, f"{name}.weight", 0) for name in ("one", "two")}
+    breaks_where_all_of(both, monkeypatch, graph)
+    with pytest.raises(VerificationError, match=r"the cut fails: IndexError\('all") as caught:
+        apply(model, graph, plan, strict=True)
+    (named,) = caught.value.groups
+    assert named in both
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_all_but_the_group_that_goes_wrong_is_cut(monkeypatch, caplog, block, verify):
+    model, graph = block
+    plan = half(graph)
+    (wrong,) = [name for name, group in graph.groups.items() if group.size == 2]
+    rest = plan_of(graph, {name: kept for name, kept in plan.kept.items() if name != wrong})
+    right = apply(model, graph, rest)
+    breaks_where_all_of({wrong}, monkeypatch, graph)
+    pruned = apply(model, graph, plan, verify)
+    assert_close(run(pruned, graph), run(right, graph))
+    assert set(graph.unproved) == {wrong}
+    (line,) = caplog.messages
+    assert repr(wrong) in line
+    assert "all at once" in line
+    assert wrong not in allocate(graph, ones(graph), structures=0.4, kinds=KINDS).kept
+    averages = carry(dict(model.state_dict()), pruned, graph, plan)
+    assert {n: t.shape for n, t in averages.items()} == {
+        n: t.shape for n, t in pruned.state_dict().items()
+    }
+    monkeypatch.undo()  # with strict it is tried again
+    apply(model, graph, plan, strict=True)
+    assert not graph.unproved
+
+
+def test_what_the_others_make_up_for_must_go(monkeypatch, block):
+    """Gates of a plan were chosen for all that it removes."""
+    model, graph = block
+    plan = half(graph)
+    one, two = (group_of(graph, f"{name}.weight", 0) for name in ("one", "two"))
+    gates = dataclasses.replace(plan, gates={one: (2.0,) * len(plan.kept[one])})
+    breaks_where_all_of({two}, monkeypatch, graph)
+    with pytest.raises(VerificationError, match="goes wrong"):
+        apply(model, graph, gates)
+
+
+def test_where_no_group_is_at_fault_none_is_named(monkeypatch, block):
+    model, graph = block
+    breaks_where_all_of(set(), monkeypatch, graph)
+    with pytest.raises(VerificationError, match="No group was found") as caught:
+        apply(model, graph, half(graph))
+    assert not caught.value.groups
+    assert not graph.unproved
 
 
 @pytest.mark.parametrize("off", [1.003, 0.997])
@@ -195,7 +256,7 @@ def test_outputs_that_are_wrong_by_three_in_a_thousand_are_refused(block, off):
 
     verified_cut(model, graph, plan, thorough=True, cut=cut)
     with pytest.raises(VerificationError, match=r"differ .* by 3\.\de-03"):
-        verified_cut(model, graph, plan, thorough=True, cut=almost)
+        verified_cut(model, graph, plan, thorough=True, cut=almost, strict=True)
 
 
 class Averaged(nn.Module):
@@ -217,7 +278,7 @@ def test_a_size_that_becomes_a_value_is_noticed_also_without_data(verify):
     graph = trace(model, (torch.randn(2, 5),))
     (name,) = graph.groups
     with pytest.raises(VerificationError, match=name):
-        apply(model, graph, plan_of(graph, {name: (0, 1, 5)}), verify=verify)
+        apply(model, graph, plan_of(graph, {name: (0, 1, 5)}), verify=verify, strict=True)
 
 
 class Pair(nn.Module):
@@ -239,7 +300,7 @@ def test_every_output_counts(monkeypatch):
     apply(model, graph, plan)
     sabotage_positions(monkeypatch, graph, "up.weight", 0)
     with pytest.raises(VerificationError, match=name):
-        apply(model, graph, plan)
+        apply(model, graph, plan, strict=True)
 
 
 class Sensitive(nn.Module):
@@ -268,7 +329,7 @@ def test_rounding_is_told_from_a_fault(monkeypatch):
     apply(model, graph, plan)
     sabotage_positions(monkeypatch, graph, "two.weight", 1)
     with pytest.raises(VerificationError, match="differ"):
-        apply(model, graph, plan)
+        apply(model, graph, plan, strict=True)
 
 
 class WithNothing(Block):
@@ -331,7 +392,7 @@ def test_inputs_on_which_the_model_itself_fails_are_no_fault_of_the_cut():
     model = fill(Lookup().eval())
     graph = trace(model, (torch.tensor([[1, 7]]),))
     with pytest.raises(VerificationError, match="Lookup itself does not run") as caught:
-        apply(model, graph, half(graph))
+        apply(model, graph, half(graph), strict=True)
     assert "report the model" not in str(caught.value)
     assert not caught.value.groups
 

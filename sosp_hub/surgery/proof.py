@@ -1,0 +1,124 @@
+"""What becomes of a cut that verification refuses: the group whose cut goes wrong stays whole."""
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from sosp_hub.errors import SospHubError, VerificationError
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.copies import copy_model
+from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.isolation import isolated
+from sosp_hub.structure.trace import describe
+from sosp_hub.surgery.verify import Cut, checked_cut, outputs_of
+
+_LOG = logging.getLogger("sosp_hub")
+
+_MOST_WHOLE = 8
+"""Where more groups than these go wrong, it is not the groups."""
+
+
+def verified_cut(
+    model: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    *,
+    thorough: bool,
+    cut: Cut,
+    strict: bool = False,
+) -> nn.Module:
+    """A copy of ``model``, cut by ``cut``, that computes what ``model`` masked by ``plan`` does.
+
+    Where it does not, the groups whose cut goes wrong stay whole: ``graph.unproved`` and one line
+    of the log say which, and why. Gates and shifts make up for what all groups lose, so that a
+    plan with any is cut as it is or not at all.
+
+    Raises:
+        VerificationError: ``strict`` or gates, and it does not; no group was found where it goes
+            wrong, or too many were.
+    """
+    strict = strict or bool(plan.gates or plan.shifts)
+    with isolated(model):
+        while True:
+            part = plan if strict else graph.provable(plan)
+            try:
+                pruned = checked_cut(model, graph, part, thorough and bool(part.kept), cut)
+                break
+            except Exception as error:  # noqa: BLE001 - whatever a wrong cut makes the code raise
+                failure = error
+            _check_dense(model, graph)
+            names = _culprit(model, graph, part, thorough, cut)
+            told = _told(failure)
+            if not names:
+                raise VerificationError(
+                    f"{told}. No group was found where it goes wrong: it fails with nothing cut as "
+                    "well; report the model"
+                ) from failure
+            group = _in_words(names)
+            if strict or len(graph.unproved) >= _MOST_WHOLE:
+                raise VerificationError(
+                    f"{told}. Group {group} is where it goes wrong; drop it from the saliency (it "
+                    "then stays whole) and report the model",
+                    names,
+                ) from failure
+            graph.unproved.update(dict.fromkeys(names, told))
+    for name in plan.kept:
+        if strict:
+            graph.unproved.pop(name, None)
+        elif name in graph.unproved:
+            told = graph.unproved[name]
+            _LOG.warning("group %r stays whole, all else is cut; report the model: %s", name, told)
+    return pruned
+
+
+def _in_words(names: Sequence[str]) -> str:
+    first, *tied = names
+    more = f" and {len(tied) - 2} more" if len(tied) > 2 else ""
+    return repr(first) + (f" (tied to {', '.join(map(repr, tied[:2]))}{more})" if tied else "")
+
+
+def _told(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, SospHubError) else f"the cut fails: {failure!r}"
+
+
+def _check_dense(model: nn.Module, graph: Graph) -> None:
+    """Tells inputs on which the model itself fails from a cut that fails."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return
+    try:
+        outputs_of(copy_model(model), graph)
+    except Exception as error:
+        raise VerificationError(
+            f"{type(model).__name__} itself does not run on the example inputs "
+            f"{describe(graph.example_inputs)}: {type(error).__name__}: {error}. Trace it again, "
+            "with inputs that it runs on, such as token numbers below its vocabulary's size"
+        ) from error
+
+
+def _culprit(
+    model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut
+) -> tuple[str, ...]:
+    """One group, and what is tied to it, without which those before it are cut rightly.
+
+    Found by halving; none where it goes wrong with nothing cut.
+    """
+    tied = {name: tie for tie in graph.ties for name in tie}
+    sets = list(dict.fromkeys(tuple(tied.get(name, (name,))) for name in plan.kept))
+
+    def fails(number: int) -> bool:
+        names = [name for names in sets[:number] for name in names if name in plan.kept]
+        part = PruningPlan({n: plan.kept[n] for n in names}, {n: plan.sizes[n] for n in names})
+        try:
+            checked_cut(model, graph, part, thorough, cut)
+        except Exception:  # noqa: BLE001 - whatever the broken model raises, it is in here
+            return True
+        return False
+
+    right, wrong = 0, len(sets)
+    while wrong - right > 1:
+        middle = (right + wrong) // 2
+        right, wrong = (right, middle) if fails(middle) else (middle, wrong)
+    if not sets or (wrong == 1 and fails(0)):
+        return ()
+    return tuple(name for name in sets[wrong - 1] if name in plan.kept)
