@@ -126,7 +126,7 @@ def allocate(
     total = sum(len(values) for values in scores.values())
     if not holds(total):
         reach = meter.of(candidates.counts(total))
-        told = ", ".join(
+        limits_in_words = ", ".join(
             f"{name}={share} was asked, "
             f"{reach[name] / max(dense[name], 1e-30):.3f} is the least that can be reached"
             for name, share in budgets.items()
@@ -135,7 +135,7 @@ def allocate(
         limits += [f"round_to={round_to}"] * (round_to > 1) + ["uniform: true"] * uniform
         limits += [f"target {each.name}" for each in targets]
         raise BudgetError(
-            f"budget: {told}, with {', '.join(limits)} over {len(chosen)} groups. "
+            f"budget: {limits_in_words}, with {', '.join(limits)} over {len(chosen)} groups. "
             "Ask for more, loosen one of these, or allow more kinds of structure"
         )
     low, high = (
@@ -168,13 +168,13 @@ def _admissible(
     graph: Graph, names: Iterable[str], targets: Iterable[Target]
 ) -> dict[str, frozenset[int]]:
     """The counts besides its size that all targets allow a group, where one of them limits it."""
-    found: dict[str, frozenset[int]] = {}
+    admissible: dict[str, frozenset[int]] = {}
     for name in names:
         for target in targets:
             counts = target.counts(graph.groups[name])
             if counts is not None:
-                found[name] = found.get(name, frozenset(counts)) & frozenset(counts)
-    return found
+                admissible[name] = admissible.get(name, frozenset(counts)) & frozenset(counts)
+    return admissible
 
 
 def _check(
@@ -212,8 +212,8 @@ def matching(names: Collection[str], pattern: str, key: str) -> list[str]:
     Raises:
         BudgetError: There is none; says which there are.
     """
-    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    if not found:
+    matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not matches:
         near = difflib.get_close_matches(pattern, list(names), n=1)
         guess = f" (did you mean {near[0]!r}?)" if near else ""
         more = f" and {len(names) - 20} others" if len(names) > 20 else ""
@@ -221,7 +221,7 @@ def matching(names: Collection[str], pattern: str, key: str) -> list[str]:
             f"{key}: {pattern!r} is no group that may be cut{guess}; there are "
             f"{', '.join(list(names)[:20])}{more}"
         )
-    return found
+    return matches
 
 
 def selected(
@@ -233,18 +233,18 @@ def selected(
         BudgetError: A name that is no group's, or nothing is left.
     """
     patterns = [[each] if isinstance(each, str) else list(each or ()) for each in (only, exclude)]
-    found = list(names)
+    selection = list(names)
     if only is not None:
         named = {name for pattern in patterns[0] for name in matching(names, pattern, "only")}
-        found = [name for name in names if name in named]
+        selection = [name for name in names if name in named]
     gone = {name for pattern in patterns[1] for name in matching(names, pattern, "exclude")}
-    found = [name for name in found if name not in gone]
-    if not found:
+    selection = [name for name in selection if name not in gone]
+    if not selection:
         raise BudgetError(
             f"nothing to cut: only {patterns[0] or ['*']} without {patterns[1]} leaves none of the "
             f"{len(names)} groups"
         )
-    return found
+    return selection
 
 
 def _fixed(names: Collection[str], groups: Mapping[str, float]) -> dict[str, float]:
@@ -252,22 +252,22 @@ def _fixed(names: Collection[str], groups: Mapping[str, float]) -> dict[str, flo
     fixed: dict[str, tuple[str, float]] = {}
     for pattern, share in groups.items():
         for name in matching(names, pattern, "budget.groups"):
-            other, told = fixed.setdefault(name, (pattern, share))
-            if told != share:
+            other, earlier = fixed.setdefault(name, (pattern, share))
+            if earlier != share:
                 raise BudgetError(
-                    f"budget.groups: {name!r} is to keep {told} ({other!r}) and {share} "
+                    f"budget.groups: {name!r} is to keep {earlier} ({other!r}) and {share} "
                     f"({pattern!r}); name it once"
                 )
     return {name: share for name, (_, share) in fixed.items()}
 
 
-def _floors(names: Collection[str], floors: Mapping[str, float]) -> dict[str, float]:
+def _floors(names: Collection[str], shares: Mapping[str, float]) -> dict[str, float]:
     """The least share that each group keeps."""
-    found: dict[str, float] = {}
-    for pattern, share in floors.items():
+    floors: dict[str, float] = {}
+    for pattern, share in shares.items():
         for name in matching(names, pattern, "budget.keep_at_least"):
-            found[name] = max(found.get(name, 0.0), share)
-    return {name: found.get(name, _FLOOR) for name in names}
+            floors[name] = max(floors.get(name, 0.0), share)
+    return {name: floors.get(name, _FLOOR) for name in names}
 
 
 _FLOOR = 0.1  # where a mapping of floors leaves a group out
@@ -426,12 +426,12 @@ class _Meter:
         return self.cost_model(counts, self.candidates.plan(counts).kept if self.deep else None)
 
     def of(self, counts: Mapping[str, int]) -> dict[str, float]:
-        found = self.cost(counts)
+        cost = self.cost(counts)
         latency = self.measure(self.candidates.plan(counts)) if self.measure is not None else 0.0
         return {
-            "macs": found.macs,
-            "params": found.params,
+            "macs": cost.macs,
+            "params": cost.params,
             "structures": sum(counts.values()),
-            "memory_bytes": found.bytes,
+            "memory_bytes": cost.bytes,
             "latency_s": latency,
         }

@@ -103,9 +103,9 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def _words(error: OSError) -> str:
-    said = error.strerror or str(error)
+    message = error.strerror or str(error)
     advice = _ADVICE.get(error.errno or 0)
-    return f"{said}; {advice}" if advice else said
+    return f"{message}; {advice}" if advice else message
 
 
 def _umask() -> int:

@@ -20,7 +20,7 @@ def printable(text: str) -> str:
     >>> printable("a class" + chr(27) + "[2J")
     'a class\\x1b[2J'
     """
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def shortened(text: str, longest: int = _LONGEST_VALUE) -> str:

@@ -84,23 +84,23 @@ def evaluate(
         raise DataError(
             "nothing to evaluate on: the test split gives no batch; raise data.num_test"
         )
-    found: dict[str, Metric] = {}
+    metrics_by_name: dict[str, Metric] = {}
     for name in metrics:
         if name == "per_class_accuracy":
             for label, row in enumerate(sums[first_class:]):
                 if row[0]:
                     shown = class_names[label] if label < len(class_names) else str(label)
-                    found[f"accuracy/{shown}"] = _ratio(row)
+                    metrics_by_name[f"accuracy/{shown}"] = _ratio(row)
         elif name == "perplexity":
             loss = _ratio(sums[_LOSS])
             value = math.exp(min(loss.value, 700.0))
-            found[name] = Metric(value, loss.n, loss.stderr and value * loss.stderr)
+            metrics_by_name[name] = Metric(value, loss.n, loss.stderr and value * loss.stderr)
         elif name in used:
             ratio = _ratio(sums[_METERS + used.index(name)])
             if name in ROOTS:
                 value, slope = ROOTS[name](ratio.value)
                 ratio = Metric(value, ratio.n, ratio.stderr and slope * ratio.stderr)
-            found[name] = ratio
+            metrics_by_name[name] = ratio
         else:
             row = sums[{"loss": _LOSS, "accuracy": _CORRECT}[name]]
             if not row[0]:
@@ -108,8 +108,8 @@ def evaluate(
                     f"evaluate.metrics: {name} counts classes, and the loss of this model reads "
                     "none of its outputs as such; write loss"
                 )
-            found[name] = _ratio(row)
-    return found
+            metrics_by_name[name] = _ratio(row)
+    return metrics_by_name
 
 
 @torch.no_grad()

@@ -39,15 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _verify(options.model, options.revision)
         from sosp_hub.inspection.examine import examine
 
-        found = examine(options.model, revision=options.revision)
+        findings = examine(options.model, revision=options.revision)
     except SospHubError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps(dataclasses.asdict(found), indent=1))
+        print(json.dumps(dataclasses.asdict(findings), indent=1))
     else:
-        _show(found, whole=options.all)
-    return 1 if found.faults else 0
+        _show(findings, whole=options.all)
+    return 1 if findings.faults else 0
 
 
 def _verify(model: str, revision: str | None) -> int:
@@ -58,40 +58,43 @@ def _verify(model: str, revision: str | None) -> int:
     return 0 if result.holds else 1
 
 
-def _show(found: "Findings", *, whole: bool) -> None:
+def _show(findings: "Findings", *, whole: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     console.print(
-        f"{found.source}: {found.architecture} ({found.library}), {found.tier}", highlight=False
+        f"{findings.source}: {findings.architecture} ({findings.library}), {findings.tier}",
+        highlight=False,
     )
-    cut = [layer for layer in found.layers if whole or layer.dense_shape not in (None, layer.shape)]
-    rows = cut or found.layers
+    cut = [
+        layer for layer in findings.layers if whole or layer.dense_shape not in (None, layer.shape)
+    ]
+    rows = cut or findings.layers
     table = Table(box=None, pad_edge=False)
     for column in ("layer", "shape", "params", "MACs", "bytes"):
         table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
     for layer in rows:
         sizes = (_short(layer.params), _short(layer.macs), _short(layer.bytes))
         table.add_row(layer.name, _shapes(layer), *sizes)
-    totals = found.totals
+    totals = findings.totals
     table.add_section()
     table.add_row("all", "", *(_change(totals, key) for key in ("params", "macs", "bytes")))
     if rows:
         console.print(table, highlight=False)
-    if len(rows) < len(found.layers):
-        console.print(f"{len(found.layers) - len(rows)} more layers are whole (--all)")
-    if found.sample:
-        console.print(f"MACs for one sample: {found.sample}", highlight=False)
-    for reader in found.readers:
+    if len(rows) < len(findings.layers):
+        console.print(f"{len(findings.layers) - len(rows)} more layers are whole (--all)")
+    if findings.sample:
+        console.print(f"MACs for one sample: {findings.sample}", highlight=False)
+    for reader in findings.readers:
         says = {True: "yes", False: "no", None: "perhaps"}[reader.loads]
         console.print(f"{reader.name}: {says}; {reader.why}", highlight=False)
-    for fault in found.faults:
+    for fault in findings.faults:
         console.print(f"DISAGREES: {fault}", highlight=False, style="bold")
-    if not found.faults and found.layers:
+    if not findings.faults and findings.layers:
         console.print(
             "config, delta and weights agree"
-            if found.tier == "delta"
+            if findings.tier == "delta"
             else "config and weights agree"
         )
 

@@ -222,7 +222,7 @@ def _check_gates(name: str, gates: Sequence[float], num_kept: int) -> None:
     _check_finite(f"gates of group {name!r}", gates)
 
 
-def _check_finite(what: str, numbers: Sequence[float]) -> None:
+def _check_finite(name: str, numbers: Sequence[float]) -> None:
     wrong = [n for n in numbers if not isinstance(n, int | float) or not isfinite(n)]
     if wrong:
-        raise PlanError(f"plan: {what} must be finite numbers, got {wrong[0]!r}")
+        raise PlanError(f"plan: {name} must be finite numbers, got {wrong[0]!r}")

@@ -170,8 +170,8 @@ def load(folder: Path, kwargs: dict[str, Any], name: str) -> nn.Module:
     except (SospHubError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a library meets damaged files with whatever error comes first
-        what = _first_misfit(folder, config, tensors) or f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{name}: {what}") from error
+        cause = _first_misfit(folder, config, tensors) or f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{name}: {cause}") from error
 
 
 def library_of(model: nn.Module) -> str:

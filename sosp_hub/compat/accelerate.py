@@ -13,5 +13,5 @@ def is_spread(model: nn.Module) -> bool:
 def running_device(model: nn.Module) -> Any:
     """Where the weights of an offloaded model come when it runs; None where nothing says so."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    found = (getattr(hook, "execution_device", None) for hook in hooks)
-    return next((device for device in found if device is not None), None)
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((device for device in devices if device is not None), None)

@@ -60,8 +60,8 @@ def set_loader(loader: Callable[..., Any]) -> None:
 
 def takes_other_sizes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether `get_loader`'s arguments (after the model) say ``ignore_mismatched_sizes``."""
-    said = [vars(each) for each in (*args, *kwargs.values()) if hasattr(each, "__dict__")]
-    return any(each.get("ignore_mismatched_sizes") is True for each in (kwargs, *said))
+    objects = [vars(each) for each in (*args, *kwargs.values()) if hasattr(each, "__dict__")]
+    return any(each.get("ignore_mismatched_sizes") is True for each in (kwargs, *objects))
 
 
 def tied_names(model: Any) -> Mapping[str, str]:

@@ -37,10 +37,10 @@ def is_newer(version: str | None, than: str) -> bool:
 def tell_newer() -> None:
     """One log line in a process, where a library is newer than the newest that was tested."""
     known = tested()
-    found = {library: installed(library) for library in LIBRARIES}
+    versions = {library: installed(library) for library in LIBRARIES}
     newer = [
         f"{library} {version} (tested: {known[library]})"
-        for library, version in found.items()
+        for library, version in versions.items()
         if is_newer(version, known[library])
     ]
     if newer:

@@ -56,9 +56,9 @@ def _find(folder: Path, stem: str, ending: str) -> Path:
         file = folder / f"{stem}-{ending}{suffix}"
         if file.is_file():
             return file
-    there = sorted(path.name for path in folder.glob("*ubyte*"))
+    present = sorted(path.name for path in folder.glob("*ubyte*"))
     raise DataError(
-        f"data.path: {folder} has no {stem}-{ending}[.gz]; its idx files are {', '.join(there)}"
+        f"data.path: {folder} has no {stem}-{ending}[.gz]; its idx files are {', '.join(present)}"
     )
 
 

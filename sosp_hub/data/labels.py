@@ -125,9 +125,9 @@ def code_labels(train: Rows, test: Rows, where: str) -> tuple[tuple[str, ...], R
             does not have.
     """
     names = train.class_names or _class_names(train.labels or (), where)
-    there = set(train.labels or ())
-    if len(names) < 2 or len(there) < 2:
-        only = ", ".join(str(label) for label in there) or ", ".join(names)
+    labels_in_train = set(train.labels or ())
+    if len(names) < 2 or len(labels_in_train) < 2:
+        only = ", ".join(str(label) for label in labels_in_train) or ", ".join(names)
         raise DataError(f"data.label: {where} has only the class {only}; expected two or more")
     numbers: dict[Label, int] = {name: number for number, name in enumerate(names)}
     numbers |= {number: number for number in range(len(names))}

@@ -37,18 +37,18 @@ def looks_like_path(name: str) -> bool:
 
 
 @contextmanager
-def reaching_hub(what: str, name: str) -> Iterator[None]:
+def reaching_hub(section: str, name: str) -> Iterator[None]:
     """Turns what the hub's clients raise into a `HubError` that says what to do; other errors pass.
 
     Asks first whether the hub answers at all: the clients would repeat each request for half a
     minute.
 
     Args:
-        what: ``model`` or ``data``: the section of the recipe that names it.
+        section: ``model`` or ``data``: the section of the recipe that names it.
         name: The hub id.
     """
     if not _answers():
-        raise HubError(_offline_advice(what, name))
+        raise HubError(_offline_advice(section, name))
     try:
         yield
     except SospHubError:
@@ -57,12 +57,12 @@ def reaching_hub(what: str, name: str) -> Iterator[None]:
         kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
         if kinds.intersection(_UNKNOWN):
             raise HubError(
-                f"{what}.id: the hub has no {name!r} (with this revision) that you may read. Check "
-                f"the spelling and `{what}.revision`; for a private or gated repository log in "
-                "with `hf auth login`. No local folder has this name either."
+                f"{section}.id: the hub has no {name!r} (with this revision) that you may read. "
+                f"Check the spelling and `{section}.revision`; for a private or gated repository "
+                "log in with `hf auth login`. No local folder has this name either."
             ) from error
         if kinds.intersection(_UNREACHABLE):
-            raise HubError(_offline_advice(what, name)) from error
+            raise HubError(_offline_advice(section, name)) from error
         raise
 
 
@@ -91,12 +91,12 @@ def _answers() -> bool:
     return False
 
 
-def _offline_advice(what: str, name: str) -> str:
+def _offline_advice(section: str, name: str) -> str:
     cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    other = "`model.path=FOLDER`" if what == "model" else "`data.path=FOLDER_OR_FILE`"
+    other = "`model.path=FOLDER`" if section == "model" else "`data.path=FOLDER_OR_FILE`"
     return (
-        f"{what}.id: {name!r} is not on this disk and the hub cannot be reached. Offline, either "
-        f"give a local copy ({other}), or, where {name!r} was downloaded before, set "
+        f"{section}.id: {name!r} is not on this disk and the hub cannot be reached. Offline, "
+        f"either give a local copy ({other}), or, where {name!r} was downloaded before, set "
         f"HF_HUB_OFFLINE=1 to use the cache in {cache} (HF_HOME moves it)."
     )
 

@@ -230,8 +230,8 @@ def _local(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
     )
     if not train and not test:  # no splits by name: all of it is train
         return _columns(read_table(files), section, task, str(path)), None
-    for key, found in (("train", train), ("test", test)):
-        if not found and getattr(section, key) is not None:
+    for key, rows in (("train", train), ("test", test)):
+        if not rows and getattr(section, key) is not None:
             listed = ", ".join(str(file.relative_to(path)) for file in files[:8])
             raise _no_split(section, key, str(path), listed)
     read = partial(_columns, section=section, task=task, where=str(path))
@@ -260,7 +260,7 @@ def _from_hub(section: DataSection, task: Task) -> tuple[Rows, Rows | None]:
 
     name = str(section.id)
     where = {"path": name, "name": section.name, "revision": section.revision}
-    found: list[Rows] = []
+    splits: list[Rows] = []
     with reaching_hub("data", name):
         for key in ("train", "test"):
             split = getattr(section, key)
@@ -276,8 +276,8 @@ def _from_hub(section: DataSection, task: Task) -> tuple[Rows, Rows | None]:
                 except ValueError:
                     raise DataError(f"data.name: {name} cannot be opened: {error}") from error
                 raise _no_split(section, key, name, listed) from error
-            found.append(_columns(table, section, task, name))
-    return found[0], found[1] if len(found) > 1 else None
+            splits.append(_columns(table, section, task, name))
+    return splits[0], splits[1] if len(splits) > 1 else None
 
 
 def _columns(table: "Dataset", section: DataSection, task: Task, where: str) -> Rows:

@@ -94,10 +94,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _rows(found: Any) -> list[dict[str, Any]]:
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+def _rows(parsed: Any) -> list[dict[str, Any]]:
+    if not isinstance(parsed, list) or not all(isinstance(row, dict) for row in parsed):
         raise ValueError('expected rows, each an object such as {"text": ...}; got other JSON')
-    return found
+    return parsed
 
 
 def _belongs(file: Path, split: str) -> bool:

@@ -58,14 +58,14 @@ class Patience:
     longest_call_s: float = 900.0
     least_bytes_per_s: float = 20_000.0
 
-    def wait(self, attempt: int, error: Exception, what: str) -> None:
+    def wait(self, attempt: int, error: Exception, operation: str) -> None:
         """Sleeps after a failed attempt (counted from 1)."""
         asked = limited_wait(_retry_after(error), self.longest_asked_s)
         own = min(self.longest_wait_s, self.first_wait_s * 2 ** (attempt - 1))
         seconds = asked if asked is not None else own * random.uniform(0.75, 1.25)
         log.warning(
             "%s: %s; attempt %d of %d, again in %.1f s",
-            what,
+            operation,
             _brief(error),
             attempt,
             self.attempts,
@@ -207,7 +207,7 @@ _LIMITED: dict[int, tuple[int, Any, Any]] = {}
 
 
 def persistently(
-    call: Callable[[], Result], what: str, patience: Patience, num_bytes: int = 0
+    call: Callable[[], Result], operation: str, patience: Patience, num_bytes: int = 0
 ) -> Result:
     """The result of a call that may be repeated, tried again after failures that pass."""
     for attempt in range(1, patience.attempts):
@@ -216,7 +216,7 @@ def persistently(
         except Exception as error:
             if not is_passing(error):
                 raise
-            patience.wait(attempt, error, what)
+            patience.wait(attempt, error, operation)
     return patience.call(call, num_bytes)
 
 

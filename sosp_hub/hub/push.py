@@ -280,8 +280,8 @@ class _Push:
             raise why from why.__cause__
         return self._result(commit, changed, stale, url)
 
-    def _try(self, call, what: str, num_bytes: int = 0):  # noqa: ANN001, ANN202 - as `persistently`
-        return persistently(call, f"{self._repo_id}: {what}", self._patience, num_bytes)
+    def _try(self, call, operation: str, num_bytes: int = 0):  # noqa: ANN001, ANN202 - as `persistently`
+        return persistently(call, f"{self._repo_id}: {operation}", self._patience, num_bytes)
 
     @property
     def _num_bytes(self) -> int:
@@ -353,9 +353,9 @@ class _Push:
                 passing, conflict = is_passing(error), status in CONFLICT
                 if not passing and not conflict and is_understood(error):
                     raise
-                if found := self._find_ours(head, message, error):
+                if commit := self._find_ours(head, message, error):
                     log.info("%s: the answer was lost, but the commit is there", self._repo_id)
-                    return found
+                    return commit
                 if conflict:
                     words = (
                         f"{self._repo_id}: somebody else pushed to {self._revision!r} in the "
@@ -366,8 +366,8 @@ class _Push:
                 if attempt == self._patience.attempts or not is_understood(error):
                     raise
                 self._patience.wait(attempt, error, f"{self._repo_id}: commit")
-                if self._create_pr and (found := self._find_ours(head, message, error)):
-                    return found  # nothing on the hub stands against a second one
+                if self._create_pr and (commit := self._find_ours(head, message, error)):
+                    return commit  # nothing on the hub stands against a second one
             else:
                 if made.pr_num and attempt > 1:
                     self._close_late_ones(message, made.pr_num)
@@ -405,9 +405,11 @@ class _Push:
             ),
             "list pull requests",
         )
-        for pull in pulls:
-            if pull.title == message and (commit := self._ours_on(f"refs/pr/{pull.num}")):
-                yield pull.num, commit
+        for pull_request in pulls:
+            if pull_request.title == message and (
+                commit := self._ours_on(f"refs/pr/{pull_request.num}")
+            ):
+                yield pull_request.num, commit
 
     def _close_late_ones(self, message: str, kept: int) -> None:
         """Closes what an attempt opened that was given up and arrived all the same."""

@@ -130,8 +130,8 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> tuple[Pa
     wrong = [entry.path for entry in listed if not _is_listed(folder / entry.path, entry)]
     if wrong:
         return folder, Check("files", False, f"other bytes than the hub lists: {', '.join(wrong)}")
-    said = f"{len(listed)} files of commit {str(commit)[:7]} have the hashes that the hub lists"
-    return folder, Check("files", True, said)
+    detail = f"{len(listed)} files of commit {str(commit)[:7]} have the hashes that the hub lists"
+    return folder, Check("files", True, detail)
 
 
 def _files(api: HfApi, repo_id: str, commit: str | None) -> list[RepoFile]:
@@ -191,11 +191,11 @@ def _check_card(folder: Path, report: Mapping[str, Any]) -> Check:
 
 def _check_size(model: nn.Module, report: Mapping[str, Any]) -> Check:
     stated = ((report.get("cost") or {}).get("after") or {}).get("params")
-    found = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if stated is None:
-        return Check("weights", None, f"{found:,} parameters; the report states none")
-    said = f"{found:,} parameters loaded, {stated:,} published"
-    return Check("weights", found == stated, said)
+        return Check("weights", None, f"{num_parameters:,} parameters; the report states none")
+    detail = f"{num_parameters:,} parameters loaded, {stated:,} published"
+    return Check("weights", num_parameters == stated, detail)
 
 
 def _measure(
@@ -212,10 +212,10 @@ def _measure(
         return [Check("metrics", None, "the report publishes none, or no recipe to repeat them")]
     try:
         recipe = parse_recipe(str(report["recipe"]), "the published recipe", overrides)
-        found = _evaluate(folder, model, recipe, names, num_samples)
+        measured = _evaluate(folder, model, recipe, names, num_samples)
     except SospHubError as error:
         return [Check("metrics", None, f"could not be measured: {error}")]
-    return [_compare(name, final[name], found[name]) for name in names]
+    return [_compare(name, final[name], measured[name]) for name in names]
 
 
 def _evaluate(
@@ -238,15 +238,15 @@ def _evaluate(
     return {name: {"value": m.value, "n": m.n, "stderr": m.stderr} for name, m in measured.items()}
 
 
-def _compare(name: str, published: Mapping[str, Any], found: Mapping[str, Any]) -> Check:
-    spread = 1.96 * math.hypot(published.get("stderr") or 0.0, found["stderr"] or 0.0)
-    if found["n"] == published.get("n"):  # the same samples: only arithmetic may differ
+def _compare(name: str, published: Mapping[str, Any], measured: Mapping[str, Any]) -> Check:
+    spread = 1.96 * math.hypot(published.get("stderr") or 0.0, measured["stderr"] or 0.0)
+    if measured["n"] == published.get("n"):  # the same samples: only arithmetic may differ
         spread = max(
-            _ROUNDING, 2 / found["n"] if is_share(name) else 1e-3 * abs(published["value"])
+            _ROUNDING, 2 / measured["n"] if is_share(name) else 1e-3 * abs(published["value"])
         )
-    holds = abs(found["value"] - published["value"]) <= spread
-    said = (
-        f"{metric_value(name, found['value'])} on {found['n']:,} test samples, published "
+    holds = abs(measured["value"] - published["value"]) <= spread
+    detail = (
+        f"{metric_value(name, measured['value'])} on {measured['n']:,} test samples, published "
         f"{metric_value(name, published['value'])} on {published.get('n') or 0:,}"
     )
-    return Check(f"metric {name}", holds, said)
+    return Check(f"metric {name}", holds, detail)

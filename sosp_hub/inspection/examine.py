@@ -106,32 +106,32 @@ def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHead
         dense = build_skeleton(folder, config, is_timm, dense=True).eval() if delta else None
     sample, macs, obstacle = _count_macs(model)
     dense_macs = _count_macs(dense)[1] if dense is not None else {}
-    found = Findings(
+    findings = Findings(
         source,
         "delta" if delta else "native",
         "timm" if is_timm else "transformers",
         type(model).__name__,
         sample,
     )
-    found.faults = list(faults_of(model, tensors))
-    found.layers = list(_layers(model, dense, tensors, macs))
-    found.totals = {
+    findings.faults = list(faults_of(model, tensors))
+    findings.layers = list(_layers(model, dense, tensors, macs))
+    findings.totals = {
         "params": _num_params(model),
         "macs": macs.get(""),
         "bytes": sum(each.num_bytes for each in tensors.values()),
     }
     if dense is not None:
-        found.totals |= {"dense_params": _num_params(dense), "dense_macs": dense_macs.get("")}
-    found.readers = list(
+        findings.totals |= {"dense_params": _num_params(dense), "dense_macs": dense_macs.get("")}
+    findings.readers = list(
         readers(
             model,
             dense,
             library="timm" if is_timm else "transformers",
-            num_bytes=found.totals["bytes"] or 0,
+            num_bytes=findings.totals["bytes"] or 0,
             obstacle=obstacle,
         )
     )
-    return found
+    return findings
 
 
 def _count_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]:
@@ -157,13 +157,13 @@ def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]
         (line, *_) = str(error).strip().splitlines() or [""]
         return sizes, {}, f"{type(error).__name__}: {line}"
     root = type(model).__name__
-    found = {
+    macs = {
         name.removeprefix(root).removeprefix("."): sum(flops.values()) // (2 * batch)
         for name, flops in counter.get_flop_counts().items()
         if name != "Global"
     }
-    found[""] = sum(counter.get_flop_counts()["Global"].values()) // (2 * batch)
-    return sizes, found, None
+    macs[""] = sum(counter.get_flop_counts()["Global"].values()) // (2 * batch)
+    return sizes, macs, None
 
 
 def _layers(
@@ -221,15 +221,15 @@ def _fetch(repo_id: str, revision: str | None, folder: Path) -> dict[str, header
         raise HubError(
             f"{repo_id}: no such folder here, and the hub does not give it ({error})"
         ) from error
-    found = {}
+    tensors = {}
     for file, contents in metadata.files_metadata.items():
         for name, info in contents.tensors.items():
             start, end = info.data_offsets
             shape = tuple(info.shape)
             if end - start < 0 or math.prod(shape) < 0:
                 raise CheckpointError(f"{file}: tensor {name!r}: negative size")
-            found[name] = headers.TensorHeader(info.dtype, shape, end - start, file)
-    return found
+            tensors[name] = headers.TensorHeader(info.dtype, shape, end - start, file)
+    return tensors
 
 
 def group_layers(layers: list[Layer]) -> list[tuple[str, list[Layer]]]:

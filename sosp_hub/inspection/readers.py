@@ -151,10 +151,10 @@ def first_uneven(model: nn.Module, dense: nn.Module) -> str | None:
 def first_undivided(model: nn.Module, size: int) -> str | None:
     """The first layer whose heads or neurons do not go evenly into so many processes."""
     for name, module in model.named_modules():
-        for what, number in _shared_out(name, module, model):
-            copied = what == "KV heads" and 0 < number < size and size % number == 0
+        for unit, number in _shared_out(name, module, model):
+            copied = unit == "KV heads" and 0 < number < size and size % number == 0
             if number % size and not copied:
-                return f"{name} has {number} {what}"
+                return f"{name} has {number} {unit}"
     return None
 
 
@@ -169,10 +169,10 @@ def _shared_out(name: str, module: Any, model: Any) -> Iterator[tuple[str, int]]
     elif last in ("attn", "attention", "self_attn", "self_attention") and not isinstance(
         module, StandIn
     ):  # one matrix for query, key and value
-        for key, what in (("num_attention_heads", "heads"), ("num_key_value_heads", "KV heads")):
-            number = getattr(module, "num_heads", None) if what == "heads" else None
+        for key, unit in (("num_attention_heads", "heads"), ("num_key_value_heads", "KV heads")):
+            number = getattr(module, "num_heads", None) if unit == "heads" else None
             if number := number or getattr(module, key, None) or getattr(config, key, None):
-                yield what, number
+                yield unit, number
     elif _FEED_FORWARD.search(name) and last not in ("gate", "router"):
         for shape in _matrices(module):
             yield from (("neurons", each) for each in shape if each != config.hidden_size)

@@ -67,10 +67,10 @@ def expand(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dic
     check_place(output, "results.json", overwrite)
     folder = output.with_name(f"{output.name}.partial")
     seeds = [_Seed(recipe, section, seed, folder) for seed in section.seeds]
-    found = [seed.run() for seed in seeds]
+    results_of_seeds = [seed.run() for seed in seeds]
     results: dict[str, Any] = {}
     if is_main():
-        results = _results(recipe, section, found, command)
+        results = _results(recipe, section, results_of_seeds, command)
         draft = folder / "result" / output.name
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -217,8 +217,8 @@ def _budgets(
     for shares in wanted:
         scaled = {}
         for key, share in shares.items():
-            what = "bytes" if key == "memory_bytes" else key
-            scaled[key] = min(1.0, share * getattr(before, what) / getattr(after, what))
+            attribute = "bytes" if key == "memory_bytes" else key
+            scaled[key] = min(1.0, share * getattr(before, attribute) / getattr(after, attribute))
         yield _label(shares), budget.model_copy(update=scaled)
 
 
@@ -227,9 +227,9 @@ def _label(shares: dict[str, float]) -> str:
 
 
 def _results(
-    recipe: Recipe, section: ExpandSection, found: Sequence[dict[str, Any]], command: str
+    recipe: Recipe, section: ExpandSection, results_of_seeds: Sequence[dict[str, Any]], command: str
 ) -> dict[str, Any]:
-    cells = [row for seed in found for row in seed.pop("rows")]
+    cells = [row for seed in results_of_seeds for row in seed.pop("rows")]
     return {
         "command": scrub(command),
         "recipe": scrub(dump_recipe(recipe, whole=False)),
@@ -240,8 +240,8 @@ def _results(
         "paper": _label(recipe.budget.targets()),
         "budgets": list(dict.fromkeys(row["budget"] for row in cells)),
         "seeds": list(section.seeds),
-        "dense": {str(seed["seed"]): seed["dense"] for seed in found},
-        "found": list(found),
+        "dense": {str(seed["seed"]): seed["dense"] for seed in results_of_seeds},
+        "found": list(results_of_seeds),
         "cells": cells,
         "versions": versions(),
     }

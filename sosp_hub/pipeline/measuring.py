@@ -17,12 +17,12 @@ from sosp_hub.surgery.apply import apply
 from sosp_hub.zoo.load import example_inputs
 
 
-def measured(context: Context, model: nn.Module, what: str) -> dict[str, Any]:
+def measured(context: Context, model: nn.Module, label: str) -> dict[str, Any]:
     """Metrics on the test split."""
     section = context.recipe.evaluate
     num_workers = context.recipe.data.num_workers
     loader = make_loader(context.test, section.batch_size, num_workers=num_workers)
-    shown = progress(context.accelerator.prepare_data_loader(loader), f"measure {what}")
+    shown = progress(context.accelerator.prepare_data_loader(loader), f"measure {label}")
     assert context.data is not None  # nothing is measured without it
     task, info = find_task(context.recipe.model.task), context.data.info
     names = metric_names(section.metrics, task, info)

@@ -101,15 +101,15 @@ class Scores:
             if "/" in name or not stored:
                 continue
             if stored["n"] != now["n"]:
-                what = f"{name} of {now['n']} samples, where {stored['n']} were measured"
+                difference = f"{name} of {now['n']} samples, where {stored['n']} were measured"
             elif abs(now["value"] - stored["value"]) > _spread(stored, now):
-                what = f"{with_spread(name, now)}, stored is {with_spread(name, stored)}"
+                difference = f"{with_spread(name, now)}, stored is {with_spread(name, stored)}"
             else:
                 continue
             raise ModelError(
-                f"--from-scores: the dense model of {self.folder} measures another {name}: {what}. "
-                "Its weights, its tokenizer or the data are not those that were scored; give the "
-                "same data, or run the recipe again"
+                f"--from-scores: the dense model of {self.folder} measures another {name}: "
+                f"{difference}. Its weights, its tokenizer or the data are not those that were "
+                "scored; give the same data, or run the recipe again"
             )
 
 

@@ -234,11 +234,11 @@ class StageCache:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         """Notes how long something takes that leaves no result of its own."""
         start = time.perf_counter()
         yield
-        self._seconds[what] = time.perf_counter() - start
+        self._seconds[name] = time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
         """How long each step took, whenever it ran, and what was done besides in this run."""

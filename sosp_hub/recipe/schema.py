@@ -404,8 +404,8 @@ class Recipe(Section):
                 f"{', '.join(self.budget.targets())} in `budget`"
             )
         if self.push or self.compare:
-            what = "push" if self.push else "compare"
-            raise ValueError(f"{what}: goes with `prune` alone; leave it out beside `expand`")
+            key = "push" if self.push else "compare"
+            raise ValueError(f"{key}: goes with `prune` alone; leave it out beside `expand`")
         return self
 
     @model_validator(mode="after")

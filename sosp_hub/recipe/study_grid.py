@@ -133,12 +133,12 @@ def _scored(recipe: Recipe) -> tuple[Any, ...]:
     return criterion.model_copy(update=compensates), recipe.structure.kinds
 
 
-def _repeated(what: str, entries: Sequence[tuple[str, Any]]) -> Iterator[str]:
+def _repeated(key: str, entries: Sequence[tuple[str, Any]]) -> Iterator[str]:
     for number, (label, value) in enumerate(entries):
         first = next(i for i, (_, other) in enumerate(entries) if other == value)
         if first < number:
             yield (
-                f"compare.{what}.{number}: {label} is the same as {what}.{first}; "
+                f"compare.{key}.{number}: {label} is the same as {key}.{first}; "
                 "a cell is run once, leave one of them out"
             )
 

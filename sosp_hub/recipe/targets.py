@@ -56,7 +56,7 @@ def multiples(group: Any, step: int) -> list[int]:
 
 def rows_in_steps(group: Any, step: int) -> list[int]:
     """The counts that leave every matrix which reads the group with rows of whole steps."""
-    found = []
+    counts = []
     readers = [member for member in group.members if member.reads]
     for count in range(1, group.size):
         rows = (
@@ -64,8 +64,8 @@ def rows_in_steps(group: Any, step: int) -> list[int]:
             for member in readers
         )
         if all(row % step == 0 for row in rows):
-            found.append(count)
-    return found
+            counts.append(count)
+    return counts
 
 
 TARGETS = Registry("sosp_hub.targets", Target, noun="target")

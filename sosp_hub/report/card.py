@@ -175,23 +175,23 @@ def metadata(
 
 def notes(facts: Facts, data: ModelCardData) -> list[str]:
     """What a reader has to be told because it is not known."""
-    found = []
+    notes_of_run = []
     if data.get("license") is None:
         reason = (
             "no card of its base model was found that names one"
             if facts.base_model
             else "no licence was set"
         )
-        found.append(
+        notes_of_run.append(
             f"The licence of this model is unknown: {reason}. "
             "Set `license:` at the top of this file."
         )
     if facts.local_base and data.get("base_model") is None:
-        found.append(
+        notes_of_run.append(
             "The base model was loaded from a local folder, so it is not named. "
             "If it is on the hub, set `base_model: NAMESPACE/NAME` at the top of this file."
         )
-    return found
+    return notes_of_run
 
 
 def _base(facts: Facts) -> str:

@@ -95,34 +95,33 @@ def _grid(compared: Compared) -> Grid:
     return Grid(title, head, tuple(rows), num_left=2)
 
 
-def _cost(compared: Compared, variant: str, budget: str, when: str, what: str) -> Spread:
-    found = compared.of(variant, budget, lambda cell: cell["cost"][when][what])
-    assert found is not None
-    return found
+def _cost(compared: Compared, variant: str, budget: str, when: str, unit: str) -> Spread:
+    spread = compared.of(variant, budget, lambda cell: cell["cost"][when][unit])
+    assert spread is not None
+    return spread
 
 
 def _words(compared: Compared) -> Iterator[str]:
     """What was widened, by how much, and which differences are real."""
     results = compared.results
-    section, found = results["expand"], results["found"]
+    section, seeds = results["expand"], results["found"]
     often: dict[str, int] = {}
-    for seed in found:
+    for seed in seeds:
         for name in seed["bottlenecks"]:
             often[name] = often.get(name, 0) + 1
-    named = ", ".join(f"{name} ({number} of {len(found)})" for name, number in often.items())
+    named = ", ".join(f"{name} ({number} of {len(seeds)})" for name, number in often.items())
     yield (
         f"Bottlenecks, of which a cut to {results['paper']} on paper takes less than "
         f"{section['threshold']:g} times the share it takes of all structures, by seed: {named}."
     )
-    factor = Spread(tuple(seed["factor"] for seed in found))
+    factor = Spread(tuple(seed["factor"] for seed in seeds))
     yield (
         f"Widened {section['widen']:g} times ({section['init']}); with all layers "
         f"{factor.mean:.3f} times as wide the model has as many parameters. All three models were "
         "trained again as long, scored, and cut to what the base's share costs."
     )
-    seeds = ", ".join(map(str, results["seeds"]))
     many = len(results["seeds"]) > 1
-    yield f"Seeds {seeds}: " + (
+    yield f"Seeds {', '.join(map(str, results['seeds']))}: " + (
         f"± is the standard deviation over them. {RULE}"
         if many
         else "one seed has no spread, and nothing is claimed."
@@ -171,9 +170,9 @@ def _draw_parameters(compared: Compared) -> Figure:
         style: dict[str, Any] = {"color": _COLOURS[variant], "marker": _MARKERS[variant]}
         points = []
         for budget in compared.budgets:
-            found = compared.metric(variant, budget, stage, name)
+            result = compared.metric(variant, budget, stage, name)
             params = _cost(compared, variant, budget, "after", "params").mean
-            points.append((params, found.mean, found.std or 0.0))
+            points.append((params, result.mean, result.std or 0.0))
         x, y, spread = np.array(sorted(points)).T
         axes.errorbar(x, y, yerr=spread, capsize=2, elinewidth=0.8, label=variant, **style)
         dense = compared.metric(variant, compared.budgets[0], "dense", name)
@@ -192,16 +191,16 @@ def _draw_parameters(compared: Compared) -> Figure:
 
 
 def _draw_ratios(compared: Compared) -> Figure:
-    found = compared.results["found"]
-    names = [escaped(group["name"], "figure") for group in found[0]["groups"]]
-    shares = np.array([[1 - g["kept"] / g["size"] for g in seed["groups"]] for seed in found])
-    often = [sum(name in seed["bottlenecks"] for seed in found) for name in names]
+    seeds = compared.results["found"]
+    names = [escaped(group["name"], "figure") for group in seeds[0]["groups"]]
+    shares = np.array([[1 - g["kept"] / g["size"] for g in seed["groups"]] for seed in seeds])
+    often = [sum(name in seed["bottlenecks"] for seed in seeds) for name in names]
     figure = new_figure(max(5.0, 1.5 + 0.28 * len(names)), 3.6)
     axes = figure.subplots()
     place = np.arange(len(names))
     colours = [CUT if number else MUTED for number in often]
     axes.bar(place, shares.mean(0), yerr=shares.std(0), color=colours, ecolor=MUTED, capsize=2)
-    limit = float(np.mean([seed["limit"] for seed in found]))
+    limit = float(np.mean([seed["limit"] for seed in seeds]))
     axes.axhline(limit, color=CUT, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_xticks(place, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -210,9 +209,9 @@ def _draw_ratios(compared: Compared) -> Figure:
     return figure
 
 
-def _shown(name: str, found: Spread) -> str:
-    return numbers.metric_value(name, found.mean, found.std)
+def _shown(name: str, spread: Spread) -> str:
+    return numbers.metric_value(name, spread.mean, spread.std)
 
 
-def _mean(found: Spread) -> str:
-    return numbers.whole(found.mean)
+def _mean(spread: Spread) -> str:
+    return numbers.whole(spread.mean)

@@ -255,9 +255,9 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> Grid:
     stages = [(stage, label) for stage, label in STAGES if metrics.get(stage)]
     rows = []
     for name in overall_metrics(metrics):
-        found = [metrics[stage].get(name) for stage, _ in stages]
-        samples = sorted({f"{m['n']:,}" for m in found if m and m.get("n")})
-        values = [with_spread(name, m) if m else "" for m in found]
+        of_stages = [metrics[stage].get(name) for stage, _ in stages]
+        samples = sorted({f"{m['n']:,}" for m in of_stages if m and m.get("n")})
+        values = [with_spread(name, m) if m else "" for m in of_stages]
         rows.append((numbers.metric_name(name), *values, " / ".join(samples)))
     head = ("metric", *(label for _, label in stages), "samples")
     note = "± is one standard error over the samples. One run with one seed."
@@ -276,13 +276,13 @@ def _removed(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _made_up(provenance: Mapping[str, Any]) -> Iterable[str]:
-    if told := provenance.get("compensation"):
+    if compensation := provenance.get("compensation"):
         yield (
-            f"gates of {told['groups']} groups, {told['least_gate']:.2f} to "
-            f"{told['largest_gate']:.2f}, are folded into the kept weights and make up for the cut "
-            f"(closed form, damping {told['damping']:g})"
+            f"gates of {compensation['groups']} groups, {compensation['least_gate']:.2f} to "
+            f"{compensation['largest_gate']:.2f}, are folded into the kept weights and make up "
+            f"for the cut (closed form, damping {compensation['damping']:g})"
         )
-        steps = told.get("steps") or [{}]
+        steps = compensation.get("steps") or [{}]
         if num := len(steps) - 1:
             first, last = steps[0]["divergence"], steps[-1]["divergence"]
             yield (

@@ -56,12 +56,12 @@ def pictures(
         folder: Where ``curvature.safetensors`` is, for runs that measured correlations, and
             ``compare/results.json``, where there is a study of the same model.
     """
-    found = []
+    drawn = []
     groups = report.get("groups") or []
     kept = (report.get("plan") or {}).get("kept") or {}
     floors = ((report.get("plan") or {}).get("provenance") or {}).get("floors") or ()
     if groups:
-        found.append(
+        drawn.append(
             Picture(
                 "widths",
                 "Kept share per layer",
@@ -71,7 +71,7 @@ def pictures(
         )
     scored = [group for group in groups if group["name"] in saliency]
     if scored:
-        found.append(
+        drawn.append(
             Picture(
                 "saliency",
                 "Saliency per layer",
@@ -81,7 +81,7 @@ def pictures(
         )
     path = folder / CURVATURE if folder is not None else None
     if path is not None and path.is_file():
-        found.append(
+        drawn.append(
             Picture(
                 "correlation",
                 "Correlation of structures",
@@ -91,7 +91,7 @@ def pictures(
         )
     metrics = report.get("metrics") or {}
     if len([stage for stage, _ in STAGES if metrics.get(stage)]) > 1 and overall_metrics(metrics):
-        found.append(
+        drawn.append(
             Picture(
                 "recovery",
                 "Metrics before the cut, after it, and after recovery",
@@ -100,7 +100,7 @@ def pictures(
             )
         )
     study = study_picture(folder, report) if folder is not None else None
-    return [*found, study] if study is not None else found
+    return [*drawn, study] if study is not None else drawn
 
 
 def write_figures(
@@ -120,11 +120,11 @@ def write_figures(
     """
     folder = Path(folder)
     scores = read_saliency(folder) if saliency is None else saliency
-    found = pictures(report, scores, folder)
+    drawn = pictures(report, scores, folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for picture in found:
+    for picture in drawn:
         picture.save(folder / "figures" / f"{picture.name}.png")
-    return found
+    return drawn
 
 
 def read_saliency(folder: Path) -> dict[str, NDArray[Any]]:

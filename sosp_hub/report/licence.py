@@ -38,12 +38,12 @@ def copy_licence_files(base: str | Path, folder: Path, revision: str | None = No
                 type(error).__name__,
             )
             return []
-    found = [
+    paths = [
         path
         for path in sorted(source.iterdir())
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in LICENCE_FILES)
     ]
-    for path in found:
+    for path in paths:
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
-    return [path.name for path in found]
+    return [path.name for path in paths]

@@ -55,26 +55,26 @@ def read_card(card: str) -> tuple[dict[str, Any], str]:
     """
     try:
         front_matter(card)
-        found = ModelCard(card, ignore_metadata_errors=True)
+        parsed = ModelCard(card, ignore_metadata_errors=True)
     except UnreadableError as error:
         raise HubError(f"README.md: the metadata at the top: {error}; repair them") from error
     except (AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
         raise HubError(
             f"README.md: the metadata at the top are none of a model card ({error}); repair them"
         ) from error
-    return dict(found.data.__dict__), found.text
+    return dict(parsed.data.__dict__), parsed.text
 
 
 def readdress(text: str, repo_id: str) -> str:
     """A card whose load snippet names ``repo_id``; anything a person wrote is left alone."""
-    found = _ADDRESS.search(text)
-    if found is None:
+    address = _ADDRESS.search(text)
+    if address is None:
         return text
-    begin = text.index(found.group())
+    begin = text.index(address.group())
     end = text.find(END, begin)
     if end < 0:
         return text
-    block = text[begin:end].replace(f'"{found.group(1)}"', quoted(repo_id))
-    block = block.replace(f'hf-hub:{found.group(1)}"', f"hf-hub:{quoted(repo_id)[1:]}")
-    block = block.replace(found.group(), f"<!-- sosp_hub: address {repo_id} -->")
+    block = text[begin:end].replace(f'"{address.group(1)}"', quoted(repo_id))
+    block = block.replace(f'hf-hub:{address.group(1)}"', f"hf-hub:{quoted(repo_id)[1:]}")
+    block = block.replace(address.group(), f"<!-- sosp_hub: address {repo_id} -->")
     return text[:begin] + block + text[end:]

@@ -70,7 +70,7 @@ def write_study(folders: Sequence[str | Path], path: str | Path) -> Path:
     runs = {Path(folder).resolve().name: _report_of(Path(folder)) for folder in folders}
     names = [set(overall_metrics(report.get("metrics") or {})) for report in runs.values()]
     first = overall_metrics(next(iter(runs.values())).get("metrics") or {}) if runs else []
-    shared = [name for name in first if all(name in found for found in names)]
+    shared = [name for name in first if all(name in of_file for of_file in names)]
     if not shared:
         raise HubError(
             "these runs share no metric, so they cannot be compared; give folders of runs "

@@ -27,7 +27,7 @@ def write_comparison(results: Mapping[str, Any], folder: Path, *, figures: bool 
     whole = {
         **results,
         "summary": compared.summary(),
-        "differences": [found.record() for found in compared.differences()],
+        "differences": [difference.record() for difference in compared.differences()],
     }
     (folder / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
     write_text(folder / "results.csv", _cells(compared).csv())
@@ -175,8 +175,8 @@ def _words(compared: Compared) -> Iterator[str]:
 
 
 def _lead(leads: list[Difference]) -> str:
-    real = [f"{found.worse} ({found})" for found in leads if found.is_real]
-    near = [f"{found.worse} ({found})" for found in leads if not found.is_real]
+    real = [f"{lead.worse} ({lead})" for lead in leads if lead.is_real]
+    near = [f"{lead.worse} ({lead})" for lead in leads if not lead.is_real]
     parts = []
     if real:
         rest = f" and {len(real) - _NAMED} more" if len(real) > _NAMED else ""
@@ -188,8 +188,8 @@ def _lead(leads: list[Difference]) -> str:
 
 def _changes(changes: list[Difference]) -> str:
     return ", ".join(
-        f"{found.better} {found}{'' if found.is_real else ' (within the seed spread)'}"
-        for found in changes
+        f"{change.better} {change}{'' if change.is_real else ' (within the seed spread)'}"
+        for change in changes
     )
 
 
@@ -213,14 +213,14 @@ def _markdown(compared: Compared, figures: list[tuple[str, str]]) -> str:
 def _cells(compared: Compared) -> Grid:
     """A row for each cell, as they were measured."""
     measured = [(stage, name) for stage, _ in compared.stages for name in compared.metrics]
-    costs = [(what, when) for what in (*_KEPT, "bytes") for when in ("before", "after")]
+    costs = [(unit, when) for unit in (*_KEPT, "bytes") for when in ("before", "after")]
     head = (
         "criterion",
         "budget",
         "seed",
         *(f"{name}_{stage}" for stage, name in measured),
         *(f"{name}_dense" for name in compared.metrics),
-        *(f"{what}_{when}" for what, when in costs),
+        *(f"{unit}_{when}" for unit, when in costs),
         "structures_before",
         "structures_after",
         "latency_before_s",
@@ -238,7 +238,7 @@ def _cells(compared: Compared) -> Grid:
                 cell["seed"],
                 *(cell["metrics"][stage][name]["value"] for stage, name in measured),
                 *(dense[name]["value"] for name in compared.metrics),
-                *(cell["cost"][when][what] for what, when in costs),
+                *(cell["cost"][when][unit] for unit, when in costs),
                 cell["structures"]["before"],
                 cell["structures"]["after"],
                 *(latency[when]["seconds"] if latency else "" for when in ("before", "after")),
@@ -249,12 +249,12 @@ def _cells(compared: Compared) -> Grid:
     return Grid("cells", head, tuple(rows))
 
 
-def _shown(name: str, found: Spread) -> str:
-    return numbers.metric_value(name, found.mean, found.std)
+def _shown(name: str, spread: Spread) -> str:
+    return numbers.metric_value(name, spread.mean, spread.std)
 
 
-def _one(found: Spread | None, show: Any) -> str:
-    return "" if found is None else show(found.mean)
+def _one(spread: Spread | None, show: Any) -> str:
+    return "" if spread is None else show(spread.mean)
 
 
 def _whole_percent(share: float) -> str:

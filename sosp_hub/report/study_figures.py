@@ -26,17 +26,17 @@ _MARKERS = "osD^vP*X<>"
 def comparison_pictures(compared: Compared) -> list[Picture]:
     """Every plot that there are numbers for."""
     name = metric_name(compared.metrics[0])
-    found = [
+    drawn = [
         Picture(
-            f"pareto_{what}",
+            f"pareto_{unit}",
             f"{name} over {words}",
             "Mean over the seeds, bars are one standard deviation; the dashed line is the dense "
             "model. Dotted lines are of plans with compensation.",
-            lambda what=what, words=words: draw_pareto(compared, what, words),
+            lambda unit=unit, words=words: draw_pareto(compared, unit, words),
         )
-        for what, words in _COSTS
+        for unit, words in _COSTS
     ]
-    found += [
+    drawn += [
         Picture(
             "ranks" if number == 0 else f"ranks_{number + 1}",
             f"Rank correlation between criteria ({', '.join(one['kinds'])})",
@@ -45,7 +45,7 @@ def comparison_pictures(compared: Compared) -> list[Picture]:
         )
         for number, one in enumerate(compared.results["rank_correlations"])
     ]
-    return found
+    return drawn
 
 
 def study_picture(folder: Path, report: Mapping[str, Any]) -> Picture | None:
@@ -74,7 +74,7 @@ def study_picture(folder: Path, report: Mapping[str, Any]) -> Picture | None:
         ) from error
 
 
-def draw_pareto(compared: Compared, what: str, words: str) -> Figure:
+def draw_pareto(compared: Compared, unit: str, words: str) -> Figure:
     """A panel for each stage, a line for each criterion."""
     name = compared.metrics[0]
     num = len(compared.stages)
@@ -85,9 +85,9 @@ def draw_pareto(compared: Compared, what: str, words: str) -> Figure:
         for criterion in compared.criteria:
             points = [
                 (
-                    compared.kept(criterion, budget, what).mean,
-                    (found := compared.metric(criterion, budget, stage, name)).mean,
-                    found.std or 0.0,
+                    compared.kept(criterion, budget, unit).mean,
+                    (result := compared.metric(criterion, budget, stage, name)).mean,
+                    result.std or 0.0,
                 )
                 for budget in compared.budgets
             ]
@@ -134,10 +134,10 @@ def _styles(compared: Compared) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def draw_ranks(found: Mapping[str, Any]) -> Figure:
+def draw_ranks(ranks: Mapping[str, Any]) -> Figure:
     """The matrix, with its numbers."""
-    names = [escaped(name, "figure") for name in found["criteria"]]
-    matrix = np.array([[np.nan if x is None else x for x in row] for row in found["matrix"]])
+    names = [escaped(name, "figure") for name in ranks["criteria"]]
+    matrix = np.array([[np.nan if x is None else x for x in row] for row in ranks["matrix"]])
     side = 2.2 + 0.42 * len(names)
     figure = new_figure(side + 0.8, side)
     axes = figure.subplots()

@@ -113,28 +113,28 @@ class Compared:
         self, criterion: str, budget: str, number: Callable[[Mapping[str, Any]], float | None]
     ) -> Spread | None:
         """A number of each seed; None where it was not measured."""
-        found = [number(cell) for cell in self._cells[criterion, budget]]
-        return Spread(tuple(x for x in found if x is not None)) if None not in found else None
+        values = [number(cell) for cell in self._cells[criterion, budget]]
+        return Spread(tuple(x for x in values if x is not None)) if None not in values else None
 
     def metric(self, criterion: str, budget: str, stage: str, name: str) -> Spread:
         """A metric of each seed."""
-        found = self.of(criterion, budget, lambda cell: cell["metrics"][stage][name]["value"])
-        assert found is not None
-        return found
+        spread = self.of(criterion, budget, lambda cell: cell["metrics"][stage][name]["value"])
+        assert spread is not None
+        return spread
 
     def dense(self, name: str) -> Spread:
         """A metric of the dense models."""
         return Spread(tuple(one[name]["value"] for one in self.results["dense"].values()))
 
-    def kept(self, criterion: str, budget: str, what: str) -> Spread:
+    def kept(self, criterion: str, budget: str, unit: str) -> Spread:
         """The share of ``macs``, ``params`` or ``bytes`` that is left."""
 
         def share(cell: Mapping[str, Any]) -> float:
-            return cell["cost"]["after"][what] / cell["cost"]["before"][what]
+            return cell["cost"]["after"][unit] / cell["cost"]["before"][unit]
 
-        found = self.of(criterion, budget, share)
-        assert found is not None
-        return found
+        spread = self.of(criterion, budget, share)
+        assert spread is not None
+        return spread
 
     def ranked(self, budget: str) -> list[str]:
         """Criteria at a budget, the best first, by what the last stage left."""
@@ -182,10 +182,10 @@ class Compared:
     def differences(self) -> list[Difference]:
         """All that is said in words."""
         return [
-            found
+            difference
             for budget in self.budgets
             for stage, _ in self.stages
-            for found in (*self.leads(budget, stage), *self.compensations(budget, stage))
+            for difference in (*self.leads(budget, stage), *self.compensations(budget, stage))
         ]
 
     def summary(self) -> list[dict[str, Any]]:
@@ -202,8 +202,8 @@ class Compared:
                     for stage, _ in self.stages
                 },
                 "kept": {
-                    what: self.kept(criterion, budget, what).record()
-                    for what in ("macs", "params", "bytes")
+                    unit: self.kept(criterion, budget, unit).record()
+                    for unit in ("macs", "params", "bytes")
                 },
             }
             for budget in self.budgets

@@ -352,10 +352,10 @@ def sources(axis: Axis, chosen: Mapping[int, NDArray[np.int64]]) -> NDArray[np.i
     if isinstance(axis, Atom):
         return chosen.get(axis.id, np.arange(axis.size))
     if isinstance(axis, Prod):
-        found = np.zeros(1, np.int64)
+        positions = np.zeros(1, np.int64)
         for factor in axis.factors:
-            found = np.add.outer(found * size_of(factor), sources(factor, chosen)).ravel()
-        return found
+            positions = np.add.outer(positions * size_of(factor), sources(factor, chosen)).ravel()
+        return positions
     starts = np.cumsum([0, *(size_of(part) for part in axis.parts)])
     return np.concatenate(
         [start + sources(part, chosen) for start, part in zip(starts, axis.parts, strict=False)]

@@ -51,20 +51,20 @@ def solve_attributes(
                 if not _holds(constraint, values, count):
                     violated.append(constraint)
                 continue
-            found = solve(constraint.expr, size_of(constraint.axis, count), values, count)
-            if found is None:
+            solution = solve(constraint.expr, size_of(constraint.axis, count), values, count)
+            if solution is None:
                 waiting.append(constraint)
             else:
-                values[found[0]] = found[1]
+                values[solution[0]] = solution[1]
                 if not _holds(constraint, values, count):
                     violated.append(constraint)
         if len(waiting) == len(open_ones):
             stuck = waiting.pop(0)
-            found = _keep_most(stuck, values, count)
-            if found is None:
+            solution = _keep_most(stuck, values, count)
+            if solution is None:
                 violated.append(stuck)
             else:
-                values.update(found)
+                values.update(solution)
     return values, violated
 
 
@@ -78,9 +78,11 @@ def _keep_most(
     target = size_of(constraint.axis, count)
     for free in sorted(dense, key=lambda a: (-a.dense, str(a))):
         held = {attribute: value for attribute, value in dense.items() if attribute != free}
-        found = solve(constraint.expr, target, {**values, **held}, count)
-        if found is not None and _holds(constraint, {**values, **held, free: found[1]}, count):
-            return {**held, free: found[1]}
+        solution = solve(constraint.expr, target, {**values, **held}, count)
+        if solution is not None and _holds(
+            constraint, {**values, **held, free: solution[1]}, count
+        ):
+            return {**held, free: solution[1]}
     return None
 
 
@@ -134,10 +136,10 @@ class _Index:
 
     def of(self, wanted: Iterable[Attribute]) -> list[Constraint]:
         """The constraints on any of these attributes."""
-        found: dict[int, Constraint] = {}
+        constraints: dict[int, Constraint] = {}
         for attribute in wanted:
-            found |= self.by_attribute.get(attribute, {})
-        return [found[position] for position in sorted(found)]
+            constraints |= self.by_attribute.get(attribute, {})
+        return [constraints[position] for position in sorted(constraints)]
 
 
 def _satisfy(
@@ -234,10 +236,10 @@ def _bound(comparison: Constraint, index: _Index) -> list[Constraint]:
     bound: dict[int, Constraint] = {}
     wanted, asked = attributes(comparison.expr), set[Attribute]()
     while wanted - asked:
-        found = {id(c): c for c in index.of(wanted - asked) if id(c) not in bound}
+        added = {id(c): c for c in index.of(wanted - asked) if id(c) not in bound}
         asked |= wanted
-        bound |= found
-        wanted = wanted.union(*(attributes(c.expr) for c in found.values()))
+        bound |= added
+        wanted = wanted.union(*(attributes(c.expr) for c in added.values()))
     return list(bound.values())
 
 
@@ -339,11 +341,11 @@ def _repair(
 
 
 def _involved(constraint: Constraint, index: _Index) -> list[Atom]:
-    found = [*atoms(constraint.axis), *expr_atoms(constraint.expr)]
+    involved = [*atoms(constraint.axis), *expr_atoms(constraint.expr)]
     for other in index.of(attributes(constraint.expr)):
         if other is not constraint:
-            found += [*atoms(other.axis), *expr_atoms(other.expr)]
-    return found
+            involved += [*atoms(other.axis), *expr_atoms(other.expr)]
+    return involved
 
 
 def attribute_values(constraints: Sequence[Constraint], count: Count) -> Mapping[Attribute, int]:

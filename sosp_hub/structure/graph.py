@@ -139,9 +139,11 @@ class Graph:
                 )
         counts = plan.num_kept()
         for tie in self.ties:
-            found = {name: counts.get(name, self.groups[name].size) for name in tie}
-            if len(set(found.values())) > 1:
-                raise PlanError(f"plan: these groups must keep equally many structures: {found}")
+            tied_counts = {name: counts.get(name, self.groups[name].size) for name in tie}
+            if len(set(tied_counts.values())) > 1:
+                raise PlanError(
+                    f"plan: these groups must keep equally many structures: {tied_counts}"
+                )
 
     def fold_obstacle(self, name: str) -> str | None:
         """Why gates of this group cannot be folded into the weights that read it; None = can."""
@@ -226,11 +228,11 @@ def _in_words(graph: Graph) -> str:
         stacks = [stack for stack, why in graph.undroppable.items() if why == reason]
         more = f" and {len(stacks) - 3} more" if len(stacks) > 3 else ""
         lines.append(f"undroppable: layers of {', '.join(stacks[:3])}{more}: {reason}")
-    for modules, what in (
+    for modules, label in (
         (graph.only_in_training, "only training uses"),
         (graph.never_used, "nothing uses"),
     ):
         more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
         if modules:
-            lines.append(f"{what}: {', '.join(modules[:3])}{more}")
+            lines.append(f"{label}: {', '.join(modules[:3])}{more}")
     return "\n".join(lines)

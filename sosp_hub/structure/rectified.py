@@ -32,16 +32,16 @@ def behind_pairs(model: nn.Module, steps: Sequence[Step]) -> Behind:
             continue
         norm = normed.get(id(step.inputs[0])) if step.inputs and _rectifies(step) else None
         for output in step.outputs:
-            behind[id(output)] = found = {}
+            behind[id(output)] = norms_of = {}
             for atom in _atoms(output):
                 if norm is not None:
-                    found[atom] = frozenset([norm])
+                    norms_of[atom] = frozenset([norm])
                     continue
                 sources = [
                     behind.get(id(i), {}).get(atom) for i in step.inputs if atom in _atoms(i)
                 ]
                 if sources and all(sources):
-                    found[atom] = frozenset[str]().union(*filter(None, sources))
+                    norms_of[atom] = frozenset[str]().union(*filter(None, sources))
     return behind
 
 
@@ -52,10 +52,10 @@ def rectified(
     norms: dict[str, None] = {}
     for site in sites:
         entry = entries.get(site.module or "")
-        found = behind.get(id(entry), {}).get(atom.id)
-        if not found:
+        norms_before = behind.get(id(entry), {}).get(atom.id)
+        if not norms_before:
             return ()
-        norms |= dict.fromkeys(sorted(found))
+        norms |= dict.fromkeys(sorted(norms_before))
     return tuple(norms)
 
 

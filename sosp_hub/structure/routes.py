@@ -35,8 +35,8 @@ def find_routes(model: nn.Module, graph: Graph) -> None:
         model: The model that ``graph`` was traced from.
         graph: Is told. A second call does nothing.
     """
-    found = graph.routes
-    if found.known is not None:
+    cache = graph.routes
+    if cache.known is not None:
         return
     ways = [way for way in _WAYS if way.exists(model, graph)]
     routes = []
@@ -46,17 +46,17 @@ def find_routes(model: nn.Module, graph: Graph) -> None:
             works = []
             for way in ways:
                 if reason := _try(model, graph, [way], []):
-                    found.unchecked[way.name] = reason
+                    cache.unchecked[way.name] = reason
                 else:
                     works.append(way)
             if works and _try(model, graph, works, routes):
                 for way in works:
                     _try(model, graph, [way], routes)
         elif reason:
-            found.unchecked[ways[0].name] = reason
-    for name, reason in found.unchecked.items():
+            cache.unchecked[ways[0].name] = reason
+    for name, reason in cache.unchecked.items():
         _LOG.info("%s is not checked: %s", name, reason)
-    found.known = tuple(routes)
+    cache.known = tuple(routes)
 
 
 def all_ways(model: nn.Module, graph: Graph) -> tuple[Any, Program] | None:

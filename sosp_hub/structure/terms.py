@@ -100,10 +100,10 @@ class Terms:
         """Gives an operation's output its axes."""
         if not isinstance(tensor, Tensor):
             return
-        found, expected = [size_of(axis) for axis in axes], list(tensor.shape)
-        if found != expected:
+        sizes, expected = [size_of(axis) for axis in axes], list(tensor.shape)
+        if sizes != expected:
             raise AssertionError(
-                f"a rule gave axes of sizes {found} to a tensor of shape {expected}"
+                f"a rule gave axes of sizes {sizes} to a tensor of shape {expected}"
             )
         self.axes[tensor] = (*axes,)  # a tuple of its own: by it a tensor is followed
 
@@ -129,18 +129,18 @@ class Terms:
         self.mixes = True
         flag(axis, f"{reason} in {self.where}")
 
-    def fix(self, axis: Axis, what: str) -> None:
+    def fix(self, axis: Axis, operation: str) -> None:
         """Pins an axis and says where."""
-        pin(axis, f"{what} in {self.where}")
+        pin(axis, f"{operation} in {self.where}")
 
     def multiply(self, *axes: Axis) -> None:
         """Notes the cost of a product: the sizes of these axes, multiplied."""
         self.macs.append((self.modules[-1], axes))
 
-    def spatial(self, axis: Axis, size: int, what: str) -> Axis:
+    def spatial(self, axis: Axis, size: int, operation: str) -> Axis:
         """The axis that sliding or resampling along ``axis`` makes."""
-        self.fix(axis, what)
-        return fixed(size, f"{what} in {self.where}")
+        self.fix(axis, operation)
+        return fixed(size, f"{operation} in {self.where}")
 
     def leak(self, expr: Expr) -> None:
         """The code turned a size into another number."""
@@ -159,13 +159,13 @@ class Terms:
         """The code picks so many positions of this axis at once."""
         self.hold(Op(">=", axis, number), f"whether {number} of them can be picked")
 
-    def hold(self, comparison: Op, what: str = "a comparison") -> None:
+    def hold(self, comparison: Op, operation: str = "a comparison") -> None:
         """The code goes the way it goes because this is true."""
-        self.comparisons.append(Constraint(comparison, UNIT, f"{what} in {self.where}"))
+        self.comparisons.append(Constraint(comparison, UNIT, f"{operation} in {self.where}"))
 
-    def constrain(self, value: Any, axis: Axis, what: str) -> None:
+    def constrain(self, value: Any, axis: Axis, operation: str) -> None:
         """A size argument and the axis it describes."""
         if isinstance(value, TracedInt):
-            self.constraints.append(Constraint(value.expr, axis, f"{what} in {self.where}"))
+            self.constraints.append(Constraint(value.expr, axis, f"{operation} in {self.where}"))
         elif isinstance(value, int) and value not in {-1, 1} and axis is not UNIT:
-            self.fix(axis, f"the number {value} is written into the code ({what})")
+            self.fix(axis, f"the number {value} is written into the code ({operation})")

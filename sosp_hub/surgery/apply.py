@@ -129,11 +129,11 @@ def check_arguments(model: object, graph: object, plan: object) -> None:
 
 def check_model(model: nn.Module, graph: Graph) -> None:
     """Raises PlanError unless ``graph`` was traced from this model."""
-    found = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, axes in graph.tensors.items():
         expected = [size_of(axis) for axis in axes]
-        if name not in found or list(found[name].shape) != expected:
-            given = list(found[name].shape) if name in found else "no such tensor"
+        if name not in tensors or list(tensors[name].shape) != expected:
+            given = list(tensors[name].shape) if name in tensors else "no such tensor"
             raise PlanError(
                 f"this is not the model that was traced: {name!r} has {given}, "
                 f"expected {expected}; trace it again"
@@ -171,9 +171,9 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     parameter = parameter_table(module).get(leaf)
-    found = parameter if parameter is not None else buffer_table(module)[leaf]
-    assert found is not None
-    return found
+    tensor = parameter if parameter is not None else buffer_table(module)[leaf]
+    assert tensor is not None
+    return tensor
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

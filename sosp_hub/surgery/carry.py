@@ -135,17 +135,17 @@ def _carried_state(
     return value
 
 
-def _carry_module(what: nn.Module, graph: Graph, plan: PruningPlan) -> None:
-    average = _copy_of_the_model(what, graph)
+def _carry_module(module: nn.Module, graph: Graph, plan: PruningPlan) -> None:
+    average = _copy_of_the_model(module, graph)
     smaller = cut(fold(copy_model(average), graph, plan), graph, plan)
     average.__dict__.clear()
     average.__dict__.update(smaller.__dict__)
 
 
-def _copy_of_the_model(what: nn.Module, graph: Graph) -> nn.Module:
+def _copy_of_the_model(averaged: nn.Module, graph: Graph) -> nn.Module:
     """The outermost module inside that looks like the model before the cut."""
     first: PlanError | None = None
-    for module in what.modules():
+    for module in averaged.modules():
         try:
             check_model(module, graph)
         except PlanError as error:
@@ -153,7 +153,7 @@ def _copy_of_the_model(what: nn.Module, graph: Graph) -> nn.Module:
         else:
             return module
     raise PlanError(
-        f"carry: nothing in this {type(what).__name__} is a copy of the model before the cut "
+        f"carry: nothing in this {type(averaged).__name__} is a copy of the model before the cut "
         f"({first})"
     ) from first
 

@@ -212,9 +212,9 @@ def _create(
                 return create()
         return create()
     except _ERRORS as error:
-        said = " ".join(str(error).split())[:600] or type(error).__name__
+        message = " ".join(str(error).split())[:600] or type(error).__name__
         raise ModelError(
-            f"model: timm cannot build {section.id!r} with {kwargs}: {said}"
+            f"model: timm cannot build {section.id!r} with {kwargs}: {message}"
         ) from error
 
 

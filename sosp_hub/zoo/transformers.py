@@ -128,10 +128,10 @@ def _loading(section: ModelSection, source: Path | str) -> Iterator[None]:
     except SospHubError:
         raise
     except _ERRORS as error:
-        said = " ".join(str(error).split())[:600]
+        message = " ".join(str(error).split())[:600]
         raise ModelError(
             f"model: transformers {transformers.__version__} cannot load {section.id!r} for "
-            f"{section.task}: {said}"
+            f"{section.task}: {message}"
         ) from error
 
 
@@ -164,11 +164,11 @@ def _config(section: ModelSection, source: Path | str, data: DataInfo | None) ->
             "write another task, or give another model"
         )
     if not section.pretrained and data is not None:
-        found = {
+        settings = {
             "num_channels": data.image_shape and data.image_shape[0],
             "image_size": data.image_size,
         }
-        for key, value in found.items():
+        for key, value in settings.items():
             if value and hasattr(config, key) and key not in chosen:
                 setattr(config, key, value)
     return config
@@ -177,8 +177,8 @@ def _config(section: ModelSection, source: Path | str, data: DataInfo | None) ->
 def _outputs(section: ModelSection, config: Any) -> int | None:
     """Outputs of the head among the weights; None where they bring none for this task."""
     names = {cls.__name__ for cls in classes_for(_auto(section), type(config))}
-    found = section.pretrained and names.intersection(config.architectures or ())
-    return config.num_labels if found else None
+    has_head = section.pretrained and names.intersection(config.architectures or ())
+    return config.num_labels if has_head else None
 
 
 def _order(data: DataInfo | None, config: Any) -> tuple[int, ...] | None:

@@ -30,13 +30,15 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader])
     for path, number in _numbers(config):
         key = path.rpartition(".")[2].lower()
         if _LABELS.search(key):
-            most, said = largest, f"have no size above {largest}"
+            most, limit = largest, f"have no size above {largest}"
         elif _LAYERS.search(key) and not key.endswith(_NO_COUNTS):
-            most, said = len(tensors), f"hold {len(tensors)} tensors"
+            most, limit = len(tensors), f"hold {len(tensors)} tensors"
         else:
             continue
         if number > max(most, _ALWAYS_ALLOWED):
-            raise CheckpointError(f"config.json: {path}: {_short(number)}, the weight files {said}")
+            raise CheckpointError(
+                f"config.json: {path}: {_short(number)}, the weight files {limit}"
+            )
 
 
 def check_code(config: Mapping[str, Any]) -> None:

@@ -64,17 +64,17 @@ def diff(
     Raises:
         CheckpointError: A difference that the format cannot say; names the module.
     """
-    found = _Found(original, shared_configs, rewritten)
-    found.walk(skeleton, model, "", skip)
+    differences = _Found(original, shared_configs, rewritten)
+    differences.walk(skeleton, model, "", skip)
     return Section(
         cls=type(model).__name__,
-        modules=found.modules,
-        configs=found.configs,
-        tensors=found.tensors,
-        biases=tuple(found.biases),
-        replaced=found.replaced,
-        dropped=tuple(found.dropped),
-        growth=found.growth,
+        modules=differences.modules,
+        configs=differences.configs,
+        tensors=differences.tensors,
+        biases=tuple(differences.biases),
+        replaced=differences.replaced,
+        dropped=tuple(differences.dropped),
+        growth=differences.growth,
     )
 
 

@@ -101,17 +101,17 @@ def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}")
     placed = read_index(folder)
-    found: dict[str, TensorHeader] = {}
+    tensors: dict[str, TensorHeader] = {}
     for name in sorted(set(placed.values())):
         if not (folder / name).is_file():
             raise CheckpointError(f"{INDEX}: names {name}, which is missing from {folder}")
-        found |= _read_file(folder / name)
+        tensors |= _read_file(folder / name)
     for tensor, file in placed.items():
-        if tensor not in found or found[tensor].file != file:
+        if tensor not in tensors or tensors[tensor].file != file:
             raise CheckpointError(
                 f"{INDEX}: weight_map places {tensor!r} in {file}, which does not hold it"
             )
-    return found
+    return tensors
 
 
 def read_index(folder: Path) -> dict[str, str]:

@@ -65,14 +65,14 @@ def feature_entries(model: nn.Module) -> list[dict[str, Any]]:
 
 def _shapes(model: nn.Module, entries: Sequence[Mapping[str, Any]]) -> _Shapes:
     inputs: Any = made_up_inputs(model)
-    found: _Shapes = {}
+    shapes: _Shapes = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, *values: Any) -> None:  # noqa: ARG001
             value = values[-1]
             value = value[0] if isinstance(value, tuple) else value
             if isinstance(value, Tensor):
-                found[name] = tuple(value.shape)
+                shapes[name] = tuple(value.shape)
 
         return hook
 
@@ -87,14 +87,14 @@ def _shapes(model: nn.Module, entries: Sequence[Mapping[str, Any]]) -> _Shapes:
     try:
         with torch.no_grad():
             features = runs.forward_features(*inputs)
-            found["num_features"] = tuple(features.shape)
+            shapes["num_features"] = tuple(features.shape)
             hidden = runs.forward_head(features, pre_logits=True)
-            found["head_hidden_size"] = tuple(hidden.shape)
+            shapes["head_hidden_size"] = tuple(hidden.shape)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return found
+    return shapes
 
 
 def _same_place(size: int, before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> int:

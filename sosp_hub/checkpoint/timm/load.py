@@ -192,8 +192,8 @@ def delta_of(model: nn.Module, args: Mapping[str, Any] | None = None) -> Delta:
         return Delta("timm", timm.__version__, sosp_hub.__version__, section)
     dense = [entry["num_chs"] for entry in feature_entries(skeleton)]
     numbers = {name: getattr(skeleton, name, None) for name in ("num_features", "head_hidden_size")}
-    channels, found = announced_channels(model, skeleton)
-    changed = {name: value for name, value in found.items() if value != numbers[name]}
+    channels, new_numbers = announced_channels(model, skeleton)
+    changed = {name: value for name, value in new_numbers.items() if value != numbers[name]}
     if changed:
         root = {**section.modules.get("", {}), **changed}
         section = dataclasses.replace(section, modules={**section.modules, "": root})

@@ -42,7 +42,7 @@ def best_skeleton(model: PreTrainedModel) -> tuple[Any, Delta]:
     Raises:
         CheckpointError: None of them builds a model that this one could be cut from.
     """
-    found: list[tuple[int, Any, Delta]] = []
+    candidates: list[tuple[int, Any, Delta]] = []
     failed: Exception | None = None
     for config in _configs(model):
         try:
@@ -52,12 +52,12 @@ def best_skeleton(model: PreTrainedModel) -> tuple[Any, Delta]:
             continue
         if delta.empty:
             return adapter.plain_config(config), delta
-        found.append((_num_entries(delta), config, delta))
-    if not found:
+        candidates.append((_num_entries(delta), config, delta))
+    if not candidates:
         raise CheckpointError(
             f"{type(model).__name__}: no config builds its skeleton ({failed})"
         ) from failed
-    _, config, delta = min(found, key=lambda each: each[0])
+    _, config, delta = min(candidates, key=lambda each: each[0])
     return adapter.plain_config(config), delta
 
 
@@ -82,19 +82,19 @@ def uniform_config(model: PreTrainedModel, config: Any, delta: Delta) -> tuple[A
                 return None, obstacle or _NO_NUMBER
             try:
                 candidate = _with(config, position, key, value)
-                found = adapter.delta_of(model, candidate, original)
+                remaining = adapter.delta_of(model, candidate, original)
             except _REFUSALS:
                 continue
-            if _num_entries(found) >= left:
+            if _num_entries(remaining) >= left:
                 continue
             try:
                 _check(candidate)
             except _REFUSALS as error:
-                if _num_entries(found) < refused_left:
-                    refused_left = _num_entries(found)
+                if _num_entries(remaining) < refused_left:
+                    refused_left = _num_entries(remaining)
                     obstacle = _refusal(config, position, key, value, error)
                 continue
-            config, delta, left = candidate, found, _num_entries(found)
+            config, delta, left = candidate, remaining, _num_entries(remaining)
             break
         else:
             return None, obstacle or _NO_NUMBER

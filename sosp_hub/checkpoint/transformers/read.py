@@ -64,16 +64,16 @@ def _check_all_read(
         ],
         "mismatched": list(_names(info, "mismatched")),
     }
-    for what, names in faults.items():
+    for fault, names in faults.items():
         if names:
             raise CheckpointError(
-                f"{folder}: {what} tensors: {', '.join(names[:_SHOWN])} "
-                f"({len(names)} in all) do not fit the config{_advice(what, names, model)}"
+                f"{folder}: {fault} tensors: {', '.join(names[:_SHOWN])} "
+                f"({len(names)} in all) do not fit the config{_advice(fault, names, model)}"
             )
 
 
-def _names(info: Mapping[str, Any], what: str) -> Iterator[str]:
-    for entry in sorted(info.get(f"{what}_keys") or (), key=str):
+def _names(info: Mapping[str, Any], fault: str) -> Iterator[str]:
+    for entry in sorted(info.get(f"{fault}_keys") or (), key=str):
         yield entry if isinstance(entry, str) else str(entry[0])
 
 
@@ -95,12 +95,12 @@ def _is_of_absent_part(model: nn.Module, name: str) -> bool:
     return False
 
 
-def _advice(what: str, names: list[str], model: nn.Module) -> str:
-    if what == "missing" and all(_is_of_head(model, name) for name in names):
+def _advice(fault: str, names: list[str], model: nn.Module) -> str:
+    if fault == "missing" and all(_is_of_head(model, name) for name in names):
         return (
             "; a new head comes with model_class= (another class than config.json names), and "
             "has to be trained"
         )
-    if what == "unexpected" and all(_is_of_absent_part(model, name) for name in names):
+    if fault == "unexpected" and all(_is_of_absent_part(model, name) for name in names):
         return f"; model_class={type(model).__name__} leaves these parts out"
     return ""

@@ -92,12 +92,12 @@ def describe(model: PreTrainedModel) -> Described:
     obstacle = "its config does not say how its inputs look, so no config could be compared"
     if inputs is not None:
         plain = dataclasses.replace(delta, base=Section(delta.base.cls), head=None)
-        found, obstacle = native.uniform_config(model, config, delta)
-        rebuilt = None if found is None else _rebuild(model, found, plain)
+        native_config, obstacle = native.uniform_config(model, config, delta)
+        rebuilt = None if native_config is None else _rebuild(model, native_config, plain)
         if rebuilt is not None and not _lasting_buffers(rebuilt, model):
             proof.adopt(rebuilt, model)
             if proof.same_output(rebuilt, model, inputs):
-                return Described(found, plain, "")
+                return Described(native_config, plain, "")
         obstacle = obstacle or "the model that a plain config builds computes something else"
     return Described(config, _proved(model, config, delta, inputs), obstacle)
 

@@ -83,14 +83,14 @@ def cka_matrix(
     matrix = (flat / rows).view(size, size)
     if not matrix.isfinite().all():
         first = int((~matrix.diagonal().isfinite()).long().argmax())
-        what = (
+        source = (
             f"what comes out of {blocks[first - 1]!r}"
             if first
             else "what goes into the first layer"
         )
         raise CriterionError(
-            f"{what} is the same for all samples of a batch (or not finite), so its similarity is "
-            "not known; give batches of several different samples"
+            f"{source} is the same for all samples of a batch (or not finite), so its similarity "
+            "is not known; give batches of several different samples"
         )
     return matrix.numpy()
 

@@ -19,8 +19,10 @@ from sosp_hub.structure.rules.registry import Operation, broadcast, rule, tensor
 from sosp_hub.structure.terms import Terms
 
 
-def _contract(terms: Terms, left: Tensor, one: Axis, right: Tensor, two: Axis, what: str) -> None:
-    unify(one, two, f"{what} in {terms.where}")
+def _contract(
+    terms: Terms, left: Tensor, one: Axis, right: Tensor, two: Axis, operation: str
+) -> None:
+    unify(one, two, f"{operation} in {terms.where}")
     if not terms.is_parameter(right):
         terms.read(left, one, -1)
     terms.read(
@@ -125,25 +127,25 @@ def attention(
     *lead_q, length, width = terms.of(query)
     *lead_k, places, width_k = terms.of(key)
     *lead_v, places_v, width_v = terms.of(value)
-    what = f"attention in {terms.where}"
-    unify(width, width_k, what)
-    unify(places, places_v, what)
+    operation = f"attention in {terms.where}"
+    unify(width, width_k, operation)
+    unify(places, places_v, operation)
     mark(width, "contracted")
     if not scaled:
         terms.mix(width, "attention is scaled by 1/sqrt(its size)")
     for one, two in zip(lead_k, lead_v, strict=True):
-        unify(one, two, what)
+        unify(one, two, operation)
     for i, (one, two) in enumerate(zip(lead_q, lead_k, strict=True)):
         if size_of(one) != size_of(two) and i == len(lead_q) - 1:
             copies = free(size_of(one) // size_of(two))
             mark(copies, "copies")
-            unify(one, Prod((two, copies)), what)
+            unify(one, Prod((two, copies)), operation)
         elif size_of(one) == size_of(two):
-            unify(one, two, what)
+            unify(one, two, operation)
     mark(lead_q[-1] if lead_q else UNIT, "head")
-    pin(places, what)
+    pin(places, operation)
     if mask is not None:
-        broadcast(terms, [(*lead_q, length, places), terms.of(mask)], what)
+        broadcast(terms, [(*lead_q, length, places), terms.of(mask)], operation)
     terms.multiply(*lead_q, length, width, places)
     terms.multiply(*lead_q, length, places, width_v)
     terms.set(out, [*lead_q, length, width_v])

@@ -136,7 +136,7 @@ def unknown(terms: Terms, op: Operation) -> None:
         terms.axes[tensor] = tuple(fixed(size, where) for size in tensor.shape)
 
 
-def broadcast(terms: Terms, operands: Sequence[Axes], what: str) -> list[Axis]:
+def broadcast(terms: Terms, operands: Sequence[Axes], operation: str) -> list[Axis]:
     """Axes of the broadcast of several operands, aligned at the right."""
     result: list[Axis] = [UNIT] * max((len(axes) for axes in operands), default=0)
     for axes in operands:
@@ -146,7 +146,7 @@ def broadcast(terms: Terms, operands: Sequence[Axes], what: str) -> list[Axis]:
             if size_of(result[-position]) == 1:
                 result[-position] = axis
             else:
-                unify(result[-position], axis, f"{what} in {terms.where}")
+                unify(result[-position], axis, f"{operation} in {terms.where}")
     return result
 
 

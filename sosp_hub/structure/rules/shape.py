@@ -38,7 +38,7 @@ def _view(terms: Terms, op: Operation) -> None:
     carry_source(terms, source, op.out)
 
 
-def reshape(terms: Terms, axes: list[Axis], sizes: list[int], what: str) -> list[Axis]:
+def reshape(terms: Terms, axes: list[Axis], sizes: list[int], operation: str) -> list[Axis]:
     """Row-major regrouping: factors are taken from the left, split where a border falls inside."""
     factors: list[Axis] = [axis for axis in axes if size_of(axis) != 1]
     result: list[Axis] = []
@@ -57,15 +57,17 @@ def reshape(terms: Terms, axes: list[Axis], sizes: list[int], what: str) -> list
                 factors[:0] = parts
                 continue
             halves = (
-                split(factor, missing, f"{what} in {terms.where}")
+                split(factor, missing, f"{operation} in {terms.where}")
                 if length % missing == 0
                 else None
             )
             if halves is None:
                 for axis in (*taken, factor, *factors):
-                    terms.fix(axis, f"`{what}` regroups {[size_of(a) for a in axes]} as {sizes}")
+                    terms.fix(
+                        axis, f"`{operation}` regroups {[size_of(a) for a in axes]} as {sizes}"
+                    )
                 return result + [
-                    fixed(rest, f"`{what}` in {terms.where}") for rest in sizes[position:]
+                    fixed(rest, f"`{operation}` in {terms.where}") for rest in sizes[position:]
                 ]
             taken.append(halves[0])
             factors.insert(0, halves[1])
