@@ -10,6 +10,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
     broadcast_object_list,
+    gather_object,
     reduce,
     send_to_device,
 )
@@ -55,6 +56,11 @@ def process_rows(rows: Tensor) -> Tensor:
     start = sum(lengths[: state.process_index])
     whole[start : start + len(rows)] = rows
     return process_sum(whole)
+
+
+def processes_together(entries: list[Any]) -> list[Any]:
+    """The entries of all processes, one behind the other; of any kind."""
+    return gather_object(entries) if process_state().num_processes > 1 else entries
 
 
 def to_device(batch: Any) -> Any:

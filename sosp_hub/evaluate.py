@@ -13,15 +13,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sosp_hub.distributed import process_sum, to_device
+from sosp_hub.distributed import process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
 from sosp_hub.tasks.loss import Loss, batch_loss
-from sosp_hub.tasks.metrics import ROOTS, Meter
+from sosp_hub.tasks.metrics import ROOTS, Meter, OfAll
 
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
 
 _LOSS, _CORRECT, _METERS = 0, 1, 2  # rows of the sums; then one for each meter and class
+_PARTS = 20  # that a metric of all samples is computed without in turn, for its standard error
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def evaluate(
     *,
     class_names: Sequence[str] = (),
     loss_fn: "LossFn | None" = None,
-    meters: Mapping[str, Meter] = MappingProxyType({}),
+    meters: Mapping[str, Meter | OfAll] = MappingProxyType({}),
 ) -> dict[str, Metric]:
     """Measures a model on the batches of all processes; each sample counts once.
 
@@ -66,14 +67,23 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    used = [name for name in metrics if name in meters]
+    of_all, own_meters = dict[str, tuple[OfAll, list[Any]]](), dict[str, Meter]()
+    for name in metrics:
+        meter = meters.get(name)
+        if isinstance(meter, OfAll):
+            of_all[name] = (meter, [])
+        elif meter is not None:
+            own_meters[name] = meter
+    used = list(own_meters)
     first_class = _METERS + len(used)
     sums = torch.zeros(first_class, 6, dtype=torch.float64)
     try:
         for batch in batches:
             batch = to_device(batch)
             loss = batch_loss(model, batch, loss_fn)
-            own = [_moments_of(*meters[name](loss, batch)) for name in used]
+            own = [_moments_of(*meter(loss, batch)) for meter in own_meters.values()]
+            for meter, samples in of_all.values():
+                samples.extend(meter.collect(model, loss, batch))
             rows = _sums(loss).cpu()
             new = torch.cat([rows[:_METERS], *own, rows[_METERS:]])
             sums = new + F.pad(sums, (0, 0, 0, len(new) - len(sums)))
@@ -95,6 +105,9 @@ def evaluate(
             loss = _ratio(sums[_LOSS])
             value = math.exp(min(loss.value, 700.0))
             metrics_by_name[name] = Metric(value, loss.n, loss.stderr and value * loss.stderr)
+        elif name in of_all:
+            meter, samples = of_all[name]
+            metrics_by_name[name] = _of_all(meter, processes_together(samples))
         elif name in used:
             ratio = _ratio(sums[_METERS + used.index(name)])
             if name in ROOTS:
@@ -138,6 +151,19 @@ def measure_latency(
             synchronize()
             mine.append(time.perf_counter() - start)
     return [statistics.median(mine[3:]) for mine in seconds]  # the first ones warm up
+
+
+def _of_all(meter: OfAll, samples: Sequence[Any]) -> Metric:
+    """With the standard error of a jackknife that leaves out a twentieth of the samples in turn."""
+    value, num = meter.value(samples), min(_PARTS, len(samples))
+    if num < 2:
+        return Metric(value, len(samples), None)
+    without = [
+        meter.value([sample for i, sample in enumerate(samples) if i % num != part])
+        for part in range(num)
+    ]
+    spread = (num - 1) * statistics.pvariance(without)
+    return Metric(value, len(samples), math.sqrt(spread) if math.isfinite(spread) else None)
 
 
 def _sums(loss: Loss) -> Float[Tensor, "rows 6"]:

@@ -4,6 +4,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
@@ -21,6 +22,8 @@ from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
 from sosp_hub.structure.isolation import isolated
+from sosp_hub.tasks.batches import has_targets
+from sosp_hub.tasks.own_outputs import OwnOutputs
 from sosp_hub.types import DEFAULT_KINDS, GateKind, Kind
 
 if TYPE_CHECKING:
@@ -81,7 +84,8 @@ def score(
         graph: What ``trace`` found in it.
         batches: Calibration data, ``(inputs, labels)`` or dicts; ``[]`` where none is needed.
         criterion: Name of the criterion, or the criterion itself.
-        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy, and for
+            dicts of inputs alone the divergence from the model's own outputs (`OwnOutputs`).
         kinds: Kinds of structures to score; None = channels, heads, KV groups and neurons, or
             layers where the criterion scores those alone.
         seed: Of everything random.
@@ -116,11 +120,9 @@ def score(
     else:
         method = criterion
     check_per(method, per)
-    if getattr(loss_fn, "at_minimum", False) and method.first_order:
-        raise CriterionError(
-            f"criterion {method.name!r} ranks by the gradient, which is zero where a model is "
-            f"compared with its own outputs; use sosp_h, sosp_i or hap, or a loss with labels"
-        )
+    if method.needs == "labels" and curvature is None:
+        batches, loss_fn = _own_outputs_where_alone(batches, loss_fn)
+    check_loss(method, loss_fn)
     groups = scorable_groups(graph, type(method), kinds)
     if isinstance(method, GateCriterion):
         groups = _with_gates(model, groups, method.name, method.gate)
@@ -187,6 +189,40 @@ def check_per(criterion: Criterion, per: str | None) -> None:
             f"criterion {criterion.name!r}: per={per} divides scores by what a structure costs, "
             f"and {why}; {instead}"
         )
+
+
+def check_loss(criterion: Criterion, loss_fn: "LossFn | None") -> None:
+    """Refuses to rank by a gradient that is zero.
+
+    Raises:
+        CriterionError: Says which criteria rank all the same.
+    """
+    if getattr(loss_fn, "at_minimum", False) and criterion.first_order:
+        raise CriterionError(
+            f"criterion {criterion.name!r} ranks by the gradient, which is zero where a model is "
+            f"compared with its own outputs; use sosp_h, sosp_i or hap, or a loss with labels"
+        )
+
+
+def _own_outputs_where_alone(
+    batches: "Batches", loss_fn: "LossFn | None"
+) -> "tuple[Batches, LossFn | None]":
+    """The comparison with the model's own outputs, where batches are dicts of inputs alone."""
+    if loss_fn is not None:
+        return batches, loss_fn
+    if isinstance(batches, Iterator):
+        first = next(batches, None)
+        batches = batches if first is None else chain([first], batches)
+    else:
+        first = next(iter(batches), None)
+    if not isinstance(first, Mapping) or has_targets(first):
+        return batches, None
+    logger.info(
+        "the batches hold inputs alone (%s): the loss is the divergence from the model's own "
+        "outputs, as of sosp_hub.tasks.OwnOutputs()",
+        ", ".join(map(str, first)),
+    )
+    return batches, OwnOutputs(None)
 
 
 def _units(graph: HasGroups, groups: Groups, per: Quantity | None) -> "Saliency | None":

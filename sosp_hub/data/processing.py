@@ -49,7 +49,23 @@ class TextProcessing:
     label_order: tuple[int, ...] | None = None
 
 
-Processing = ImageProcessing | TextProcessing
+@dataclass(frozen=True)
+class OwnProcessing:
+    """A model's own processor, which a task calls itself.
+
+    Attributes:
+        own: Of transformers: for images, audio, or several kinds at once; None where the model
+            needs none.
+        config: Of the model.
+        label_order: As in `ImageProcessing`.
+    """
+
+    own: Any
+    config: Any
+    label_order: tuple[int, ...] | None = None
+
+
+Processing = ImageProcessing | TextProcessing | OwnProcessing
 
 
 def per_channel(values: Iterable[float], num_channels: int) -> tuple[float, ...]:

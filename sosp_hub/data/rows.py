@@ -159,13 +159,13 @@ class TableRows:
     """Columns of any values, by the key of a recipe's section ``data``.
 
     Attributes:
-        columns: Of equal length.
+        columns: Of equal length; lists, or what has a length and a ``take`` of its own.
         where: The source, for messages.
         labels: None; classes are in the columns.
         class_names: Where the source lists them, or once they are known.
     """
 
-    columns: Mapping[str, Sequence[Any]]
+    columns: Mapping[str, Any]
     where: str = ""
     labels: None = None
     class_names: tuple[str, ...] = ()
@@ -175,7 +175,10 @@ class TableRows:
 
     def take(self, indices: Sequence[int]) -> Self:
         """These samples, in this order."""
-        columns = {key: [values[i] for i in indices] for key, values in self.columns.items()}
+        columns = {
+            key: values.take(indices) if hasattr(values, "take") else [values[i] for i in indices]
+            for key, values in self.columns.items()
+        }
         return replace(self, columns=columns)
 
 

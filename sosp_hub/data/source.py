@@ -16,7 +16,7 @@ from sosp_hub.data.rows import IMAGE_SUFFIXES, ImageRows, PixelRows, Rows, image
 from sosp_hub.data.tables import TABLE_SUFFIXES, files_of_split, read_table, table_files
 from sosp_hub.errors import DataError
 from sosp_hub.recipe.schema import DataSection
-from sosp_hub.recipe.tasks import Task, find_task
+from sosp_hub.recipe.tasks import Inputs, Task, find_task, tasks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +41,7 @@ class DataInfo:
         std: As ``mean``.
         image_size: Pixels that the recipe asks for.
         problem: What a label is: one class, a list of classes, or a number.
+        inputs: What a sample is, where the task does not say; None = as the task says.
     """
 
     num_labels: int | None = None
@@ -50,6 +51,7 @@ class DataInfo:
     std: tuple[float, ...] | None = None
     image_size: int | None = None
     problem: Problem = "single_label"
+    inputs: Inputs | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,11 +136,16 @@ def open_data(section: DataSection, task: str, *, seed: int = 0) -> OpenData:
 def classified(data: OpenData) -> OpenData:
     """Numbers for labels, then the subsets, then small images into memory."""
     names, train, test = code_labels(data.train, data.test, data.name)
-    train = train.take(data.pick(len(train), "train"))
-    test = test.take(data.pick(len(test), "test"))
+    info = replace(data.info, num_labels=len(names), class_names=names)
+    return in_memory(replace(data, info=info, train=train, test=test))
+
+
+def in_memory(data: OpenData) -> OpenData:
+    """The subsets, with images in memory where they are small, and then their statistics."""
+    data = picked(data)
+    train, test, info = data.train, data.test, data.info
     if isinstance(train, ImageRows) and isinstance(test, ImageRows):
         train, test = _in_memory(train, test)
-    info = replace(data.info, num_labels=len(names), class_names=names)
     if isinstance(train, PixelRows):
         sample = train.pixels[:_STATISTICS_OF].double() / 255
         info = replace(
@@ -147,7 +154,7 @@ def classified(data: OpenData) -> OpenData:
             mean=tuple(sample.mean((0, 2, 3)).tolist()),
             std=tuple(sample.std((0, 2, 3)).clamp(min=1e-3).tolist()),
         )
-    return replace(data, info=info, train=train, test=test, held_out=None)
+    return replace(data, info=info, train=train, test=test)
 
 
 def with_several(data: OpenData) -> OpenData:
@@ -183,7 +190,7 @@ def _in_memory(train: ImageRows, test: ImageRows) -> tuple[Rows, Rows]:
 def _find(section: DataSection, task: Task) -> tuple[str, Any, Any]:
     """Name, train and test; test is None where it has to be held out of train."""
     if section.path is None and section.id == DIGITS:
-        _need(task, "image-classification", DIGITS)
+        _need_pixels(task, DIGITS)
         for key, expected in (("train", ("train",)), ("test", ("test", None))):
             if getattr(section, key) not in expected:
                 raise _no_split(section, key, DIGITS, "train and test")
@@ -211,16 +218,14 @@ def _local(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
             )
         return _columns(read_table([path]), section, task, str(path)), None
     if is_idx_folder(path):
-        _need(task, "image-classification", str(path))
+        _need_pixels(task, str(path))
         test = None if section.test is None else read_idx_split(path, section.test)
         return read_idx_split(path, section.train), test
-    if task.name == "image-classification" and _has_images(path):
+    if task.pixels and _has_images(path):
         return _split_folders(path, section)
     files = table_files(path)
     if not files:
-        kinds = (
-            "images in one subfolder per class, or " if task.name == "image-classification" else ""
-        )
+        kinds = "images in one subfolder per class, or " if task.pixels else ""
         raise DataError(
             f"data.path: {path} holds no data for {task.name}; expected {kinds}files of "
             f"{', '.join(sorted(TABLE_SUFFIXES))}"
@@ -281,14 +286,18 @@ def _from_hub(section: DataSection, task: Task) -> tuple[Rows, Rows | None]:
 
 
 def _columns(table: "Dataset", section: DataSection, task: Task, where: str) -> Rows:
-    """The columns that the task needs."""
+    """The columns that the task needs; ``a.b`` names a part of a column."""
+    named = (str(getattr(section, key)) for key in task.columns)
+    if any("." in name and name not in table.column_names for name in named):
+        table = table.flatten()
     check_columns(table, section, task.columns, where)
     return task.rows(table, section, where)
 
 
-def _need(task: Task, expected: str, where: str) -> None:
-    if task.name != expected:
-        raise DataError(f"data: {where} is for {expected}, but model.task is {task.name}")
+def _need_pixels(task: Task, where: str) -> None:
+    if not task.pixels:
+        able = " or ".join(name for name, other in tasks().items() if other.pixels)
+        raise DataError(f"data: {where} is for {able}, but model.task is {task.name}")
 
 
 def _no_split(section: DataSection, key: str, where: str, listed: str) -> DataError:

@@ -1,6 +1,6 @@
 """What every split is to those who batch it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -45,3 +45,45 @@ class Part(Split):
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """The batch of these samples."""
         return self.split.__getitems__([self.indices[i] for i in indices])
+
+
+class MadeSplit(Split):
+    """Batches that a function makes of the rows when they are asked for.
+
+    Args:
+        num: Samples.
+        make: From their positions to a finished batch; worker processes call it too.
+        class_names: Names of the labels.
+    """
+
+    def __init__(
+        self,
+        num: int,
+        make: Callable[[Sequence[int]], Any],
+        class_names: tuple[str, ...] = (),
+    ) -> None:
+        self._num, self._make = num, make
+        self.class_names, self.num_labels = class_names, len(class_names) or None
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        return self._make(indices)
+
+
+class InputsAlone(Split):
+    """The inputs of a split: a dict without labels, or ``(inputs, inputs)``."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self.num_labels, self.class_names = None, ()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        batch = self.split.__getitems__(indices)
+        if isinstance(batch, dict):
+            return {name: value for name, value in batch.items() if name != "labels"}
+        return batch[0], batch[0]

@@ -130,6 +130,29 @@ class EncodedSplit(Split):
         return torch.tensor([[*gap, *text] if self._left else [*text, *gap] for text, gap in pairs])
 
 
+def encode(
+    texts: Sequence[str],
+    processing: TextProcessing,
+    max_length: int,
+    labels: Sequence[Any] | None = None,
+) -> Any:
+    """What the tokenizer makes of texts, cut at the longest length allowed.
+
+    Raises:
+        DataError: A text without a token; its label is named where there is one.
+    """
+    length = allowed_length(processing, max_length)
+    encoded = processing.tokenizer(list(texts), truncation=True, max_length=length)
+    empty = next((i for i, ids in enumerate(encoded["input_ids"]) if not ids), None)
+    if empty is not None:
+        label = "" if labels is None else f" (label {labels[empty]})"
+        raise DataError(
+            f"data.text: the text {shortened(repr(texts[empty]))}{label} gives no token; take out "
+            "samples without text"
+        )
+    return encoded
+
+
 class LabelledTextSplit(EncodedSplit):
     """Texts cut at the longest length allowed, with a label each."""
 
@@ -141,14 +164,7 @@ class LabelledTextSplit(EncodedSplit):
         max_length: int,
         problem: Problem = "single_label",
     ) -> None:
-        length = allowed_length(processing, max_length)
-        encoded = processing.tokenizer(list(rows.texts), truncation=True, max_length=length)
-        empty = next((i for i, ids in enumerate(encoded["input_ids"]) if not ids), None)
-        if empty is not None:
-            raise DataError(
-                f"data.text: the text {shortened(repr(rows.texts[empty]))} (label "
-                f"{(rows.labels or ())[empty]}) gives no token; take out samples without text"
-            )
+        encoded = encode(rows.texts, processing, max_length, rows.labels)
         dtype = torch.int64 if problem == "single_label" else torch.float32
         labels = torch.as_tensor(rows.labels, dtype=dtype)
         if (order := processing.label_order) is not None:

@@ -15,7 +15,7 @@ from torch import nn
 from sosp_hub.compat.huggingface_hub import git_hash
 from sosp_hub.cut import from_pretrained
 from sosp_hub.data.loading import load_split, make_loader
-from sosp_hub.data.source import open_data
+from sosp_hub.data.source import DataInfo, open_data
 from sosp_hub.errors import HubError, PlanError, SospHubError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.hub.attempts import Patience, check_token, explain, persistently
@@ -24,6 +24,7 @@ from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import find_task
 from sosp_hub.report.facts import overall_metrics
+from sosp_hub.report.listing import DENSE
 from sosp_hub.report.markers import read_card
 from sosp_hub.report.numbers import is_share, metric_value
 from sosp_hub.report.schema import read_report
@@ -233,9 +234,23 @@ def _evaluate(
             break
         batches.append(batch)
         left -= recipe.evaluate.batch_size
-    meters = find_task(recipe.model.task).meters(data.info)
-    measured = evaluate(model, batches, names, meters=meters)
+    task = find_task(recipe.model.task)
+    loss_fn = task.loss_fn(model, None if task.learns else _dense(folder, recipe, data.info))
+    meters = task.meters(data.info, loaded.processor)
+    measured = evaluate(model, batches, names, loss_fn=loss_fn, meters=meters)
     return {name: {"value": m.value, "n": m.n, "stderr": m.stderr} for name, m in measured.items()}
+
+
+def _dense(folder: Path, recipe: Recipe, info: DataInfo) -> nn.Module:
+    """The model that a published one is compared with: kept beside it, or named in the recipe."""
+    if (folder / DENSE).is_dir():
+        return from_pretrained(str(folder / DENSE))
+    if not recipe.model.pretrained:
+        raise HubError(
+            f"{recipe.model.task} is measured against the dense model, which was random and is not "
+            f"kept in {DENSE}/"
+        )
+    return load_model(recipe.model, data=info).model
 
 
 def _compare(name: str, published: Mapping[str, Any], measured: Mapping[str, Any]) -> Check:

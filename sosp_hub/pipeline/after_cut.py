@@ -44,6 +44,7 @@ def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
         context.train,
         config,
         augmented=context.augmented if config.augment else None,
+        loss_fn=context.loss_fn(pruned),
         teacher=context.model if config.distill else None,
         checkpoint_dir=context.cache.training_state(final),
         accelerator=context.accelerator,

@@ -50,7 +50,8 @@ def held_out_losses(
         if context.recipe.recalibrates():
             recalibrate_norm(pruned, measured_on)
         batches = OnDevice(held_out, f"damping {damping:g}")
-        losses[f"{damping:g}"] = evaluate(pruned, batches, ("loss",))["loss"].value
+        measured = evaluate(pruned, batches, ("loss",), loss_fn=context.loss_fn(pruned))
+        losses[f"{damping:g}"] = measured["loss"].value
     return losses
 
 
@@ -86,7 +87,7 @@ def refine(context: Context, plan: PruningPlan, groups: Groups) -> PruningPlan:
             ", ".join(alone),
         )
         return plan
-    measure = curvature_measure(context.recipe)
+    measure = curvature_measure(context.recipe, context.loss_fn(model))
     batches, held_out = parts_of_calibration(context, hold_out=True)
     return refined(
         plan,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -18,11 +18,15 @@ from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stage_cache import StageCache
 from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.tasks import find_task
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
 from sosp_hub.structure.trace import trace
 from sosp_hub.zoo.load import Loaded, example_inputs
 from sosp_hub.zoo.load import load_model as load_from_zoo
+
+if TYPE_CHECKING:
+    from sosp_hub.types import LossFn
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,11 @@ class Context:
             )
         return self._batches[start, stop, size]
 
+    def loss_fn(self, model: nn.Module) -> "LossFn | None":
+        """The loss of the dense model or of one that was cut from it; None = the model's own."""
+        dense = None if model is self.model else self.model
+        return find_task(self.recipe.model.task).loss_fn(model, dense)
+
     @property
     def made_dense(self) -> bool:
         """Whether the dense weights are of this run's own making, so that nobody else has them."""
@@ -191,6 +200,7 @@ def open_context(
 
 def _traced(loaded: Loaded, recipe: Recipe, accelerator: Accelerator) -> Graph:
     """The graph of a model, which then goes to its device."""
-    graph = trace(loaded.model, example_inputs(loaded), outputs=recipe.structure.outputs)
+    outputs = recipe.structure.outputs or find_task(recipe.model.task).outputs
+    graph = trace(loaded.model, example_inputs(loaded), outputs=outputs)
     loaded.model.to(accelerator.device)
     return graph

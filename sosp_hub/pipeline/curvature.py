@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -18,6 +18,9 @@ from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.structure.groups import Groups
+
+if TYPE_CHECKING:
+    from sosp_hub.types import LossFn
 
 MOST_BYTES = 100_000_000  # of a matrix that is kept with the result: 3,500 structures
 
@@ -34,7 +37,7 @@ def curvature(context: Context, groups: Groups) -> dict[str, Any]:
     """Measures the matrix; on three quarters of the calibration samples with ``damping: auto``."""
     auto = context.recipe.criterion.damping == "auto"
     batches, _ = parts_of_calibration(context, hold_out=auto)
-    measure = curvature_measure(context.recipe)
+    measure = curvature_measure(context.recipe, context.loss_fn(context.model))
     measured = measure.measure(context.model, groups, OnDevice(batches, "curvature"))
     tensors = {"gradient": torch.cat(list(measured.gradient.values()))}
     if isinstance(measured.matrix, LowRank):
@@ -96,10 +99,11 @@ def calibration_of(context: Context) -> Mapping[str, Any]:
     }
 
 
-def curvature_measure(recipe: Recipe) -> CurvatureMeasure:
+def curvature_measure(recipe: Recipe, loss_fn: "LossFn | None") -> CurvatureMeasure:
     """How the matrix is measured, whichever criterion scores."""
     options = recipe.criterion.curvature()
     protocol = Protocol(
+        loss_fn=loss_fn,
         gate=options.pop("gate"),
         micro_batch_size=getattr(recipe.criterion, "micro_batch_size", None),
         process_sum=process_sum,

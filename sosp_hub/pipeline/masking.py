@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
@@ -14,6 +14,9 @@ from sosp_hub.recipe.training import MaskTrainSection
 from sosp_hub.recovery.best import BestState, held_out_loader, hold_out
 from sosp_hub.soft_masks import SoftMasks
 
+if TYPE_CHECKING:
+    from sosp_hub.types import LossFn
+
 
 def train_with_masks(
     masks: SoftMasks,
@@ -21,6 +24,7 @@ def train_with_masks(
     augmented: Split,
     config: MaskTrainSection,
     *,
+    loss_fn: "LossFn | None",
     state: Path,
     accelerator: Accelerator,
     seed: int,
@@ -33,6 +37,7 @@ def train_with_masks(
         train: The train split; a part of it selects the epoch.
         augmented: The same samples for the other part.
         config: How to train.
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
         state: Folder for resumable state, the best epoch so far included.
         accelerator: Of this run.
         seed: Of the part, and of all that is random in training.
@@ -52,13 +57,15 @@ def train_with_masks(
 
     def select(epoch: float) -> None:
         if epoch >= first:
-            best.offer(epoch, evaluate(masks.model, loader, ("loss",))["loss"].value)
+            measured = evaluate(masks.model, loader, ("loss",), loss_fn=loss_fn)
+            best.offer(epoch, measured["loss"].value)
 
     with masks.installed():
         history = finetune(
             masks.model,
             rest,
             config,
+            loss_fn=loss_fn,
             checkpoint_dir=state,
             accelerator=accelerator,
             seed=seed,

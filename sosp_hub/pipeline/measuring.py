@@ -27,7 +27,12 @@ def measured(context: Context, model: nn.Module, label: str) -> dict[str, Any]:
     task, info = find_task(context.recipe.model.task), context.data.info
     names = metric_names(section.metrics, task, info)
     metrics = evaluate(
-        model, shown, names, class_names=context.test.class_names, meters=task.meters(info)
+        model,
+        shown,
+        names,
+        class_names=context.test.class_names,
+        loss_fn=context.loss_fn(model),
+        meters=task.meters(info, context.loaded.processor),
     )
     return {name: dataclasses.asdict(metric) for name, metric in metrics.items()}
 

@@ -68,6 +68,7 @@ def check(context: Context) -> None:
     """Refuses kinds that the model does not have and a budget that cannot be met."""
     criterion, budget = context.recipe.criterion, context.recipe.budget
     scoring.check_per(criterion, criterion.per)
+    scoring.check_loss(criterion, context.loss_fn(context.model))
     kinds = context.recipe.structure.kinds
     able = scoring.scorable_groups(context.graph_of_groups, type(criterion), kinds)
     targets = budget.targets()
@@ -137,6 +138,7 @@ def _scores(context: Context, curvature: Curvature | None, damping: float | None
         context.graph_of_groups,
         OnDevice(context.calibration_batches(), "score"),
         criterion=criterion,
+        loss_fn=context.loss_fn(context.model),
         kinds=context.recipe.structure.kinds,
         seed=context.recipe.seed,
         process_sum=process_sum,

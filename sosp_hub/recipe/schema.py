@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion
+from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion, MaskTrainedCriterion
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
 from sosp_hub.recipe.targets import Targets
 from sosp_hub.recipe.tasks import find_task
-from sosp_hub.recipe.training import FROM_RANDOM, TrainSection
+from sosp_hub.recipe.training import TrainSection
 from sosp_hub.types import DEFAULT_KINDS, Kind, Library
 
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
@@ -31,7 +31,9 @@ class ModelSection(Section):
         default=None, description="local folder; goes before `id`, which then only names it"
     )
     task: TaskName = Field(
-        description="fixes loss, example inputs and metrics; the hub's pipeline tag"
+        default="self",
+        description="fixes loss, example inputs and metrics; the hub's pipeline tag, or `self`, "
+        "which needs inputs alone and compares with the dense model's outputs",
     )
     revision: str | None = Field(default=None, description="commit, branch or tag on the hub")
     pretrained: bool = Field(
@@ -86,6 +88,9 @@ class DataSection(Section):
     answers: str = Field(
         default="answers", description="column of answers: {text: [...], answer_start: [...]}"
     )
+    first: str = Field(default="sentence1", description="column of the first text of a pair")
+    second: str = Field(default="sentence2", description="column of the second text of a pair")
+    score: str = Field(default="score", description="column of how alike the texts of a pair are")
     num_train: Count | None = Field(default=None, description="training samples used; null = all")
     num_test: Count | None = Field(default=None, description="test samples used; null = all")
     image_size: Count | None = Field(
@@ -419,18 +424,28 @@ class Recipe(Section):
                     f"evaluate.metrics.{number}: {task.name} has no {metric!r}{guess}; it has "
                     f"{', '.join(task.metrics)}"
                 )
-        if task.inputs == "images" or not self.augments():
+        if not task.learns:
+            for key, asked in (
+                ("model.train", self.model.train),
+                ("criterion.name", isinstance(self.criterion, MaskTrainedCriterion)),
+            ):
+                if asked:
+                    raise ValueError(
+                        f"{key}: {task.name} has no labels to train a dense model with; give a "
+                        "trained model, or a task with labels"
+                    )
+        if task.pixels or not self.augments():
             return self
-        raise ValueError("augment: only images are augmented; leave it out for text")
+        raise ValueError("augment: only images of one size are augmented; leave it out")
 
     def at_rate(self, training: TrainT) -> TrainT:
-        """A training with the learning rate that suits the model, where it gives none.
+        """A training with the learning rate that suits task and weights, where it gives none.
 
         A rate that trains random weights ruins pretrained ones: at 1e-3 a text classifier fell from
         62.5 % after the cut to 46.0 %, at 5e-5 it rose to 63.5 %.
         """
-        pretrained = 5e-5 if self.model.library == "transformers" else 1e-4
-        return training.at_rate(pretrained if self.model.pretrained else FROM_RANDOM)
+        task = find_task(self.model.task)
+        return training.at_rate(task.pretrained_rate if self.model.pretrained else task.random_rate)
 
     def recalibrates(self) -> bool:
         """Whether BatchNorm statistics are re-estimated after a cut."""

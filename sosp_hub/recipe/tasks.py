@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 KINDS = "sosp_hub.tasks.kinds"
+Inputs = Literal["images", "texts", "own"]
 
 
 class Task(ABC):
@@ -19,22 +20,42 @@ class Task(ABC):
     Attributes:
         name: The hub's pipeline tag.
         aliases: Other names in recipes.
-        auto_class: Class of transformers that builds the model.
-        inputs: What a sample is.
+        auto_class: Class of transformers that builds the model; "" = that of the weights.
+        other_auto_classes: Others, for models that it does not build.
+        by_type: Classes of transformers by ``model_type``, where no `auto_class` has them.
+        inputs: What a sample is; ``own`` = what the model's own processor makes of a row.
+        auto_processor: Class of transformers that loads it, for ``own``; None = there is none.
         columns: Keys of the recipe's section ``data`` whose columns are read.
+        pixels: Whether images in memory with a class each will do (idx files, digits).
+        outputs: Names of the outputs that count, where not all do.
         head: Whether the model's head has an output for each label of the data.
         metrics: What can be measured; the first is measured where a recipe says nothing.
         counted: What metrics are means over.
+        learns: Whether there is something to train a model with; else only to follow another.
+        pretrained_rate: Peak learning rate of weights that were trained.
+        random_rate: Peak learning rate of weights that were random.
+        sample: Lines of a card: their last value is what ``pipeline(name)`` is given. () = `use`.
+        has_pipeline: Whether transformers has a pipeline of this name.
     """
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     auto_class: ClassVar[str]
-    inputs: ClassVar[Literal["images", "texts"]]
+    other_auto_classes: ClassVar[tuple[str, ...]] = ()
+    by_type: ClassVar[Mapping[str, str]] = {}
+    inputs: ClassVar[Inputs]
+    auto_processor: ClassVar[str | None] = None
     columns: ClassVar[tuple[str, ...]]
+    pixels: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...] | None] = None
     head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]]
     counted: ClassVar[str] = "samples"
+    learns: ClassVar[bool] = True
+    pretrained_rate: ClassVar[float] = 5e-5
+    random_rate: ClassVar[float] = 1e-3
+    sample: ClassVar[tuple[str, ...]] = ()
+    has_pipeline: ClassVar[bool] = True
 
     @abstractmethod
     def rows(self, table: Any, section: Any, where: str) -> Any:
@@ -49,7 +70,7 @@ class Task(ABC):
         """One split as batches that a model takes (`Split`)."""
 
     def configure(self, config: Any, data: Any) -> None:  # noqa: B027 most have nothing to say
-        """What a transformers config has to say beside its labels, of a model with a new head."""
+        """What a transformers config has to say beside its labels, where these are new or none."""
 
     def default_metrics(self, info: Any) -> tuple[str, ...]:
         """What is measured where the recipe says nothing.
@@ -64,9 +85,24 @@ class Task(ABC):
     def example_inputs(self, loaded: Any, batch_size: int, num_tokens: int) -> Any:
         """Inputs for a trace or a timing, the same each time."""
 
-    def meters(self, info: Any) -> Mapping[str, Any]:
-        """Metrics of its own beside loss, accuracy and perplexity (`tasks.metrics.Meter`)."""
-        del info
+    def loss_fn(self, model: Any, dense: Any = None) -> Any:
+        """Loss of (outputs, targets) where the model's own is not the one; None = the model's own.
+
+        Args:
+            model: Whose outputs it gets.
+            dense: The model that it was cut from, whose outputs may be its targets; None = it is
+                that model.
+        """
+        del model, dense
+
+    def meters(self, info: Any, processor: Any = None) -> Mapping[str, Any]:
+        """Metrics of its own beside loss, accuracy and perplexity (`tasks.metrics`).
+
+        Args:
+            info: What is known of the data (`DataInfo`).
+            processor: How the model wants its inputs (`Processing`).
+        """
+        del info, processor
         return {}
 
     def use(self) -> list[str]:

@@ -17,8 +17,8 @@ class TrainSection(Section):
     )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="peak learning rate; null = 1e-3 where the model began with random weights, "
-        "else 5e-5 for transformers and 1e-4 for timm",
+        description="peak learning rate; null = the task's: mostly 1e-3 where the model began with "
+        "random weights, else 5e-5, and 1e-4 for image-classification",
     )
     optimizer: Literal["adamw", "sgd"] = Field(
         default="adamw", description="sgd has Nesterov momentum"

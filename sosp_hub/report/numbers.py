@@ -8,8 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 _METRIC_DIGITS = 3
-_LOWER_IS_BETTER = ("loss", "perplexity", "wer", "error", "mean_absolute", "root_mean_squared")
-_SHARES = ("accuracy", "top", "f1", "precision", "recall", "span_f1", "exact_match")
+_LOWER_IS_BETTER = (
+    *("loss", "perplexity", "wer", "error", "mean_absolute", "root_mean_squared", "divergence"),
+    "relative_error",
+)
+_SHARES = (
+    *("accuracy", "top", "f1", "precision", "recall", "span_f1", "exact_match", "agreement"),
+    *("mean_average_precision", "average_precision", "mean_iou"),
+)
 _MINUS = "\N{MINUS SIGN}"
 
 

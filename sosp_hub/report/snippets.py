@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sosp_hub.checkpoint.format.headers import read_tensors
 from sosp_hub.errors import CheckpointError, HubError
-from sosp_hub.recipe.tasks import find_task, known_task
+from sosp_hub.recipe.tasks import Task, find_task, known_task
 from sosp_hub.report.markers import quoted
 from sosp_hub.types import Library
 from sosp_hub.untrusted import UnreadableError, read_json
@@ -17,6 +17,7 @@ Tier = Literal["native", "delta"]
 
 _LARGEST_SIDE = 16_384  # pixels of an input that a card shows
 _REGISTERED_HERE = "cifar_resnet"  # timm knows these networks only once sosp_hub is imported
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
 
 
@@ -29,6 +30,7 @@ class Checkpoint:
     library: Library
     tier: Tier
     has_tokenizer: bool
+    processors: bool = False
     half: bool = False
 
     @property
@@ -65,6 +67,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         library=library,
         tier="delta" if delta else "native",
         has_tokenizer=any((folder / name).is_file() for name in _TOKENIZER_FILES),
+        processors=any((folder / name).is_file() for name in _PROCESSOR_FILES),
         half=_is_half(folder),
     )
 
@@ -79,13 +82,16 @@ def _is_half(folder: Path) -> bool:
 
 def load_snippet(checkpoint: Checkpoint, address: str, task: str | None) -> str:
     """Python lines that load the model from ``address`` and run it once."""
+    known = known_task(task)
+    if known and known.sample and checkpoint.library == "transformers" and checkpoint.processors:
+        return _pipeline_lines(checkpoint, address, known)
     imports, load = _loading(checkpoint, address, task)
     use: list[str] = []
     size = _image_size(checkpoint.config)
     if checkpoint.library == "transformers" and checkpoint.has_tokenizer:
         imports["transformers"] = (*imports.get("transformers", ()), "AutoTokenizer")
         use += [f"tokenizer = AutoTokenizer.from_pretrained({quoted(address)})"]
-        use += (known_task(task) or find_task("text-classification")).use()
+        use += (known or find_task("text-classification")).use()
     elif size is not None:
         imports["torch"] = ()
         logits = ".logits" if checkpoint.library == "transformers" else ""
@@ -96,6 +102,21 @@ def load_snippet(checkpoint: Checkpoint, address: str, task: str | None) -> str:
     first = [f"import {package}" for package, names in sorted(imports.items()) if not names]
     first += [f"from {p} import {', '.join(names)}" for p, names in imports.items() if names]
     return "\n".join([*first, "", load, *use])
+
+
+def _pipeline_lines(checkpoint: Checkpoint, address: str, task: Task) -> str:
+    *imports, given = task.sample
+    named = quoted(task.name)
+    return "\n".join(
+        [
+            *(["import sosp_hub"] if checkpoint.tier == "delta" else []),
+            *imports,
+            "from transformers import pipeline",
+            "",
+            f"model = pipeline({named}, {quoted(address)})",
+            f"print(model({given}))  # yours goes here",
+        ]
+    )
 
 
 def where_it_loads(checkpoint: Checkpoint) -> str:
@@ -140,7 +161,7 @@ def _loading(
         source = quoted(f"{prefix}:{address}")
         line = f"model = timm.create_model({source}, pretrained=True).eval()"
         return {"timm": ()}, line
-    if checkpoint.tier == "native" and (known := known_task(task)):
+    if checkpoint.tier == "native" and (known := known_task(task)) and known.auto_class:
         line = f"model = {known.auto_class}.from_pretrained({quoted(address)}).eval()"
         return {"transformers": (known.auto_class,)}, line
     return {"sosp_hub": ()}, f"model = sosp_hub.from_pretrained({quoted(address)}).eval()"

@@ -1,15 +1,15 @@
 """What tasks on images, and tasks on texts, have in common."""
 
 from abc import ABC
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from sosp_hub.recipe.tasks import Task
+from sosp_hub.recipe.tasks import Inputs, Task
 
 
 class ImageTask(Task, ABC):
     """A task on images."""
 
-    inputs: ClassVar[Literal["images", "texts"]] = "images"
+    inputs: ClassVar[Inputs] = "images"
 
     def example_inputs(self, loaded: Any, batch_size: int, num_tokens: int) -> Any:
         """Images of the size of the run."""
@@ -22,7 +22,7 @@ class ImageTask(Task, ABC):
 class TextTask(Task, ABC):
     """A task on texts."""
 
-    inputs: ClassVar[Literal["images", "texts"]] = "texts"
+    inputs: ClassVar[Inputs] = "texts"
 
     def example_inputs(self, loaded: Any, batch_size: int, num_tokens: int) -> dict[str, Any]:
         """Tokens, and a mask without padding."""

@@ -64,6 +64,16 @@ def num_samples(batch: Any) -> int:
     raise DataError(f"a batch is a {type(batch).__name__} without a tensor; expected tensors")
 
 
+def has_targets(batch: Mapping[str, Any]) -> bool:
+    """Whether a dict holds more than inputs, by the names that transformers gives to targets."""
+    return any(
+        name.startswith("return_loss") or "label" in name or name in _TARGETS for name in batch
+    )
+
+
+_TARGETS = "start_positions", "end_positions", "future_values", "target_values", "targets"
+
+
 def split_batch(batch: Any, most: int | None) -> list[Any]:
     """Parts of a batch with at most ``most`` samples; None = the batch as it is."""
     size = num_samples(batch)

@@ -1,15 +1,17 @@
-"""Metrics as ratios of sums over samples, so that each has a standard error.
+"""Metrics as ratios of sums over samples, so that each has a standard error; and those of all.
 
 A meter gives for each sample of a batch what it counts and how much it weighs; the metric is the
-sum of the one over the sum of the other, over all samples of all processes.
+sum of the one over the sum of the other, over all samples of all processes. What is no such ratio
+(a rank correlation, an average precision) is computed of all samples together (`OfAll`).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sosp_hub.errors import DataError
 from sosp_hub.tasks.loss import Loss
@@ -18,20 +20,68 @@ from sosp_hub.tasks.predictions import Form, Predictions
 Meter = Callable[[Loss, Any], tuple[Tensor, Tensor]]
 """From a batch's loss, and the batch, to counts and weights, one each for every sample."""
 
+
+@dataclass(frozen=True)
+class OfAll:
+    """A metric of all samples together, which is no mean over them.
+
+    Attributes:
+        collect: From model, loss and batch to one entry for each sample.
+        value: From the entries of all samples to the metric; also of some of them, for the
+            standard error.
+    """
+
+    collect: Callable[[nn.Module, Loss, Any], Sequence[Any]]
+    value: Callable[[Sequence[Any]], float]
+
+
 ROOTS: Mapping[str, Callable[[float], tuple[float, float]]] = {
     "root_mean_squared_error": lambda mean: (math.sqrt(mean), 0.5 / math.sqrt(mean or 1.0)),
 }
 """Metrics that are functions of a ratio: value and slope."""
 
 
-def _read(loss: Loss, form: Form, metric: str) -> Predictions:
-    if loss.predictions is None or loss.predictions.form != form:
+def _read(loss: Loss, form: Form | None, metric: str) -> Predictions:
+    if loss.predictions is None or form not in (None, loss.predictions.form):
         found = "nothing that is known" if loss.predictions is None else loss.predictions.form
         raise DataError(
-            f"evaluate.metrics: {metric} needs outputs that the loss reads as {form}; it reads "
-            f"{found}. Write loss"
+            f"evaluate.metrics: {metric} needs outputs that the loss reads as "
+            f"{form or 'some form'}; it reads {found}. Write loss"
         )
     return loss.predictions
+
+
+def divergence(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+    """The loss without the least that it can be: KL divergence, or squared distance."""
+    del batch
+    read = _read(loss, None, "divergence")
+    fine = replace(read, values=read.values.double(), targets=read.targets.double())
+    least = replace(fine, values=_logits_of(fine)).losses() if read.form != "squared" else 0.0
+    weights = read.weights.double()
+    each = torch.where(weights != 0, weights * (fine.losses() - least), 0.0)
+    return each.sum(1), weights.sum(1)
+
+
+def _logits_of(read: Predictions) -> Tensor:
+    """Outputs that say just what the targets say."""
+    targets = read.targets.clamp(min=1e-30)
+    return targets.log() if read.form == "softmax" else targets.logit(1e-12)
+
+
+def agreement(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+    """How often the likeliest class is the target's, or yes is yes."""
+    del batch
+    read = _read(loss, None, "agreement")
+    if read.form == "squared":
+        raise DataError(
+            "evaluate.metrics: agreement counts classes, and these outputs are numbers; write "
+            "divergence"
+        )
+    if read.form == "softmax":
+        same = read.values.argmax(-1) == read.targets.argmax(-1)
+    else:
+        same = (read.values > 0) == (read.targets > 0.5)
+    return (same * read.weights).sum(1), read.weights.sum(1)
 
 
 def f1_of_labels(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:

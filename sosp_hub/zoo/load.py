@@ -32,10 +32,10 @@ def load_model(section: ModelSection, *, data: DataInfo | None = None) -> Loaded
         if key in section.kwargs:
             raise ModelError(f"model.kwargs: write model.num_labels instead of {key!r} here")
     if section.library == "timm":
-        if section.task != "image-classification":
+        if section.task not in ("image-classification", "self"):
             raise ModelError(
-                f"model.task: timm models do image-classification, not {section.task}; "
-                "write that, or model.library: transformers"
+                f"model.task: timm models do image-classification, not {section.task}; write that "
+                "(or self, without labels), or model.library: transformers"
             )
         from sosp_hub.zoo.timm import load_timm
 

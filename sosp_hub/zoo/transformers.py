@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 
 from sosp_hub.compat.transformers import classes_for
 from sosp_hub.data.labels import label_order
+from sosp_hub.data.processing import OwnProcessing
 from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import ModelError, SospHubError
 from sosp_hub.recipe.schema import ModelSection
-from sosp_hub.recipe.tasks import find_task
+from sosp_hub.recipe.tasks import Task, find_task, tasks
 from sosp_hub.untrusted import UnreadableError, read_json
 from sosp_hub.zoo.head import fit_head
 from sosp_hub.zoo.loaded import Loaded
@@ -52,11 +53,14 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
             outputs = _outputs(section, config)
             num_labels, new_head = fit_head(section, data, outputs)
             _set_labels(config, num_labels, data if new_head else None)
-            if new_head:
-                task.configure(config, data)
+        if new_head or not task.head:
+            task.configure(config, data)
         model = _model(section, source, config, outputs)
-        tokenizer = None if task.inputs == "images" else _tokenizer(section, source)
-        images = _image_processor(section, source) if tokenizer is None else None
+        inputs = (data.inputs if data else None) or task.inputs
+        tokenizer = _tokenizer(section, source) if inputs == "texts" else None
+        images = _image_processor(section, source) if inputs == "images" else None
+        if inputs == "own":
+            images = _own_processor(section, source, task, data)
     if tokenizer is not None and task.head:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -69,6 +73,8 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
     order = None if num_labels is None or new_head else _order(data, config)
     if tokenizer is not None:
         processor = text_processing(model.config, tokenizer, order)
+    elif inputs == "own":
+        processor = OwnProcessing(images, model.config, order)
     else:
         processor = image_processing(section, model.config, images, data, order)
         images = as_trained(images, processor)
@@ -87,9 +93,27 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
     )
 
 
-def _auto(section: ModelSection) -> Any:
-    """The class of transformers that builds models of the task."""
-    return getattr(transformers, find_task(section.task).auto_class)
+def _builders(task: Task, config: Any) -> tuple[Any, ...]:
+    """The classes of transformers that can build models of the task with a config."""
+    if task.by_type:
+        name = task.by_type.get(config.model_type)
+        return () if name is None else (getattr(transformers, name),)
+    if not task.auto_class:  # whatever the weights are of
+        names = config.architectures or ()
+        known = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+        return tuple(known) or (transformers.AutoModel,)
+    autos = [getattr(transformers, name) for name in (task.auto_class, *task.other_auto_classes)]
+    return tuple(auto for auto in autos if classes_for(auto, type(config)))
+
+
+def _classes(task: Task, config: Any) -> set[str]:
+    """Names of the model classes that do the task with a config."""
+    found = _builders(task, config)
+    return {
+        cls.__name__
+        for each in found
+        for cls in (classes_for(each, type(config)) if hasattr(each, "_model_mapping") else [each])
+    }
 
 
 def silence() -> None:
@@ -158,10 +182,11 @@ def _config(section: ModelSection, source: Path | str, data: DataInfo | None) ->
             f"model.kwargs: the config of {config.model_type} has no {odd!r}"
             + (f"; did you mean {close[0]!r}?" if close else "")
         )
-    if not classes_for(_auto(section), type(config)):
+    if not _builders(find_task(section.task), config):
+        able = [name for name, task in tasks().items() if task.head and _builders(task, config)]
         raise ModelError(
-            f"model.task: transformers has no {config.model_type} for {section.task}; "
-            "write another task, or give another model"
+            f"model.task: transformers has no {config.model_type} for {section.task}; write "
+            f"{' or '.join(able) or 'self'}, or give another model"
         )
     if not section.pretrained and data is not None:
         settings = {
@@ -176,7 +201,7 @@ def _config(section: ModelSection, source: Path | str, data: DataInfo | None) ->
 
 def _outputs(section: ModelSection, config: Any) -> int | None:
     """Outputs of the head among the weights; None where they bring none for this task."""
-    names = {cls.__name__ for cls in classes_for(_auto(section), type(config))}
+    names = _classes(find_task(section.task), config)
     has_head = section.pretrained and names.intersection(config.architectures or ())
     return config.num_labels if has_head else None
 
@@ -198,9 +223,10 @@ def _set_labels(config: Any, num_labels: int | None, named: DataInfo | None) -> 
 def _model(
     section: ModelSection, source: Path | str, config: Any, old_outputs: int | None
 ) -> "PreTrainedModel":
-    auto, dtype = _auto(section), getattr(torch, section.dtype)
+    auto, dtype = _builders(find_task(section.task), config)[0], getattr(torch, section.dtype)
     if not section.pretrained:
-        return auto.from_config(config, dtype=dtype)
+        build = auto.from_config if hasattr(auto, "_model_mapping") else auto._from_config
+        return build(config, dtype=dtype)
     replaced = old_outputs is not None and old_outputs != config.num_labels
     model, report = auto.from_pretrained(
         source,
@@ -211,7 +237,8 @@ def _model(
         ignore_mismatched_sizes=replaced,
     )
     for name, old, new in report["mismatched_keys"]:
-        if (old[0], *old[1:]) != (old_outputs, *new[1:]) or new[0] != config.num_labels:
+        more = old[0] - (old_outputs or 0)  # than labels: a detector's "no object"
+        if old[1:] != new[1:] or more not in (0, 1) or new[0] != config.num_labels + more:
             raise ModelError(
                 f"model: {name} of {section.id} has shape {list(old)} in the weights, but "
                 f"{list(new)} in the model"
@@ -255,6 +282,30 @@ def _tokenizer(section: ModelSection, source: Path | str) -> Any:
             "config.json"
         )
     return tokenizer
+
+
+def _own_processor(
+    section: ModelSection, source: Path | str, task: Task, data: DataInfo | None
+) -> Any:
+    """What the task's class of processors makes of the files beside the weights."""
+    if task.auto_processor is None:
+        return None
+    auto = getattr(transformers, task.auto_processor)
+    if isinstance(source, Path) and not any((source / name).is_file() for name in _PROCESSORS):
+        raise ModelError(
+            f"model: {source} has no {' and no '.join(_PROCESSORS)}, so nothing says how inputs of "
+            f"{task.name} are made; save them beside config.json with "
+            f"{task.auto_processor}.from_pretrained(BASE).save_pretrained(FOLDER)"
+        )
+    own = auto.from_pretrained(source, revision=section.revision)
+    asked = data.image_size if data else None
+    images = getattr(own, "image_processor", own)
+    if asked and hasattr(images, "size"):
+        images.size = type(images.size)(height=asked, width=asked)
+    return own
+
+
+_PROCESSORS = "preprocessor_config.json", "processor_config.json"
 
 
 def _image_processor(section: ModelSection, source: Path | str) -> Any:

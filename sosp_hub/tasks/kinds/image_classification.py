@@ -18,7 +18,9 @@ class ImageClassification(ImageTask):
     name: ClassVar[str] = "image-classification"
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     columns: ClassVar[tuple[str, ...]] = ("image", "label")
+    pixels: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "per_class_accuracy", "perplexity")
+    pretrained_rate: ClassVar[float] = 1e-4
 
     def rows(self, table: Any, section: Any, where: str) -> "Rows":
         """Opened when they are needed."""

@@ -60,11 +60,11 @@ class TextClassification(TextTask):
         """By what the labels are."""
         return _OF_PROBLEM.get(info.problem if info else "", self.metrics)[:1]
 
-    def meters(self, info: "DataInfo") -> "Mapping[str, Meter]":
+    def meters(self, info: "DataInfo", processor: Any = None) -> "Mapping[str, Meter]":
         """For several classes, and for numbers."""
         from sosp_hub.tasks import metrics
 
-        del info
+        del info, processor
         return {
             "f1": metrics.f1_of_labels,
             "mean_absolute_error": metrics.absolute_error,
