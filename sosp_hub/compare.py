@@ -11,13 +11,18 @@ from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_comman
 from sosp_hub.recipe.load import load_recipe
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a comparison; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
-    parser = recipe_parser(
+def command_parser() -> argparse.ArgumentParser:
+    """The command line of ``compare``."""
+    return recipe_parser(
         "compare",
         "Compares criteria on one model and one protocol, every criterion at every budget with "
         "every seed, and writes tables, plots and a page.",
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a comparison; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
+    parser = command_parser()
 
     def run(options: argparse.Namespace, command: str) -> None:
         if not options.given:

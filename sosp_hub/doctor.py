@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sosp_hub
+from sosp_hub.command_name import command_name
 from sosp_hub.compat.smoke import LIBRARIES, Smoke, smoke_tests
 from sosp_hub.compat.versions import installed, is_newer, tested
 
@@ -21,13 +22,7 @@ _WIDTH = 120
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what was found; the exit code: 0 fine, 1 something that is needed does not work."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sosp_hub.doctor",
-        description="Says which versions of the libraries are installed and which were tested, and "
-        "tries each name of theirs that sosp_hub needs and they do not promise. Takes seconds; "
-        "nothing is downloaded.",
-    )
-    parser.parse_args(arguments)
+    command_parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     start, known = time.monotonic(), tested()
     tests = {library: smoke_tests(library) for library in LIBRARIES}
@@ -53,6 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     count, taken_s = sum(len(each) for each in tests.values()), time.monotonic() - start
     console.print(f"{count - len(faults)} of {count} smoke tests in {taken_s:.0f} s")
     return 1 if faults or missing else 0
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The command line of ``doctor``."""
+    return argparse.ArgumentParser(
+        prog=command_name("doctor"),
+        description="Says which versions of the libraries are installed and which were tested, and "
+        "tries each name of theirs that sosp_hub needs and they do not promise. Takes seconds; "
+        "nothing is downloaded.",
+    )
 
 
 def _fault(test: Smoke) -> str | None:

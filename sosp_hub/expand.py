@@ -12,13 +12,18 @@ from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_comman
 from sosp_hub.recipe.load import load_recipe
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs it; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
-    parser = recipe_parser(
+def command_parser() -> argparse.ArgumentParser:
+    """The command line of ``expand``."""
+    return recipe_parser(
         "expand",
         "Cuts a model on paper, widens the layers that are cut least, trains, and prunes back to "
         "the base's budget, beside the base itself and one whose layers are all widened alike.",
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs it; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
+    parser = command_parser()
 
     def run(options: argparse.Namespace, command: str) -> None:
         if not options.given:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sosp_hub.callable_module import make_callable
+from sosp_hub.command_name import command_name
 from sosp_hub.errors import CheckpointError, SospHubError
 from sosp_hub.recipe.targets import TARGETS, Target, make_target
 
@@ -74,7 +75,7 @@ def _tokenizer_of(folder: Path) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code: 0 done, 2 something for the user to change."""
-    options = _parser().parse_intermixed_args(arguments)
+    options = command_parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sosp_hub").setLevel(logging.INFO)
     try:
@@ -104,7 +105,8 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The command line of ``export``."""
     lines = []
     for name, target in TARGETS.known().items():
         lines.append(f"  {name:<14}{target.summary()}. Read by {target.reads}.".replace("``", ""))
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
             if key != "name":
                 lines.append(f"{'':16}{key}={field.default}: {field.description}")
     parser = argparse.ArgumentParser(
-        prog="python -m sosp_hub.export",
+        prog=command_name("export"),
         description="Writes a pruned model for where it is served. The same targets, named as "
         "budget.target in a recipe, make a plan that they take without filling up.",
         epilog="targets:\n" + "\n".join(lines),

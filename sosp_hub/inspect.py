@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sosp_hub.command_name import command_name
 from sosp_hub.errors import SospHubError
 
 if TYPE_CHECKING:
@@ -18,22 +19,7 @@ _SIZES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what was found; the exit code: 0 fine, 1 the files disagree, 2 no checkpoint."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sosp_hub.inspect",
-        description="Reads the config and the headers of the weights of a model, and nothing else: "
-        "kept width, parameters, MACs and bytes per layer, where it loads without this "
-        "package, and whether config, delta and weights agree.",
-    )
-    parser.add_argument("model", metavar="PATH_OR_ID", help="a folder or a hub id")
-    parser.add_argument("--revision", help="commit, branch or tag on the hub")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--all", action="store_true", help="list layers that were not cut too")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="download the weights and check what the card says: hashes, sizes, metrics again",
-    )
-    options = parser.parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     try:
         if options.verify:
             return _verify(options.model, options.revision)
@@ -48,6 +34,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         _show(findings, whole=options.all)
     return 1 if findings.faults else 0
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The command line of ``inspect``."""
+    parser = argparse.ArgumentParser(
+        prog=command_name("inspect"),
+        description="Reads the config and the headers of the weights of a model, and nothing else: "
+        "kept width, parameters, MACs and bytes per layer, where it loads without this "
+        "package, and whether config, delta and weights agree.",
+    )
+    parser.add_argument("model", metavar="PATH_OR_ID", help="a folder or a hub id")
+    parser.add_argument("--revision", help="commit, branch or tag on the hub")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--all", action="store_true", help="list layers that were not cut too")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="download the weights and check what the card says: hashes, sizes, metrics again",
+    )
+    return parser
 
 
 def _verify(model: str, revision: str | None) -> int:

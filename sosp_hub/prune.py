@@ -1,4 +1,4 @@
-"""``python -m sosp_hub.prune RECIPE.yaml [key.path=value ...]``: the whole job."""
+"""``python -m sosp_hub.prune RECIPE [key.path=value ...]``: the whole job."""
 
 import argparse
 import sys
@@ -6,40 +6,26 @@ from collections.abc import Sequence
 
 from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_command
 from sosp_hub.recipe.load import load_recipe
+from sosp_hub.recipe.schema import Recipe
+
+_OF_A_MODEL = ("task", "data", "library", "macs", "params")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a recipe; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
-    parser = recipe_parser(
-        "prune",
-        "Prunes a model as a recipe says: score, cut, fine-tune, measure, save.",
-        "--from-scores FOLDER budget.macs=0.3 [--with-data] [--overwrite]",
-    )
-    parser.add_argument(
-        "--from-scores",
-        metavar="FOLDER",
-        help="cut again from the scores in the output of a finished run, to another budget; "
-        "needs neither its data nor a GPU",
-    )
-    parser.add_argument(
-        "--with-data",
-        action="store_true",
-        help="with --from-scores: also measure, re-estimate norms and fine-tune",
-    )
+    parser = command_parser()
 
     def prune(options: argparse.Namespace, command: str) -> None:
         if options.with_data and not options.from_scores:
             parser.error("--with-data belongs to --from-scores; a recipe always has its data")
         if not options.given and not options.from_scores:
-            parser.error("the path of a recipe is missing, such as recipes/quickstart.yaml")
+            parser.error("the name or path of a recipe is missing, such as quickstart")
         scores = None
         if options.from_scores:
             from sosp_hub.pipeline.scores import read_scores
 
             scores = read_scores(options.from_scores, options.given)
-        recipe = (
-            scores.recipe if scores else load_recipe(options.given[0], options.given[1:], "prune")
-        )
+        recipe = scores.recipe if scores else _recipe(options)
         log_to_terminal()
         from sosp_hub.pipeline.run import run  # torch, which a faulty recipe need not wait for
 
@@ -52,6 +38,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
     return run_command(parser, prune, arguments)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The command line of ``prune``."""
+    parser = recipe_parser(
+        "prune",
+        "Prunes a model as a recipe says: score, cut, rebuild, fine-tune, measure, save.",
+        "MODEL_ID --task TASK --data FILE [--params 0.8] [key.path=value ...]",
+        "--from-scores FOLDER budget.macs=0.3 [--with-data] [--overwrite]",
+    )
+    model = parser.add_argument_group("a model without a recipe (the recipe is written for you)")
+    model.add_argument("--task", help="what the model does: the hub's pipeline tag")
+    model.add_argument("--data", metavar="FILE", help="local file or folder, or a hub id")
+    model.add_argument("--macs", type=float, metavar="SHARE", help="multiply-accumulates to keep")
+    model.add_argument("--params", type=float, metavar="SHARE", help="parameters to keep")
+    model.add_argument(
+        "--library", choices=("timm", "transformers"), help="where the name does not tell"
+    )
+    again = parser.add_argument_group("another budget of a finished run")
+    again.add_argument(
+        "--from-scores",
+        metavar="FOLDER",
+        help="cut again from the scores in the output of a finished run; needs neither its data "
+        "nor a GPU",
+    )
+    again.add_argument(
+        "--with-data",
+        action="store_true",
+        help="with --from-scores: also measure, re-estimate norms and fine-tune",
+    )
+    return parser
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe that is named, or one made of the options for a model."""
+    name, *overrides = options.given
+    if all(getattr(options, option) is None for option in _OF_A_MODEL):
+        return load_recipe(name, overrides, "prune")
+    from sosp_hub.recipe.quick import quick_recipe, write_recipe
+    from sosp_hub.zoo.library import library_of_id
+
+    budget = {key: value for key in ("macs", "params") if (value := getattr(options, key))}
+    recipe = quick_recipe(
+        name,
+        library=options.library or library_of_id(name),
+        task=options.task,
+        data=options.data,
+        budget=budget,
+        overrides=overrides,
+    )
+    path = write_recipe(recipe, overwrite=options.overwrite)
+    print(f"the recipe of this run, to change and run again: {path}", file=sys.stderr)
+    return recipe
 
 
 if __name__ == "__main__":

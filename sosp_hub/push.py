@@ -5,13 +5,14 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from sosp_hub.command_name import command_name
 from sosp_hub.errors import SospHubError
 from sosp_hub.hub.push import PushResult, push_to_hub
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (2 = the input cannot be used)."""
-    options = _parser().parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sosp_hub").setLevel(logging.INFO)
     try:
@@ -25,15 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dry_run=options.dry_run,
         )
     except SospHubError as error:
-        print(f"sosp_hub.push: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(_summary(result))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The command line of ``push``."""
     parser = argparse.ArgumentParser(
-        prog="python -m sosp_hub.push",
+        prog=command_name("push"),
         description="Publish a saved model as one commit. The token is the one of `hf auth login` "
         "or of HF_TOKEN.",
     )

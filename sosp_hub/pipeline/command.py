@@ -10,32 +10,34 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sosp_hub.command_name import command_name
 from sosp_hub.errors import SospHubError
 from sosp_hub.recipe.schema import Verb
 
 
-def recipe_parser(verb: Verb, description: str, other_use: str = "") -> argparse.ArgumentParser:
+def recipe_parser(verb: Verb, description: str, *other_uses: str) -> argparse.ArgumentParser:
     """A parser of a recipe, overrides and ``--overwrite``.
 
     Args:
         verb: Name of the module.
         description: For ``--help``.
-        other_use: Arguments of another way to use it.
+        other_uses: Arguments of other ways to use it.
     """
-    name = f"python -m sosp_hub.{verb}"
-    usage = f"{name} RECIPE.yaml [key.path=value ...] [--overwrite]"
+    name = command_name(verb)
+    usage = f"{name} RECIPE [key.path=value ...] [--overwrite]"
     parser = argparse.ArgumentParser(
         prog=name,
-        usage=f"{usage}\n       {name} {other_use}" if other_use else usage,
+        usage="\n       ".join([usage, *(f"{name} {use}" for use in other_uses)]),
         allow_abbrev=False,
         description=f"{description} The same command goes on where a stopped run was.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "given",
-        metavar="RECIPE.yaml key.path=value",
+        metavar="RECIPE key.path=value",
         nargs="*",
-        help="what to do (see below), and what goes before it, such as budget.macs=0.3",
+        help="a YAML file or the name of a shipped recipe, and what goes before what it says, "
+        "such as budget.macs=0.3",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output that holds a finished run"
@@ -59,10 +61,8 @@ def run_command(
         The exit code: 0 done, 2 something for the user to change, 130 stopped.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(given):
-        from sosp_hub.recipe.describe import describe_recipe
-
-        parser.epilog = f"A recipe is YAML with these sections and keys:\n\n{describe_recipe()}"
+    if asked := {"-h", "--help"} & set(given):
+        parser.epilog = _help(parser.prog, given[given.index(asked.pop()) + 1 :])
     options = parser.parse_intermixed_args(given)
     try:
         run(options, shlex.join([*parser.prog.split(), *given]))
@@ -75,6 +75,25 @@ def run_command(
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _help(program: str, topics: Sequence[str]) -> str:
+    """What ``--help TOPIC`` says below the options."""
+    from sosp_hub.recipe.describe import describe_recipe, list_sections
+    from sosp_hub.recipe.schema import Recipe
+
+    topic = topics[0] if topics else None
+    if topic == "all":
+        return f"A recipe is YAML with these sections and keys:\n\n{describe_recipe()}"
+    if topic in Recipe.model_fields:
+        return f"Keys of this part of a recipe:\n\n{describe_recipe(topic)}"
+    known = "" if topic is None else f"There is no section {topic!r}. "
+    return (
+        f"{known}A recipe is YAML with these sections; `{program} --help SECTION` lists the keys "
+        f"of one,\n`{program} --help all` those of all:\n\n{list_sections()}\n\n"
+        "`sosp recipes` lists the recipes that come with the package, `sosp recipes copy NAME` "
+        "copies one to edit."
+    )
 
 
 def _tell_launcher(message: str) -> None:

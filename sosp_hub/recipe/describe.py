@@ -23,33 +23,50 @@ _NAMES = {
 _WIDTH = 110
 
 
-def describe_recipe() -> str:
-    """Every section and key with what it takes, its default and its meaning."""
-    return "\n\n".join("\n".join(block) for block in _blocks())
+def list_sections() -> str:
+    """Each section and top key of a recipe, in a line."""
+    return "\n".join(
+        f"  {name:<12}{_summary(field)}" for name, field in Recipe.model_fields.items()
+    )
 
 
-def _blocks() -> Iterator[list[str]]:
-    for name, field in Recipe.model_fields.items():
-        if registry := Registry.of(field):
-            yield [f"{name}:", *_rows(registry.base, skip=Declared)]
-            for declared in registry.known().values():
-                summary = f"   ({declared.summary()})".replace("``", "")
-                rows = _rows(declared, skip=registry.base)
-                yield [f"  name: {declared.key()}{summary}", *rows]
-                for key, own in declared.model_fields.items():
-                    if key not in registry.base.model_fields and (
-                        inner := _section(own.annotation)
-                    ):
-                        yield [f"    {key}:   (and all keys of model.train)", *_rows(inner)]
-        elif section := _section(field.annotation):
-            skip = TrainSection if section is FinetuneSection else None
-            note = f"   ({field.description}; default: null)" if field.description else ""
-            note = "   (and all keys of model.train)" if skip else note
-            yield [f"{name}:{note}", *_rows(section, skip)]
-            if name == "model":
-                yield ["  train:   (the same keys, and more, under finetune)", *_rows(TrainSection)]
-        else:
-            yield [_row(name, field, indent="")]
+def describe_recipe(section: str | None = None) -> str:
+    """Every key with what it takes, its default and its meaning.
+
+    Args:
+        section: Name of a section or top key; None = all of them.
+    """
+    names = list(Recipe.model_fields) if section is None else [section]
+    return "\n\n".join("\n".join(block) for name in names for block in _blocks(name))
+
+
+def _summary(field: FieldInfo) -> str:
+    section = Registry.of(field)
+    kind = section.base if section else _section(field.annotation)
+    text = (kind.__doc__ or "").partition("\n")[0].rstrip(".") if kind else field.description
+    return (text or "").replace("``", "")
+
+
+def _blocks(name: str) -> Iterator[list[str]]:
+    field = Recipe.model_fields[name]
+    if registry := Registry.of(field):
+        yield [f"{name}:", *_rows(registry.base, skip=Declared)]
+        for declared in registry.known().values():
+            summary = f"   ({declared.summary()})".replace("``", "")
+            rows = _rows(declared, skip=registry.base)
+            yield [f"  name: {declared.key()}{summary}", *rows]
+            for key, own in declared.model_fields.items():
+                if key not in registry.base.model_fields and (inner := _section(own.annotation)):
+                    yield [f"    {key}:   (and all keys of model.train)", *_rows(inner)]
+    elif section := _section(field.annotation):
+        skip = TrainSection if section is FinetuneSection else None
+        note = f"   ({field.description}; default: null)" if field.description else ""
+        note = "   (and all keys of model.train)" if skip else note
+        yield [f"{name}:{note}", *_rows(section, skip)]
+        if name == "model":
+            yield ["  train:   (the same keys, and more, under finetune)", *_rows(TrainSection)]
+    else:
+        yield [_row(name, field, indent="")]
 
 
 def _rows(section: type[Section], skip: type[Section] | None = None) -> list[str]:

@@ -8,10 +8,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from sosp_hub.command_name import command_name
 from sosp_hub.errors import RecipeError
 from sosp_hub.recipe.criteria import CRITERIA, Criterion
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import Recipe, Verb
+from sosp_hub.recipe.shipped import find_recipe, shipped_recipes
 from sosp_hub.recipe.study_grid import cells_of
 from sosp_hub.untrusted import (
     MOST_YAML_BYTES,
@@ -28,14 +30,14 @@ def load_recipe(
     """Reads a recipe.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a recipe that comes with the package.
         overrides: ``key.path=value`` each, the value parsed as YAML; goes before the file.
         verb: What the recipe is for; None = anything.
 
     Raises:
         RecipeError: Anything that keeps the recipe from being valid; all faults at once.
     """
-    path = Path(path)
+    path = find_recipe(path)
     recipe = parse_recipe(_read(path), str(path), overrides, output_dir=f"runs/{path.stem}")
     if verb is not None and (faults := list(_misplaced(recipe, verb))):
         raise RecipeError(str(path), faults)
@@ -91,7 +93,7 @@ def _misplaced(recipe: Recipe, verb: Verb) -> Iterator[str]:
             yield f"{name}: missing; write {name}: {example}"
         if verb != name and section is not None:
             yield (
-                f"{name}: this recipe is not for {verb}; run python -m sosp_hub.{name} instead, "
+                f"{name}: this recipe is not for {verb}; run {command_name(name)} instead, "
                 f"or add {name}=null"
             )
 
@@ -140,7 +142,11 @@ _Loader.add_implicit_resolver(
 def _read(path: Path) -> str:
     source = str(path)
     if not path.exists():
-        fault = "no such file; write the path of a recipe, such as recipes/quickstart.yaml"
+        names = ", ".join(name for name in shipped_recipes() if "/" not in name)
+        fault = (
+            f"no such file, and no recipe of that name comes with the package ({names}); for a "
+            "model without a recipe give --task and --data"
+        )
         raise RecipeError(source, [fault])
     try:
         return read_text(path, MOST_YAML_BYTES)

@@ -1,0 +1,68 @@
+"""A recipe from a few options of the command line, for a model that has none."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sosp_hub.atomic import write_text
+from sosp_hub.errors import RecipeError
+from sosp_hub.recipe.load import dump_recipe, parse_recipe
+from sosp_hub.recipe.schema import Recipe
+from sosp_hub.types import Library
+
+
+def quick_recipe(
+    model: str,
+    *,
+    library: Library,
+    task: str | None,
+    data: str | None,
+    budget: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+) -> Recipe:
+    """A recipe of defaults.
+
+    Args:
+        model: Hub id, timm name or local folder.
+        library: That builds it.
+        task: The hub's pipeline tag.
+        data: Local file or folder, or hub id.
+        budget: Keys of the section ``budget``.
+        overrides: ``key.path=value`` each.
+
+    Raises:
+        RecipeError: What is missing or not valid, all faults at once.
+    """
+    record: dict[str, Any] = {
+        "model": {"library": library, "id": model} | ({"task": task} if task else {}),
+        "data": {} if data is None else {"path" if Path(data).exists() else "id": data},
+        "budget": dict(budget),
+    }
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
+    source = "the command line"
+    return parse_recipe(
+        yaml.safe_dump(record), source, overrides, output_dir=(Path("runs") / name).as_posix()
+    )
+
+
+def write_recipe(recipe: Recipe, *, overwrite: bool = False) -> Path:
+    """Writes a recipe beside its output folder, where it can be read, changed and run again.
+
+    Returns:
+        The file.
+
+    Raises:
+        RecipeError: Another recipe is there.
+    """
+    output = Path(recipe.output.dir or "")
+    path = output.with_name(f"{output.name}.yaml")
+    text = dump_recipe(recipe, whole=False)
+    if path.exists() and path.read_text() != text and not overwrite:
+        fault = "holds another recipe; give output.dir=FOLDER, or --overwrite to replace it"
+        raise RecipeError(str(path), [fault])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return path
