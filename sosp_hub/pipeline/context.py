@@ -19,6 +19,7 @@ from sosp_hub.pipeline.stage_cache import StageCache
 from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import find_task
+from sosp_hub.recipe.training import DenseTrainSection
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
 from sosp_hub.structure.trace import trace
@@ -129,9 +130,21 @@ class Context:
         """Whether the dense weights are of this run's own making, so that nobody else has them."""
         if self.scores is not None:
             return self.scores.has_dense
-        model = self.recipe.model
-        trains = bool(model.train) or isinstance(self.recipe.criterion, MaskTrainedCriterion)
-        return self.loaded.new_head or not model.pretrained or trains
+        masked = isinstance(self.recipe.criterion, MaskTrainedCriterion)
+        return self.has_random_weights or self.dense_training is not None or masked
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether the head, or the whole model, begins with random weights."""
+        return self.loaded.new_head or not self.recipe.model.pretrained
+
+    @property
+    def dense_training(self) -> DenseTrainSection | None:
+        """How the dense model is trained; None where it is not."""
+        config = self.recipe.model.train
+        if config is None or (config.when == "new_head" and not self.has_random_weights):
+            return None
+        return config
 
     @property
     def base(self) -> dict[str, Any]:

@@ -68,15 +68,15 @@ def masked(context: Context, criterion: MaskTrainedCriterion) -> dict[str, Any]:
 
 def train_dense(context: Context) -> None:
     """Trains the dense model, where the recipe says so."""
-    model, config = context.recipe.model, context.recipe.model.train
+    config = context.dense_training
     if config is not None and config.epochs:
         dense(context, context.recipe.at_rate(config))
         load_model(context.model, dense.tensors(context))
-    elif context.loaded.new_head or not model.pretrained:
+    elif context.has_random_weights:
         logger.warning(
             "%s starts from random weights and is not trained before it is scored; "
             "write model.train: {epochs: ...}",
-            "the head" if model.pretrained else "the model",
+            "the head" if context.recipe.model.pretrained else "the model",
         )
 
 

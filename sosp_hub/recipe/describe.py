@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from sosp_hub.recipe.declared import Declared, Registry
 from sosp_hub.recipe.schema import FinetuneSection, Recipe
 from sosp_hub.recipe.section import Section
-from sosp_hub.recipe.training import TrainSection
+from sosp_hub.recipe.training import DenseTrainSection, TrainSection
 
 _NAMES = {
     bool: "true or false",
@@ -64,7 +64,10 @@ def _blocks(name: str) -> Iterator[list[str]]:
         note = "   (and all keys of model.train)" if skip else note
         yield [f"{name}:{note}", *_rows(section, skip)]
         if name == "model":
-            yield ["  train:   (the same keys, and more, under finetune)", *_rows(TrainSection)]
+            yield [
+                "  train:   (the same keys, and more, under finetune)",
+                *_rows(DenseTrainSection),
+            ]
     else:
         yield [_row(name, field, indent="")]
 

@@ -11,6 +11,7 @@ from sosp_hub.atomic import write_text
 from sosp_hub.errors import RecipeError
 from sosp_hub.recipe.load import dump_recipe, parse_recipe
 from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.tasks import tasks
 from sosp_hub.types import Library
 
 
@@ -23,7 +24,7 @@ def quick_recipe(
     budget: Mapping[str, Any],
     overrides: Sequence[str] = (),
 ) -> Recipe:
-    """A recipe of defaults.
+    """A recipe of defaults; a new head is trained first, and what is cut is fine-tuned briefly.
 
     Args:
         model: Hub id, timm name or local folder.
@@ -36,10 +37,24 @@ def quick_recipe(
     Raises:
         RecipeError: What is missing or not valid, all faults at once.
     """
+    missing = [
+        f"--{option} is missing; write {what}"
+        for option, given, what in (
+            ("task", task, f"one of {', '.join(tasks())}"),
+            ("data", data, "a local file or folder, or a hub id"),
+        )
+        if given is None
+    ]
+    if task is None or data is None:
+        raise RecipeError("the command line", missing)
     record: dict[str, Any] = {
-        "model": {"library": library, "id": model} | ({"task": task} if task else {}),
-        "data": {} if data is None else {"path" if Path(data).exists() else "id": data},
+        "model": {
+            **{"library": library, "id": model, "task": task},
+            "train": {"epochs": 3, "when": "new_head"},
+        },
+        "data": {"path" if Path(data).exists() else "id": data},
         "budget": dict(budget),
+        "finetune": {"epochs": 1},
     }
     name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
     source = "the command line"

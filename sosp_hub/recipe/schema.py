@@ -9,7 +9,7 @@ from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion, MaskTrainedCriterio
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
 from sosp_hub.recipe.targets import Targets
 from sosp_hub.recipe.tasks import find_task
-from sosp_hub.recipe.training import TrainSection
+from sosp_hub.recipe.training import DenseTrainSection, TrainSection
 from sosp_hub.types import DEFAULT_KINDS, Kind, Library
 
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
@@ -50,7 +50,7 @@ class ModelSection(Section):
         default_factory=dict,
         description="plain values for timm.create_model or the transformers config",
     )
-    train: TrainSection | None = Field(
+    train: DenseTrainSection | None = Field(
         default=None, description="train the dense model first; keys as in `finetune`"
     )
 

@@ -61,6 +61,15 @@ class TrainSection(Section):
         return self if self.learning_rate else self.model_copy(update={"learning_rate": rate})
 
 
+class DenseTrainSection(TrainSection):
+    """How the dense model is trained before it is pruned."""
+
+    when: Literal["always", "new_head"] = Field(
+        default="always",
+        description="new_head = only where the head, or the whole model, has random weights",
+    )
+
+
 class MaskTrainSection(TrainSection):
     """How the model is trained with masks; keys as in ``model.train``, with the paper's values."""
 
