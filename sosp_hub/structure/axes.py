@@ -12,7 +12,7 @@ structures.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -186,22 +186,22 @@ def _give_up(one: Axis, two: Axis, why: str) -> None:
 
 def _refine(ones: list[Axis], twos: list[Axis], why: str) -> None:
     """Unifies two factor lists of equal product, splitting the longer leading factor each time."""
-    while ones and twos:
-        one, two = ones[0], twos[0]
-        if size_of(one) == size_of(two):
-            del ones[0], twos[0]
-            unify(one, two, why)
-            continue
-        longer, shorter = (ones, two) if size_of(one) > size_of(two) else (twos, one)
-        halves = split(longer[0], size_of(shorter), why)
-        if halves is None:
-            _give_up(Prod(tuple(ones)), Prod(tuple(twos)), why)
-            return
-        longer[:1] = halves
+    _match(ones, twos, lambda factor, lead: split(factor, lead, why), Prod, why)
 
 
 def _align(ones: list[Axis], twos: list[Axis], why: str) -> None:
     """Unifies two piece lists of equal length, cutting the longer leading piece each time."""
+    _match(ones, twos, cut_at, Sum, why)
+
+
+def _match(
+    ones: list[Axis],
+    twos: list[Axis],
+    divide: Callable[[Axis, int], Sequence[Axis] | None],
+    whole: type[Prod] | type[Sum],
+    why: str,
+) -> None:
+    """Unifies leading parts of equal size; ``divide`` makes the longer one as long as the other."""
     while ones and twos:
         one, two = ones[0], twos[0]
         if size_of(one) == size_of(two):
@@ -209,11 +209,11 @@ def _align(ones: list[Axis], twos: list[Axis], why: str) -> None:
             unify(one, two, why)
             continue
         longer, shorter = (ones, two) if size_of(one) > size_of(two) else (twos, one)
-        pieces = cut_at(longer[0], size_of(shorter))
-        if pieces is None:
-            _give_up(Sum(tuple(ones)), Sum(tuple(twos)), why)
+        parts = divide(longer[0], size_of(shorter))
+        if parts is None:
+            _give_up(whole(tuple(ones)), whole(tuple(twos)), why)
             return
-        longer[:1] = pieces
+        longer[:1] = parts
 
 
 def split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:

@@ -28,29 +28,7 @@ def apply(
     *,
     strict: bool = False,
 ) -> nn.Module:
-    """A new, smaller model of the same class; the given model stays as it is.
-
-    Gates of the plan are folded into the weights that read the kept structures, and its shifts into
-    the biases of those layers, so that the result needs no extra parameter.
-
-    Args:
-        model: The model that ``graph`` was traced from.
-        graph: What ``trace`` found.
-        plan: Kept indices per group.
-        verify: ``thorough`` compares every tensor shape of the cut model's forward pass with the
-            predicted one, and its outputs with those of the masked model on the traced inputs;
-            ``fast`` compares shapes only and needs no data.
-        strict: Raise where the cut of a group goes wrong. Else that group stays whole and all
-            else is cut; ``graph.unproved`` and a line of the log say which, and why. A plan with
-            gates or shifts is cut as it is or not at all.
-
-    Raises:
-        PlanError: The plan was made for another model, breaks a tie, has gates that no weight
-            of their own reads or shifts of what is no bias, or is no plan.
-        VerificationError: The cut model does not compute what the masked model computes, and no
-            group was found that can be left whole, or ``strict``; its ``groups`` are those where
-            it goes wrong.
-    """
+    """What `sosp_hub.apply` does, without the description of the cut that checkpoints hold."""
     check_arguments(model, graph, plan)
     if verify not in get_args(Verify):
         raise PlanError(f"verify: got {verify!r}, expected {' or '.join(get_args(Verify))}")
@@ -102,11 +80,7 @@ def apply_(
     *,
     strict: bool = False,
 ) -> nn.Module:
-    """``apply`` in place: the given model becomes the smaller one, after the cut was verified.
-
-    The model object stays; its submodules are new ones, so fetch them again where you hold any.
-    Its parameters are new ones too: ``carry`` points an optimizer at them.
-    """
+    """What `sosp_hub.apply_` does, without that description."""
     pruned = apply(model, graph, plan, verify, strict=strict)
     note_replaced(dict(model.named_parameters()), graph.provable(plan))
     model.__dict__.clear()

@@ -283,6 +283,13 @@ def pruned(family):
     return model
 
 
+def mistral_without_window():
+    """Whose attention sees all earlier tokens, as readers without windows need it."""
+    model = pruned("mistral")
+    model.config.sliding_window = None
+    return model
+
+
 # -------------------------------------------------------------------------------------------- timm
 
 

@@ -77,12 +77,6 @@ def fewer_heads(num_heads, num_kv, layers):
     return model
 
 
-def unlimited_mistral():
-    model = cuts.pruned("mistral")
-    model.config.sliding_window = None
-    return model
-
-
 MODELS = {
     "llama": lambda: cuts.pruned("llama"),
     "biases": with_biases,
@@ -92,7 +86,7 @@ MODELS = {
     "a layer of nothing": without_a_layer,
     "KV heads that do not divide": lambda: fewer_heads(9, 3, [[0, 1, 2], [0, 2], [1]]),
     "heads of their own KV": lambda: fewer_heads(4, 4, [[0, 1, 3], [1, 2], [3]]),
-    "mistral": unlimited_mistral,
+    "mistral": cuts.mistral_without_window,
 }
 
 

@@ -44,18 +44,12 @@ def without_attention():
     return model
 
 
-def without_sliding_window():
-    model = cuts.pruned("mistral")
-    model.config.sliding_window = None
-    return model
-
-
 MODELS = {
     "llama": lambda: cuts.pruned("llama"),
     "llama3 positions": with_llama3_positions,
     "linear positions": with_linear_positions,
     "removed attention": without_attention,
-    "mistral": without_sliding_window,
+    "mistral": cuts.mistral_without_window,
     "qwen2": lambda: cuts.pruned("qwen2"),  # tied, with biases
 }
 

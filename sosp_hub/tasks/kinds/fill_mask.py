@@ -3,35 +3,21 @@
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sosp_hub.recipe.tasks import register
-from sosp_hub.tasks.base import TextTask
+from sosp_hub.tasks.base import LanguageModelTask
 
 if TYPE_CHECKING:
-    from sosp_hub.data.rows import Rows
     from sosp_hub.data.source import OpenData
     from sosp_hub.data.split import Split
 
 
 @register
-class FillMask(TextTask):
+class FillMask(LanguageModelTask):
     """Windows of tokens of which 15 % are masked, drawn once for each window (BERT's share)."""
 
     name: ClassVar[str] = "fill-mask"
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
-    columns: ClassVar[tuple[str, ...]] = ("text",)
-    head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "perplexity", "loss")
     counted: ClassVar[str] = "masked tokens"
-
-    def rows(self, table: Any, section: Any, where: str) -> "Rows":
-        """Texts alone."""
-        from sosp_hub.data.columns import texts_of
-        from sosp_hub.data.rows import TextRows
-
-        return TextRows(texts_of(table, section, "text", where))
-
-    def prepare(self, data: "OpenData") -> "OpenData":
-        """As it is: windows are cut first, and then subsets drawn."""
-        return data
 
     def split(self, data: "OpenData", name: str, processor: Any, *, augment: bool) -> "Split":
         """The same masks each time, by the recipe's seed."""

@@ -3,36 +3,22 @@
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sosp_hub.recipe.tasks import register
-from sosp_hub.tasks.base import TextTask
+from sosp_hub.tasks.base import LanguageModelTask
 
 if TYPE_CHECKING:
-    from sosp_hub.data.rows import Rows
     from sosp_hub.data.source import OpenData
     from sosp_hub.data.split import Split
 
 
 @register
-class TextGeneration(TextTask):
+class TextGeneration(LanguageModelTask):
     """Texts as windows of tokens of equal length, for decoders."""
 
     name: ClassVar[str] = "text-generation"
     aliases: ClassVar[tuple[str, ...]] = ("causal-lm",)
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
-    columns: ClassVar[tuple[str, ...]] = ("text",)
-    head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "accuracy", "loss")
     counted: ClassVar[str] = "tokens"
-
-    def rows(self, table: Any, section: Any, where: str) -> "Rows":
-        """Texts alone."""
-        from sosp_hub.data.columns import texts_of
-        from sosp_hub.data.rows import TextRows
-
-        return TextRows(texts_of(table, section, "text", where))
-
-    def prepare(self, data: "OpenData") -> "OpenData":
-        """As it is: windows are cut first, and then subsets drawn."""
-        return data
 
     def split(self, data: "OpenData", name: str, processor: Any, *, augment: bool) -> "Split":
         """Windows of ``data.max_length`` tokens."""
