@@ -7,10 +7,11 @@ from torch import nn
 
 from sosp_hub.checkpoint import io
 from sosp_hub.checkpoint.inputs import made_up_inputs
-from sosp_hub.checkpoint.own_save import describe_cut, why_not_plain
+from sosp_hub.checkpoint.own_save import describe_cut, skeleton_before, why_not_plain
 from sosp_hub.checkpoint.weightless import holds_only_a_plan, read_plan
+from sosp_hub.compat.torch import unwrapped
 from sosp_hub.compat.versions import tell_newer
-from sosp_hub.errors import CheckpointError
+from sosp_hub.errors import CheckpointError, PlanError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.trace import trace
@@ -28,10 +29,11 @@ def apply(
 ) -> nn.Module:
     """A new, smaller model of the same class; the given model stays as it is.
 
-    Gates of the plan are folded into the weights that read the kept structures, and its shifts into
-    the biases of those layers, so that the result needs no extra parameter. The result also says
-    what was cut, so that ``save_pretrained``, ``push_to_hub``, ``Trainer`` and timm's own ways of
-    saving write what loads again.
+    Of what DataParallel, DistributedDataParallel or ``torch.compile`` made, the model inside is
+    cut. Gates of the plan are folded into the weights that read the kept structures, and its
+    shifts into the biases of those layers, so that the result needs no extra parameter. The result
+    also says what was cut, so that ``save_pretrained``, ``push_to_hub``, ``Trainer``, timm's and
+    ``PyTorchModelHubMixin``'s own ways of saving write what loads again.
 
     Args:
         model: The model that ``graph`` was traced from.
@@ -51,8 +53,9 @@ def apply(
             group was found that can be left whole, or ``strict``; its ``groups`` are those where
             it goes wrong.
     """
+    model = unwrapped(model)
     pruned = surgery.apply(model, graph, plan, verify, strict=strict)
-    describe_cut(pruned)
+    describe_cut(pruned, skeleton_before(model), _shown(graph, verify))
     if plan.provenance.get("uniform") is True:
         io.tell_obstacle(why_not_plain(pruned))
     return pruned
@@ -79,21 +82,37 @@ def apply_(
         verify: How much is compared.
         strict: Whether a group whose cut goes wrong is an error.
     """
-    surgery.apply_(model, graph, plan, verify, strict=strict)
-    describe_cut(model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise PlanError(
+            "apply_: DistributedDataParallel holds the parameters that it was made with; cut "
+            "model.module and wrap the result again"
+        )
+    inside = unwrapped(model)
+    skeleton = skeleton_before(inside) if isinstance(inside, nn.Module) else None
+    surgery.apply_(inside, graph, plan, verify, strict=strict)
+    describe_cut(inside, skeleton, _shown(graph, verify))
     if plan.provenance.get("uniform") is True:
-        io.tell_obstacle(why_not_plain(model))
+        io.tell_obstacle(why_not_plain(inside))
     return model
 
 
+def _shown(graph: Graph, verify: Verify) -> Any:
+    return graph.example_inputs if verify == "thorough" else None
+
+
 def apply_plan_file(
-    path: str | Path, base: "nn.Module | str | Path | None" = None, **kwargs: Any
+    path: str | Path,
+    base: "nn.Module | str | Path | None" = None,
+    *,
+    example_inputs: Any = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Cuts a base model by a plan that was published alone.
 
     Args:
         path: The plan, or the folder that holds it.
         base: The base model or its folder; None takes the id and revision that the plan names.
+        example_inputs: As for ``trace``, where no config tells how the inputs of the base look.
         **kwargs: For `from_pretrained` of the base.
 
     Returns:
@@ -108,11 +127,13 @@ def apply_plan_file(
     plan = read_plan(path)
     if not isinstance(base, nn.Module):
         base = _load_base(plan, base, kwargs)
+    if example_inputs is not None:
+        return apply(base, trace(base, example_inputs), plan, strict=True).eval()
     inputs = made_up_inputs(base)
     if inputs is None:
         raise CheckpointError(
-            f"{type(base).__name__}: its config does not tell how its inputs look; trace it with "
-            f"inputs of your own and use sosp_hub.apply(model, graph, plan)"
+            f"{type(base).__name__}: no config tells how its inputs look; pass example_inputs=, "
+            "the inputs of one forward pass, as for sosp_hub.trace"
         )
     if isinstance(inputs, dict) and hasattr(getattr(base, "config", None), "use_cache"):
         inputs["use_cache"] = False
@@ -122,6 +143,9 @@ def apply_plan_file(
 def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
     """Loads what ``save_pretrained`` or ``save_plan`` wrote, or any transformers or timm model.
 
+    A model of no library is built by the caller, as it was before the cut:
+    ``from_pretrained(folder, model=Net())`` gives another one that is cut and has the weights.
+
     The config and the headers of the weight files are read and checked first. No tensor of the
     model is made up and none of the files is left out, except for a head that is asked for.
 
@@ -130,7 +154,9 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
         **kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download`` and
             ``local_files_only`` for the hub; ``model_class``, a transformers class to load into,
             which may have a head that the files do not hold and lack one that they do;
-            ``num_classes``, a new head of that size for a timm model; all else goes to the library.
+            ``num_classes``, a new head of that size for a timm model; ``model`` and ``dtype`` for a
+            model of no library (a plan is applied to ``model``, with ``example_inputs``); all else
+            goes to the library.
 
     Returns:
         The model in eval mode.
@@ -142,7 +168,7 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
     tell_newer()
     folder = io.fetch(path_or_id, kwargs)
     if holds_only_a_plan(folder):
-        return apply_plan_file(folder, **kwargs)
+        return apply_plan_file(folder, kwargs.pop("model", None), **kwargs)
     return io.load(folder, kwargs, str(path_or_id))
 
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from sosp_hub.compat.torch import unwrapped
 from sosp_hub.cost import Quantity, unit_costs
 from sosp_hub.criteria.compute.context import Context
 from sosp_hub.derivatives import GaussNewton
@@ -110,6 +111,7 @@ def score(
             f"score got a {type(model).__name__} and a {type(graph).__name__}; expected "
             "score(model, graph, batches), with what trace(model, ...) returns as the graph"
         )
+    model = unwrapped(model)
     if isinstance(criterion, str):
         method = make_criterion(criterion, **options)
     elif options:

@@ -1,7 +1,7 @@
-"""Lets transformers and timm load pruned checkpoints once ``sosp_hub`` is imported.
+"""Lets transformers, timm and ``PyTorchModelHubMixin`` load pruned checkpoints.
 
-Importing either library later, or having it imported already, makes no difference. The environment
-variable ``SOSP_HUB_HOOKS=0`` leaves both libraries alone.
+It begins when ``sosp_hub`` is imported, before or after these libraries. The environment variable
+``SOSP_HUB_HOOKS=0`` leaves them alone.
 """
 
 import importlib
@@ -20,12 +20,13 @@ _HOOKED = {
         "sosp_hub.checkpoint.transformers.own_save",
     ),
     "timm": ("sosp_hub.checkpoint.timm.load", "sosp_hub.checkpoint.timm.own_save"),
+    "huggingface_hub.hub_mixin": ("sosp_hub.checkpoint.torch.own_save",),
 }
 """Module of a library, and ours with ``hook()`` and ``unhook()`` for it."""
 
 
 def enable() -> None:
-    """Makes both libraries read pruned checkpoints, and write what belongs to a cut model."""
+    """Makes these libraries read pruned checkpoints, and write what belongs to a cut model."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     for name, ours in _HOOKED.items():
@@ -39,7 +40,7 @@ def is_enabled() -> bool:
 
 
 def disable() -> None:
-    """Leaves both libraries as they come. Models that are already loaded keep working."""
+    """Leaves these libraries as they come. Models that are already loaded keep working."""
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
     for ours in (name for names in _HOOKED.values() for name in names):

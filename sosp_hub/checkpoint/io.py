@@ -13,8 +13,10 @@ from torch import nn
 from sosp_hub.checkpoint.format import headers
 from sosp_hub.checkpoint.format.bounds import check_code, check_counts, is_widened, outgrows_files
 from sosp_hub.checkpoint.format.folder import replaced_folder
+from sosp_hub.checkpoint.format.record import Builder, library_in
 from sosp_hub.checkpoint.skeleton import misfits, model_class
 from sosp_hub.checkpoint.weightless import holds_only_a_plan
+from sosp_hub.compat.torch import unwrapped
 from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError, shortened
 
@@ -35,13 +37,15 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
     ship_code: bool = False,
 ) -> Path:
-    """Writes a pruned model so that transformers or timm load it again.
+    """Writes a pruned model so that it loads again: by transformers, timm or `from_pretrained`.
 
     The folder is written beside its place and renamed, so an interrupted save leaves what was
     there. Before that, what its config builds is compared with the model.
 
     Args:
-        model: A transformers or timm model.
+        model: A transformers or timm model, or any other module, which its reader builds by the
+            same code (``from_pretrained(folder, model=Net())``). A SentenceTransformer is written
+            in its own layout.
         folder: Where to. Weights of an older save are removed, other files stay.
         base_model: Hub id of the model that was pruned; goes into the report.
         base_revision: Its commit.
@@ -58,7 +62,7 @@ def save_pretrained(
     Raises:
         CheckpointError: A model that the files could not rebuild.
         OutputError: The folder cannot be written; what was there stays.
-        ModelError: A model of another library.
+        ModelError: Adapters that were not merged.
     """
     tell_newer()
     for given, kind in ((model, nn.Module), (folder, str | Path)):
@@ -68,14 +72,19 @@ def save_pretrained(
                 "expected save_pretrained(model, folder)"
             )
     folder = Path(folder)
+    model = unwrapped(model)
     library = library_of(model)
     with replaced_folder(folder) as fresh:
         if library == "transformers":
             from sosp_hub.checkpoint.transformers.save import write
 
             obstacle = write(model, fresh, max_shard_size=max_shard_size, ship_code=ship_code)
-        else:
+        elif library == "timm":
             from sosp_hub.checkpoint.timm.save import write
+
+            obstacle = write(model, fresh, max_shard_size=max_shard_size)
+        else:
+            from sosp_hub.checkpoint.torch.save import write
 
             obstacle = write(model, fresh, max_shard_size=max_shard_size)
         for extra in (tokenizer, processor):
@@ -152,9 +161,18 @@ def load(folder: Path, kwargs: dict[str, Any], name: str) -> nn.Module:
         )
     config = headers.read_json(folder / headers.CONFIG)
     tensors = headers.read_tensors(folder)
+    library = library_in(config)
+    if library == "torch":
+        from sosp_hub.checkpoint.torch.read import read as read_torch
+
+        return read_torch(folder, config, tensors, kwargs, name)
+    if "model" in kwargs:
+        raise CheckpointError(
+            f"{name}: {library} builds the model of this folder by itself; leave model= out"
+        )
     check_counts(config, tensors)
     check_code(config)
-    is_timm = "architecture" in config and "model_type" not in config
+    is_timm = library == "timm"
     is_adapted = is_timm and kwargs.keys() - {"dtype"}  # timm makes up what no longer fits
     looks_wrong = is_adapted or is_widened(config) or outgrows_files(config, tensors)
     if looks_wrong and (fault := next(misfits(folder, config, tensors), None)):
@@ -174,20 +192,22 @@ def load(folder: Path, kwargs: dict[str, Any], name: str) -> nn.Module:
         raise CheckpointError(f"{name}: {cause}") from error
 
 
-def library_of(model: nn.Module) -> str:
-    """Which library's files a model is saved in.
+def library_of(model: nn.Module) -> Builder:
+    """Which library's files a model is saved in; ``torch`` = none's.
 
     Raises:
-        ModelError: Neither of the two.
+        ModelError: Adapters that were not merged.
     """
+    if hasattr(model, "merge_and_unload"):
+        raise ModelError(
+            f"{type(model).__name__}: it has adapters beside its weights; save "
+            "model.merge_and_unload(), or the adapters alone by model.save_pretrained(folder)"
+        )
     if hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "model_type"):
         return "transformers"
     if isinstance(getattr(model, "pretrained_cfg", None), Mapping):
         return "timm"
-    raise ModelError(
-        f"{type(model).__name__}: neither a transformers nor a timm model; "
-        f"build it with AutoModel or timm.create_model"
-    )
+    return "torch"
 
 
 def fetch(path_or_id: str | Path, kwargs: dict[str, Any]) -> Path:

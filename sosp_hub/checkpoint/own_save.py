@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,13 +10,30 @@ from torch import nn
 from sosp_hub.errors import CheckpointError
 
 
-def describe_cut(model: nn.Module) -> None:
+def skeleton_before(model: nn.Module) -> nn.Module | None:
+    """What a model that is about to be cut has to remember; None where its library builds it."""
+    if _is_transformers(model) or _is_timm(model):
+        return None
+    from sosp_hub.checkpoint.torch.skeleton import skeleton_of
+
+    return skeleton_of(model)
+
+
+def describe_cut(model: nn.Module, skeleton: nn.Module | None, inputs: Any) -> None:
     """Gives a model that was just cut, or those inside it, what their own ways of saving need.
 
-    Of a wrapper, such as one with adapters, the outermost models inside are meant. Models of other
-    libraries are left alone.
+    Args:
+        model: The cut model. Inside a plain module or a wrapper, such as one with adapters, the
+            outermost models of libraries are described too.
+        skeleton: What `skeleton_before` gave before the cut.
+        inputs: Arguments of a forward pass on which a plain module is compared with what its delta
+            builds; None = do not compare.
     """
     with torch.random.fork_rng(devices=[]):  # building a skeleton may draw
+        if skeleton is not None:
+            from sosp_hub.checkpoint.torch.own_save import describe_cut as describe_plain
+
+            describe_plain(model, skeleton, inputs)
         for part in _outermost(model):
             if _is_transformers(part):
                 from sosp_hub.checkpoint.transformers.own_save import describe_cut as describe

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sosp_hub.checkpoint.format import headers
+from sosp_hub.checkpoint.format.record import library_in
 from sosp_hub.compat.transformers import as_stored, tied_names
 from sosp_hub.errors import CheckpointError
 
@@ -17,7 +18,7 @@ def misfits(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, headers.TensorHeader]
 ) -> Iterator[str]:
     """Where the headers of the weight files are not what the config builds; makes no tensor."""
-    is_timm = "architecture" in config and "model_type" not in config
+    is_timm = library_in(config) == "timm"
     with as_checkpoint_error():
         model = build_skeleton(folder, config, is_timm, dense=False)
     yield from faults_of(model, tensors)

@@ -3,7 +3,9 @@
 Copied beside weights that carry their own code (``ship_code``), so it imports torch alone.
 """
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -87,6 +89,30 @@ def num_writes(tensor: Tensor) -> int:
 def compiled_from(model: Any) -> Any:
     """What ``torch.compile`` made a model of; None where it did not."""
     return getattr(model, "_orig_mod", None)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what ``torch.compile`` or a class for several devices made of it."""
+    while True:
+        inside = compiled_from(model)
+        if inside is None and type(model).__name__ in _WRAPPERS:
+            inside = getattr(model, "module", None)
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside
+
+
+SHARDED = "FullyShardedDataParallel"
+"""Class that keeps the parameters of a model in parts that are nobody's tensors."""
+
+_WRAPPERS = "DistributedDataParallel", "DataParallel", SHARDED
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Has compiled modules run the code that they were made of."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and it is slow to import
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def result_aliases(func: Any) -> list[Any]:

@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.format import headers
 from sosp_hub.checkpoint.format.bounds import check_code, check_counts
-from sosp_hub.checkpoint.format.record import KEY
+from sosp_hub.checkpoint.format.record import KEY, Delta, library_in
 from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.skeleton import as_checkpoint_error, build_skeleton, faults_of
+from sosp_hub.checkpoint.torch.read import cut_without_data, misfits, stray
 from sosp_hub.checkpoint.weightless import holds_only_a_plan
 from sosp_hub.compat.torch import FakeMode, grouped_product_flops, parameter_table
 from sosp_hub.compat.transformers import tied_names
@@ -76,28 +77,43 @@ class Findings:
     layers: list[Layer] = field(default_factory=list)
 
 
-def examine(path_or_id: str | Path, *, revision: str | None = None) -> Findings:
+def examine(
+    path_or_id: str | Path, *, revision: str | None = None, model: nn.Module | None = None
+) -> Findings:
     """Reads the config and the headers of the weights; of a hub model nothing else is fetched.
 
+    Args:
+        path_or_id: Folder or hub id.
+        revision: Commit, branch or tag.
+        model: What was cut, as it is built, for a model of no library: without it only what the
+            files say themselves is known of one.
+
     Raises:
-        CheckpointError: No checkpoint, or a config that builds nothing.
+        CheckpointError: No checkpoint, a config that builds nothing, or another model.
         HubError: The hub cannot be reached, or has no such model.
     """
     folder = Path(path_or_id)
     if headers.is_folder(folder):
         if holds_only_a_plan(folder):
             return Findings(str(path_or_id), "weightless")
-        return _examine(str(path_or_id), folder, headers.read_tensors(folder))
+        return _examine(str(path_or_id), folder, headers.read_tensors(folder), model)
     with tempfile.TemporaryDirectory() as temporary:
         tensors = _fetch(str(path_or_id), revision, Path(temporary))
-        return _examine(str(path_or_id), Path(temporary), tensors)
+        return _examine(str(path_or_id), Path(temporary), tensors, model)
 
 
-def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHeader]) -> Findings:
+def _examine(
+    source: str,
+    folder: Path,
+    tensors: Mapping[str, headers.TensorHeader],
+    built: nn.Module | None,
+) -> Findings:
     config = headers.read_json(folder / headers.CONFIG)
+    if library_in(config) == "torch":
+        return _examine_plain(source, parse_delta(config[KEY]), tensors, built)
     check_counts(config, tensors)
     check_code(config)
-    is_timm = "architecture" in config and "model_type" not in config
+    is_timm = library_in(config) == "timm"
     args = config.get("model_args")
     record = config.get(KEY) if not is_timm else isinstance(args, Mapping) and args.get("delta")
     delta = parse_delta(record) if record else None
@@ -132,6 +148,41 @@ def _examine(source: str, folder: Path, tensors: Mapping[str, headers.TensorHead
         )
     )
     return findings
+
+
+def _examine_plain(
+    source: str,
+    delta: Delta,
+    tensors: Mapping[str, headers.TensorHeader],
+    built: nn.Module | None,
+) -> Findings:
+    """A model whose code the reader has: from the headers alone, or with what the reader built."""
+    found = Findings(source, "native" if delta.empty else "delta", "torch", delta.base.cls)
+    found.totals = {"params": None, "bytes": sum(each.num_bytes for each in tensors.values())}
+    line = f"sosp_hub.from_pretrained(folder, model={delta.base.cls}(...)), with the class at hand"
+    found.readers = [Reader("torch", None, line)]
+    if built is None:
+        found.faults = list(stray(delta, tensors))
+        found.layers = list(_files_layers(tensors))
+        return found
+    dense, model = cut_without_data(built, delta)
+    found.faults = list(misfits(model, tensors))
+    found.layers = list(_layers(model, dense, tensors, {}))
+    found.totals |= {"params": _num_params(model), "dense_params": _num_params(dense)}
+    return found
+
+
+def _files_layers(tensors: Mapping[str, headers.TensorHeader]) -> Iterator[Layer]:
+    """Modules by the names of their tensors; buffers count as parameters do."""
+    modules: dict[str, dict[str, headers.TensorHeader]] = {}
+    for name, tensor in tensors.items():
+        modules.setdefault(name.rpartition(".")[0], {})[name] = tensor
+    for name, own in modules.items():
+        sizes = {key: math.prod(each.shape) for key, each in own.items()}
+        largest = max(sizes, key=lambda key: sizes[key])
+        num_bytes = sum(each.num_bytes for each in own.values())
+        shape = own[largest].shape
+        yield Layer(name, "", shape, None, sum(sizes.values()), None, num_bytes)
 
 
 def _count_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.torch import unwrapped
 from sosp_hub.cut import apply
 from sosp_hub.errors import DataError, PlanError
 from sosp_hub.plan import PruningPlan
@@ -113,7 +114,7 @@ def rebuild(
         VerificationError: As ``apply(strict=True)`` does: the weights were made for the whole plan.
     """
     rebuilt = rebuilt_weights(
-        model,
+        unwrapped(model),
         graph,
         plan,
         batches,

@@ -57,7 +57,8 @@ def render_card(
         repo_id: Where it will be published; the load snippet names the folder until that is known.
         report: The report, where it is not in the folder.
         figures: Draw the figures as well.
-        run: Run the load snippet on the folder first, so that the card shows lines that work.
+        run: Run the load snippet on the folder first, so that the card shows lines that work
+            (those of a model of no library need code that is not here, and are not run).
 
     Returns:
         Path of the card.
@@ -76,7 +77,7 @@ def render_card(
             "yourself"
         )
     facts = collect(report)
-    if run:
+    if run and checkpoint.can_run:
         run_snippet(load_snippet(checkpoint, str(folder.resolve()), facts.task))
     if facts.base_model:
         copy_licence_files(facts.base_model, folder, facts.base_revision)

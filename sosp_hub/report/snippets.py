@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sosp_hub.checkpoint.format.headers import read_tensors
+from sosp_hub.checkpoint.format.record import KEY, Builder, library_in
 from sosp_hub.errors import CheckpointError, HubError
 from sosp_hub.recipe.tasks import Task, find_task, known_task
 from sosp_hub.report.markers import quoted
-from sosp_hub.types import Library
 from sosp_hub.untrusted import UnreadableError, read_json
 
 Tier = Literal["native", "delta"]
@@ -27,7 +27,7 @@ class Checkpoint:
 
     folder: Path
     config: dict[str, Any]
-    library: Library
+    library: Builder
     tier: Tier
     has_tokenizer: bool
     processors: bool = False
@@ -36,7 +36,12 @@ class Checkpoint:
     @property
     def library_name(self) -> str:
         """What the hub is told: the library whose loader understands the files."""
-        return self.library if self.tier == "native" else "sosp_hub"
+        return self.library if self.tier == "native" and self.can_run else "sosp_hub"
+
+    @property
+    def can_run(self) -> bool:
+        """Whether the files alone are enough to build the model."""
+        return self.library != "torch"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -57,7 +62,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise HubError(f"{path}: {error}; save the model again") from error
     if not isinstance(config, dict):
         raise HubError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    library: Library = "timm" if "architecture" in config else "transformers"
+    library = library_in(config)
     arguments = config.get("model_args")
     delta = "sosp_hub" in config or (isinstance(arguments, dict) and "delta" in arguments)
     delta = delta or str(config.get("architecture")).startswith(_REGISTERED_HERE)
@@ -87,6 +92,8 @@ def load_snippet(checkpoint: Checkpoint, address: str, task: str | None) -> str:
         return _pipeline_lines(checkpoint, address, known)
     imports, load = _loading(checkpoint, address, task)
     use: list[str] = []
+    if not checkpoint.can_run:
+        return f"import sosp_hub\n\n{load}"
     size = _image_size(checkpoint.config)
     if checkpoint.library == "transformers" and checkpoint.has_tokenizer:
         imports["transformers"] = (*imports.get("transformers", ()), "AutoTokenizer")
@@ -121,6 +128,13 @@ def _pipeline_lines(checkpoint: Checkpoint, address: str, task: Task) -> str:
 
 def where_it_loads(checkpoint: Checkpoint) -> str:
     """A sentence on what a reader has to install."""
+    if not checkpoint.can_run:
+        return (
+            "It needs `pip install sosp_hub` and the code of its class, of which this repository "
+            "holds none: build the model as it was before it was cut, and what loads it gives "
+            "another one that is cut and has these weights. Nothing in this repository runs code "
+            "from it."
+        )
     if checkpoint.tier == "native":
         return (
             f"It loads with {checkpoint.library} alone; `sosp_hub.from_pretrained` works as well. "
@@ -156,6 +170,12 @@ def _loading(
     checkpoint: Checkpoint, address: str, task: str | None
 ) -> tuple[dict[str, tuple[str, ...]], str]:
     """Packages with the names to import from them, and the line that loads."""
+    if not checkpoint.can_run:
+        cls = _class_name(checkpoint.config)
+        return {}, (
+            f"model = {cls}(...)  # your own class, as it was before it was cut\n"
+            f"model = sosp_hub.from_pretrained({quoted(address)}, model=model)"
+        )
     if checkpoint.tier == "native" and checkpoint.library == "timm":
         prefix = "local-dir" if Path(address).is_dir() else "hf-hub"
         source = quoted(f"{prefix}:{address}")
@@ -165,6 +185,13 @@ def _loading(
         line = f"model = {known.auto_class}.from_pretrained({quoted(address)}).eval()"
         return {"transformers": (known.auto_class,)}, line
     return {"sosp_hub": ()}, f"model = sosp_hub.from_pretrained({quoted(address)}).eval()"
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    """Of the delta of a model of no library, if it is a name: it becomes a line of Python."""
+    base = config[KEY].get("base")
+    name = base.get("class") if isinstance(base, dict) else None
+    return name if isinstance(name, str) and name.isidentifier() and len(name) < 100 else "Net"
 
 
 def _image_size(config: dict[str, Any]) -> tuple[int, int, int] | None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import num_writes
+from sosp_hub.compat.torch import eagerly, num_writes
 
 _Cache = functools._lru_cache_wrapper
 
@@ -53,7 +53,8 @@ def isolated(*models: nn.Module | type[nn.Module]) -> Iterator[None]:
 
     Modules (attributes, hooks, buffers of the models themselves), classes, globals, closures and
     default arguments of their code and of all that it imports, the caches in them, and the random
-    number generators, also after an exception. ``functools`` caches start empty, so that a pass
+    number generators, also after an exception. Compiled modules run as they were written, and
+    ``functools`` caches start empty, so that a pass
     takes one path whatever ran before.
 
     What a model reaches only through threads of its own or through C++ is not seen.
@@ -71,7 +72,8 @@ def isolated(*models: nn.Module | type[nn.Module]) -> Iterator[None]:
     stack.append(known)
     try:
         places.exchange_caches()
-        yield
+        with eagerly():
+            yield
     finally:
         stack.pop()
         places.restore(snapshot)

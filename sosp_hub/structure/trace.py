@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sosp_hub.compat.torch import FAKE_LOG, FakeMode
+from sosp_hub.compat.torch import FAKE_LOG, SHARDED, FakeMode, unwrapped
 from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import TraceError
 from sosp_hub.structure import rules
@@ -44,7 +44,8 @@ def trace(
     is in. Where that leaves parameters unused, a training pass shows what they belong to.
 
     Args:
-        model: Any module; weights may be on the meta device.
+        model: Any module; weights may be on the meta device. Of what DataParallel,
+            DistributedDataParallel or ``torch.compile`` made, it is the model inside.
         example_inputs: Positional tensors as a tuple, or keyword tensors as a dict; the first
             dimension of the first tensor counts samples.
         outputs: Names of the outputs that matter (``"logits"``), for models that return a mapping;
@@ -59,6 +60,12 @@ def trace(
     tell_newer()
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace: the model must be an nn.Module, got {type(model).__name__}")
+    if type(model).__name__ == SHARDED:
+        raise TraceError(
+            f"trace: {SHARDED} holds parts of parameters that belong to no layer; cut the model "
+            "first and wrap it afterwards"
+        )
+    model = unwrapped(model)
     if isinstance(outputs, str):
         outputs = (outputs,)
     wanted = None if outputs is None else tuple(outputs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sosp_hub.compat.torch import unwrapped
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.axes import size_of
@@ -58,6 +59,7 @@ def carry(
             "carry(what, pruned, graph, plan)"
         )
     plan = graph.provable(plan)
+    pruned, dense = unwrapped(pruned), unwrapped(dense)
     if isinstance(what, Optimizer):
         _carry_optimizer(what, pruned, graph, plan, dense)
         return what

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import compiled_from
+from sosp_hub.compat.torch import unwrapped
 from sosp_hub.errors import DataError
 from sosp_hub.tasks.batches import check_batch, described, num_samples
 from sosp_hub.tasks.predictions import IGNORED, Predictions, check_classes, softmax, whole
@@ -171,7 +171,7 @@ def _own(model: nn.Module, outputs: Any, batch: Any, own: Tensor) -> Loss:
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.numel() and bool((labels == IGNORED).all()):
         return Loss(own, 0, outputs, None)
-    config = getattr(inner(model), "config", None)
+    config = getattr(unwrapped(model), "config", None)
     ignored = getattr(config, "semantic_loss_ignore_index", 255)
     forms = dict(own_forms(outputs, batch, ignored))
     known, key = _FORM_OF.setdefault(model, {}), (*sorted(batch), *forms)
@@ -185,7 +185,7 @@ def _own(model: nn.Module, outputs: Any, batch: Any, own: Tensor) -> Loss:
             if name is None and forms:
                 log.info(
                     "the own loss of %s is none of %s; its curvature is not known",
-                    type(inner(model)).__name__,
+                    type(unwrapped(model)).__name__,
                     ", ".join(forms),
                 )
     weight = num_samples(batch) if predictions is None else predictions.weight
@@ -225,7 +225,7 @@ def _check_for_own_loss(model: nn.Module, batch: Mapping[str, Any]) -> None:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         return
-    bare = inner(model)
+    bare = unwrapped(model)
     config, num_classes = getattr(bare, "config", None), None
     others = (value for name, value in batch.items() if name != "labels")
     sizes = {len(v) for v in others if isinstance(v, Tensor) and v.ndim}
@@ -264,32 +264,18 @@ def _default(outputs: Any, batch: Any) -> Predictions:
 # Words and shapes -------------------------------------------------------------------------------
 
 
-def inner(model: nn.Module) -> Any:
-    """The model without what DistributedDataParallel or torch.compile wrap it in."""
-    while True:
-        wrapped = compiled_from(model)
-        if wrapped is None and type(model).__name__ in _WRAPPERS:
-            wrapped = getattr(model, "module", None)
-        if not isinstance(wrapped, nn.Module):
-            return model
-        model = wrapped
-
-
-_WRAPPERS = "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"
-
-
 def _generates(model: nn.Module) -> bool:
-    can_generate = getattr(inner(model), "can_generate", None)
+    can_generate = getattr(unwrapped(model), "can_generate", None)
     return callable(can_generate) and bool(can_generate())
 
 
 def _reads_labels(model: nn.Module) -> bool:
-    return bool(getattr(getattr(inner(model), "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
 
 
 def _accepted(model: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
     """Without what the forward pass takes no argument for: targets under names of their own."""
-    parameters = inspect.signature(inner(model).forward).parameters
+    parameters = inspect.signature(unwrapped(model).forward).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return named
     return {name: value for name, value in named.items() if name in parameters}

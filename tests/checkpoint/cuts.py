@@ -8,6 +8,9 @@ import transformers as tf
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import sosp_hub
+from sosp_hub.plan import PruningPlan
+
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -372,3 +375,24 @@ def pruned_timm(name, **kwargs):
     model = timm.create_model(name, num_classes=7, **kwargs).eval()
     TIMM[name](model)
     return model
+
+
+class Plain(nn.Module):
+    """A model of no library."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 3)
+
+    def forward(self, values):
+        return self.last(self.norm(self.first(values)))
+
+
+def pruned_plain():
+    """With half of its neurons."""
+    model = Plain()
+    graph = sosp_hub.trace(model, (torch.zeros(2, 6),))
+    sizes = {name: group.size for name, group in graph.groups.items()}
+    return sosp_hub.apply(
+        model, graph, PruningPlan({name: tuple(range(0, n, 2)) for name, n in sizes.items()}, sizes)
+    )

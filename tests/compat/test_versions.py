@@ -117,7 +117,7 @@ def test_tracing_saving_and_loading_tell_it(monkeypatch, tmp_path):
     sosp_hub.trace(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), (torch.zeros(1, 2),))
     assert len(told) == 1
     for call in (
-        lambda: sosp_hub.save_pretrained(nn.Linear(1, 1), tmp_path / "a"),
+        lambda: sosp_hub.save_pretrained("model", tmp_path / "a"),
         lambda: sosp_hub.from_pretrained(tmp_path),
     ):
         before = len(told)

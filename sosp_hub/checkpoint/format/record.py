@@ -12,6 +12,9 @@ KEY = "sosp_hub"
 
 SCHEMA_VERSION = 1
 
+Builder = Literal["transformers", "timm", "torch"]
+"""Who builds the skeleton: a library from its config, or the reader's own code."""
+
 Plain = int | float | tuple[int, ...]
 Shape = tuple[int | None, ...]
 """Size of every dimension; None where the skeleton's own size stays."""
@@ -120,13 +123,15 @@ class Section:
 class Delta:
     """The whole value of the key ``sosp_hub``."""
 
-    library: Literal["transformers", "timm"]
+    library: Builder
     library_version: str
     sosp_hub_version: str
     base: Section
     head: Section | None = None
     feature_channels: tuple[int, ...] = ()
     """timm only: channels of each entry of ``feature_info``."""
+    outline: str = ""
+    """torch only: hash of the names and classes of the skeleton's modules."""
 
     @property
     def empty(self) -> bool:
@@ -144,6 +149,7 @@ class Delta:
             base=Section.from_json(record["base"]),
             head=None if head is None else Section.from_json(head),
             feature_channels=tuple(record.get("feature_channels", ())),
+            outline=record.get("outline", ""),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -159,7 +165,18 @@ class Delta:
             record["head"] = self.head.to_json()
         if self.feature_channels:
             record["feature_channels"] = list(self.feature_channels)
+        if self.outline:
+            record["outline"] = self.outline
         return record
+
+
+def library_in(config: Mapping[str, Any]) -> Builder:
+    """Who builds the model of a ``config.json``; ``torch`` = the code of whoever reads it."""
+    record = config.get(KEY)
+    if isinstance(record, Mapping) and record.get("library") == "torch":
+        return "torch"
+    is_timm = "architecture" in config and "model_type" not in config
+    return "timm" if is_timm else "transformers"
 
 
 def _values(record: Mapping[str, Any]) -> dict[str, dict[str, Plain]]:

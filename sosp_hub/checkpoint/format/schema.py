@@ -25,7 +25,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sosp_hub.checkpoint.format.record import KEY, LARGEST_GROWTH, SCHEMA_VERSION, Delta
+from sosp_hub.checkpoint.format.record import (
+    KEY,
+    LARGEST_GROWTH,
+    SCHEMA_VERSION,
+    Builder,
+    Delta,
+)
 from sosp_hub.errors import CheckpointError
 
 PUBLISHED = Path(__file__).with_name("delta.schema.json")
@@ -37,6 +43,7 @@ _MOST_NUMBERS = 4096
 _MOST_DIMENSIONS = 8
 _NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*")
 _PATH = re.compile(r"(?!__)(?!.*\.__)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_HASH = re.compile(r"[0-9a-f]{64}")
 _CLASS = re.compile(r"[^\W0-9]\w*")
 
 
@@ -205,6 +212,7 @@ ModuleOrRoot = _text("a name such as 'layers.0.mlp'", _LONGEST_NAME, _PATH, empt
 AttributeName = _text("the name of a plain attribute", _LONGEST_NAME, _NAME)
 ClassName = _text("the name of a class", _LONGEST_NAME, _CLASS)
 Version = _text("a version such as '1.2.0'", _LONGEST_VERSION)
+Outline = _text("a SHA-256 in hexadecimal", 64, _HASH, empty=True)
 Names = _list_of(ModulePath, "names", 0, MOST_ENTRIES, distinct=True)
 Shape = _list_of(Size | None, f"1 to {_MOST_DIMENSIONS} sizes", 1, _MOST_DIMENSIONS)
 Values = _by_name(ModuleOrRoot, _by_name(AttributeName, Number))
@@ -239,17 +247,18 @@ class SectionRecord(_Strict):
 class DeltaRecord(_Strict):
     """Delta of a pruned model; FORMAT.md explains it.
 
-    Value of the key ``sosp_hub`` in a transformers ``config.json``, or of ``model_args.delta`` in
-    a timm one.
+    Value of the key ``sosp_hub`` in the ``config.json`` of transformers or of a plain module, or
+    of ``model_args.delta`` in a timm one.
     """
 
     schema_version: Annotated[Any, WithJsonSchema({"const": SCHEMA_VERSION})]  # was migrated
     sosp_hub_version: Version
-    library: Literal["transformers", "timm"]
+    library: Builder
     library_version: Version
     base: SectionRecord
     head: SectionRecord | None = None
     feature_channels: Numbers = []
+    outline: Outline = ""
 
 
 # ------------------------------------------------------------------------------------------- words

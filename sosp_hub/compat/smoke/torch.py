@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import fsdp
 
 from sosp_hub.compat import torch as compat
 from sosp_hub.compat.smoke import expect, smoke
@@ -107,6 +108,24 @@ def compiled_models() -> None:
     model = nn.Linear(1, 1)
     expect(compat.compiled_from(torch.compile(model)) is model, "a compiled model hides its own")
     expect(compat.compiled_from(model) is None, "a plain model is compiled")
+    compiled: Any = torch.compile(model)
+    wrapped = torch.compile(nn.DataParallel(compiled))
+    expect(compat.unwrapped(wrapped) is model, "a model for several devices hides its own")
+    expect(hasattr(fsdp, compat.SHARDED), f"there is no {compat.SHARDED}")
+
+
+@smoke("trace, scores and verification of compiled models and of models with compiled parts")
+def compiled_models_run_as_written() -> None:
+    seen: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:  # noqa: ARG001
+        seen.append(graph)
+        return graph
+
+    model = torch.compile(nn.Linear(1, 1), backend=backend)
+    with compat.eagerly():
+        model(torch.zeros(1, 1))
+    expect(not seen, "a compiled module was compiled all the same")
 
 
 @smoke("second-order scores of attention")
