@@ -19,7 +19,8 @@ from sosp_hub.surgery.apply import apply
 def rebuilt(context: Context, decided: PruningPlan) -> dict[str, Any]:
     """Solves them layer by layer; leaves the weights of the cut model, and tells of each layer."""
     config = context.recipe.rebuild
-    batches = context.calibration_batches(0, min(config.num_samples, len(context.train)))
+    num_samples = min(config.num_samples, len(context.train))
+    batches = context.calibration_batches(0, num_samples)
     made = rebuilt_weights(
         context.model,
         context.graph,
@@ -32,7 +33,12 @@ def rebuilt(context: Context, decided: PruningPlan) -> dict[str, Any]:
     if made.layers:
         small = apply(made.model.cpu(), context.graph, made.plan, verify="fast", strict=True)
         context.cache.save(lambda: save_model(small, str(rebuilt.tensors(context))))
-    return {"layers": [dataclasses.asdict(layer) for layer in made.layers], "left": made.left}
+    return {
+        "method": config.method,
+        "num_samples": num_samples,
+        "layers": [dataclasses.asdict(layer) for layer in made.layers],
+        "left": made.left,
+    }
 
 
 def rebuild(context: Context, decided: PruningPlan, pruned: nn.Module) -> bool:
@@ -46,3 +52,12 @@ def rebuild(context: Context, decided: PruningPlan, pruned: nn.Module) -> bool:
         return False
     load_model(pruned, rebuilt.tensors(context))  # read on the CPU, copied to where the model is
     return True
+
+
+def rebuild_told(context: Context) -> dict[str, Any]:
+    """For the report: each layer before and after, and what it took; empty where nothing ran."""
+    record = context.cache.read(rebuilt)
+    if record is None:
+        return {}
+    took = {"seconds": record["seconds"], "peak_bytes": record["peak_bytes"]}
+    return {**record["made"], **took}

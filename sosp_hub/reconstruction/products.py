@@ -1,5 +1,6 @@
 """Catches the products of weights with what they read, whatever module's code makes them."""
 
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -72,6 +73,7 @@ class Products(TorchFunctionMode):
         self._names = {w.weight.untyped_storage().data_ptr(): n for n, w in watched.items()}
         self._watched, self._see, self._refuse = watched, see, refuse
         self._all_samples = num_samples
+        self._gathered: dict[int, tuple[weakref.ref[Tensor], str, Tensor]] = {}
         self.keys: Sequence[int] = (0,)
         self.mask: Tensor | None = None
 
@@ -100,7 +102,37 @@ class Products(TorchFunctionMode):
                 if tensor is not None:
                     with torch.no_grad():
                         self._product(tensor, name, given)
-        return func(*args, **kwargs)
+            if name == "bmm":
+                self._gathered_product(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if name == "__getitem__":
+            self._note_gathered(*args, result)
+        return result
+
+    def _note_gathered(self, parameter: Any, numbers: Any, result: Any) -> None:
+        """Remembers a tensor that holds for each row the matrix of its expert."""
+        if not isinstance(parameter, torch.nn.Parameter) or parameter.dim() != 3:
+            return
+        tensor = self._names.get(parameter.untyped_storage().data_ptr())
+        if tensor is None or not isinstance(numbers, Tensor) or numbers.dim() != 1:
+            return
+        if not numbers.is_floating_point() and numbers.dtype != torch.bool:
+            self._gathered[id(result)] = weakref.ref(result), tensor, numbers
+
+    def _gathered_product(self, first: Tensor, second: Tensor) -> None:
+        """Of rows with the matrices of their experts, as each comes with its own."""
+        for weight, rows, side in ((first, second, -1), (second, first, -2)):
+            reference, tensor, numbers = self._gathered.get(id(weight), (None, "", None))
+            if reference is None or reference() is not weight or numbers is None:
+                continue
+            dim = self._watched[tensor].dim
+            rows = rows.squeeze(-1 if side == -1 else 1)
+            if rows.dim() != 2 or dim != 3 + side:
+                self._refuse(tensor, "a product of it with more than a row for each expert")
+                continue
+            for slot in numbers.unique().tolist():
+                mine = _wide(rows[numbers == slot])[None]
+                self._see(Product(tensor, slice(slot, slot + 1), mine))
 
     def _product(self, tensor: str, name: str, given: Mapping[str, Any]) -> None:
         weight, x, bias = given["weight"], given["input"], given.get("bias")
@@ -109,16 +141,19 @@ class Products(TorchFunctionMode):
             self._refuse(tensor, f"{name} scales what it adds up")
             return
         if name.startswith("conv"):
-            if weight.shape != parameter.shape or dim != 1:
+            if weight.shape != parameter.shape or dim != ("transpose" not in name):
                 self._refuse(tensor, "a convolution reads a part of it")
                 return
+            groups, taps = given.get("groups", 1), weight[0, 0].numel()
             x = x if x.dim() == weight.dim() else x.unsqueeze(0)
             name_key, keys = zlib.crc32(tensor.encode()), self._keys(len(x))
             seeds = range(len(x)) if keys is None else keys.tolist()
-            enough = _ROWS_PER_INPUT * weight[0].numel() // max(self._all_samples, 1)
+            num_inputs = x.shape[1] // groups * taps
+            enough = _ROWS_PER_INPUT * num_inputs // max(self._all_samples, 1)
+            if dim == 0:
+                x, given = _as_convolution(x, weight, given)
             rows = patches(x, weight, given, max(_PLACES, enough), [s ^ name_key for s in seeds])
             keys = self._keys(rows.shape[1])
-            groups, taps = given.get("groups", 1), weight[0, 0].numel()
             self._see(Product(tensor, slice(None), _wide(rows), keys, bias, groups, taps))
             return
         side = -1 if name == "linear" else -2
@@ -182,6 +217,10 @@ _ARGUMENTS = {
         ("conv1d", "conv2d", "conv3d"),
         ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     ),
+    **dict.fromkeys(
+        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    ),
 }
 
 
@@ -195,6 +234,29 @@ def _whole(weight: Tensor, parameter: Tensor, dim: int, side: int) -> bool:
     if (tuple(weight.shape[-2:]), tuple(weight.stride()[-2:])) != last:
         return False
     return weight.dim() == 2 or (weight.dim() == 3 and weight.shape[0] == parameter.shape[0])
+
+
+def _as_convolution(
+    x: Tensor, weight: Tensor, given: Mapping[str, Any]
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """Input and arguments of the convolution that computes the same as a transposed one.
+
+    It reads zeros between the places of the input, and its window is the other way round.
+    """
+    num = weight.dim() - 2
+    names = ("stride", "dilation", "padding", "output_padding")
+    stride, dilation, padding, more = (
+        _each(given.get(name, default), num)
+        for name, default in zip(names, (1, 1, 0, 0), strict=True)
+    )
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *sizes)
+    wide[(..., *(slice(None, None, s) for s in stride))] = x
+    pads: list[int] = []
+    for i in reversed(range(num)):
+        edge = dilation[i] * (weight.shape[2 + i] - 1) - padding[i]
+        pads += [edge, edge + more[i]]
+    return F.pad(wide, pads), {"dilation": dilation, "groups": given.get("groups", 1)}
 
 
 def patches(
@@ -256,7 +318,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def to_matrices(weight: Tensor, dim: int, groups: int) -> Tensor:
-    """A weight as ``(slots, outputs, inputs)``; of a convolution each input has its window."""
+    """A weight as ``(slots, outputs, inputs)``; of a convolution each input has its window.
+
+    A transposed convolution, whose inputs are dimension 0, has its window the other way round.
+    """
+    if groups and dim == 0:
+        turned = weight.flip(tuple(range(2, weight.dim())))
+        return turned.unflatten(0, (groups, -1)).transpose(1, 2).flatten(3).flatten(2)
     if groups:
         return weight.unflatten(0, (groups, -1)).flatten(3).flatten(2)
     matrices = weight.movedim(dim, -1)
@@ -265,6 +333,10 @@ def to_matrices(weight: Tensor, dim: int, groups: int) -> Tensor:
 
 def from_matrices(matrices: Tensor, like: Tensor, dim: int, groups: int) -> Tensor:
     """The opposite of ``to_matrices``, in the shape of ``like``."""
+    if groups and dim == 0:
+        window = like.shape[2:]
+        channels = matrices.unflatten(2, (-1, window.numel())).transpose(1, 2).flatten(0, 1)
+        return channels.unflatten(2, window).flip(tuple(range(2, like.dim())))
     if groups:
         return matrices.reshape(like.shape)
     return (matrices if like.dim() == 3 else matrices[0]).movedim(-1, dim)

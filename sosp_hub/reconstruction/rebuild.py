@@ -347,6 +347,8 @@ def _columns(reader: Reader, dense: Tensor, first: Product) -> Tensor:
     if not first.groups:
         return kept
     taps = first.taps
+    if reader.dim == 0:  # of a transposed one that counts through all groups, each keeps the same
+        kept = (kept % (dense.shape[2] // taps)).unique()
     return (kept[:, None] * taps + torch.arange(taps, device=kept.device)).flatten()
 
 

@@ -5,6 +5,7 @@ A value that was not measured has no row. Card and static page are two templates
 
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Facts:
         costs: Rows about size and speed.
         metrics: A row for each metric: its value at each stage that was measured.
         removed: For each kind of structure: how many of how many remain, in how many groups.
-        made_up: What was folded into the kept weights to make up for the cut.
+        made_up: What was done to the kept weights to make up for the cut, before any training.
         floors: Groups where the floor stopped the cut.
         worse: Sentences about what got worse.
         drops: Classes that lost most: class, before, after, change.
@@ -111,7 +112,7 @@ def collect(report: Mapping[str, Any]) -> Facts:
         costs=_costs(cost, latency, report.get("peak_memory") or {}),
         metrics=_metrics(metrics),
         removed=tuple(_removed(groups)),
-        made_up=tuple(_made_up(provenance)),
+        made_up=(*_made_up(provenance), *_rebuilt(report.get("rebuild") or {})),
         floors=tuple(provenance.get("floors") or ()),
         inexact=sum(
             not group.get("exact", True) and group["kept"] < group["size"] for group in groups
@@ -291,6 +292,40 @@ def _made_up(provenance: Mapping[str, Any]) -> Iterable[str]:
             )
     if num := provenance.get("shifted_biases"):
         yield f"{num} biases are shifted by the mean of what was cut"
+
+
+def _rebuilt(told: Mapping[str, Any]) -> Iterable[str]:
+    layers, left = told.get("layers") or [], told.get("left") or {}
+    if layers:
+        errors = [
+            numbers.share(statistics.median(layer[key] for layer in layers))
+            for key in ("error_cut", "error")
+        ]
+        dampings = sorted({layer["damping"] for layer in layers})
+        words = f"{dampings[0]:g}" + f" to {dampings[-1]:g}" * (len(dampings) > 1)
+        took = [f"{told['num_samples']:,} calibration samples"] if told.get("num_samples") else []
+        if told.get("seconds"):
+            took.append(numbers.seconds(told["seconds"]))
+        if told.get("peak_bytes"):
+            took.append(f"{numbers.size(told['peak_bytes'])} of memory at the most")
+        yield (
+            f"{len(layers)} weight{'s' * (len(layers) != 1)} that read what was cut: solved again "
+            f"by least squares toward the uncut output, whose squared error fell from {errors[0]} "
+            f"to {errors[1]} in the median (damping {words}; {', '.join(took)})"
+        )
+    scarce = [layer for layer in layers if layer["rows"] < layer["inputs"]]
+    if scarce:
+        worst = min(scarce, key=lambda layer: layer["rows"] / layer["inputs"])
+        yield (
+            f"{len(scarce)} of them had fewer calibration rows than inputs, the worst "
+            f"{worst['rows']:,} for {worst['inputs']:,}"
+        )
+    if left:
+        name = next(iter(left))
+        yield (
+            f"{len(left)} other weight{'s' * (len(left) != 1)} that read what was cut stayed as "
+            f"{'it was' if len(left) == 1 else 'they were'}, such as {name} ({left[name]})"
+        )
 
 
 def _what_got_worse(

@@ -97,6 +97,23 @@ class _Calibration(_Part):
     drawn_labels: Count | None = None
 
 
+class _RebuiltLayer(_Part):
+    tensor: str
+    inputs: Count
+    rows: Count
+    damping: Amount
+    error_cut: Amount
+    error: Amount
+
+
+class _Rebuild(_Part):
+    layers: list[_RebuiltLayer] | None = None
+    left: dict[str, str] | None = None
+    num_samples: Count | None = None
+    seconds: Amount | None = None
+    peak_bytes: Count | None = None
+
+
 class _Base(_Part):
     model: str | None = None
     revision: str | None = None
@@ -121,6 +138,7 @@ class _Recovery(_Part):
 class _Report(_Part):
     plan: _Plan | None = None
     metrics: dict[str, dict[str, _Metric] | None] | None = None
+    rebuild: _Rebuild | None = None
     cost: _Costs | None = None
     latency: _Measurements | None = None
     peak_memory: _Measurements | None = None

@@ -31,6 +31,14 @@ def test_it_is_on_by_default_and_lowers_the_loss_of_a_cut(rebuilding):
     card = (rebuilding.parent / "out" / "README.md").read_text()
     assert "solved again by least squares on calibration inputs" in card
     assert "| rebuilt |" in card
+    told = report["rebuild"]
+    assert told["method"] == "ridge"
+    assert told["num_samples"] == 64
+    assert told["seconds"] > 0
+    assert told["layers"]
+    assert all(layer["error"] <= layer["error_cut"] for layer in told["layers"])
+    assert f"- {len(told['layers'])} weights that read what was cut: solved again" in card
+    assert "64 calibration samples" in card
 
 
 def test_without_data_the_cut_stays_as_it_is_and_that_is_told(rebuilding, caplog):
@@ -44,6 +52,7 @@ def test_without_data_the_cut_stays_as_it_is_and_that_is_told(rebuilding, caplog
     assert main([*given, "rebuild.method=null", f"output.dir={plain}"]) == 0
     weights = [load_file(folder / "model.safetensors") for folder in (again, plain)]
     assert_close(*weights, relative=0)
+    assert json.loads((again / "sosp_report.json").read_text())["rebuild"] == {}
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,56 @@ def test_groups_of_a_convolution_are_solved_one_by_one():
         assert_close(found[2].bias[outputs], constant, relative=1e-9)
 
 
+TRANSPOSED = {
+    "strided": nn.ConvTranspose2d(6, 4, 3, 2, 1, output_padding=1),
+    "window longer than stride": nn.ConvTranspose2d(6, 4, (3, 2), (1, 2), bias=False),
+    "dilated, in groups": nn.ConvTranspose2d(6, 4, 2, 2, dilation=(1, 2), groups=2, padding=1),
+    "one dimension": nn.ConvTranspose1d(6, 4, 4, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions_equal_lstsq_on_their_own_linear_map(name):
+    """The oracle finds what an output place is made of by differentiating it by the weights."""
+    reader = TRANSPOSED[name]
+    num = reader.weight.dim() - 2
+    first = (nn.Conv1d, nn.Conv2d)[num - 1](3, 6, 1)
+    model = nn.Sequential(first, nn.Tanh(), copy.deepcopy(reader)).double()
+    images = torch.randn(12, 3, *(3, 4)[:num], dtype=torch.float64)
+    graph = trace(model, (images[:2],))
+    group = next(n for n, g in graph.groups.items() if g.size == 6 // reader.groups)
+    keep = (0, 2) if reader.groups == 2 else (1, 2, 5)
+    plan = PruningPlan({group: keep}, {group: 6 // reader.groups})
+    found = sosp_hub.rebuild(model, graph, plan, [(images, torch.zeros(12))], damping=DAMPING)
+    hidden = model[1](model[0](images)).detach()
+    weight, outputs = model[2].weight.detach(), 4 // reader.groups
+    each = 6 // reader.groups
+    for part in range(reader.groups):
+        lone = copy.deepcopy(model[2])
+        lone.groups, lone.bias = 1, None
+        mine = weight[part * each : part * each + each, :1]
+
+        def made(w, lone=lone, part=part):
+            lone.weight = nn.Parameter(w, requires_grad=False)
+            return lone(hidden[:, part * each : part * each + each])
+
+        units = torch.eye(mine.numel(), dtype=torch.float64).view(-1, *mine.shape)
+        x = torch.stack([made(unit).flatten() for unit in units], 1)
+        taps = mine[0, 0].numel()
+        kept = [channel * taps + tap for channel in keep for tap in range(taps)]
+        of_part = weight[part * each : part * each + each]
+        w = of_part.transpose(0, 1).flatten(1)
+        start = torch.zeros_like(w)
+        start[:, kept] = w[:, kept]
+        ends = slice(part * outputs, part * outputs + outputs)
+        bias = None if reader.bias is None else model[2].bias.detach()[ends]
+        new, constant = least_squares(x, start, w, bias, kept)
+        now = found[2].weight[part * len(keep) : (part + 1) * len(keep)]
+        assert_close(now.transpose(0, 1).flatten(1), new[:, kept], relative=1e-9)
+        if bias is not None:
+            assert_close(found[2].bias[ends], constant, relative=1e-9)
+
+
 def test_an_expert_is_fitted_to_its_own_tokens():
     model, graph = build_experts("mixtral", "eager")
     model.double()
@@ -235,16 +285,19 @@ def test_an_expert_is_fitted_to_its_own_tokens():
         assert_close(rebuilt.model.get_parameter(name)[expert], new, relative=1e-8)
 
 
-def test_grouped_products_are_those_of_the_experts():
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_grouped_and_batched_products_are_those_of_the_experts(family):
     found = {}
-    for kernel in ("eager", "grouped_mm"):
-        model, graph = build_experts("mixtral", kernel)
+    for kernel in ("eager", "grouped_mm", "batched_mm"):
+        model, graph = build_experts(family, kernel)
         tokens = torch.randint(3, 90, (24, 16), generator=torch.Generator().manual_seed(0))
         plan = half_of(graph, ("neuron",))
         rebuilt = rebuilt_weights(model, graph, plan, [{"input_ids": tokens}], damping=DAMPING)
         name = rebuilt.layers[0].tensor
+        assert not rebuilt.left
         found[kernel] = rebuilt.model.get_parameter(name)
-    assert_close(found["grouped_mm"], found["eager"], relative=1e-4)
+    for kernel in ("grouped_mm", "batched_mm"):
+        assert_close(found[kernel], found["eager"], relative=1e-4)
 
 
 # The stream: what is kept between passes changes nothing ----------------------------------------
