@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, overload
 
 import torch
@@ -59,8 +60,8 @@ def make_loader(
 class Batches(Sequence[Any]):
     """Batches of fixed samples, made each time they are asked for, so that they take no memory."""
 
-    def __init__(self, split: Split, chosen: Sequence[Sequence[int]]) -> None:
-        self._split, self._chosen = split, chosen
+    def __init__(self, chosen: Sequence[tuple[Split, Sequence[int]]]) -> None:
+        self._chosen = chosen
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -73,12 +74,13 @@ class Batches(Sequence[Any]):
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return Batches(self._split, self._chosen[index])
-        return self._split.__getitems__(self._chosen[index])
+            return Batches(self._chosen[index])
+        split, samples = self._chosen[index]
+        return split.__getitems__(samples)
 
 
 def calibration_batches(
-    train: Split,
+    splits: Split | Sequence[Split],
     num_samples: int,
     batch_size: int,
     *,
@@ -87,19 +89,33 @@ def calibration_batches(
     rank: int = 0,
     num_processes: int = 1,
 ) -> Batches:
-    """Batches of a seeded subset of ``train`` (loaded without ``augment``).
+    """Batches of a seeded subset of train splits (loaded without ``augment``), of all in turn.
+
+    Each split gives equally many samples, and each batch holds samples of one.
 
     With several processes each gets its share of the same batches, none repeated, so that what is
     computed batch by batch (statistics of norms, squares of a batch's gradient) does not depend on
     how many there are; shares may differ by one batch. ``start`` leaves out so many samples at the
     subset's front.
     """
-    if num_samples > len(train):
-        log.info("calibration: %d samples asked for, train has %d", num_samples, len(train))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = order[start:num_samples]
-    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-    return Batches(train, batches[rank::num_processes])
+    splits = [splits] if isinstance(splits, Split) else splits
+    most = most_calibration(splits)
+    if num_samples > most:
+        log.info("calibration: %d samples asked for, there are %d", num_samples, most)
+    places = range(start, min(num_samples, most))
+    shares = []
+    for number, split in enumerate(splits):
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)).tolist()
+        mine = [order[at // len(splits)] for at in places if at % len(splits) == number]
+        parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+        shares.append([(split, part) for part in parts])
+    turns = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
+    return Batches(turns[rank::num_processes])
+
+
+def most_calibration(splits: Sequence[Split]) -> int:
+    """Samples that splits can give in equal parts."""
+    return len(splits) * min(len(split) for split in splits)
 
 
 def _finished(batch: Any) -> Any:

@@ -23,7 +23,7 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import find_task
-from sosp_hub.report.facts import overall_metrics
+from sosp_hub.report.facts import own_metrics
 from sosp_hub.report.listing import DENSE
 from sosp_hub.report.markers import read_card
 from sosp_hub.report.numbers import is_share, metric_value
@@ -215,7 +215,7 @@ def _measure(
 ) -> list[Check]:
     """The published metrics once more, on a subset of the published test samples."""
     final = (report.get("metrics") or {}).get("final") or {}
-    names = overall_metrics({"final": final})
+    names = own_metrics({"final": final})
     if not names or not report.get("recipe"):
         return [Check("metrics", None, "the report publishes none, or no recipe to repeat them")]
     try:

@@ -10,14 +10,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from sosp_hub.data.loading import Split, calibration_batches, load_split
+from sosp_hub.data.loading import Split, calibration_batches, load_split, most_calibration
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
 from sosp_hub.distributed import logger, make_accelerator
+from sosp_hub.errors import DataError, shortened
 from sosp_hub.pipeline.eligible import eligible_groups
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stage_cache import StageCache
 from sosp_hub.recipe.criteria import MaskTrainedCriterion
-from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.schema import Recipe, SourceSection
 from sosp_hub.recipe.tasks import find_task
 from sosp_hub.recipe.training import DenseTrainSection
 from sosp_hub.structure.graph import Graph
@@ -28,6 +29,8 @@ from sosp_hub.zoo.load import load_model as load_from_zoo
 
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
+
+_Key = tuple[SplitName, bool, SourceSection | None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Context:
         graph: Of the dense model.
         data: Opened data; None where nothing is measured and nothing trained.
         scores: Of an earlier run, to be used instead of scoring.
+        sources: The other data sets of the recipe, opened.
     """
 
     recipe: Recipe
@@ -51,7 +55,8 @@ class Context:
     graph: Graph
     data: OpenData | None = None
     scores: Scores | None = None
-    _splits: dict[tuple[SplitName, bool], Split] = field(default_factory=dict, repr=False)
+    sources: Mapping[SourceSection, OpenData] = field(default_factory=dict)
+    _splits: dict[_Key, Split] = field(default_factory=dict, repr=False)
     _batches: dict[tuple[int, int, int], Sequence[Any]] = field(default_factory=dict, repr=False)
 
     def turned_to(self, recipe: Recipe, cache: StageCache) -> Self:
@@ -100,9 +105,32 @@ class Context:
         return self._split("test")
 
     @property
+    def others(self) -> dict[str, tuple[Split, bool]]:
+        """Test splits of other data sets by a short name, and whether their texts calibrated."""
+        found: dict[str, tuple[Split, bool]] = {}
+        for source in self.recipe.data.others:
+            name = short = Path(self.sources[source].name).name
+            number = 2
+            while name in found:
+                name, number = f"{short} {number}", number + 1
+            seen = source in self.recipe.data.calibration
+            found[name] = self._split("test", source=source), seen
+        return found
+
+    @property
+    def calibration_splits(self) -> list[Split]:
+        """Train splits that calibrate: of the data, and of what the recipe mixes in."""
+        more = [self._split("train", source=other) for other in self.recipe.data.calibration]
+        return [self.train, *more]
+
+    @property
     def num_samples(self) -> int:
         """Calibration samples of all processes."""
-        return min(self.recipe.criterion.num_samples, len(self.train))
+        return self.at_most(self.recipe.criterion.num_samples)
+
+    def at_most(self, num_samples: int) -> int:
+        """So many calibration samples, or as many as there are."""
+        return min(num_samples, most_calibration(self.calibration_splits))
 
     def calibration_batches(self, start: int = 0, stop: int | None = None) -> Sequence[Any]:
         """This process's share of the calibration samples, or of those from start to stop."""
@@ -110,7 +138,7 @@ class Context:
         size = self.recipe.criterion.batch_size
         if (start, stop, size) not in self._batches:
             self._batches[start, stop, size] = calibration_batches(
-                self.train,
+                self.calibration_splits,
                 stop,
                 size,
                 start=start,
@@ -162,16 +190,28 @@ class Context:
         """What calibrates, for the report."""
         if self.scores is not None:
             return self.scores.calibration
-        name = self.data.name if self.data else None
-        return {"data": name, "num_samples": self.num_samples, "seed": self.recipe.seed}
+        mixed = [self.sources[source].name for source in self.recipe.data.calibration]
+        name = ", ".join([self.data.name, *mixed]) if self.data else None
+        seen = [other for other, (_, seen) in self.others.items() if seen] if self.data else []
+        told = {"data": name, "num_samples": self.num_samples, "seed": self.recipe.seed}
+        return {**told, "seen": seen} if seen else told
 
-    def _split(self, name: SplitName, augment: bool = False) -> Split:
+    def _split(
+        self, name: SplitName, augment: bool = False, source: SourceSection | None = None
+    ) -> Split:
         assert self.data is not None  # nothing is measured or trained without it
-        if (name, augment) not in self._splits:
-            self._splits[name, augment] = load_split(
-                self.data, name, self.loaded.processor, augment=augment
-            )
-        return self._splits[name, augment]
+        key = name, augment, source
+        if key not in self._splits:
+            data = self.data if source is None else self.sources[source]
+            split = load_split(data, name, self.loaded.processor, augment=augment)
+            if source is not None and split.class_names != self.train.class_names:
+                raise DataError(
+                    f"data: {data.name} has the classes {shortened(str(split.class_names))}, and "
+                    f"{self.data.name} has {shortened(str(self.train.class_names))}; only data "
+                    "sets with the same classes can be mixed or measured beside each other"
+                )
+            self._splits[key] = split
+        return self._splits[key]
 
 
 def open_context(
@@ -191,15 +231,20 @@ def open_context(
         accelerator = make_accelerator(recipe.finetune.mixed_precision, recipe.seed)
         set_seed(recipe.seed)
         data = open_data(recipe.data, recipe.model.task, seed=recipe.seed) if with_data else None
+        sources = {
+            source: open_data(recipe.data.turned_to(source), recipe.model.task, seed=recipe.seed)
+            for source in (*recipe.data.calibration, *recipe.data.others)
+            if with_data
+        }
         info = data.info if data else DataInfo(image_size=recipe.data.image_size)
         loaded = load_from_zoo(recipe.model, data=info)
-        splits: dict[tuple[SplitName, bool], Split] = {}
+        splits: dict[_Key, Split] = {}
         if data is None:
             logger.info("the data is not opened: nothing is measured, and nothing trained")
         else:
-            splits["train", False] = load_split(data, "train", loaded.processor)
-            splits["test", False] = load_split(data, "test", loaded.processor)
-            num_train, wanted = len(splits["train", False]), recipe.criterion.num_samples
+            splits["train", False, None] = load_split(data, "train", loaded.processor)
+            splits["test", False, None] = load_split(data, "test", loaded.processor)
+            num_train, wanted = len(splits["train", False, None]), recipe.criterion.num_samples
             if scores is None and wanted > num_train:
                 logger.warning(
                     "criterion.num_samples is %d; the train split has %d samples, all are used",
@@ -208,7 +253,7 @@ def open_context(
                 )
     with cache.timed("trace"):
         graph = _traced(loaded, recipe, accelerator)
-    return Context(recipe, cache, accelerator, loaded, graph, data, scores, splits)
+    return Context(recipe, cache, accelerator, loaded, graph, data, scores, sources, splits)
 
 
 def _traced(loaded: Loaded, recipe: Recipe, accelerator: Accelerator) -> Graph:

@@ -90,13 +90,8 @@ def stored_curvature(context: Context) -> Path | None:
 def calibration_of(context: Context) -> Mapping[str, Any]:
     """What calibrates, for the report."""
     if context.scores is not None:
-        return context.scores.calibration
-    return {
-        "data": context.data.name if context.data else None,
-        "num_samples": context.num_samples,
-        "seed": context.recipe.seed,
-        **(curvature.made(context) or {}),
-    }
+        return context.calibration
+    return {**context.calibration, **(curvature.made(context) or {})}
 
 
 def curvature_measure(recipe: Recipe, loss_fn: "LossFn | None") -> CurvatureMeasure:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from accelerate.utils import set_seed
 from torch import nn
 
-from sosp_hub.data.loading import make_loader
+from sosp_hub.data.loading import Split, make_loader
 from sosp_hub.distributed import progress, to_device
 from sosp_hub.evaluate import evaluate, measure_latency
 from sosp_hub.pipeline.context import Context
@@ -18,10 +18,18 @@ from sosp_hub.zoo.load import example_inputs
 
 
 def measured(context: Context, model: nn.Module, label: str) -> dict[str, Any]:
-    """Metrics on the test split."""
+    """Metrics on the test split, and as ``METRIC@NAME`` on those of other data sets."""
+    metrics = _measured(context, model, context.test, label)
+    for name, (split, _) in context.others.items():
+        found = _measured(context, model, split, f"{label} on {name}")
+        metrics |= {f"{key}@{name}": value for key, value in found.items() if "/" not in key}
+    return metrics
+
+
+def _measured(context: Context, model: nn.Module, split: Split, label: str) -> dict[str, Any]:
     section = context.recipe.evaluate
     num_workers = context.recipe.data.num_workers
-    loader = make_loader(context.test, section.batch_size, num_workers=num_workers)
+    loader = make_loader(split, section.batch_size, num_workers=num_workers)
     shown = progress(context.accelerator.prepare_data_loader(loader), f"measure {label}")
     assert context.data is not None  # nothing is measured without it
     task, info = find_task(context.recipe.model.task), context.data.info
@@ -30,7 +38,7 @@ def measured(context: Context, model: nn.Module, label: str) -> dict[str, Any]:
         model,
         shown,
         names,
-        class_names=context.test.class_names,
+        class_names=split.class_names,
         loss_fn=context.loss_fn(model),
         meters=task.meters(info, context.loaded.processor),
     )

@@ -19,7 +19,7 @@ from sosp_hub.surgery.apply import apply
 def rebuilt(context: Context, decided: PruningPlan) -> dict[str, Any]:
     """Solves them layer by layer; leaves the weights of the cut model, and tells of each layer."""
     config = context.recipe.rebuild
-    num_samples = min(config.num_samples, len(context.train))
+    num_samples = context.at_most(config.num_samples)
     batches = context.calibration_batches(0, num_samples)
     made = rebuilt_weights(
         context.model,

@@ -174,7 +174,7 @@ def _which_data(recipe: Recipe) -> dict[str, Any]:
 
     The report of a run holds no folders of the machine it was made on.
     """
-    data = recipe.data.model_dump(exclude={"num_workers"})
+    data = recipe.data.model_dump(exclude={"num_workers", "calibration", "others"})
     path = data["path"] and Path(data["path"]).name
     return {**data, "path": path, "seed": recipe.seed, "dtype": recipe.model.dtype}
 

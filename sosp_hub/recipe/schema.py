@@ -55,8 +55,8 @@ class ModelSection(Section):
     )
 
 
-class DataSection(Section):
-    """What calibrates, trains and measures. Calibration samples come from ``train`` alone."""
+class SourceSection(Section):
+    """A data set: where it is, and which of its splits and columns are read."""
 
     id: str | None = Field(default=None, description="hub id, or sklearn/digits (in the box)")
     path: str | None = Field(
@@ -93,13 +93,6 @@ class DataSection(Section):
     score: str = Field(default="score", description="column of how alike the texts of a pair are")
     num_train: Count | None = Field(default=None, description="training samples used; null = all")
     num_test: Count | None = Field(default=None, description="test samples used; null = all")
-    image_size: Count | None = Field(
-        default=None, description="pixels; null = the model's own, or the data's"
-    )
-    max_length: Annotated[int, Field(ge=2)] = Field(default=512, description="tokens of one sample")
-    num_workers: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="processes that load data; 0 = this one"
-    )
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:
@@ -108,6 +101,36 @@ class DataSection(Section):
                 "neither `id` nor `path` is given; write a hub id or a local folder or file"
             )
         return self
+
+
+class DataSection(SourceSection):
+    """What calibrates, trains and measures. Calibration samples come from ``train`` alone.
+
+    Other data sets can calibrate too (``calibration``), and be measured too (``others``).
+    """
+
+    calibration: Annotated[tuple[SourceSection, ...], Field(strict=False)] = Field(
+        default=(),
+        description="further data sets whose train splits calibrate, in equal parts with `train`",
+    )
+    others: Annotated[tuple[SourceSection, ...], Field(strict=False)] = Field(
+        default=(),
+        description="further data sets whose test splits are measured too; report and card say "
+        "which of them calibration has seen",
+    )
+    image_size: Count | None = Field(
+        default=None, description="pixels; null = the model's own, or the data's"
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(default=512, description="tokens of one sample")
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="processes that load data; 0 = this one"
+    )
+
+    def turned_to(self, source: SourceSection) -> "DataSection":
+        """Another data set, in the form that this one has."""
+        keys = SourceSection.model_fields
+        other = {key: value for key, value in source if key in keys}
+        return self.model_copy(update={**other, "calibration": (), "others": ()})
 
 
 class StructureSection(Section):

@@ -22,7 +22,7 @@ from sosp_hub.report.facts import (
     UNNAMED,
     Facts,
     collect,
-    overall_metrics,
+    own_metrics,
     scrub,
 )
 from sosp_hub.report.figures import Picture, write_figures
@@ -139,7 +139,7 @@ def metadata(
     """What the hub reads: only what the report or the base model's own card states."""
     base = report.get("base") or {}
     final = (report.get("metrics") or {}).get("final") or {}
-    names = [name for name in overall_metrics({"final": final}) if name != "loss"]
+    names = [name for name in own_metrics({"final": final}) if name != "loss"]
     known = known_task(facts.task)
     task = known.name if known else None
     tags = ["sosp_hub", "pruned", "structured-pruning"]

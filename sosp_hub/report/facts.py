@@ -110,7 +110,7 @@ def collect(report: Mapping[str, Any]) -> Facts:
         base_name=_base_name(base),
         outcome=_outcome(metrics, unit),
         costs=_costs(cost, latency, report.get("peak_memory") or {}),
-        metrics=_metrics(metrics),
+        metrics=_metrics(metrics, (report.get("calibration") or {}).get("seen") or ()),
         removed=tuple(_removed(groups)),
         made_up=(*_made_up(provenance), *_rebuilt(report.get("rebuild") or {})),
         floors=tuple(provenance.get("floors") or ()),
@@ -163,6 +163,11 @@ def _is_here(name: str) -> bool:
         return Path(name).exists()
     except (OSError, ValueError):  # too long, or with a NUL
         return False
+
+
+def own_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the metrics over all samples of the data that the recipe names first."""
+    return [name for name in overall_metrics(metrics) if "@" not in name]
 
 
 def overall_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -252,17 +257,26 @@ def _memory_words(memory: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> Grid:
+def _metrics(metrics: Mapping[str, Mapping[str, Any]], seen: Sequence[str]) -> Grid:
     stages = [(stage, label) for stage, label in STAGES if metrics.get(stage)]
     rows = []
     for name in overall_metrics(metrics):
         of_stages = [metrics[stage].get(name) for stage, _ in stages]
         samples = sorted({f"{m['n']:,}" for m in of_stages if m and m.get("n")})
         values = [with_spread(name, m) if m else "" for m in of_stages]
-        rows.append((numbers.metric_name(name), *values, " / ".join(samples)))
+        words = numbers.metric_name(name) + _domain(name, seen)
+        rows.append((words, *values, " / ".join(samples)))
     head = ("metric", *(label for _, label in stages), "samples")
     note = "± is one standard error over the samples. One run with one seed."
     return Grid("Quality", head, tuple(rows), note)
+
+
+def _domain(metric: str, seen: Sequence[str]) -> str:
+    """Whether calibration has seen the kind of samples of a metric of another data set."""
+    _, _, other = metric.partition("@")
+    if not other:
+        return ""
+    return " (calibrated on)" if other in seen else " (out of the calibration's domain)"
 
 
 def _removed(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:

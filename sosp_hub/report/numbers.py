@@ -105,8 +105,13 @@ def lower_is_better(metric: str) -> bool:
 
 
 def metric_name(metric: str) -> str:
-    """As words."""
-    return metric.replace("_", " ")
+    """As words; ``METRIC@NAME`` is one on another data set.
+
+    >>> metric_name("per_class_accuracy"), metric_name("perplexity@my_books")
+    ('per class accuracy', 'perplexity on my_books')
+    """
+    name, _, other = metric.partition("@")
+    return name.replace("_", " ") + (f" on {other}" if other else "")
 
 
 def metric_value(metric: str, value: float, spread: float | None = None) -> str:

@@ -94,6 +94,7 @@ class _Calibration(_Part):
     data: str | None = None
     num_samples: Count | None = None
     seed: Count | None = None
+    seen: list[str] | None = None
     drawn_labels: Count | None = None
 
 

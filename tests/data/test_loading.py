@@ -5,6 +5,7 @@ from torch.utils.data import DataLoader
 from sosp_hub.data.labels import label_order
 from sosp_hub.data.loading import calibration_batches, load_split, make_loader
 from sosp_hub.data.source import open_data
+from sosp_hub.data.split import Part
 from sosp_hub.recipe.schema import DataSection
 from tests.compare import assert_close
 
@@ -48,6 +49,30 @@ def test_processes_share_the_same_calibration_batches(split, num_processes):
         assert len(share) == len(expected) > 0
         for mine, batch in zip(share, expected, strict=True):
             assert_close(mine, batch, relative=0)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_mixed_splits_calibrate_in_turn_and_in_equal_parts(split, num_processes):
+    parts = [Part(split, range(start, stop)) for start, stop in ((0, 5), (5, 12), (2, 9))]
+    batches = calibration_batches(parts, 12, 3, seed=5)
+    every = names([split.__getitems__(range(12))])
+    homes = [{every.index(name) for name in names([batch])} for batch in batches]
+    assert [len(home) for home in homes] == [3, 3, 3, 1, 1, 1]
+    for number, part in enumerate(parts):
+        mine = sorted(homes[number] | homes[number + 3])
+        assert len(mine) == 4
+        assert set(mine) <= set(part.indices)
+        alone = calibration_batches(part, 4, 3, seed=5)
+        assert names(alone) == names([batches[number], batches[number + 3]])
+    assert sum(len(labels) for _, labels in calibration_batches(parts, 99, 4)) == 15
+    before, after = (
+        calibration_batches(parts, stop, 3, start=start, seed=5)
+        for start, stop in ((0, 7), (7, 12))
+    )
+    assert sorted(names(before) + names(after)) == sorted(names(batches))
+    for rank in range(num_processes):
+        share = calibration_batches(parts, 12, 3, seed=5, rank=rank, num_processes=num_processes)
+        assert names(share) == names(list(batches)[rank::num_processes])
 
 
 def test_calibration_can_be_read_twice_and_depends_on_the_seed(split):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from sosp_hub.prune import main
@@ -55,6 +56,34 @@ def test_without_data_the_cut_stays_as_it_is_and_that_is_told(rebuilding, caplog
     assert json.loads((again / "sosp_report.json").read_text())["rebuild"] == {}
 
 
+def test_other_data_calibrates_too_and_is_measured_beside_and_told_apart(rebuilding):
+    given = [
+        "data.calibration=[{id: sklearn/digits, num_train: 20}]",
+        "data.others=[{id: sklearn/digits, num_train: 20}, {id: sklearn/digits, num_test: 8}]",
+    ]
+    assert main([str(rebuilding), *given]) == 0
+    report = report_of(rebuilding)
+    assert report["rebuild"]["num_samples"] == 40  # in equal parts, 20 of the smaller
+    assert report["calibration"]["data"] == "sklearn/digits, sklearn/digits"
+    for stage in ("dense", "cut", "rebuilt", "final"):
+        found = {name: metric["n"] for name, metric in report["metrics"][stage].items()}
+        assert found == {"loss": 32, "loss@digits": 359, "loss@digits 2": 8}
+    card = (rebuilding.parent / "out" / "README.md").read_text()
+    assert "| loss on digits (calibrated on) |" in card
+    assert "| loss on digits 2 (out of the calibration's domain) |" in card
+
+
+def test_other_data_with_other_classes_is_refused(rebuilding, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / "train" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("L", (8, 8), 9 * number).save(tmp_path / f"pets/train/{name}/{number}.png")
+    given = f"data.calibration=[{{path: {tmp_path / 'pets'}, test: null}}]"
+    assert main([str(rebuilding), given]) != 0
+    assert "only data sets with the same classes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -62,6 +91,8 @@ def test_without_data_the_cut_stays_as_it_is_and_that_is_told(rebuilding, caplog
         ("rebuild.damping=-1", "rebuild.damping"),
         ("rebuild.dense_share=2", "rebuild.dense_share"),
         ("rebuild.num_samples=0", "rebuild.num_samples"),
+        ("data.calibration=[{train: x}]", "data.calibration"),
+        ("data.others=[{id: a/b, max_length: 3}]", "data.others"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_key(given, told, recipe, capsys):
