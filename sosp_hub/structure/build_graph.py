@@ -233,19 +233,31 @@ class _Builder:
             return "head_dim"
         if any(_is_inside_head(axis, atom) for axis in axes):
             return "head_dim"
-        if {"stream", "normalised"} <= atom.roles:
-            return "residual"
+        if {"stream", "normalised"} <= atom.roles and len(self._makers(atom)) > 1:
+            return "residual"  # several layers write into it; else one layer's own result
         return "channel" if "convolved" in atom.roles else "neuron"
+
+    def _makers(self, atom: Atom) -> list[str]:
+        """The tensors that make its slices of something else: not scales, shifts or filters."""
+        return [
+            tensor
+            for tensor, dim in self._places[atom]
+            if not self._is_read(tensor, dim, atom)
+            and any(
+                size_of(axis) > 1 and not _is_window(axis)
+                for other, axis in enumerate(self._tensors[tensor])
+                if other != dim
+            )
+        ]
 
     def _name(self, atom: Atom, kind: Kind) -> str:
         """The module that makes the slices, and the kind; the same for the same model."""
-        members = self._places[atom]
         makers = [
             tensor
-            for tensor, dim in members
+            for tensor, dim in self._places[atom]
             if len(self._tensors[tensor]) > 1 and not self._is_read(tensor, dim, atom)
         ]
-        tensor = (makers or [members[0][0]])[0]
+        tensor = (makers or [self._places[atom][0][0]])[0]
         stem = tensor.rpartition(".")[0] or tensor
         name, number = f"{stem}:{kind}", 2
         while name in self._names:
@@ -296,6 +308,14 @@ def _summed(terms: Terms, model: nn.Module) -> set[tuple[str, int]]:
     }
 
 
+def _is_window(axis: Axis) -> bool:
+    """Whether an axis is that of a convolution's window."""
+    return all(reason.startswith(_WINDOW) for a in atoms(axis) for reason in a.pinned or ("",))
+
+
+_WINDOW = "the window of"
+
+
 def _is_copied(axis: Axis, atom: Atom) -> bool:
     """Whether an axis holds copies of the atom's structures, as keys that heads share."""
     axis = resolve(axis)
@@ -331,7 +351,7 @@ def _pinned(tensors: dict[str, Axes], parameters: set[str]) -> list[Pinned]:
                 (reason for atom in stuck for reason in atom.pinned),
                 "the size is written into the code",
             )
-            if not reason.startswith("the window of"):
+            if not reason.startswith(_WINDOW):
                 pinned.append(Pinned(name, dim, size_of(axis), reason))
     return pinned
 

@@ -64,6 +64,31 @@ def test_positional_and_keyword_inputs_are_one():
     assert len(set(texts)) == 1
 
 
+class Responses(nn.Module):
+    """Channels inside a block that are set against each other, as ConvNeXt V2 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.norm = nn.LayerNorm(6)
+        self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.local = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.scale, self.shift = nn.Parameter(torch.ones(1, 1, 1, 8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        h = self.local(self.up(self.norm(x)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        size = h.norm(dim=(1, 2), keepdim=True)
+        h = self.scale * (h * size / (size.mean(-1, keepdim=True) + 1e-6)) + self.shift + h
+        return self.head((x + self.down(h)).mean((1, 2)))
+
+
+def test_what_is_normalised_inside_a_block_is_no_residual_stream():
+    graph = trace(Responses(), (torch.randn(2, 3, 8, 8),))
+    kinds = {group.size: group.kind for group in graph.groups.values()}
+    assert kinds == {6: "residual", 8: "channel"}
+
+
 def test_an_output_that_does_not_matter_may_change_its_size():
     class Two(nn.Module):
         def __init__(self):
