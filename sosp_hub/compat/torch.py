@@ -37,7 +37,8 @@ class FakeMode(FakeTensorMode):
     """Tensors without data, also for the experts of a mixture in any dtype.
 
     The shape function of ``aten._grouped_mm`` refuses float32 in some versions and odd sizes in
-    others, although the product itself is computed for both.
+    others, although the product itself is computed for both. That of ``aten.mkldnn_rnn_layer``
+    gives a workspace that is made in training alone.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,10 @@ class FakeMode(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _grouped_mm():
             return _grouped_shape(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is aten.mkldnn_rnn_layer.default and not args[-1]:
+            return (*out[:3], None)
+        return out
 
 
 def grouped_product_flops() -> dict[Any, Any]:

@@ -68,6 +68,12 @@ def _strided(terms: Terms, op: Operation) -> None:
         terms.fix(axis, "a new tensor of given strides")
 
 
+@_demand("as_strided")
+def _as_strided(terms: Terms, op: Operation) -> None:
+    for size, axis in zip(op.argument(1, "size"), terms.of(op.out), strict=True):
+        terms.constrain(size, axis, "as_strided")
+
+
 @_demand("pad")
 def _pad(terms: Terms, op: Operation) -> None:
     widths = op.argument(1, "pad")

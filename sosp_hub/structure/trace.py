@@ -183,7 +183,7 @@ def _watch(
     for name, tensor in _named_tensors(twin):
         if tensor in terms.axes:
             continue
-        counted = tensor.is_floating_point()
+        counted = tensor.is_floating_point() or tensor.is_complex()
         reason = f"`{name}` holds whole numbers"
         terms.axes[tensor] = tuple(
             free(int(s)) if counted else fixed(int(s), reason) for s in tensor.shape

@@ -276,9 +276,10 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
             raise VerificationError(
                 f"an output has shape {list(one.shape)}, expected {list(two.shape)}"
             )
-        if two.is_floating_point() and two.numel():
+        if (two.is_floating_point() or two.is_complex()) and two.numel():
             scale = max(float(two.abs().max()), 1e-30)
-            difference = float((one.double() - two.double()).abs().max()) / scale
+            wide = torch.complex128 if two.is_complex() else torch.float64
+            difference = float((one.to(wide) - two.to(wide)).abs().max()) / scale
             worst = max(worst, difference) if difference == difference else float("inf")
     return worst
 
@@ -388,9 +389,10 @@ class _Replay(DispatchMode):
             return out  # a view of what is masked already
         if isinstance(out, Tensor):
             return self.masked(out, step.outputs[0])
-        if isinstance(out, tuple | list) and all(isinstance(item, Tensor) for item in out):
+        if isinstance(out, tuple | list):
+            axes = iter(step.outputs)
             return type(out)(
-                self.masked(tensor, axes) for tensor, axes in zip(out, step.outputs, strict=True)
+                self.masked(item, next(axes)) if isinstance(item, Tensor) else item for item in out
             )
         return out
 
@@ -418,13 +420,9 @@ class _Replay(DispatchMode):
             kept = keep_mask(step.inputs[0][1], self.masks).reshape(args[6], groups).any(1).sum()
             small[4], small[6] = small[0].shape[1], int(kept)
         full = func(*args, **kwargs)  # for its memory layout, which later operations may look at
-        for result, part, result_axes in zip(
-            rules.tensors(full),
-            rules.tensors(func(*small, **small_kwargs)),
-            step.outputs,
-            strict=True,
-        ):
-            if step.picked is not None and not part.is_floating_point():
+        parts = list(rules.tensors(func(*small, **small_kwargs)))
+        for result, part, result_axes in zip(rules.tensors(full), parts, step.outputs, strict=True):
+            if step.picked is not None and part is parts[-1]:  # values come first
                 kept = torch.as_tensor(keep_mask(step.picked, self.masks)).nonzero()[:, 0]
                 part = kept.to(part.device)[part]
             result.copy_(self._grow(part, result_axes))
@@ -467,7 +465,8 @@ def _without_zeros(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         if not parameter.numel():
             continue
-        if parameter.is_floating_point() and float(parameter.detach().abs().max()) < 1e-4:
+        valued = parameter.is_floating_point() or parameter.is_complex()
+        if valued and float(parameter.detach().abs().max()) < 1e-4:
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.data.copy_(noise)
     return model

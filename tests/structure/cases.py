@@ -325,6 +325,11 @@ REDUCTIONS = (
         for name in ("mean", "sum", "amax", "amin")
     ),
     tokens("max of tokens", lambda m, x: x.max(1).values, 6, 6, (6,)),
+    tokens(
+        "largest of whole numbers",
+        lambda m, x: x * torch.tensor([40, 30]).max() * torch.tensor([[40, 30]]).max(1).values,
+        6, 6, (6,),
+    ),
     tokens("min of tokens", lambda m, x: x.min(1).values, 6, 6, (6,)),
     tokens("larger of two", lambda m, x, y: torch.max(x, y), (6, 6), 6, (6,)),
     tokens("median of tokens", lambda m, x: x.median(1).values, 6, 6, (6,)),
@@ -459,6 +464,18 @@ WINDOWS = (
     pictures(
         "nearest exact", lambda m, x: F.interpolate(x, (5, 5), mode="nearest-exact"), 6, 6, (6,)
     ),
+    pictures(
+        "grid sample",
+        lambda m, x: F.grid_sample(x, m.places[None].expand(2, -1, -1, -1), align_corners=False),
+        6, 6, (6,), places=nn.Parameter(torch.rand(5, 5, 2) - 0.5),
+    ),
+    pictures(
+        "grid sample 3d",
+        lambda m, x: F.grid_sample(
+            x, m.places[None].expand(2, -1, -1, -1, -1), align_corners=False
+        ),
+        6, 6, (6,), dims=3, places=nn.Parameter(torch.rand(4, 4, 4, 3) - 0.5),
+    ),
     pictures("pixel shuffle", Built(nn.PixelShuffle, 2), 12, 3, (3,)),
     pictures("pixel unshuffle", Built(nn.PixelUnshuffle, 2), 3, 12, (3,)),
     pictures(
@@ -479,6 +496,65 @@ def _attend(m: Any, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
     q, k, v = (t.view(2, 4, -1, m.dim).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, **more).transpose(1, 2).reshape(2, 4, -1)
 
+
+def _windows(m: Any, x: Tensor) -> Tensor:
+    """Overlapping windows of two tokens."""
+    (batch, length, width), (sample, row, column) = x.shape, x.stride()
+    return x.as_strided((batch, length - 1, 2, width), (sample, row, row, column)).sum(2)
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(torch.stack([x, 2 * x], -1))
+
+
+class Recurrent(nn.Module):
+    """An LSTM; its state is another one's result."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(6, 8, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.memory(x)[0]
+
+
+REST = (
+    tokens("overlapping windows", _windows, 6, 6, (6,)),
+    tokens(
+        "distances to centres", lambda m, x: torch.cdist(x, m.centres), 6, 7, (7,), (6,),
+        keeps_zero=False, centres=lambda: nn.Parameter(torch.randn(7, 6)),
+    ),
+    tokens(
+        "distances to many centres", lambda m, x: torch.cdist(x, m.centres), 6, 30, (30,), (6,),
+        keeps_zero=False, centres=lambda: nn.Parameter(torch.randn(30, 6)),
+    ),
+    tokens(
+        "complex filters over frequencies",
+        lambda m, x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * m.filters, n=4, dim=1),
+        6, 6, (6,), filters=lambda: nn.Parameter(torch.randn(3, 6, dtype=torch.cfloat)),
+    ),
+    tokens(
+        "complex weights",
+        lambda m, x: (torch.fft.fft(x, dim=1) @ m.mix).real,
+        6, 8, (6, 8), mix=lambda: nn.Parameter(torch.randn(6, 8, dtype=torch.cfloat)),
+    ),
+    tokens(
+        "complex frequencies of complex numbers",
+        lambda m, x: torch.fft.ifft(torch.fft.fft(x, dim=1), dim=1).real, 6, 6, (6,),
+    ),
+    tokens("pairs as complex", lambda m, x: torch.view_as_real(_as_complex(x))[..., 1], 6, 6, (6,)),
+    RuleCase(
+        "lstm", lambda: Sandwich([nn.Linear(5, 6)], Recurrent(), nn.Linear(8, 3)),
+        lambda: torch.randn(2, 4, 5), (6, 8),
+    ),
+    RuleCase(
+        "lstm in two directions",
+        lambda: Sandwich(
+            [nn.Linear(5, 6)], Recurrent(bidirectional=True, num_layers=2), nn.Linear(16, 3)
+        ),
+        lambda: torch.randn(2, 4, 5), (6, 8),
+    ),
+)  # fmt: skip
 
 ATTENTIONS = (
     tokens("attention", _attend, (12, 12, 12), 12, (3, 4), (4,), keeps_zero=False, **HEADS),
@@ -544,5 +620,5 @@ ELEMENTWISE = tuple(
 )
 
 CASES = (
-    *SHAPES, *LOOKUPS, *REDUCTIONS, *PRODUCTS, *WINDOWS, *ATTENTIONS, *ELEMENTWISE,
+    *SHAPES, *LOOKUPS, *REDUCTIONS, *PRODUCTS, *WINDOWS, *ATTENTIONS, *REST, *ELEMENTWISE,
 )  # fmt: skip

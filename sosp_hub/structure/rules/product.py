@@ -8,6 +8,7 @@ from sosp_hub.structure.axes import (
     Prod,
     Sum,
     atoms,
+    fixed,
     free,
     mark,
     pin,
@@ -20,13 +21,14 @@ from sosp_hub.structure.terms import Terms
 
 
 def _contract(
-    terms: Terms, left: Tensor, one: Axis, right: Tensor, two: Axis, operation: str
+    terms: Terms, left: Tensor, one: Axis, right: Tensor, two: Axis, operation: str, dim: int = -2
 ) -> None:
+    """Sums over the last dimension of ``left`` and over ``dim`` of ``right``."""
     unify(one, two, f"{operation} in {terms.where}")
     if not terms.is_parameter(right):
         terms.read(left, one, -1)
     terms.read(
-        right, two, -2 if right.dim() > 1 else -1
+        right, two, dim if right.dim() > 1 else -1
     )  # alone where both are parameters: a gate acts once
     if not terms.is_parameter(left) and not terms.is_parameter(right):
         mark(one, "contracted")
@@ -149,6 +151,44 @@ def attention(
     terms.multiply(*lead_q, length, width, places)
     terms.multiply(*lead_q, length, places, width_v)
     terms.set(out, [*lead_q, length, width_v])
+
+
+@rule("_euclidean_dist", "_cdist_forward")
+def _distances(terms: Terms, op: Operation) -> None:
+    left, right = op.args[:2]
+    *lead_left, rows, inner = terms.of(left)
+    *lead_right, columns, other = terms.of(right)
+    _contract(terms, left, inner, right, other, "distances", -1)
+    terms.mix(inner, "a distance runs over it")
+    lead = broadcast(terms, [tuple(lead_left), tuple(lead_right)], op.name)
+    terms.multiply(*lead, rows, inner, columns)
+    terms.set(op.out, [*lead, rows, columns])
+
+
+@rule("mkldnn_rnn_layer")
+def _recurrent(terms: Terms, op: Operation) -> None:
+    """An LSTM in one direction: gates, each of all units, from the input and from the state."""
+    tensor, by_input, by_state, *biases, state, cell = op.args[:7]
+    out, last_state, last_cell, *scratch = op.out
+    what = f"a recurrent layer in {terms.where}"
+    *lead, width = terms.of(tensor)
+    units = terms.of(state)[-1]
+    _contract(terms, tensor, width, by_input, terms.of(by_input)[1], what, -1)
+    _contract(terms, state, units, by_state, terms.of(by_state)[1], what, -1)
+    unify(units, terms.of(cell)[-1], what)
+    for weight in (by_input, by_state, *biases):
+        whole = terms.of(weight)[0]
+        halves = split(whole, size_of(whole) // size_of(units), what)
+        assert halves is not None
+        terms.fix(halves[0], "the gates of a recurrent layer")
+        unify(halves[1], units, what)
+    terms.multiply(*lead, terms.of(by_input)[0], width)
+    terms.multiply(*lead, terms.of(by_state)[0], units)
+    terms.set(out, [*lead, units])
+    terms.set(last_state, terms.of(state))
+    terms.set(last_cell, terms.of(cell))
+    for each in tensors(scratch):
+        terms.set(each, [fixed(int(size), what) for size in each.shape])
 
 
 @rule("_grouped_mm", "grouped_mm_fallback")

@@ -40,9 +40,8 @@ def _reduce(terms: Terms, op: Operation) -> None:
     dims = op.args[position] if len(op.args) > position else op.kwargs.get("dim")
     dims = None if isinstance(dims, bool) else dims
     reduced = dims_of(dims, tensor)
-    for index in results:
-        if not index.is_floating_point() and op.name in _CHOOSING:
-            _choose(terms, tensor, reduced, index)
+    if op.name in {"argmax", "argmin"} or (op.name in _CHOOSING and len(results) == 2):
+        _choose(terms, tensor, reduced, results[-1])
     keep = results[0].dim() == tensor.dim()
     for dim in reduced:
         terms.mix(axes[dim], f"`{op.name}` runs over it")
@@ -60,7 +59,8 @@ def _reduce(terms: Terms, op: Operation) -> None:
         terms.set(tensor_out, result)
 
 
-_CHOOSING = frozenset({"max", "min", "median", "argmax", "argmin"})
+_CHOOSING = frozenset({"max", "min", "median"})
+"""Along a dimension they also say where; over all they do not."""
 
 
 def _choose(terms: Terms, tensor: Tensor, dims: set[int], index: Tensor) -> None:

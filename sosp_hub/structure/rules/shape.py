@@ -1,9 +1,5 @@
 """Views, transpositions, slices, concatenations: where the algebra is made."""
 
-from typing import Any
-
-from torch import Tensor
-
 from sosp_hub.structure.axes import (
     UNIT,
     Axis,
@@ -262,14 +258,30 @@ def _pad(terms: Terms, op: Operation) -> None:
 
 @rule("as_strided")
 def _as_strided(terms: Terms, op: Operation) -> None:
-    if not _is_relayout(op.args, op.out):
-        raise ValueError("a new view of the memory")
-    terms.set(op.out, terms.of(op.tensor))
+    if op.out is op.tensor and list(op.args[1]) == list(op.out.shape):
+        terms.set(op.out, terms.of(op.tensor))  # another layout, as convolutions give an output
+        return
+    before, after = (list(zip(t.shape, t.stride(), strict=True)) for t in (op.tensor, op.out))
+    axes: list[Axis] = []
+    rest = list(terms.of(op.tensor))
+    for position, place in enumerate(after):
+        others = after[:position] + after[position + 1 :]
+        if place in before and _stands_alone(*place, others):
+            axes.append(rest[before.index(place)])
+            rest[before.index(place)] = UNIT
+        else:
+            axes.append(fixed(place[0], "overlapping windows"))
+    for axis in rest:
+        terms.fix(axis, "windows on the memory overlap along it")
+    terms.set(op.out, axes)
 
 
-def _is_relayout(args: tuple[Any, ...], out: Tensor) -> bool:
-    """Whether only the memory layout changed; convolutions do that to an output."""
-    return out is args[0] and list(args[1]) == list(out.shape)
+def _stands_alone(size: int, stride: int, others: list[tuple[int, int]]) -> bool:
+    """Whether all other dimensions move within one element of this one, or by all of them."""
+    inside = sum((n - 1) * step for n, step in others if step < stride)
+    return inside < stride and all(
+        step % (size * stride) == 0 for n, step in others if step >= stride and n > 1
+    )
 
 
 @rule("channel_shuffle", "native_channel_shuffle")

@@ -1,7 +1,7 @@
 """Windows that slide over, resample or rearrange pictures and sequences."""
 
-from sosp_hub.structure.axes import Prod, Sum, fixed, size_of, split
-from sosp_hub.structure.rules.registry import Operation, rule, tensors
+from sosp_hub.structure.axes import Prod, Sum, fixed, size_of, split, unify
+from sosp_hub.structure.rules.registry import Operation, dims_of, rule, tensors
 from sosp_hub.structure.terms import Terms
 
 _RESAMPLE = (
@@ -68,3 +68,31 @@ def _im2col(terms: Terms, op: Operation) -> None:
             fixed(int(op.out.shape[-1]), f"`unfold` in {terms.where}"),
         ],
     )
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d")
+def _sample(terms: Terms, op: Operation) -> None:
+    tensor, grid = op.args[:2]
+    batch, channels, *spatial = terms.of(tensor)
+    batch_too, *places, coordinates = terms.of(grid)
+    unify(batch, batch_too, f"`{op.name}` in {terms.where}")
+    terms.fix(Sum((coordinates, *spatial)), "positions are computed along it")
+    terms.set(op.out, [batch, channels, *places])
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def _fourier(terms: Terms, op: Operation) -> None:
+    axes = list(terms.of(op.tensor))
+    for dim in dims_of(op.args[1], op.tensor):
+        axes[dim] = terms.spatial(axes[dim], int(op.out.shape[dim]), "a Fourier transform over it")
+    terms.set(op.out, axes)
+
+
+@rule("view_as_real", "view_as_complex")
+def _parts_of_complex(terms: Terms, op: Operation) -> None:
+    axes = list(terms.of(op.tensor))
+    if op.name == "view_as_real":
+        axes.append(fixed(2, "real and imaginary part"))
+    else:
+        terms.fix(axes.pop(), "real and imaginary part")
+    terms.set(op.out, axes)
