@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sosp_hub.export import export
     from sosp_hub.hub.push import push_to_hub
     from sosp_hub.plan import PruningPlan
+    from sosp_hub.promise.within import allocate_within
     from sosp_hub.reconstruction.rebuild import rebuild
     from sosp_hub.scoring import score
     from sosp_hub.structure.trace import trace
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOME = {
     "PruningPlan": "sosp_hub.plan",
     "allocate": "sosp_hub.allocation",
+    "allocate_within": "sosp_hub.promise.within",
     "apply": "sosp_hub.cut",
     "apply_": "sosp_hub.cut",
     "apply_plan_file": "sosp_hub.cut",
@@ -43,6 +45,7 @@ _HOME = {
 __all__ = [
     "PruningPlan",
     "allocate",
+    "allocate_within",
     "apply",
     "apply_",
     "apply_plan_file",

@@ -13,10 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sosp_hub.distributed import process_sum, processes_together, to_device
+from sosp_hub.distributed import process_rows, process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
+from sosp_hub.recipe.metrics import DIVERGENCE
 from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.metrics import ROOTS, Meter, OfAll
+from sosp_hub.tasks.predictions import Predictions
 
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
@@ -126,6 +128,66 @@ def evaluate(
 
 
 @torch.no_grad()
+def metrics_of_samples(
+    model: nn.Module,
+    batches: Iterable[Any],
+    metrics: Sequence[str],
+    *,
+    loss_fn: "LossFn | None" = None,
+    meters: Mapping[str, Meter | OfAll] = MappingProxyType({}),
+    dense: nn.Module | None = None,
+) -> dict[str, Float[Tensor, "samples 2"]]:
+    """What each sample counts and weighs: a metric is the one sum over the other.
+
+    Samples of all processes, in an order that depends on the batches alone, so that two models can
+    be compared sample by sample. Of ``perplexity`` it is the loss, of root mean squares the square.
+
+    Args:
+        model: In eval mode while it is measured; its mode is restored.
+        batches: This process's batches.
+        metrics: As for `evaluate`, without ``per_class_accuracy``; also ``divergence`` from the
+            outputs of ``dense``.
+        loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
+        meters: What else can be measured, of a task's own.
+        dense: The dense model, for ``divergence``.
+
+    Raises:
+        DataError: No batches at all, or a metric that this loss has not.
+    """
+    for name in metrics:
+        if isinstance(meters.get(name), OfAll):
+            raise DataError(f"{name}: is of all samples together, and no mean over them")
+    modes = [(each, each.training) for each in (model, dense) if each is not None]
+    rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    try:
+        for each, _ in modes:
+            each.eval()
+        for batch in batches:
+            batch = to_device(batch)
+            loss = batch_loss(model, batch, loss_fn)
+            for name in metrics:
+                meter = meters.get(name)
+                if meter is not None and not isinstance(meter, OfAll):
+                    pair = meter(loss, batch)
+                elif name == DIVERGENCE:
+                    assert dense is not None
+                    pair = _divergences(loss, batch_loss(dense, batch, loss_fn))
+                else:
+                    pair = _pair(loss, name)
+                rows[name].append(torch.stack([x.double().cpu() for x in pair], dim=1))
+    finally:
+        for each, was_training in modes:
+            each.train(was_training)
+    found = {
+        name: process_rows(torch.cat(parts) if parts else torch.zeros(0, 2, dtype=torch.float64))
+        for name, parts in rows.items()
+    }
+    if any(not len(pairs) for pairs in found.values()):
+        raise DataError("nothing to measure on: the data gives no batch")
+    return found
+
+
+@torch.no_grad()
 def measure_latency(
     models: Sequence[nn.Module],
     inputs: Any,
@@ -177,25 +239,60 @@ def _sums(loss: Loss) -> Float[Tensor, "rows 6"]:
         weight = torch.tensor([float(loss.weight)], dtype=torch.float64)
         value = loss.value.double().cpu().view(1) * weight
         return torch.stack([_moments(value, weight), torch.zeros(6, dtype=torch.float64)])
-    weights = read.weights.double()
-    losses = torch.where(weights != 0, weights * read.losses().double(), 0.0)
-    rows = [_moments(losses.sum(1), weights.sum(1))]
+    rows = [_moments(*_losses(read))]
     if read.form == "squared":
         return torch.stack([*rows, torch.zeros_like(rows[0])])
+    right, weights = _correct(read)
+    rows.append(_moments(right, weights))
+    if read.form == "softmax" and read.weights.shape[1] == 1:
+        labels = _labels(read)[:, 0]
+        for label in range(read.values.shape[-1]):
+            mine = labels == label
+            rows.append(_moments(right[mine], weights[mine]))
+    return torch.stack(rows)
+
+
+def _losses(read: Predictions) -> tuple[Float[Tensor, " samples"], Float[Tensor, " samples"]]:
+    """Summed losses and weight of each sample."""
+    weights = read.weights.double()
+    losses = torch.where(weights != 0, weights * read.losses().double(), 0.0)
+    return losses.sum(1), weights.sum(1)
+
+
+def _correct(read: Predictions) -> tuple[Float[Tensor, " samples"], Float[Tensor, " samples"]]:
+    """What is predicted right of each sample, and its weight."""
     if read.form == "sigmoid":
         right = (read.values > 0) == (read.targets > 0.5)
     else:
-        targets = read.targets
-        targets = targets.argmax(-1) if targets.is_floating_point() else targets
-        right = read.values.argmax(-1) == targets
-        if weights.shape[1] == 1:
-            rows.append(_moments((right * weights).sum(1), weights.sum(1)))
-            for label in range(read.values.shape[-1]):
-                mine = (targets == label)[:, 0]
-                rows.append(_moments((right * weights)[mine, 0], weights[mine, 0]))
-            return torch.stack(rows)
-    rows.append(_moments((right * weights).sum(1), weights.sum(1)))
-    return torch.stack(rows)
+        right = read.values.argmax(-1) == _labels(read)
+    return (right * read.weights.double()).sum(1), read.weights.double().sum(1)
+
+
+def _labels(read: Predictions) -> Tensor:
+    return read.targets.argmax(-1) if read.targets.is_floating_point() else read.targets
+
+
+def _pair(loss: Loss, name: str) -> tuple[Tensor, Tensor]:
+    """Counts and weights of loss, perplexity or accuracy of each sample."""
+    read = loss.predictions
+    if read is None or (name == "accuracy" and read.form == "squared"):
+        raise DataError(
+            f"{name}: it has to be known for each sample, and what this loss reads of the outputs "
+            "is not known; give a loss_fn that returns sosp_hub.tasks.softmax(logits, labels), "
+            "sigmoid(...) or squared(...)"
+        )
+    return _correct(read) if name == "accuracy" else _losses(read)
+
+
+def _divergences(loss: Loss, dense: Loss) -> tuple[Tensor, Tensor]:
+    if loss.predictions is None or dense.predictions is None:
+        raise DataError(
+            "divergence: what this loss reads of the outputs is not known; give a loss_fn that "
+            "returns sosp_hub.tasks.softmax(logits, labels), sigmoid(...) or squared(...)"
+        )
+    weights = loss.predictions.weights.double()
+    each = loss.predictions.divergences(dense.predictions).double()
+    return (weights * each).sum(1), weights.sum(1)
 
 
 def _moments_of(x: Tensor, w: Tensor) -> Float[Tensor, "1 6"]:

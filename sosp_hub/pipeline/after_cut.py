@@ -7,10 +7,12 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from sosp_hub.distributed import logger
 from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.measuring import measured
 from sosp_hub.pipeline.planning import plan
+from sosp_hub.pipeline.promising import as_record, keeps, tested
 from sosp_hub.pipeline.rebuilding import rebuild, rebuilt
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.plan import PruningPlan
@@ -39,6 +41,7 @@ def recalibrated_metrics(context: Context, pruned: nn.Module) -> dict[str, Any]:
 def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
     """Fine-tunes the cut model: the loss curve and the state that was kept."""
     config = context.recipe.at_rate(context.recipe.finetune)
+    cut = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
     recovery = recover(
         pruned,
         context.train,
@@ -51,8 +54,18 @@ def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
         seed=context.recipe.seed,
         num_workers=context.recipe.data.num_workers,
     )
+    told = dataclasses.asdict(recovery)
+    if context.recipe.budget.max_drop:
+        lost = tested(context, pruned)
+        told["promise"] = {"lost": as_record(lost), "undone": not keeps(lost)}
+        if not keeps(lost):
+            logger.warning(
+                "fine-tune: after it the model is not within budget.max_drop any more, so that the "
+                "cut before it is kept; lower finetune.learning_rate or train on more samples"
+            )
+            pruned.load_state_dict(cut)
     context.cache.save(lambda: save_model(pruned, str(final.tensors(context))))
-    return dataclasses.asdict(recovery)
+    return told
 
 
 @step("final_metrics", final, "evaluate")

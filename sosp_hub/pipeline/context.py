@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
 from sosp_hub.data.loading import Split, calibration_batches, load_split, most_calibration
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
+from sosp_hub.data.split import Part
 from sosp_hub.distributed import logger, make_accelerator
 from sosp_hub.errors import DataError, shortened
 from sosp_hub.pipeline.eligible import eligible_groups
@@ -91,13 +93,18 @@ class Context:
 
     @property
     def train(self) -> Split:
-        """The train split."""
-        return self._split("train")
+        """The train split, without what is held out of everything."""
+        return self._parts("train", held_out=False)
 
     @property
     def augmented(self) -> Split:
-        """The train split, shifted and flipped."""
-        return self._split("train", augment=True)
+        """The same, shifted and flipped."""
+        return self._parts("train", held_out=False, augment=True)
+
+    @property
+    def held_out(self) -> Split:
+        """Training samples that nothing is trained, scored or rebuilt with."""
+        return self._parts("train", held_out=True)
 
     @property
     def test(self) -> Split:
@@ -195,6 +202,21 @@ class Context:
         seen = [other for other, (_, seen) in self.others.items() if seen] if self.data else []
         told = {"data": name, "num_samples": self.num_samples, "seed": self.recipe.seed}
         return {**told, "seen": seen} if seen else told
+
+    def _parts(self, name: SplitName, *, held_out: bool, augment: bool = False) -> Split:
+        """The samples of a split that are held out of everything, or the others."""
+        whole = self._split(name, augment)
+        number = self.recipe.num_held_out(len(whole))
+        if not number and not held_out:
+            return whole
+        if number >= len(whole):
+            raise DataError(
+                f"data.num_held_out: {number} of {len(whole)} training samples leave none to train "
+                "and to calibrate with; raise data.num_train"
+            )
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        order = torch.randperm(len(whole), generator=generator).tolist()
+        return Part(whole, order[:number] if held_out else sorted(order[number:]))
 
     def _split(
         self, name: SplitName, augment: bool = False, source: SourceSection | None = None

@@ -8,11 +8,13 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from sosp_hub.data.loading import Split, make_loader
-from sosp_hub.distributed import progress, to_device
+from sosp_hub.distributed import OnDevice, process_sum, progress, to_device
 from sosp_hub.evaluate import evaluate, measure_latency
+from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.pipeline.context import Context
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.tasks import find_task, metric_names
+from sosp_hub.reconstruction.rebuild import Rebuilt, rebuilt_weights
 from sosp_hub.surgery.apply import apply
 from sosp_hub.zoo.load import example_inputs
 
@@ -61,6 +63,34 @@ def cut(
         )
     finally:
         context.model.to(device)
+
+
+def rebuild_weights(context: Context, plan: PruningPlan) -> Rebuilt:
+    """The dense model with the weights that read what is cut solved again."""
+    config = context.recipe.rebuild
+    batches = context.calibration_batches(0, context.at_most(config.num_samples))
+    return rebuilt_weights(
+        context.model,
+        context.graph,
+        plan,
+        OnDevice(batches, "rebuild"),
+        damping=config.damping,
+        dense_share=config.dense_share,
+        process_sum=process_sum,
+    )
+
+
+def tried(context: Context, plan: PruningPlan) -> nn.Module:
+    """The model that a plan leaves once it is rebuilt and its norms are re-estimated."""
+    made = rebuild_weights(context, plan) if context.recipe.rebuilds() else None
+    if made is None or not made.layers:
+        pruned = cut(context, plan, "fast")
+    else:
+        pruned = apply(made.model.cpu(), context.graph, made.plan, verify="fast")
+        pruned = pruned.to(context.accelerator.device)
+    if context.recipe.recalibrates():
+        recalibrate_norm(pruned, context.calibration_batches())
+    return pruned
 
 
 def seconds_of_plans(context: Context) -> Callable[[PruningPlan], float]:

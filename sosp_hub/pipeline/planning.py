@@ -16,7 +16,8 @@ from sosp_hub.errors import VerificationError
 from sosp_hub.pipeline.compensation import bias_means, held_out_losses, made_up_for, refine
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.curvature import Curvature, calibration_of, curvature_of
-from sosp_hub.pipeline.measuring import cut, seconds_of_plans
+from sosp_hub.pipeline.measuring import cut, seconds_of_plans, tried
+from sosp_hub.pipeline.promising import check_promise, promised
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense
 from sosp_hub.plan import PruningPlan
@@ -46,7 +47,11 @@ def plan(
     losses: Mapping[str, float],
 ) -> dict[str, Any]:
     """Chooses which structures are kept, and what makes up for the others."""
-    made = _planned(context, scores, curvature, damping, bias_means(context))
+    means = bias_means(context)
+    targets = context.recipe.budget.targets()
+    if context.recipe.budget.max_drop:
+        targets = _promised(context, scores, curvature, damping, means)
+    made = _planned(context, scores, curvature, damping, means, targets)
     if curvature:
         made = refine(context, made, curvature.groups)
     provenance = {
@@ -69,6 +74,7 @@ def check(context: Context) -> None:
     criterion, budget = context.recipe.criterion, context.recipe.budget
     scoring.check_per(criterion, criterion.per)
     scoring.check_loss(criterion, context.loss_fn(context.model))
+    check_promise(context)
     kinds = context.recipe.structure.kinds
     able = scoring.scorable_groups(context.graph_of_groups, type(criterion), kinds)
     targets = budget.targets()
@@ -126,7 +132,8 @@ def decide_and_cut(context: Context, scores: "Saliency") -> tuple[PruningPlan, n
                 raise
             logger.warning("%s stays whole, and the plan is made anew: %s", unproved, failure)
             whole |= dict.fromkeys(unproved, str(failure))
-            context.cache.forget(plan)
+            for step in (plan, promised):
+                context.cache.forget(step)
 
 
 def _scores(context: Context, curvature: Curvature | None, damping: float | None) -> "Saliency":
@@ -153,13 +160,37 @@ def _planned(
     curvature: Curvature | None,
     damping: float,
     means: Means | None,
+    targets: dict[str, float] | None = None,
 ) -> PruningPlan:
     """The main process's, since latency is measured."""
     budget = context.recipe.budget
-    measure = seconds_of_plans(context) if budget.latency_s else None
-    allocated = _allocated(context, scores, budget.targets(), measure)
+    targets = budget.targets() if targets is None else targets
+    measure = seconds_of_plans(context) if "latency_s" in targets else None
+    allocated = _allocated(context, scores, targets, measure)
     whole = made_up_for(context, allocated, curvature, damping, means)
     return PruningPlan.from_json(from_main(whole.to_json()))
+
+
+def _promised(
+    context: Context,
+    scores: "Saliency",
+    curvature: Curvature | None,
+    damping: float,
+    means: Means | None,
+) -> dict[str, float]:
+    """The budgets of the smallest model within ``max_drop``."""
+
+    def plan_of(targets: Mapping[str, float]) -> PruningPlan:
+        measure = seconds_of_plans(context) if "latency_s" in targets else None
+        return PruningPlan.from_json(
+            from_main(_allocated(context, scores, dict(targets), measure).to_json())
+        )
+
+    def make(allocated: PruningPlan) -> nn.Module:
+        made = made_up_for(context, allocated, curvature, damping, means)
+        return tried(context, refine(context, made, curvature.groups) if curvature else made)
+
+    return {"macs": promised(context, plan_of, make)["macs"]}
 
 
 def _damping(

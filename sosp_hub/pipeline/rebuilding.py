@@ -6,30 +6,19 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from sosp_hub.distributed import OnDevice, logger, process_sum
+from sosp_hub.distributed import logger
 from sosp_hub.pipeline.context import Context
+from sosp_hub.pipeline.measuring import rebuild_weights
 from sosp_hub.pipeline.planning import plan
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.plan import PruningPlan
-from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.surgery.apply import apply
 
 
 @step("rebuilt", plan, "rebuild", with_peak=True)
 def rebuilt(context: Context, decided: PruningPlan) -> dict[str, Any]:
     """Solves them layer by layer; leaves the weights of the cut model, and tells of each layer."""
-    config = context.recipe.rebuild
-    num_samples = context.at_most(config.num_samples)
-    batches = context.calibration_batches(0, num_samples)
-    made = rebuilt_weights(
-        context.model,
-        context.graph,
-        decided,
-        OnDevice(batches, "rebuild"),
-        damping=config.damping,
-        dense_share=config.dense_share,
-        process_sum=process_sum,
-    )
+    made = rebuild_weights(context, decided)
     if made.layers:
         small = apply(made.model.cpu(), context.graph, made.plan, verify="fast", strict=True)
         context.cache.save(lambda: save_model(small, str(rebuilt.tensors(context))))

@@ -47,6 +47,7 @@ def write_result(
     metrics: Mapping[str, Any],
     rebuild: Mapping[str, Any],
     recovery: Mapping[str, Any],
+    promise: Mapping[str, Any],
     calibration: Mapping[str, Any],
     base: Mapping[str, Any],
     curvature: Path | None,
@@ -87,6 +88,7 @@ def write_result(
         "recipe": scrub(dump_recipe(recipe, whole=False)),
         "command": scrub(command),
         "history": recovery.get("history", []),
+        "promise": dict(promise),
         "recovery": {name: value for name, value in recovery.items() if name != "history"},
     }
     shutil.rmtree(draft, ignore_errors=True)

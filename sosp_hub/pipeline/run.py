@@ -16,6 +16,7 @@ from sosp_hub.pipeline.context import open_context
 from sosp_hub.pipeline.curvature import calibration_of, stored_curvature
 from sosp_hub.pipeline.output_folder import alone, check_place
 from sosp_hub.pipeline.planning import check, decide_and_cut, score
+from sosp_hub.pipeline.promising import promised
 from sosp_hub.pipeline.rebuilding import rebuild_told
 from sosp_hub.pipeline.result import check_push, publish, write_result
 from sosp_hub.pipeline.scores import Scores
@@ -87,6 +88,7 @@ def run(
             metrics=metrics if with_data else {},
             rebuild=rebuild_told(context),
             recovery=recovery,
+            promise=promised.made(context) or {},
             calibration=calibration_of(context),
             base=context.base,
             curvature=stored_curvature(context),

@@ -141,13 +141,25 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
     source = f"the recipe of {folder}"
     made = parse_recipe(str(report.get("recipe") or ""), source)
     _check(folder, made, overrides)
-    dropped = [f"budget.{name}=null" for name in BUDGETS]
+    dropped = [*(f"budget.{name}=null" for name in BUDGETS), "budget.max_drop={}"]
     first = parse_recipe(str(report["recipe"]), source, [*dropped, *overrides])
     name = "-".join(
-        [folder.resolve().name, *(f"{k}-{v:g}" for k, v in first.budget.targets().items())]
+        [
+            folder.resolve().name,
+            *(f"{k}-{v:g}" for k, v in first.budget.targets().items()),
+            *(f"{k}-{v}" for k, v in first.budget.max_drop.items()),
+        ]
     )
     place = [f"output.dir={folder.resolve().with_name(name)}", "push=null"]
     recipe = parse_recipe(str(report["recipe"]), source, [*dropped, *place, *overrides])
+    if recipe.budget.max_drop and not _held_out_alike(made, recipe):
+        raise RecipeError(
+            "--from-scores",
+            [
+                "budget.max_drop: the dense model was trained in that run with samples that would "
+                "have to be held out; run the recipe with it, or with data.num_held_out"
+            ],
+        )
     try:
         saliency = load_file(folder / SALIENCY)
     except (SafetensorError, OSError) as error:
@@ -167,6 +179,12 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
     return Scores(
         folder, recipe, saliency, calibration, base, compensation.get("damping"), made, dense
     )
+
+
+def _held_out_alike(made: Recipe, recipe: Recipe) -> bool:
+    """Whether what a promise is measured on was held out from a dense model that a run made."""
+    trained = made.model.train is not None or not made.model.pretrained
+    return not trained or made.held_out_key() == recipe.held_out_key()
 
 
 def _which_data(recipe: Recipe) -> dict[str, Any]:
@@ -195,7 +213,8 @@ def _check(folder: Path, made: Recipe, overrides: Sequence[str]) -> None:
                 f"{key}: the scores in {folder} were made with another ({made.criterion.name} for "
                 f"{', '.join(made.structure.kinds)}); leave it out, or run the recipe with it"
             )
-    if not any(key.startswith("budget.") and key.partition(".")[2] in BUDGETS for key in keys):
+    budgets = (*BUDGETS, "max_drop")
+    if not any(key.startswith("budget.") and key.split(".")[1] in budgets for key in keys):
         faults.append("no other budget is given; write one, such as budget.macs=0.3")
     if faults:
         raise RecipeError("--from-scores", faults)

@@ -121,6 +121,9 @@ def recipe_parts(recipe: Recipe) -> dict[str, Any]:
     ``criterion.scores`` is what the scores depend on, ``criterion.curvature`` what the matrix does.
     """
     parts = recipe.model_dump(mode="json")
+    if recipe.budget.max_drop:  # its choice depends on what follows each cut that it tries
+        parts["budget"]["after_cut"] = [parts["rebuild"], recipe.recalibrates()]
+        parts["data"]["num_held_out"] = recipe.held_out_key()
     criterion = recipe.criterion
     data = criterion.model_dump(mode="json", include={"num_samples", "batch_size"})
     scores = {"name": criterion.name, **criterion.options()}

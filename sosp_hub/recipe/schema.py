@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion, MaskTrainedCriterion
+from sosp_hub.recipe.metrics import Drop, read_drops
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
 from sosp_hub.recipe.targets import Targets
 from sosp_hub.recipe.tasks import find_task
@@ -16,6 +17,7 @@ _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
 _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
 Verb = Literal["prune", "compare", "expand"]
 BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
+_MOST_HELD_OUT = 3000  # for max_drop, where the recipe gives no number
 TaskName = Annotated[str, AfterValidator(lambda name: find_task(name).name)]
 
 
@@ -118,6 +120,11 @@ class DataSection(SourceSection):
         description="further data sets whose test splits are measured too; report and card say "
         "which of them calibration has seen",
     )
+    num_held_out: Count | None = Field(
+        default=None,
+        description="training samples that nothing is trained, scored or rebuilt with: "
+        "budget.max_drop is measured on them; null = none, with max_drop 3000 but at most a fifth",
+    )
     image_size: Count | None = Field(
         default=None, description="pixels; null = the model's own, or the data's"
     )
@@ -172,6 +179,17 @@ class BudgetSection(Section):
         description="no share: what scores less goes; 0 alone is the default of criteria that "
         "decide how much goes",
     )
+    max_drop: dict[str, float | str] = Field(
+        default_factory=dict,
+        description="what may be lost of the dense model's quality: the smallest model that is "
+        "within it with confidence; {accuracy: 1.0} points, {perplexity: 5%}, {divergence: 0.05}",
+    )
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
+        default=0.95, description="of max_drop, one-sided, on samples that guided no choice"
+    )
+    probes: Annotated[int, Field(ge=1, le=20)] = Field(
+        default=6, description="models that the search for max_drop tries, beside three larger ones"
+    )
     groups: dict[str, Share] = Field(
         default_factory=dict,
         description="shares that single groups keep, by name with * for any text, such as "
@@ -197,7 +215,7 @@ class BudgetSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_budget(cls, data: Any) -> Any:
-        named = isinstance(data, dict) and data.get("groups")
+        named = isinstance(data, dict) and (data.get("groups") or data.get("max_drop"))
         if isinstance(data, dict) and not named and all(data.get(key) is None for key in BUDGETS):
             return {**data, "macs": 0.5}
         return data
@@ -377,7 +395,7 @@ class Recipe(Section):
             return data
         budget = {} if data.get("budget") is None else data["budget"]
         if not isinstance(budget, dict) or any(
-            budget.get(key) is not None for key in (*BUDGETS, "groups")
+            budget.get(key) is not None for key in (*BUDGETS, "groups", "max_drop")
         ):
             return data
         return {**data, "budget": {**budget, "threshold": 0.0}}
@@ -437,6 +455,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _fits_a_promise(self) -> Self:
+        if not self.budget.max_drop:
+            return self
+        try:
+            read_drops(self.budget.max_drop, find_task(self.model.task).metrics)
+        except ValueError as error:
+            raise ValueError(f"budget.{error}") from None
+        if self.expand or self.compare:
+            what = "expand" if self.expand else "compare"
+            raise ValueError(f"budget.max_drop: goes with `prune` alone; leave it out of {what}")
+        if self.criterion.damping == "auto":
+            raise ValueError(
+                "criterion.damping: auto is chosen at one budget, and max_drop tries many; write a "
+                "number"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_task(self) -> Self:
         task = find_task(self.model.task)
         for number, metric in enumerate(self.evaluate.metrics or ()):
@@ -469,6 +505,21 @@ class Recipe(Section):
         """
         task = find_task(self.model.task)
         return training.at_rate(task.pretrained_rate if self.model.pretrained else task.random_rate)
+
+    def drops(self) -> tuple[Drop, ...]:
+        """What may be lost of the dense model's quality."""
+        return read_drops(self.budget.max_drop, find_task(self.model.task).metrics)
+
+    def held_out_key(self) -> int | str | None:
+        """What decides how many training samples nothing is fitted to."""
+        return self.data.num_held_out or ("for max_drop" if self.budget.max_drop else None)
+
+    def num_held_out(self, num_train: int) -> int:
+        """Of so many training samples, those that nothing is fitted to."""
+        asked = self.data.num_held_out
+        if asked is not None:
+            return asked
+        return min(_MOST_HELD_OUT, num_train // 5) if self.budget.max_drop else 0
 
     def recalibrates(self) -> bool:
         """Whether BatchNorm statistics are re-estimated after a cut."""

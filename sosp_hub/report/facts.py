@@ -13,6 +13,7 @@ from typing import Any
 
 from sosp_hub.data.tables import TABLE_SUFFIXES
 from sosp_hub.errors import without_secrets
+from sosp_hub.recipe.metrics import Drop, is_share
 from sosp_hub.recipe.tasks import known_task
 from sosp_hub.report import numbers
 from sosp_hub.report.grid import Grid
@@ -47,6 +48,8 @@ class Facts:
         floors: Groups where the floor stopped the cut.
         worse: Sentences about what got worse.
         drops: Classes that lost most: class, before, after, change.
+        promise: What was promised, and what was measured of it.
+        curve: The models that were tried for that.
         unmeasured: What a reader may look for and was not measured.
         versions: Package and version.
         base_model: Hub id of the base model; None where there is none.
@@ -66,6 +69,8 @@ class Facts:
     inexact: int
     worse: tuple[str, ...]
     drops: Grid
+    promise: tuple[str, ...]
+    curve: Grid
     unmeasured: tuple[str, ...]
     versions: Mapping[str, str]
     base_model: str | None
@@ -119,6 +124,8 @@ def collect(report: Mapping[str, Any]) -> Facts:
         ),
         worse=tuple(_what_got_worse(metrics, latency, unit)),
         drops=_drops(metrics),
+        promise=tuple(_promise(report)),
+        curve=_curve(report.get("promise") or {}),
         unmeasured=_unmeasured(report),
         versions={str(k): str(v) for k, v in (report.get("versions") or {}).items()},
         base_model=base_model,
@@ -340,6 +347,59 @@ def _rebuilt(told: Mapping[str, Any]) -> Iterable[str]:
             f"{len(left)} other weight{'s' * (len(left) != 1)} that read what was cut stayed as "
             f"{'it was' if len(left) == 1 else 'they were'}, such as {name} ({left[name]})"
         )
+
+
+def _promise(report: Mapping[str, Any]) -> Iterable[str]:
+    """What may be lost, and what the cut and the final model lose of it."""
+    promise = report.get("promise") or {}
+    curve, chosen = promise.get("curve") or [], promise.get("chosen")
+    if not promise.get("max_drop") or chosen is None or chosen >= len(curve):
+        return
+    drops = {drop["metric"]: Drop(**drop) for drop in promise["max_drop"]}
+    asked = " and ".join(drop.words() for drop in drops.values())
+    confidence = numbers.share(promise["confidence"], 0)
+    yield (
+        f"Promised: compared with the dense model at most {asked} worse, with {confidence} "
+        f"confidence, measured on {numbers.whole(promise['num_proof'])} training samples that "
+        "nothing was trained, scored or rebuilt with and that guided no choice"
+    )
+    after = (report.get("recovery") or {}).get("promise")
+    stages = [("after the cut", curve[chosen]["proof"])]
+    if after:
+        name = "after fine-tuning, which was undone because of that" if after["undone"] else "final"
+        stages.append((name, after["lost"]))
+    for name, lost in stages:
+        parts = (
+            f"{numbers.metric_name(metric)} {_loss_words(drops[metric], one)}"
+            for metric, one in lost.items()
+            if metric in drops
+        )
+        yield f"Measured {name}: {'; '.join(parts)}"
+
+
+def _curve(promise: Mapping[str, Any]) -> Grid:
+    """The models that were tried, from the largest to the smallest."""
+    drops = {drop["metric"]: Drop(**drop) for drop in promise.get("max_drop") or ()}
+    rows = []
+    curve: Sequence[Mapping[str, Any]] = promise.get("curve") or []
+    for number, tried in enumerate(curve):
+        cost = tried["cost"]
+        shares = [numbers.share(cost[key]) if key in cost else "" for key in ("macs", "params")]
+        proof = tried["proof"]
+        lost = [_loss_words(drops[metric], proof[metric]) for metric in drops if metric in proof]
+        chosen = "chosen" if number == promise.get("chosen") else ""
+        within = "yes" if all(one["holds"] for one in proof.values()) else "no"
+        rows.append((*shares, *lost, within, chosen))
+    head = ("MACs", "parameters", *(f"{numbers.metric_name(m)} lost" for m in drops), "within", "")
+    note = "Lost: compared with the dense model, on the held-out samples of the proof."
+    return Grid("What was tried", head, tuple(rows), note, num_left=0)
+
+
+def _loss_words(drop: Drop, lost: Mapping[str, Any]) -> str:
+    percent = drop.relative or is_share(drop.metric)
+    value, upper = (100 * lost[key] if percent else lost[key] for key in ("value", "upper"))
+    unit = " %" if drop.relative else " points" if percent else ""
+    return f"{value:.3g}{unit} (at most {upper:.3g})".replace("-", numbers.MINUS)
 
 
 def _what_got_worse(

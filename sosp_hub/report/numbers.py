@@ -7,16 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sosp_hub.recipe.metrics import is_share, lower_is_better
+
 _METRIC_DIGITS = 3
-_LOWER_IS_BETTER = (
-    *("loss", "perplexity", "wer", "error", "mean_absolute", "root_mean_squared", "divergence"),
-    "relative_error",
-)
-_SHARES = (
-    *("accuracy", "top", "f1", "precision", "recall", "span_f1", "exact_match", "agreement"),
-    *("mean_average_precision", "average_precision", "mean_iou"),
-)
-_MINUS = "\N{MINUS SIGN}"
+MINUS = "\N{MINUS SIGN}"
 
 
 def count(value: float) -> str:
@@ -84,12 +78,7 @@ def points(before: float, after: float) -> str:
 
 def signed(value: float, digits: int = 1) -> str:
     """With its sign."""
-    return f"{value:+.{digits}f}".replace("-", _MINUS)
-
-
-def is_share(metric: str) -> bool:
-    """Whether the metric is a fraction that people read in percent."""
-    return metric.startswith(_SHARES)
+    return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def is_worse(metric: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
@@ -97,11 +86,6 @@ def is_worse(metric: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> 
     loss = now["value"] - before["value"]
     loss = loss if lower_is_better(metric) else -loss
     return loss > math.hypot(now.get("stderr") or 0.0, before.get("stderr") or 0.0)
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether less of the metric is better."""
-    return metric.startswith(_LOWER_IS_BETTER)
 
 
 def metric_name(metric: str) -> str:

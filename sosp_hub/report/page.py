@@ -50,7 +50,9 @@ def write_page(folder: str | Path) -> Path:
         title=folder.resolve().name,
         headline=facts.headline,
         tiles=facts.costs.rows,
-        tables=[grid for grid in (facts.costs, facts.metrics, facts.drops) if grid.rows],
+        tables=[
+            grid for grid in (facts.costs, facts.metrics, facts.drops, facts.curve) if grid.rows
+        ],
         drawn=pictures(report, read_saliency(folder), folder),
         parts=_parts(facts),
     )
@@ -119,6 +121,8 @@ def render_page(
 
 def _parts(facts: Facts) -> list[Part]:
     parts = []
+    if facts.promise:
+        parts.append(Part("What was promised", points=facts.promise))
     if facts.removed:
         parts.append(Part("What was removed", points=facts.removed + facts.made_up))
     parts.append(

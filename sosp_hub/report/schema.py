@@ -134,6 +134,37 @@ class _Selected(_Part):
 class _Recovery(_Part):
     selected: _Selected | None = None
     num_held_out: Count | None = None
+    promise: "_AfterTraining | None" = None
+
+
+class _Lost(_Part):
+    value: float
+    upper: float
+    holds: bool
+
+
+class _Drop(_Part):
+    metric: str
+    amount: Amount
+    relative: bool = False
+
+
+class _Tried(_Part):
+    cost: _Cost
+    proof: dict[str, _Lost]
+
+
+class _Promise(_Part):
+    max_drop: list[_Drop] | None = None
+    confidence: Amount | None = None
+    num_proof: Count | None = None
+    chosen: Count | None = None
+    curve: list[_Tried] | None = None
+
+
+class _AfterTraining(_Part):
+    lost: dict[str, _Lost]
+    undone: bool
 
 
 class _Report(_Part):
@@ -153,6 +184,7 @@ class _Report(_Part):
     command: str | None = None
     history: list[Any] | None = None
     recovery: _Recovery | None = None
+    promise: _Promise | None = None
 
 
 def check_report(report: Mapping[str, Any], source: str = "report") -> None:

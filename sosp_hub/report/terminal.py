@@ -20,6 +20,10 @@ def show_result(report: Mapping[str, Any], output: Path) -> None:
         console.print(_quality(report["metrics"]).terminal())
     if facts.drops.rows:
         console.print(facts.drops.terminal())
+    for line in facts.promise:
+        console.print(escaped(line, "terminal"))
+    if facts.curve.rows:
+        console.print(facts.curve.terminal())
     for line in facts.made_up:
         console.print(escaped(line, "terminal"))
     if facts.made_up:

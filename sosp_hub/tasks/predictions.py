@@ -81,23 +81,32 @@ class Predictions:
                 square (Hinton et al. 2015).
         """
         counts = self.weights != 0
+        each = self._divergences(dense, temperature, counts)
+        weights = self.weights.to(each) if counts.all() else self.weights[counts].to(each)
+        return (weights * each).sum() / (self.weight or 1)
+
+    def divergences(self, dense: "Predictions") -> Float[Tensor, "samples places"]:
+        """The divergence at each place; 0 where it has no weight."""
+        counts = self.weights != 0
+        each = self._divergences(dense, 1.0, counts)
+        return each.new_zeros(counts.shape).masked_scatter(counts, each)
+
+    def _divergences(self, dense: "Predictions", temperature: float, counts: Tensor) -> Tensor:
+        """At the places that count."""
         mine, target = at_least_float32(self.values), at_least_float32(dense.values).detach()
         if not counts.all():
             mine, target = mine[counts], target[counts]
         if self.form == "squared":
-            each = (mine - target).square()
-        elif self.form == "sigmoid":
+            return (mine - target).square()
+        if self.form == "sigmoid":
             mine, target = mine / temperature, target / temperature
             share = target.sigmoid()
             each = share * (F.logsigmoid(target) - F.logsigmoid(mine))
             each = each + (1 - share) * (F.logsigmoid(-target) - F.logsigmoid(-mine))
-            each = each * temperature**2
-        else:
-            mine, target = (x.div(temperature).log_softmax(-1) for x in (mine, target))
-            each = F.kl_div(mine, target, reduction="none", log_target=True).sum(-1)
-            each = each * temperature**2
-        weights = self.weights.to(each) if counts.all() else self.weights[counts].to(each)
-        return (weights * each).sum() / (self.weight or 1)
+            return each * temperature**2
+        mine, target = (x.div(temperature).log_softmax(-1) for x in (mine, target))
+        each = F.kl_div(mine, target, reduction="none", log_target=True).sum(-1)
+        return each * temperature**2
 
     def _mean(self, losses: Tensor) -> Tensor:
         weights = self.weights.to(losses)

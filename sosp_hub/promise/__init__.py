@@ -1,0 +1,1 @@
+"""Budgets that promise quality: the smallest model that loses no more than was asked for."""

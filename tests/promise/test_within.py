@@ -1,0 +1,123 @@
+"""``allocate_within``: one call from scores to the smallest model that keeps a promise."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sosp_hub
+from sosp_hub.errors import BudgetError, DataError
+from sosp_hub.evaluate import evaluate, metrics_of_samples
+from tests.compare import assert_close
+
+
+def points(num, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num) % 4
+    corners = torch.tensor([[1.0, 1], [-1, 1], [-1, -1], [1, -1]])
+    return corners[labels] + 0.5 * torch.randn(num, 2, generator=generator), labels
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    x, y = points(512, 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    model.eval()
+    batches = [(x[i : i + 64], y[i : i + 64]) for i in range(0, 512, 64)]
+    graph = sosp_hub.trace(model, (x[:2],))
+    return model, graph, sosp_hub.score(model, graph, batches, criterion="fisher"), batches
+
+
+@pytest.fixture
+def held_out():
+    x, y = points(1500, 1)
+    return [(x[i : i + 100], y[i : i + 100]) for i in range(0, 1500, 100)]
+
+
+def test_the_smallest_that_loses_two_points(trained, held_out):
+    model, graph, saliency, batches = trained
+    before = copy.deepcopy(model.state_dict())
+    found = sosp_hub.allocate_within(
+        model, graph, saliency, held_out, max_drop={"accuracy": 2.0}, rebuild=batches
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    promise = found.promise
+    curve = [point.macs for point in promise.curve]
+    assert curve == sorted(curve, reverse=True)
+    assert len(curve) == len(set(curve)) > 3
+    assert all(point.holds for point in promise.curve[: promise.chosen + 1])
+    assert not promise.curve[promise.chosen + 1].holds
+    assert found.promise.point.cost["macs"] < 0.7
+    # what is told is what the model that is returned measures
+    proof = held_out[promise.num_search // 100 :]
+    dense, pruned = (
+        evaluate(each, proof, ["accuracy"])["accuracy"] for each in (model, found.model)
+    )
+    assert dense.n == promise.num_proof == 1000
+    lost = dense.value - pruned.value
+    assert promise.point.proof["accuracy"].value == pytest.approx((1000 * lost + 1) / 1001)
+    assert promise.point.proof["accuracy"].upper <= 0.02
+
+
+def test_several_bounds_must_all_hold(trained, held_out):
+    model, graph, saliency, _ = trained
+    alone = sosp_hub.allocate_within(model, graph, saliency, held_out, max_drop={"accuracy": 5})
+    both = sosp_hub.allocate_within(
+        model, graph, saliency, held_out, max_drop={"accuracy": 5, "divergence": 0.01}
+    )
+    assert both.promise.point.macs > alone.promise.point.macs
+    assert both.promise.point.proof["divergence"].upper <= 0.01
+
+
+def test_a_budget_beside_a_promise_must_hold_too(trained, held_out):
+    model, graph, saliency, _ = trained
+    drop = {"divergence": 0.01}
+    found = sosp_hub.allocate_within(model, graph, saliency, held_out, max_drop=drop, macs=0.95)
+    kept = found.promise.point.macs
+    assert 0.2 < kept < 0.95
+    with pytest.raises(BudgetError, match=r"(?s)together with macs=0\.2,.*smallest") as one:
+        sosp_hub.allocate_within(model, graph, saliency, held_out, max_drop=drop, macs=0.2)
+    assert f"{100 * found.promise.point.cost['macs']:.1f} % of the MACs" in str(one.value)
+
+
+def test_what_cannot_be_promised_says_the_best_that_can(trained, held_out):
+    model, graph, saliency, _ = trained
+    with pytest.raises(BudgetError, match=r"divergence by 1e-09 at most cannot be promised") as one:
+        sosp_hub.allocate_within(
+            model, graph, saliency, held_out, max_drop={"divergence": 1e-9}, num_probes=2
+        )
+    assert str(one.value).count("% of the MACs") >= 3  # what was tried, and the best of it
+
+
+@pytest.mark.parametrize(("drop", "needed"), [(0.1, "4,493"), (1.0, "449")])
+def test_too_few_samples_say_how_many_are_needed(trained, held_out, drop, needed):
+    model, graph, saliency, _ = trained
+    with pytest.raises(DataError, match=f"needs {needed} held-out samples.*there are 400"):
+        sosp_hub.allocate_within(model, graph, saliency, held_out[:4], max_drop={"accuracy": drop})
+
+
+def test_an_unknown_metric_is_refused(trained, held_out):
+    model, graph, saliency, _ = trained
+    with pytest.raises(BudgetError, match=r"budget.max_drop.acuracy: .*did you mean 'accuracy'"):
+        sosp_hub.allocate_within(model, graph, saliency, held_out, max_drop={"acuracy": 1})
+
+
+def test_metrics_of_samples_sum_to_the_metrics(trained, held_out):
+    model = trained[0]
+    rows = metrics_of_samples(model, held_out, ["accuracy", "loss", "divergence"], dense=model)
+    metrics = evaluate(model, held_out, ["accuracy", "loss"])
+    for name, metric in metrics.items():
+        x, w = rows[name].unbind(1)
+        assert_close((x.sum() / w.sum()).item(), metric.value, relative=1e-9)
+        assert len(x) == 1500
+    assert rows["divergence"][:, 0].abs().max() < 1e-6
