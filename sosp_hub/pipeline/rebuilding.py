@@ -18,13 +18,14 @@ from sosp_hub.surgery.apply import apply
 @step("rebuilt", plan, "rebuild", with_peak=True)
 def rebuilt(context: Context, decided: PruningPlan) -> dict[str, Any]:
     """Solves them layer by layer; leaves the weights of the cut model, and tells of each layer."""
+    config = context.recipe.rebuild
     made = rebuild_weights(context, decided)
     if made.layers:
         small = apply(made.model.cpu(), context.graph, made.plan, verify="fast", strict=True)
         context.cache.save(lambda: save_model(small, str(rebuilt.tensors(context))))
     return {
         "method": config.method,
-        "num_samples": num_samples,
+        "num_samples": context.at_most(config.num_samples),
         "layers": [dataclasses.asdict(layer) for layer in made.layers],
         "left": made.left,
     }
