@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from sosp_hub.errors import PlanError, shortened
+from sosp_hub.summary import alike, preformatted, span, table
 from sosp_hub.untrusted import UnreadableError, parse_json
 
 SCHEMA_VERSION = 1
@@ -55,6 +56,26 @@ class PruningPlan:
             _check_gates(name, gates, len(self.kept.get(name, ())))
         for name, values in self.shifts.items():
             _check_finite(f"the shift of {name!r}", values)
+
+    def __str__(self) -> str:
+        """A row for the groups that are alike: how many structures they keep."""
+        kept, sizes = self.num_kept(), self.sizes
+        head = f"plan: {sum(kept.values()):,} of {sum(sizes.values()):,} structures kept in "
+        head += f"{len(kept)} groups; all other groups stay whole"
+        rows = [
+            (
+                pattern,
+                len(names),
+                span([sizes[name] for name in names]),
+                span([kept[name] for name in names]),
+                f"{sum(kept[name] for name in names) / sum(sizes[name] for name in names):.0%}",
+            )
+            for pattern, names in alike(kept).items()
+        ]
+        return f"{head}\n{table(('group', 'groups', 'size', 'kept', 'share'), rows)}"
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
 
     def num_kept(self) -> dict[str, int]:
         """Number of kept structures of each listed group."""

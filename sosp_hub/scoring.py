@@ -23,6 +23,7 @@ from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
 from sosp_hub.structure.isolation import isolated
+from sosp_hub.summary import alike, preformatted, table
 from sosp_hub.tasks.batches import has_targets
 from sosp_hub.tasks.own_outputs import OwnOutputs
 from sosp_hub.types import DEFAULT_KINDS, GateKind, Kind
@@ -31,6 +32,26 @@ if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn, Saliency
 
 logger = logging.getLogger("sosp_hub")
+
+
+class Scores(dict[str, Tensor]):
+    """A score for each structure of each group; a dictionary that prints as a table."""
+
+    def __str__(self) -> str:
+        """A row for the groups that are alike: their least, middle and greatest score."""
+        rows = []
+        for pattern, names in alike(self).items():
+            scores = torch.cat([self[name].flatten().double() for name in names])
+            numbers = (scores.min(), scores.median(), scores.max())
+            rows.append((pattern, len(names), scores.numel(), *(f"{n:.3g}" for n in numbers)))
+        head = ("group", "groups", "structures", "least", "median", "greatest")
+        total = sum(scores.numel() for scores in self.values())
+        return f"{total:,} scores; higher = keep\n{table(head, rows)}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
 
 
 class HasGroups(Protocol):
@@ -143,9 +164,9 @@ def score(
     with isolated(model):
         scores = method.saliency(context)
     saliency = _checked(scores, groups, method)
-    if units is None or method.uses_units:
-        return saliency
-    return {name: scores / units[name].to(scores.dtype) for name, scores in saliency.items()}
+    if units is not None and not method.uses_units:
+        saliency = {name: one / units[name].to(one.dtype) for name, one in saliency.items()}
+    return Scores(saliency)
 
 
 def _copies(batches: "Batches") -> "Batches":

@@ -14,6 +14,9 @@ from sosp_hub.structure.axes import Atom, size_of, sources
 from sosp_hub.structure.constraint_solver import Count
 from sosp_hub.structure.groups import Group, Member
 from sosp_hub.structure.terms import Axes, Constraint, Step
+from sosp_hub.summary import alike, preformatted, span, table
+
+_MOST_NOTES = 8  # lines of reasons in what print(graph) shows
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class Routes:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """What belongs together in one model. ``print(graph)`` is a stable, reviewable text.
+    """What belongs together in one model. ``print(graph)`` is a screen of it.
 
     Attributes:
         groups: Groups by name, in the order of the model's parameters.
@@ -195,19 +198,44 @@ class Graph:
         )
 
     def __str__(self) -> str:
+        """A row for the groups that are alike, and the reasons why something stays whole."""
+        rows = [
+            (
+                pattern,
+                len(names),
+                span([self.groups[name].size for name in names]),
+                span([len(self.groups[name].members) for name in names]),
+            )
+            for pattern, names in alike(self.groups).items()
+        ]
+        notes = _what_stays(self)
+        if len(notes) > _MOST_NOTES:
+            notes = [*notes[:_MOST_NOTES], f"and {len(notes) - _MOST_NOTES} more reasons"]
+        head = ("group", "groups", "size", "tensor axes")
+        whole = "print(graph.describe()) shows every axis and reason"
+        return "\n".join([_share_in_words(self), table(head, rows), *notes, whole])
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
+
+    def describe(self) -> str:
+        """Stable, reviewable text: groups and their axes, what is tied, what stays and why."""
         return _in_words(self)
 
 
-def _in_words(graph: Graph) -> str:
-    """One line a group, then its members; then ties and what is pinned, by reason."""
+def _share_in_words(graph: Graph) -> str:
     exact = graph.num_cuttable_params.get("exact", 0)
     everything = graph.num_cuttable_params.get("all", 0)
     total = max(graph.num_params, 1)
-    lines = [
+    return (
         f"{len(graph.groups)} groups; {100 * everything / total:.1f} % of "
-        f"{graph.num_params:,} parameters can be cut "
-        f"({100 * exact / total:.1f} % exactly)"
-    ]
+        f"{graph.num_params:,} parameters can be cut ({100 * exact / total:.1f} % exactly)"
+    )
+
+
+def _in_words(graph: Graph) -> str:
+    """One line a group, then its axes; then ties and what is pinned, by reason."""
+    lines = [_share_in_words(graph)]
     for group in graph.groups.values():
         tail = "" if group.exact else f"  inexact: {'; '.join(group.reasons[:2])}"
         if group.barred:
@@ -217,7 +245,12 @@ def _in_words(graph: Graph) -> str:
         for member in group.members:
             verb = "reads" if member.reads else "makes"
             lines.append(f"    {verb} {member.tensor}[{member.dim}]")
-    lines += [f"tied: {', '.join(tie)}" for tie in graph.ties]
+    return "\n".join([*lines, *_what_stays(graph)])
+
+
+def _what_stays(graph: Graph) -> list[str]:
+    """What is tied, keeps its size, or is not used, with the reason."""
+    lines = [f"tied: {', '.join(tie)}" for tie in graph.ties]
     by_reason: dict[str, list[str]] = {}
     for pinned in graph.pinned:
         by_reason.setdefault(pinned.reason, []).append(f"{pinned.tensor}[{pinned.dim}]")
@@ -235,4 +268,4 @@ def _in_words(graph: Graph) -> str:
         more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
         if modules:
             lines.append(f"{label}: {', '.join(modules[:3])}{more}")
-    return "\n".join(lines)
+    return lines

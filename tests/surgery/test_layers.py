@@ -141,14 +141,14 @@ def test_a_stack_stays_whole_where_more_than_its_last_result_counts(tower):
     assert not layers_of(graph)
     (reason,) = graph.undroppable.values()
     assert "not of the last one alone" in reason
-    assert "undroppable: layers of towers.0.layers: the code around it" in str(graph)
+    assert "undroppable: layers of towers.0.layers: the code around it" in graph.describe()
 
 
 def test_a_layer_whose_further_results_count_stays():
     """The next layer uses what it makes (as do CoaT's, EfficientViM's and TNT's), or not."""
     _, graph = traced(PairTower(used=0))
     assert not layers_of(graph)
-    assert "more than the first result" in str(graph)
+    assert "more than the first result" in graph.describe()
     model, graph = traced(PairTower(used=1))
     plan = plan_of(graph, {"towers.0.layers:layer": (1,)})
     assert_close(run(apply(model, graph, plan), graph), gated(model, graph, plan))

@@ -158,7 +158,7 @@ def test_heads_of_training_are_cut_with_what_they_read():
     graph = trace(model, (x,))
     assert graph.only_in_training == ("aux", "aux_head")
     assert graph.never_used == ("left_over",)
-    assert "only training uses: aux, aux_head\nnothing uses: left_over" in str(graph)
+    assert "only training uses: aux, aux_head\nnothing uses: left_over" in graph.describe()
     assert sorted(group.size for group in graph.groups.values()) == [6, 8]
     pruned = apply(model, graph, half(graph))
     assert pruned.left_over.weight.shape == (2, 8)
