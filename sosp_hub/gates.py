@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sosp_hub.compat.accelerate import running_device
 from sosp_hub.compat.torch import parameter_table
-from sosp_hub.double_backward.pieces import pieces, pieces_with_scratch
-from sosp_hub.double_backward.smooth import Smooth, smooth_source
+from sosp_hub.double_backward.pieces import pieces
 from sosp_hub.errors import CriterionError
 from sosp_hub.structure.groups import Group, Groups, Site
 from sosp_hub.types import GateKind
@@ -245,7 +243,7 @@ def _gate_first_input(gates: Gates, vectors: list[_GateVector]) -> Callable[...,
         x = args[0] if name is None else kwargs[name]
         for vector in vectors:
             gate = vector.read(gates, x)
-            x = _unit_gate(x, gate) if gates.are_one else (x * gate).to(x.dtype)
+            x = _UnitGate.apply(x, gate) if gates.are_one else (x * gate).to(x.dtype)
         return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
     return hook
@@ -287,13 +285,6 @@ def _scaled_weights(
             homes[name][name.rpartition(".")[2]] = parameter
 
 
-def _unit_gate(x: Tensor, gate: Tensor) -> Tensor:
-    source = smooth_source(x)
-    if source is None:
-        return _UnitGate.apply(x, gate)
-    return _SmoothUnitGate.apply(source[0], gate, x.detach(), source[1])
-
-
 class _UnitGate(Function):
     """``x * gate`` where the gate is 1: nothing to compute but the derivatives."""
 
@@ -331,54 +322,6 @@ class _UnitGateBackward(Function):
             grad_gate = _sum_product(grad, dot, *ctx.gate)
             grad_grad = dot if grad_grad is None else grad_grad + dot
         return grad_x, grad_gate, grad_grad
-
-
-class _SmoothUnitGate(Function):
-    """``f(x) * gate`` where the gate is 1 and ``f`` smooth.
-
-    As one operation, since ``f(x)`` is cheaper to make again than to keep, and so is what the two
-    derivatives by ``f(x)`` and by ``x`` would wait for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, output: Tensor, smooth: Smooth) -> Tensor:
-        ctx.save_for_backward(x, gate)
-        ctx.smooth_gate = smooth
-        ctx.set_materialize_grads(False)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:  # what reads it has no derivative
-            return None, None, None, None
-        grads = _SmoothUnitGateBackward.apply(*ctx.saved_tensors, grad, ctx.smooth_gate)
-        return *grads, None, None
-
-
-class _SmoothUnitGateBackward(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gate: Tensor, grad: Tensor, smooth: Smooth
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, grad)
-        ctx.constants = smooth, gate.shape, gate.dtype
-        return smooth.backward(grad, x), _sum_product(smooth.value(x), grad, *ctx.constants[1:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dot: Tensor, gate_dot: Tensor) -> tuple[Tensor | None, ...]:
-        smooth, shape, dtype = ctx.constants
-        dim = next((i for i, size in enumerate(shape) if size > 1), len(shape) - 1)
-        gate = torch.Size((1, *shape[dim:]))
-        factor = None if _all_one(gate_dot) else gate_dot.view(gate)
-        results, sums = (dot.new_empty(dot.shape), dot.new_empty(dot.shape)), []
-        rows = (t.reshape(-1, *t.shape[dim:]) for t in (*ctx.saved_tensors, dot, *results))
-        for scratch, x, grad, dot, grad_x, grad_grad in pieces_with_scratch(*rows):
-            value, slope, second = smooth.derivatives(x, *scratch)
-            torch.mul(second.mul_(dot).add_(_scale(slope, factor)), grad, out=grad_x)
-            torch.add(slope.mul_(dot), _scale(value, factor), out=grad_grad)
-            sums.append(_sum_product(slope, grad, gate, dtype))
-        return results[0], _sum(sums).view(shape), results[1], None
 
 
 def _sum_product(a: Tensor, b: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,12 @@
 
 PyTorch's own double backward is written for generality. Where the weights take no gradient, most
 layers are linear maps, and the backward of a linear map is a linear map again: nothing has to be
-stored and no weight term computed. Smooth activations, LayerNorm and attention have short closed
-forms. Everything else takes PyTorch's own path. Measured by ``tests/bench/saliency.py``.
+stored and no weight term computed (``maps``: convolutions, linear layers, batch norms, ReLU): exact
+SOSP-H of MobileNetV2 takes 2.0 times a plain pass instead of 7.2, of ResNet-50 1.6 instead of 2.5.
+Attention has a short closed form that keeps no table of shares between many positions
+(``dot_product``): 2.06 instead of 2.14 on ViT-Ti, in 475 MB instead of 557. Everything else takes
+PyTorch's own path: closed forms of LayerNorm, GELU and SiLU cost time, and the memory that they
+bought ``micro_batch_size`` buys for less (``tests/bench/results/saliency.md``).
 """
 
 from collections.abc import Callable
@@ -15,9 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sosp_hub.double_backward.dot_product import attention
-from sosp_hub.double_backward.layernorm import layer_norm
 from sosp_hub.double_backward.maps import batch_norm, conv, linear, relu, relu6
-from sosp_hub.double_backward.smooth import gelu, silu
 
 
 class CheapSecondDerivatives(TorchFunctionMode):
@@ -44,10 +46,7 @@ _REWRITES: dict[Any, Callable[..., Tensor | None]] = {
     F.conv3d: conv,
     F.linear: linear,
     F.batch_norm: batch_norm,
-    F.layer_norm: layer_norm,
     F.relu: relu,
     F.relu6: relu6,
-    F.gelu: gelu,
-    F.silu: silu,
     F.scaled_dot_product_attention: attention,
 }

@@ -23,20 +23,12 @@ def fitting(size: int) -> int:
     return max(1, PIECE // size)
 
 
-def pieces(*tensors: Tensor, share: int = 1) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Slices of the first dimension, so small on a CPU that what is made of them stays in cache."""
     first, rows = tensors[0], len(tensors[0])
     if first.device.type == "cpu":
-        rows = max(1, PIECE // share * rows // max(1, first.numel()))
+        rows = max(1, PIECE * rows // max(1, first.numel()))
     return zip(*(tensor.split(max(rows, 1)) for tensor in tensors), strict=True)
-
-
-def pieces_with_scratch(*tensors: Tensor) -> Iterator[tuple[list[Tensor], *tuple[Tensor, ...]]]:
-    """As ``pieces``, smaller, each with four tensors like its first to write on."""
-    scratch = []
-    for parts in pieces(*tensors, share=4):
-        scratch = scratch or [torch.empty_like(parts[0]) for _ in range(4)]
-        yield [tensor[: len(parts[0])] for tensor in scratch], *parts
 
 
 def where_reached(backward: Callable) -> Callable:
