@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MEASURED = ("latency_s", "prefill_s", "decode_s", "serving_bytes")
+"""Budgets of what is measured, or told by a table of measurements."""
+
+
 def allocate(
     graph: Graph,
     saliency: "Mapping[str, Tensor]",
@@ -32,6 +36,9 @@ def allocate(
     structures: float | None = None,
     memory_bytes: float | None = None,
     latency_s: float | None = None,
+    prefill_s: float | None = None,
+    decode_s: float | None = None,
+    serving_bytes: float | None = None,
     threshold: float | None = None,
     groups: Mapping[str, float] | None = None,
     keep_at_least: float | Mapping[str, float] = 0.1,
@@ -41,7 +48,7 @@ def allocate(
     only: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     target: "str | Target | Iterable[str | Target] | None" = None,
-    measure: Callable[[PruningPlan], float] | None = None,
+    measure: Callable[[PruningPlan], float | Mapping[str, float]] | None = None,
 ) -> PruningPlan:
     """Removes the least salient structures of all groups until every budget holds, and no more.
 
@@ -59,6 +66,10 @@ def allocate(
         structures: Share of the structures (of the groups that may be cut) that is kept.
         memory_bytes: Share of the bytes of parameters and buffers that is kept.
         latency_s: Share of the dense model's latency that is kept; needs ``measure``.
+        prefill_s: The same of a language model's pass over a prompt.
+        decode_s: The same of its pass over one token more.
+        serving_bytes: Share of the bytes of weights and of a cache of keys and values; needs
+            ``measure``.
         threshold: Structures that score below it go, as far as floors and ties allow; with a
             budget, more go until it holds.
         groups: Share that each of some groups keeps of its own structures, whatever the others
@@ -75,7 +86,8 @@ def allocate(
         exclude: Names of groups that stay whole.
         target: Where the model will be loaded, such as ``deci`` or ``gguf``: counts are only those
             that its reader takes. Several must all be met.
-        measure: Latency in seconds of a plan; measured, so only for ``latency_s``.
+        measure: What a plan measures: ``latency_s`` alone, or a number for each of the four that
+            are asked for, such as ``sosp_hub.latency.LatencyTable`` and ``ServingMemory`` tell.
 
     Returns:
         The plan; its provenance lists the budgets, the predicted cost and each group where a floor
@@ -90,7 +102,8 @@ def allocate(
         name: value
         for name, value in (
             ("macs", macs), ("params", params), ("structures", structures),
-            ("memory_bytes", memory_bytes), ("latency_s", latency_s),
+            ("memory_bytes", memory_bytes), ("latency_s", latency_s), ("prefill_s", prefill_s),
+            ("decode_s", decode_s), ("serving_bytes", serving_bytes),
         )
         if value is not None
     }  # fmt: skip
@@ -183,7 +196,7 @@ def _check(
     groups: Mapping[str, float],
     floors: Mapping[str, float],
     round_to: int,
-    measure: Callable[[PruningPlan], float] | None,
+    measure: Callable[[PruningPlan], float | Mapping[str, float]] | None,
 ) -> None:
     if not budgets and threshold is None and not groups:
         raise BudgetError(
@@ -200,9 +213,10 @@ def _check(
             raise BudgetError(f"budget: {name} is the share that is kept, in (0, 1]; got {value!r}")
     if not isinstance(round_to, Integral) or round_to < 1:
         raise BudgetError(f"budget: round_to must be a whole number of at least 1, got {round_to}")
-    if "latency_s" in budgets and measure is None:
+    if measure is None and (name := next((n for n in MEASURED if n in budgets), None)):
         raise BudgetError(
-            "budget: latency_s is measured; give measure=, a function from a plan to seconds"
+            f"budget: {name} is measured; give measure=, a function from a plan to its value, such "
+            "as sosp_hub.latency.LatencyTable(model, graph, inputs)"
         )
 
 
@@ -415,7 +429,10 @@ class _Meter:
     """Every budgeted quantity of a candidate."""
 
     def __init__(
-        self, graph: Graph, candidates: _Candidates, measure: Callable[[PruningPlan], float] | None
+        self,
+        graph: Graph,
+        candidates: _Candidates,
+        measure: Callable[[PruningPlan], float | Mapping[str, float]] | None,
     ) -> None:
         self.cost_model = CostModel(graph)
         self.candidates = candidates
@@ -427,11 +444,12 @@ class _Meter:
 
     def of(self, counts: Mapping[str, int]) -> dict[str, float]:
         cost = self.cost(counts)
-        latency = self.measure(self.candidates.plan(counts)) if self.measure is not None else 0.0
+        measured = {} if self.measure is None else self.measure(self.candidates.plan(counts))
+        measured = measured if isinstance(measured, Mapping) else {"latency_s": measured}
         return {
             "macs": cost.macs,
             "params": cost.params,
             "structures": sum(counts.values()),
             "memory_bytes": cost.bytes,
-            "latency_s": latency,
+            **measured,
         }

@@ -1,16 +1,20 @@
 """What steps measure with, and the cut."""
 
 import dataclasses
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate.utils import set_seed
 from torch import nn
 
 from sosp_hub.data.loading import Split, make_loader
 from sosp_hub.distributed import OnDevice, process_sum, progress, to_device
-from sosp_hub.evaluate import evaluate, measure_latency
+from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import recalibrate_norm
+from sosp_hub.latency import Decoder, LatencyTable, ServingMemory, table_path
 from sosp_hub.pipeline.context import Context
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.tasks import find_task, metric_names
@@ -93,12 +97,38 @@ def tried(context: Context, plan: PruningPlan) -> nn.Module:
     return pruned
 
 
-def seconds_of_plans(context: Context) -> Callable[[PruningPlan], float]:
-    """From a plan to the seconds of a forward pass of what it leaves."""
-    batch = context.recipe.evaluate.latency_batch_size
-    inputs = to_device(example_inputs(context.loaded, batch))
+def measure_of_plans(context: Context, names: Collection[str]) -> Callable[[PruningPlan], Any]:
+    """From a plan to what of it is budgeted: seconds by tables of measured layers, and bytes.
 
-    def seconds(plan: PruningPlan) -> float:
-        return measure_latency([cut(context, plan, "fast")], inputs, budget_s=0.3)[0]
+    Args:
+        context: Of the run.
+        names: Of ``MEASURED`` budgets.
+    """
+    section, model, graph = context.recipe.evaluate, context.model.eval(), context.graph
+    batch, length = section.latency_batch_size, section.latency_tokens
+    conditions = f"{hardware()}; {torch.get_num_threads()} threads"
+    inputs = to_device(example_inputs(context.loaded, batch, num_tokens=length))
+    tables: dict[str, Callable[[PruningPlan], float]] = {}
+    for name in sorted(names):
+        if name == "serving_bytes":
+            tables[name] = ServingMemory(model, graph, batch, length)
+            continue
+        run, given = model, inputs
+        if name == "decode_s":
+            run, given = Decoder(model, inputs["input_ids"]), (inputs["input_ids"][:, :1],)
+        path = table_path(hardware())
+        tables[name] = LatencyTable(run, graph, given, path=path, conditions=conditions)
+    return lambda plan: {name: table(plan) for name, table in tables.items()}
 
-    return seconds
+
+def hardware() -> str:
+    """What a time was measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sosp_hub import scoring
-from sosp_hub.allocation import allocate
+from sosp_hub.allocation import MEASURED, allocate
 from sosp_hub.criteria.compute.compensation import Means
 from sosp_hub.distributed import OnDevice, from_main, logger, process_sum
 from sosp_hub.errors import VerificationError
 from sosp_hub.pipeline.compensation import bias_means, held_out_losses, made_up_for, refine
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.curvature import Curvature, calibration_of, curvature_of
-from sosp_hub.pipeline.measuring import cut, seconds_of_plans, tried
+from sosp_hub.pipeline.measuring import cut, measure_of_plans, tried
 from sosp_hub.pipeline.promising import check_promise, promised
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense
@@ -78,7 +78,7 @@ def check(context: Context) -> None:
     kinds = context.recipe.structure.kinds
     able = scoring.scorable_groups(context.graph_of_groups, type(criterion), kinds)
     targets = budget.targets()
-    targets.pop("latency_s", None)  # is measured, and takes its time
+    targets = {k: v for k, v in targets.items() if k not in MEASURED}  # these take their time
     if targets or budget.groups:
         equal = {name: torch.ones(group.size) for name, group in able.items()}
         _allocated(context, equal, targets)
@@ -165,7 +165,7 @@ def _planned(
     """The main process's, since latency is measured."""
     budget = context.recipe.budget
     targets = budget.targets() if targets is None else targets
-    measure = seconds_of_plans(context) if "latency_s" in targets else None
+    measure = _measure(context, targets)
     allocated = _allocated(context, scores, targets, measure)
     whole = made_up_for(context, allocated, curvature, damping, means)
     return PruningPlan.from_json(from_main(whole.to_json()))
@@ -181,7 +181,7 @@ def _promised(
     """The budgets of the smallest model within ``max_drop``."""
 
     def plan_of(targets: Mapping[str, float]) -> PruningPlan:
-        measure = seconds_of_plans(context) if "latency_s" in targets else None
+        measure = _measure(context, targets)
         return PruningPlan.from_json(
             from_main(_allocated(context, scores, dict(targets), measure).to_json())
         )
@@ -191,6 +191,14 @@ def _promised(
         return tried(context, refine(context, made, curvature.groups) if curvature else made)
 
     return {"macs": promised(context, plan_of, make)["macs"]}
+
+
+def _measure(
+    context: Context, targets: Collection[str]
+) -> Callable[[PruningPlan], Mapping[str, float]] | None:
+    """What measured budgets are told by; None where there is none."""
+    measured = set(MEASURED) & set(targets)
+    return measure_of_plans(context, measured) if measured else None
 
 
 def _damping(
@@ -218,7 +226,7 @@ def _allocated(
     context: Context,
     scores: "Saliency",
     targets: dict[str, Any],
-    measure: Callable[[PruningPlan], float] | None = None,
+    measure: Callable[[PruningPlan], Mapping[str, float]] | None = None,
 ) -> PruningPlan:
     budget = context.recipe.budget
     return allocate(

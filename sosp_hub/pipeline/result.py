@@ -17,6 +17,7 @@ from sosp_hub.cost import cost
 from sosp_hub.distributed import logger, to_device
 from sosp_hub.errors import HubError
 from sosp_hub.evaluate import measure_latency
+from sosp_hub.pipeline.measuring import hardware
 from sosp_hub.pipeline.memory import forward_peak
 from sosp_hub.pipeline.output_folder import put
 from sosp_hub.plan import PruningPlan
@@ -175,12 +176,15 @@ def latency_of(
 ) -> dict[str, Any]:
     """Seconds of a forward pass before and after, measured in turn, and on what."""
     batch = recipe.evaluate.latency_batch_size
-    inputs = to_device(example_inputs(loaded, batch))
+    length = recipe.evaluate.latency_tokens
+    inputs = to_device(example_inputs(loaded, batch, num_tokens=length))
+    tokens = inputs.get("input_ids") if isinstance(inputs, dict) else None
     stated = {
         "batch": batch,
+        **({"length": tokens.shape[1]} if tokens is not None else {}),
         "dtype": recipe.model.dtype,
         "threads": torch.get_num_threads(),
-        "hardware": _hardware(),
+        "hardware": hardware(),
     }
     before, after = measure_latency([loaded.model.eval(), pruned.eval()], inputs, budget_s)
     return {"before": {"seconds": before, **stated}, "after": {"seconds": after, **stated}}
@@ -189,9 +193,10 @@ def latency_of(
 def peak_memory_of(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[str, Any]:
     """Bytes in tensors at the height of a forward pass before and after, and for what inputs."""
     batch = recipe.evaluate.latency_batch_size
-    inputs = to_device(example_inputs(loaded, batch))
+    length = recipe.evaluate.latency_tokens
+    inputs = to_device(example_inputs(loaded, batch, num_tokens=length))
     models = {"before": loaded.model.eval(), "after": pruned.eval()}
-    stated = {"batch": batch, "dtype": recipe.model.dtype, "hardware": _hardware()}
+    stated = {"batch": batch, "dtype": recipe.model.dtype, "hardware": hardware()}
     return {
         when: {"bytes": forward_peak(model, inputs), **stated} for when, model in models.items()
     }
@@ -201,15 +206,3 @@ def versions() -> dict[str, str]:
     """Of Python and the packages that numbers depend on."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version()} | packages
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

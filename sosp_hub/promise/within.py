@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.allocation import allocate
+from sosp_hub.allocation import MEASURED, allocate
 from sosp_hub.cost import CostModel
 from sosp_hub.cut import apply
 from sosp_hub.errors import BudgetError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn
 
 
-_COSTS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
+_COSTS = ("macs", "params", "structures", "memory_bytes", *MEASURED, "threshold")
 
 
 @dataclass(frozen=True, eq=False)

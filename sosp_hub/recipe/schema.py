@@ -16,7 +16,10 @@ from sosp_hub.types import DEFAULT_KINDS, Kind, Library
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
 _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
 Verb = Literal["prune", "compare", "expand"]
-BUDGETS = ("macs", "params", "structures", "memory_bytes", "latency_s", "threshold")
+BUDGETS = (
+    "macs", "params", "structures", "memory_bytes", "latency_s", "prefill_s", "decode_s",
+    "serving_bytes", "threshold",
+)  # fmt: skip
 _MOST_HELD_OUT = 3000  # for max_drop, where the recipe gives no number
 TaskName = Annotated[str, AfterValidator(lambda name: find_task(name).name)]
 
@@ -172,7 +175,19 @@ class BudgetSection(Section):
     structures: Share | None = Field(default=None, description="structures")
     memory_bytes: Share | None = Field(default=None, description="bytes of the weights")
     latency_s: Share | None = Field(
-        default=None, description="measured seconds of one forward pass"
+        default=None,
+        description="seconds of one forward pass, by a table of measured layers; batch and length "
+        "in `evaluate`",
+    )
+    prefill_s: Share | None = Field(
+        default=None, description="the same of a language model's pass over a prompt"
+    )
+    decode_s: Share | None = Field(
+        default=None, description="the same of one token more, after a prompt of that length"
+    )
+    serving_bytes: Share | None = Field(
+        default=None,
+        description="bytes of a language model's weights and of its cache of keys and values",
     )
     threshold: float | None = Field(
         default=None,
@@ -284,6 +299,9 @@ class EvaluateSection(Section):
         default=True, description="measure seconds of a forward pass before and after"
     )
     latency_batch_size: Count = Field(default=8, description="samples of that pass")
+    latency_tokens: Annotated[int, Field(ge=2)] = Field(
+        default=128, description="tokens of each, where the model takes texts"
+    )
 
 
 class OutputSection(Section):
@@ -452,6 +470,17 @@ class Recipe(Section):
         if self.push or self.compare:
             key = "push" if self.push else "compare"
             raise ValueError(f"{key}: goes with `prune` alone; leave it out beside `expand`")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_serving(self) -> Self:
+        generates = find_task(self.model.task).name == "text-generation"
+        for key in ("prefill_s", "decode_s", "serving_bytes"):
+            if getattr(self.budget, key) is not None and not generates:
+                raise ValueError(
+                    f"budget.{key}: is of language models that generate, task text-generation; "
+                    "write latency_s or memory_bytes"
+                )
         return self
 
     @model_validator(mode="after")

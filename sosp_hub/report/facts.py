@@ -259,6 +259,8 @@ def _memory_words(memory: Mapping[str, Any]) -> str:
     words = ["Peak memory of one forward pass"]
     if after.get("batch"):
         words.append(f"batch of {after['batch']}")
+    if after.get("length"):
+        words.append(f"{after['length']} tokens")
     if after.get("dtype"):
         words.append(str(after["dtype"]).removeprefix("torch."))
     return ", ".join(words)
@@ -472,6 +474,8 @@ def _speed_note(latency: Mapping[str, Any]) -> str:
         words.append(f"{after['threads']} thread{'s' if after['threads'] != 1 else ''}")
     if after.get("batch"):
         words.append(f"batch of {after['batch']}")
+    if after.get("length"):
+        words.append(f"{after['length']} tokens")
     if after.get("dtype"):
         words.append(str(after["dtype"]).removeprefix("torch."))
     return ", ".join(words)

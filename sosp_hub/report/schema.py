@@ -39,6 +39,7 @@ class _Measured(_Part):
     seconds: Amount | None = None
     bytes: Amount | None = None
     batch: Count | None = None
+    length: Count | None = None
     threads: Count | None = None
     dtype: str | None = None
     hardware: str | None = None

@@ -1,0 +1,169 @@
+"""Times of layers in a table, and what a plan takes by them; what a model holds while it serves."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import sosp_hub
+from sosp_hub import latency
+from sosp_hub.errors import BudgetError
+from sosp_hub.latency import Decoder, LatencyTable, ServingMemory, table_path
+from tests.compare import assert_close
+
+
+@pytest.fixture
+def by_products(monkeypatch):
+    """Layers take a nanosecond a product, and the dense model a tenth more than its layers."""
+
+    def timed(runs):
+        return {key: 1e-9 * cost(run) for key, run in runs.items()}
+
+    def cost(run):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops() / 2
+
+    def whole(models, inputs, budget_s):
+        return [1.1 * cost(lambda: models[0](*inputs)) * 1e-9]
+
+    monkeypatch.setattr(latency, "_timed", timed)
+    monkeypatch.setattr(latency, "measure_latency", whole)
+
+
+def conv_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+    ).eval()  # fmt: skip
+
+
+def plan_of(graph, counts):
+    kept = {name: tuple(range(count)) for name, count in counts.items()}
+    return sosp_hub.PruningPlan(kept, {name: graph.groups[name].size for name in kept})
+
+
+@pytest.mark.parametrize("counts", [(16, 24), (8, 24), (16, 6), (11, 17), (3, 2), (2, 2)])
+def test_between_widths_it_is_what_the_layers_of_the_cut_model_take(by_products, counts):
+    model, inputs = conv_net(), (torch.randn(2, 3, 12, 12),)
+    graph = sosp_hub.trace(model, inputs)
+    table = LatencyTable(model, graph, inputs)
+    plan = plan_of(graph, dict(zip(graph.groups, counts, strict=True)))
+    cut = sosp_hub.apply(model, graph, plan)
+    expected = LatencyTable(cut, sosp_hub.trace(cut, inputs), inputs)
+    rest = table.dense_s - table.layers_s  # what is outside of the layers stays
+    assert_close(table(plan), expected.layers_s + rest, relative=1e-6)
+    assert_close(table.layers_s, table.dense_s / 1.1, relative=1e-6)
+
+
+def test_a_budget_is_planned_without_a_cut(by_products, monkeypatch):
+    model, inputs = conv_net(), (torch.randn(2, 3, 12, 12),)
+    graph = sosp_hub.trace(model, inputs)
+    table = LatencyTable(model, graph, inputs)
+    monkeypatch.setattr(sosp_hub.surgery.apply, "apply", None)
+    scores = {name: torch.arange(float(group.size)) for name, group in graph.groups.items()}
+    plan = sosp_hub.allocate(graph, scores, latency_s=0.6, measure=table)
+    assert 0.5 < table(plan) / table.dense_s <= 0.6
+
+
+def test_times_are_kept_for_the_same_conditions(tmp_path, monkeypatch):
+    model, inputs = conv_net(), (torch.randn(2, 3, 12, 12),)
+    graph = sosp_hub.trace(model, inputs)
+    path = tmp_path / "cache" / "table.json"
+    rng = torch.get_rng_state()
+    first = LatencyTable(model, graph, inputs, path=path, conditions="one")
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert first.layers_s > 0
+    (times,) = json.loads(path.read_text()).values()
+    assert len(times) == 5 + 25 + 5  # widths of each layer, those of the second in both directions
+    asked = []
+    monkeypatch.setattr(latency, "_timed", lambda runs: asked.append(len(runs)) or {})
+    again = LatencyTable(model, graph, inputs, path=path, conditions="one")
+    assert asked == [0]
+    assert again.layers_s == first.layers_s
+    with pytest.raises(KeyError):  # other conditions, other times, of which there are none
+        LatencyTable(model, graph, inputs, path=path, conditions="two")
+    path.write_text("{broken")
+    with pytest.raises(KeyError):
+        LatencyTable(model, graph, inputs, path=path, conditions="one")
+
+
+def test_a_table_lies_in_the_cache_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = table_path("../A CPU (R) @ 2 GHz")
+    assert path == tmp_path / "sosp_hub" / "latency" / "A-CPU--R----2-GHz.json"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.arange(24).reshape(2, 12)
+    return model, sosp_hub.trace(model, {"input_ids": ids, "use_cache": False}), ids
+
+
+def test_what_is_held_is_that_of_the_cut_model(llama):
+    model, graph, _ = llama
+    names = [name for name, group in graph.groups.items() if group.kind == "kv_group"]
+    assert len(names) == 2
+    plan = plan_of(graph, {names[0]: 1})
+    held = ServingMemory(model, graph, batch=3, length=20)
+    cut = sosp_hub.apply(model, graph, plan)
+    with torch.no_grad():
+        cache = Decoder(cut, torch.zeros(3, 20, dtype=torch.long)).cache
+    num_bytes = sum(
+        each.numel() * each.element_size()
+        for layer in cache.layers
+        for each in (layer.keys, layer.values)
+    )
+    state = {t.data_ptr(): t for t in cut.parameters()}
+    weights = sum(t.numel() * t.element_size() for t in state.values())
+    assert held(plan) == weights + num_bytes
+    assert held.cache_bytes == 2 * 2 * 2 * 8 * 4 * 3 * 20  # layers, k and v, heads, width, bytes
+
+
+def test_a_step_of_decoding_is_the_same_each_time(llama):
+    model, graph, ids = llama
+    step = Decoder(model, ids)
+    with torch.no_grad():
+        first, second = (step(ids[:, :1]) for _ in range(2))
+        whole = model(torch.cat([ids, ids[:, :1]], dim=1)).logits[:, -1:]
+    assert torch.equal(first, second)
+    assert_close(first, whole, relative=1e-4)
+    prefill = LatencyTable(model, graph, {"input_ids": ids, "use_cache": False})
+    decode = LatencyTable(step, graph, (ids[:, :1],))
+    assert len(decode._layers) == len(prefill._layers) == 2 * 7 + 1
+    assert {layer.shape[1] for layer in prefill._layers} == {12}
+    assert {layer.shape[1] for layer in decode._layers} == {1}
+
+
+def test_a_model_without_a_cache_is_refused():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, ids, use_cache):
+            return {"logits": self.layer(ids.float())}
+
+    with pytest.raises(BudgetError, match="has no cache of keys and values"):
+        Decoder(Net(), torch.zeros(1, 2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["latency_s", "prefill_s", "decode_s", "serving_bytes"])
+def test_measured_budgets_need_a_measure(name):
+    model, inputs = conv_net(), (torch.randn(2, 3, 12, 12),)
+    graph = sosp_hub.trace(model, inputs)
+    scores = {name: torch.arange(float(group.size)) for name, group in graph.groups.items()}
+    with pytest.raises(BudgetError, match=f"{name} is measured; give measure="):
+        sosp_hub.allocate(graph, scores, **{name: 0.5})
