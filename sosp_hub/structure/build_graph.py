@@ -18,7 +18,7 @@ from sosp_hub.structure.axes import (
     size_of,
     unify,
 )
-from sosp_hub.structure.constraint_solver import settle
+from sosp_hub.structure.constraint_solver import kept_values, settle
 from sosp_hub.structure.experts import expert_sites
 from sosp_hub.structure.graph import Graph, Pinned
 from sosp_hub.structure.groups import Group, Member, Site
@@ -46,6 +46,7 @@ def assemble(
     for axes in tensors.values():
         for axis in axes:
             _pin_repeated(axis)
+    terms.constraints += kept_values(terms.leaks)
     tied = settle(terms.constraints, terms.leaks, terms.comparisons)
     places = _places(tensors)
     _join_tied(terms.constraints, places, tied)

@@ -17,6 +17,7 @@ from sosp_hub.structure.axes import (
     Axis,
     Sum,
     atoms,
+    fixed,
     is_fixed,
     paired,
     pin,
@@ -25,7 +26,15 @@ from sosp_hub.structure.axes import (
     split,
 )
 from sosp_hub.structure.terms import Constraint
-from sosp_hub.structure.traced_int import Attribute, Op, attributes, evaluate, expr_atoms, solve
+from sosp_hub.structure.traced_int import (
+    Attribute,
+    Expr,
+    Op,
+    attributes,
+    evaluate,
+    expr_atoms,
+    solve,
+)
 
 Count = Callable[[Atom], int]
 
@@ -280,9 +289,24 @@ def _pin_leaks(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, 
     for expr, where in leaks:
         touched = list(expr_atoms(expr))  # type: ignore[arg-type]
         for attribute in attributes(expr):  # type: ignore[arg-type]
-            touched += [a for c in index.of([attribute]) for a in atoms(c.axis)]
+            says = [c for c in index.of([attribute]) if c.expr == attribute]
+            touched += [atom for c in says for atom in atoms(c.axis)]
         for atom in touched:
             atom.pinned.setdefault(f"the code in {where} computes with its size")
+
+
+def kept_values(leaks: Iterable[tuple[Expr, str]]) -> list[Constraint]:
+    """That attributes which the code uses as values keep them."""
+    return [
+        Constraint(
+            attribute,
+            fixed(attribute.dense, f"the code in {where} computes with it"),
+            f"the code in {where}, which computes with it",
+        )
+        for expr, where in leaks
+        for attribute in attributes(expr)
+        if attribute.dense > 0
+    ]
 
 
 def _refine(

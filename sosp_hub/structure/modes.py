@@ -1,6 +1,7 @@
 """The two modes that watch a forward pass: tensors below Python's arguments, sizes above them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from types import FunctionType
 from typing import Any
@@ -40,6 +41,15 @@ class DispatchWatch(DispatchMode):
         rules.apply_rule(self.terms, func, args, kwargs, out)
         self.note(str(func), tuple(inputs), out, tuple(arg for arg in args if type(arg) is float))
         return out
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Within it operations are not the model's: none is written down."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
 
     def note(
         self,
@@ -93,7 +103,7 @@ class FunctionWatch(TorchFunctionMode):
             with self:
                 return body_of(func)(*args, **kwargs)
         out = func(*args, **kwargs)
-        with deaf():
+        with deaf(), self.dispatch.pause():
             note_demands(self.terms, rules.Operation(name, args, kwargs, out))
         return out
 
@@ -108,11 +118,8 @@ class FunctionWatch(TorchFunctionMode):
     def _attention(self, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.dispatch.paused = True
-        try:
+        with self.dispatch.pause():
             out = func(*args, **kwargs)
-        finally:
-            self.dispatch.paused = False
         query, key, value = (given[name] for name in names[:3])
         mask = given.get("attn_mask")
         inputs = tuple(

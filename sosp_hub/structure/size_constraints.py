@@ -130,6 +130,16 @@ def _arithmetic(terms: Terms, op: Operation) -> None:
     for value in (*op.args, *op.kwargs.values()):
         if isinstance(value, TracedInt):
             terms.leak(value.expr)
+            if isinstance(op.out, Tensor) and not op.out.dim() and not op.out.is_floating_point():
+                terms.counted[op.out] = value.expr
+
+
+@_demand("eq", "__eq__", "ne", "__ne__")
+def _equal(terms: Terms, op: Operation) -> None:
+    """A number of elements, such as rows times width, that is compared is no value."""
+    for value in op.args:
+        if isinstance(value, Tensor) and value in terms.counted:
+            terms.forgive([terms.counted[value]])
 
 
 @_demand("unflatten")
@@ -193,7 +203,11 @@ def _getitem(terms: Terms, op: Operation) -> None:
 
 def _slice(terms: Terms, item: slice, whole: Axis, piece: Axis) -> None:
     length = size_of(whole)
+    item = slice(terms.origin(item.start), terms.origin(item.stop), item.step)
     for border in (item.start, item.stop):
+        if isinstance(border, Tensor):
+            terms.fix(whole, "a slice ends where a tensor says")
+            return
         literal = type(border) is int
         if literal and border != 0 and abs(border) < length:
             terms.fix(whole, f"the number {border} is written into the code (a slice)")

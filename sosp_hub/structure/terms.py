@@ -60,11 +60,13 @@ class Terms:
     source: TensorTable = field(default_factory=TensorTable)
     numbers: TensorTable = field(default_factory=TensorTable)
     tallies: TensorTable = field(default_factory=TensorTable)
+    counted: TensorTable = field(default_factory=TensorTable)
     reads: list[Read] = field(default_factory=list)
     macs: list[tuple[str, Axes]] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
     comparisons: list[Constraint] = field(default_factory=list)
     leaks: list[tuple[Expr, str]] = field(default_factory=list)
+    plain: dict[tuple[str, int], Expr] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     modules: list[str] = field(default_factory=lambda: [""])
     results: TensorTable = field(default_factory=TensorTable)
@@ -146,6 +148,15 @@ class Terms:
         """The code turned a size into another number."""
         self.leaks.append((expr, self.where))
 
+    def lose(self, value: int, expr: Expr, leaked: Sequence[Expr]) -> None:
+        """The code of a module made a plain number of a size, which this value may be later."""
+        self.forgive(leaked)
+        self.plain[self.modules[-1], value] = expr
+
+    def forgive(self, leaked: Sequence[Expr]) -> None:
+        """These very sizes were not used as values after all."""
+        self.leaks = [leak for leak in self.leaks if not any(leak[0] is each for each in leaked)]
+
     def compare(self, one: Expr, two: Expr) -> None:
         """The code relies on two sizes being equal."""
         where = f"a comparison in {self.where}"
@@ -163,8 +174,14 @@ class Terms:
         """The code goes the way it goes because this is true."""
         self.comparisons.append(Constraint(comparison, UNIT, f"{operation} in {self.where}"))
 
+    def origin(self, value: Any) -> Any:
+        """A number of the running code as the size that was lost in it, if one was."""
+        expr = self.plain.get((self.modules[-1], value)) if type(value) is int else None
+        return value if expr is None else TracedInt(value, expr)
+
     def constrain(self, value: Any, axis: Axis, operation: str) -> None:
         """A size argument and the axis it describes."""
+        value = self.origin(value)
         if isinstance(value, TracedInt):
             self.constraints.append(Constraint(value.expr, axis, f"{operation} in {self.where}"))
         elif isinstance(value, int) and value not in {-1, 1} and axis is not UNIT:

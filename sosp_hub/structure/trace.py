@@ -199,7 +199,7 @@ def _watch(
     exits: dict[str, Axes] = {}
     handles = list(_watch_modules(twin, terms, entries, exits))
     dispatch = DispatchWatch(terms)
-    listener = ints.Listener(terms.leak, terms.compare, terms.hold)
+    listener = ints.Listener(terms.leak, terms.compare, terms.hold, terms.lose)
     _FAKE_LOG.disabled = True  # it prints what is reported here as an error, or tried with data
     try:
         with isolated(model), torch.no_grad(), ints.listening(listener), ExitStack() as modes:
@@ -209,7 +209,8 @@ def _watch(
             result = program(twin, twin_inputs)
             unused = _unused(twin, terms) if training else {}
             if unused:
-                again = copy_inputs(inputs, fake)
+                with dispatch.pause():
+                    again = copy_inputs(inputs, fake)
                 _follow_training(twin, again, terms, (entries, exits), unused)
     finally:
         _FAKE_LOG.disabled = False

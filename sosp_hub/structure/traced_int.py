@@ -9,9 +9,11 @@ a size used as a value.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import isfinite
 from typing import Any, NamedTuple
 
 from sosp_hub.structure.axes import Atom, Axis, atoms, size_of
@@ -63,11 +65,16 @@ _OPPOSITE = {"<": ">=", ">": "<=", "<=": ">", ">=": "<", "==": "!=", "!=": "=="}
 
 
 class Listener(NamedTuple):
-    """Hears of sizes used as values, of sizes found equal, and of what else is true of them."""
+    """Hears of sizes used as values, of sizes found equal, and of what else is true of them.
+
+    Also of sizes that became plain numbers: their value, their expression, and those of the sizes
+    that were told as used as values on the way, which they were not.
+    """
 
     leak: Callable[[Expr], None]
     equal: Callable[[Expr, Expr], None]
     true: Callable[["Op"], None]
+    whole: Callable[[int, Expr, Sequence[Expr]], None] = lambda _value, _expr, _leaked: None
 
 
 _DEAF = Listener(lambda _: None, lambda _one, _two: None, lambda _: None)
@@ -100,18 +107,25 @@ class TracedInt(int):
         self.expr = expr
         return self
 
+    def __int__(self) -> int:
+        value = int.__int__(self)
+        if _listeners and _listeners[-1] is not _DEAF:
+            _listeners[-1].whole(value, self.expr, ())
+        return value
+
     def __float__(self) -> float:
         return float(self._leaked())
 
     def __truediv__(self, other: Any) -> float:
-        return self._leaked() / _leaked(other)
+        return _share(self, 1, other)
 
     def __rtruediv__(self, other: Any) -> float:
         return _leaked(other) / self._leaked()
 
     def __pow__(self, other: Any, mod: Any = None) -> Any:
         if type(other) in {int, TracedInt} and other >= 0 and mod is None:
-            return TracedInt(int(self) ** int(other), Op("**", self.expr, expr_of(other)))
+            power = int.__int__(self) ** int.__int__(other)
+            return TracedInt(power, Op("**", self.expr, expr_of(other)))
         return pow(self._leaked(), _leaked(other), mod)
 
     def __rpow__(self, other: Any) -> Any:
@@ -123,18 +137,63 @@ class TracedInt(int):
     __hash__ = int.__hash__
 
     def __neg__(self) -> int:
-        return TracedInt(-int(self), Op("*", -1, self.expr))
+        return TracedInt(-int.__int__(self), Op("*", -1, self.expr))
 
     def __deepcopy__(self, memo: Any) -> "TracedInt":
         return self
 
     def __reduce__(self) -> Any:
-        return int, (int(self),)
+        return int, (int.__int__(self),)
 
     def _leaked(self) -> int:
         if _listeners:
             _listeners[-1].leak(self.expr)
-        return int(self)
+        return int.__int__(self)
+
+
+class TracedFloat(float):
+    """A whole number that is written as a float: a size times or divided by another number.
+
+    It counts as used as a value unless the code makes an int of it again, as in
+    ``int(channels / 0.5)``.
+    """
+
+    expr: Expr
+    leaked: tuple[Expr, ...]
+
+    def __int__(self) -> int:
+        value = int(float.__int__(self))
+        if _listeners:
+            _listeners[-1].whole(value, self.expr, self.leaked)
+        return value
+
+    __trunc__ = __floor__ = __ceil__ = __int__
+
+    def __reduce__(self) -> Any:
+        return float, (float.__float__(self),)
+
+
+_LARGEST_RATIO = 64
+
+
+def _share(size: TracedInt, times: float, divided_by: float) -> float:
+    """``size * times / divided_by``, one of which is one."""
+    factors = [f for f in (times, divided_by) if isinstance(f, TracedInt)]
+    value = size._leaked() * _leaked(times) / _leaked(divided_by)
+    expr: Expr = size.expr
+    if factors:
+        expr = Op("//", expr, factors[0].expr)
+    else:
+        ratio = Fraction(times) / Fraction(divided_by) if isfinite(times + divided_by) else 0
+        if not ratio > 0 or max(ratio.as_integer_ratio()) > _LARGEST_RATIO:
+            return value
+        expr = expr if ratio.numerator == 1 else Op("*", expr, ratio.numerator)
+        expr = expr if ratio.denominator == 1 else Op("//", expr, ratio.denominator)
+    if not value.is_integer():
+        return value
+    whole = TracedFloat(value)
+    whole.expr, whole.leaked = expr, (size.expr, *(factor.expr for factor in factors))
+    return whole
 
 
 def _leaked(value: Any) -> Any:
@@ -147,11 +206,16 @@ def _binary(symbol: str, flipped: bool) -> Callable[[TracedInt, Any], Any]:
     def method(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
             if isinstance(other, float):
+                if symbol == "*":
+                    return _share(self, other, 1)
                 value = self._leaked()
                 return compute(other, value) if flipped else compute(value, other)  # type: ignore[arg-type]
             return NotImplemented
         left, right = (other, self) if flipped else (self, other)
-        return TracedInt(compute(int(left), int(right)), Op(symbol, expr_of(left), expr_of(right)))
+        return TracedInt(
+            compute(int.__int__(left), int.__int__(right)),
+            Op(symbol, expr_of(left), expr_of(right)),
+        )
 
     return method
 
@@ -162,8 +226,10 @@ def _comparison(symbol: str) -> Callable[[TracedInt, Any], Any]:
     def method(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int | float):
             return NotImplemented
-        plain = int(other) if isinstance(other, int) else other  # a traced one would be asked first
-        truth = compute(int(self), plain)
+        plain = (
+            int.__int__(other) if isinstance(other, int) else other
+        )  # a traced one would be asked first
+        truth = compute(int.__int__(self), plain)
         if not _listeners or isinstance(other, float):
             return truth
         sign = symbol if truth else _OPPOSITE[symbol]
@@ -186,7 +252,7 @@ for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordi
 
 def expr_of(value: int) -> Expr:
     """The expression of a number; a plain int is a literal of the code."""
-    return value.expr if isinstance(value, TracedInt) else int(value)
+    return value.expr if isinstance(value, TracedInt) else int.__int__(value)
 
 
 def attributes(expr: Expr) -> set[Attribute]:

@@ -27,7 +27,7 @@ class Family:
     model: str
     config: dict[str, Any] = field(repr=False)
     inputs: Callable[[], dict[str, Tensor]] = field(repr=False)
-    outputs: str | None = "logits"
+    outputs: str | tuple[str, ...] | None = "logits"
 
     def build(self) -> nn.Module:
         """The model, in eval mode."""
@@ -410,6 +410,149 @@ OTHERS = (
            lambda: {"past_values": torch.randn(2, 32, 3)}, "prediction_outputs"),
 )  # fmt: skip
 
+_VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 16,
+    "hidden_sizes": [16, 32, 32, 64],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": ["stage4"],
+}
+_QWEN_TEXT = {
+    **_GQA,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+}
+_DETR = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "num_queries": 9,
+    "num_labels": 3,
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+}
+
+
+def _patches_and_words() -> dict[str, Tensor]:
+    """A prompt for each of two images of 4 x 4 patches, of which 2 x 2 are one token (98)."""
+    ids = torch.cat(
+        [torch.full((2, 1), 96), torch.full((2, 4), 98), torch.randint(5, 90, (2, LENGTH))], 1
+    )
+    return {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == 98).int(),
+        "pixel_values": torch.randn(2 * 16, 3 * 2 * 8 * 8),
+        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+        "use_cache": False,
+    }
+
+
+def _tiles_and_words() -> dict[str, Tensor]:
+    """A prompt with one image of 4 x 4 patches, of which 2 x 2 are one token (98)."""
+    ids = torch.cat([torch.full((2, 4), 98), torch.randint(5, 90, (2, LENGTH))], 1)
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 1, 3, PIXELS, PIXELS),
+            "use_cache": False}  # fmt: skip
+
+
+def _merged_and_words() -> dict[str, Tensor]:
+    """As before, images without tiles."""
+    return {**_tiles_and_words(), **_pixels()}
+
+
+WANTED = (
+    Family("smolvlm", "SmolVLMForConditionalGeneration",
+           {"text_config": {"model_type": "llama", **_GQA},
+            "vision_config": {**_IMAGE}, "scale_factor": 2, "image_token_id": 98},
+           _tiles_and_words),
+    Family("idefics3", "Idefics3ForConditionalGeneration",
+           {"text_config": {"model_type": "llama", **_GQA},
+            "vision_config": {**_IMAGE}, "scale_factor": 2, "image_token_id": 98},
+           _tiles_and_words),
+    Family("internvl", "InternVLForConditionalGeneration",
+           {"text_config": {"model_type": "qwen2", **_GQA},
+            "vision_config": {**_IMAGE, "image_size": [PIXELS, PIXELS], "patch_size": [8, 8]},
+            "image_token_id": 98, "image_seq_length": 4}, _merged_and_words),
+    Family("llava_next", "LlavaNextForConditionalGeneration",
+           {"text_config": {"model_type": "llama", **_GQA},
+            "vision_config": {"model_type": "clip_vision_model", **_IMAGE},
+            "image_grid_pinpoints": [[32, 32]], "image_token_index": 98, "image_token_id": 98},
+           lambda: {"input_ids": torch.cat([torch.full((2, 36), 98),
+                                            torch.randint(5, 90, (2, LENGTH))], 1),
+                    "pixel_values": torch.randn(2, 2, 3, PIXELS, PIXELS),
+                    "image_sizes": torch.tensor([[32, 32], [32, 32]]), "use_cache": False}),
+    Family("qwen2_vl", "Qwen2VLForConditionalGeneration",
+           {"text_config": _QWEN_TEXT,
+            "vision_config": {"embed_dim": 64, "depth": 2, "num_heads": 4, "hidden_size": 64,
+                              "patch_size": 8, "mlp_ratio": 2},
+            "image_token_id": 98, "vision_start_token_id": 96}, _patches_and_words),
+    Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
+           {"text_config": _QWEN_TEXT,
+            "vision_config": {"hidden_size": 64, "depth": 2, "num_heads": 4, "patch_size": 8,
+                              "intermediate_size": 96, "out_hidden_size": 64, "window_size": 16,
+                              "fullatt_block_indexes": [1]},
+            "image_token_id": 98, "vision_start_token_id": 96}, _patches_and_words),
+    Family("qwen3_vl", "Qwen3VLForConditionalGeneration",
+           {"text_config": _QWEN_TEXT,
+            "vision_config": {"hidden_size": 64, "depth": 2, "num_heads": 4, "patch_size": 8,
+                              "intermediate_size": 96, "out_hidden_size": 64,
+                              "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            "image_token_id": 98, "vision_start_token_id": 96}, _patches_and_words),
+    Family("gemma3_vlm", "Gemma3ForConditionalGeneration",
+           {"text_config": {**_GQA_DIM},
+            "vision_config": {"model_type": "siglip_vision_model", **_IMAGE},
+            "mm_tokens_per_image": 4, "image_token_index": 98, "image_token_id": 98},
+           lambda: {**_merged_and_words(), "token_type_ids": torch.zeros(2, 16).long()}),
+    Family("detr", "DetrForObjectDetection", {**_DETR, "backbone_config": _RESNET},
+           _pixels, ("logits", "pred_boxes")),
+    Family("conditional_detr", "ConditionalDetrForObjectDetection",
+           {**_DETR, "backbone_config": _RESNET}, _pixels, ("logits", "pred_boxes")),
+    Family("deformable_detr", "DeformableDetrForObjectDetection",
+           {**_DETR, "num_feature_levels": 3,
+            "backbone_config": {**_RESNET, "out_features": ["stage2", "stage3", "stage4"]}},
+           lambda: {"pixel_values": torch.randn(2, 3, 64, 64)}, ("logits", "pred_boxes")),
+    Family("sam", "SamModel",
+           {"vision_config": {**_IMAGE, "mlp_dim": 96, "output_channels": 32, "window_size": 2,
+                              "global_attn_indexes": [1], "num_pos_feats": 16},
+            "prompt_encoder_config": {"hidden_size": 32, "image_size": PIXELS, "patch_size": 8,
+                                      "mask_input_channels": 8},
+            "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 48, "num_attention_heads": 2,
+                                    "num_hidden_layers": 2, "iou_head_hidden_dim": 24}},
+           lambda: {**_pixels(), "input_points": torch.rand(2, 1, 2, 2) * 30},
+           ("iou_scores", "pred_masks")),
+    Family("dinov3", "DINOv3ViTModel", {**_IMAGE, "num_register_tokens": 0}, _pixels,
+           "pooler_output"),
+    Family("dinov3_registers", "DINOv3ViTModel", {**_IMAGE, "num_register_tokens": 2}, _pixels,
+           "pooler_output"),
+    Family("siglip2", "Siglip2Model",
+           {"text_config": _TEXT, "vision_config": {**_IMAGE, "num_patches": 16}},
+           lambda: {**_masked_words(), "pixel_values": torch.randn(2, 16, 192),
+                    "pixel_attention_mask": torch.ones(2, 16).int(),
+                    "spatial_shapes": torch.tensor([[4, 4], [4, 4]])}, "logits_per_image"),
+    Family("xlm", "XLMForSequenceClassification",
+           {"vocab_size": WORDS, "emb_dim": 64, "n_layers": 2, "n_heads": 4}, _masked_words),
+    Family("longformer", "LongformerForSequenceClassification",
+           {**_TEXT, "attention_window": [4, 4]}, _masked_words),
+    Family("reformer", "ReformerModelWithLMHead",
+           {"vocab_size": WORDS, "hidden_size": 64, "num_attention_heads": 4, "is_decoder": True,
+            "attention_head_size": 16, "feed_forward_size": 96, "axial_pos_shape": (4, 4),
+            "axial_pos_embds_dim": (32, 32), "attn_layers": ["local", "lsh"], "num_buckets": 2,
+            "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4, "hash_seed": 0,
+            "max_position_embeddings": 16, "num_hidden_layers": 2},
+           lambda: {"input_ids": torch.randint(5, 90, (2, 16))}),
+    Family("encodec", "EncodecModel",
+           {"hidden_size": 32, "num_filters": 8, "codebook_size": 16, "codebook_dim": 32,
+            "upsampling_ratios": [4, 2], "num_lstm_layers": 1, "num_residual_layers": 1,
+            "target_bandwidths": [24.0], "sampling_rate": 1600},
+           lambda: {"input_values": torch.randn(2, 1, 160)}, "audio_values"),
+)  # fmt: skip
+
 FAMILIES = (
-    *DECODERS, *MIXTURES, *RECURRENT, *ENCODERS, *PAIRS, *VISION, *OTHERS,
+    *DECODERS, *MIXTURES, *RECURRENT, *ENCODERS, *PAIRS, *VISION, *OTHERS, *WANTED,
 )  # fmt: skip

@@ -518,7 +518,58 @@ class Recurrent(nn.Module):
         return self.memory(x)[0]
 
 
+def _place(m: Any, x: Tensor, y: Tensor, *, expanded: bool) -> Tensor:
+    """Rows of another tensor in places of the first one, as pictures in a prompt."""
+    mask = (torch.arange(8) % 2 == 0).view(2, 4, 1)
+    rows = y.flatten(0, 1)[:4]
+    if mask.sum() * x.shape[-1] != rows.numel():
+        raise ValueError("another number of rows")
+    if expanded:
+        mask = mask.expand_as(x)
+        if x[mask].numel() != rows.numel():
+            raise ValueError("another number of elements")
+    return x.masked_scatter(mask, rows)
+
+
+def _fold(m: Any, x: Tensor) -> Tensor:
+    """Half as many tokens that are twice as wide; the factor comes as a float."""
+    batch, length, width = x.shape
+    x = x.view(batch, int(length * m.share), int(width / m.share))
+    return x.unflatten(-1, (-1, m.width)).flatten(1, 2)
+
+
 REST = (
+    tokens(
+        "rows put in places", lambda m, x, y: _place(m, x, y, expanded=False), (6, 6), 6, (6,)
+    ),
+    tokens(
+        "rows put in places that are marked one by one",
+        lambda m, x, y: _place(m, x, y, expanded=True), (6, 6), 6, (6,),
+    ),
+    tokens(
+        "rows picked by a mask",
+        lambda m, x: x + x[(torch.arange(4) > 1).view(1, 4, 1).expand_as(x)].sum(), 6, 6, (),
+        (6,),
+    ),
+    tokens("fewer and wider tokens", _fold, 6, 6, (6,), share=0.5, width=6),
+    tokens(
+        "a factor that is also a value",
+        lambda m, x: x.view(2, 4 // m.factor, m.factor * x.shape[-1]).unflatten(
+            -1, (m.factor, -1)
+        ).flatten(1, 2) * (1 / m.factor), 6, 6, (6,), factor=2,
+    ),
+    tokens(
+        "a width made plain", lambda m, x: x.reshape(-1, int(m.width)).view(2, 4, -1), 6, 6, (6,),
+        width=6,
+    ),
+    tokens("places among borders", lambda m, x: x + torch.bucketize(x, m.at), 6, 6, (6,),
+           keeps_zero=False, at=lambda: torch.tensor([0.0, 0.5])),
+    tokens("places found among borders", lambda m, x: x + torch.searchsorted(m.at, x), 6, 6, (6,),
+           keeps_zero=False, at=lambda: torch.tensor([0.0, 0.5])),
+    tokens(
+        "a slice that ends where a tensor says",
+        lambda m, x: F.pad(x, (0, 0, 0, torch.tensor(2)))[:, : torch.tensor(4)], 6, 6, (6,),
+    ),
     tokens("overlapping windows", _windows, 6, 6, (6,)),
     tokens(
         "distances to centres", lambda m, x: torch.cdist(x, m.centres), 6, 7, (7,), (6,),

@@ -645,7 +645,7 @@ def outcome(model, graph, plan) -> str:
     if not plan.kept:
         return "whole"
     try:
-        pruned = apply(model, graph, plan)
+        pruned = apply(model, graph, plan, strict=True)
     except VerificationError:
         return "refused"
     assert_close(run(pruned, graph), gated(model, graph, plan), what="a cut that was verified")

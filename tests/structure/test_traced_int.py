@@ -62,6 +62,31 @@ def test_a_negative_size_is_remembered_too():
 
 
 @pytest.mark.parametrize(
+    ("use", "then"),
+    [
+        (int, 4), (lambda n: int(n / 0.5), 8), (lambda n: int(n * 0.5), 2),
+        (lambda n: int(n / 2), 2), (lambda n: int(n * 1.5), 6), (lambda n: math.floor(n / 4), 1),
+        (lambda n: int(n / TracedInt(2, HEADS)), 2),
+    ],
+)  # fmt: skip
+def test_a_size_that_becomes_a_plain_number_is_remembered(use, then):
+    """Floats in between are no use as a value."""
+    leaks, plain = [], []
+
+    def whole(value, expr, leaked):
+        plain.append((value, expr))
+        leaks[:] = [leak for leak in leaks if not any(leak is each for each in leaked)]
+
+    with listening(Listener(leaks.append, lambda *_: None, lambda _: None, whole)):
+        number = use(TracedInt(16, WIDTH))
+    assert type(number) is int
+    value, expr = plain[-1]
+    assert value == number == use(16)
+    assert evaluate(expr, {WIDTH: 4, HEADS: 2}, size) == then
+    assert not leaks
+
+
+@pytest.mark.parametrize(
     "use",
     [
         float, math.sqrt, lambda n: n / 2, lambda n: 2 / n, lambda n: n**-0.5, lambda n: 2**n,

@@ -1,8 +1,11 @@
 """New tensors, and elements picked by an index."""
 
-import torch
+from math import prod
 
-from sosp_hub.structure.axes import Axis, Sum, fixed, free, size_of, unify
+import torch
+from torch import Tensor
+
+from sosp_hub.structure.axes import Axis, Prod, Sum, fixed, free, size_of, unify
 from sosp_hub.structure.rules.registry import (
     Operation,
     broadcast,
@@ -44,10 +47,52 @@ def _embedding(terms: Terms, op: Operation) -> None:
     terms.set(op.out, [*terms.of(op.args[1]), width])
 
 
+@rule("bucketize", "searchsorted")
+def _bins(terms: Terms, op: Operation) -> None:
+    values, borders = op.args[:2] if op.name == "bucketize" else (op.args[1], op.args[0])
+    for axis in terms.of(borders):
+        terms.fix(axis, "the places of values among them are counted")
+    terms.set(op.out, terms.of(values) if isinstance(values, Tensor) else ())
+
+
+@rule("masked_scatter")
+def _masked_scatter(terms: Terms, op: Operation) -> None:
+    """Whole rows that a mask chooses are set to the rows of another tensor, in their order."""
+    tensor, mask, source = op.args[:3]
+    inside = tensor.dim() - _differs_along(mask)
+    axes = terms.of(tensor)
+    rows = terms.of(source)
+    if mask.dim() != tensor.dim() or not inside:
+        raise ValueError("a mask of single elements")
+    for one, two in zip(axes[-inside:], rows[-inside:], strict=True):
+        unify(one, two, f"`{op.name}` in {terms.where}")
+    for axis in (*axes[:-inside], *rows[:-inside]):
+        terms.fix(axis, "positions along it are picked by a mask")
+    terms.set(op.out, axes)
+
+
+def _differs_along(mask: Tensor) -> int:
+    """Number of leading dimensions of a mask; along the others it is of size one or expanded."""
+    count = mask.dim()
+    while count and (mask.shape[count - 1] == 1 or not mask.stride(count - 1)):
+        count -= 1
+    return count
+
+
 @rule("index", "index_put")
 def _index(terms: Terms, op: Operation) -> None:
     tensor, indices = op.tensor, list(op.args[1])
     axes = list(terms.of(tensor))
+    if op.name == "index" and len(indices) == 1 and indices[0].dtype == torch.bool:
+        chosen = _differs_along(indices[0])
+        rows = prod(tensor.shape[chosen : indices[0].dim()])
+        if rows > 1:  # the mask was expanded, as the one of `masked_scatter` is
+            for axis in axes[:chosen]:
+                terms.fix(axis, "positions along it are picked by a mask")
+            number = fixed(int(op.out.shape[0]) // rows, f"a mask in {terms.where}")
+            whole = Prod((number, *axes[chosen : indices[0].dim()]))
+            terms.set(op.out, [whole, *axes[indices[0].dim() :]])
+            return
     used = [dim for dim, index in enumerate(indices) if index is not None]
     for dim in used:
         width = indices[dim].dim() if indices[dim].dtype in {torch.bool, torch.uint8} else 1
