@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from sosp_hub.allocation import allocate
     from sosp_hub.checkpoint.io import save_pretrained
     from sosp_hub.checkpoint.weightless import save_plan
+    from sosp_hub.compare import compare
     from sosp_hub.cut import apply, apply_, apply_plan_file, from_pretrained
+    from sosp_hub.evaluate import evaluate
+    from sosp_hub.expand import expand
     from sosp_hub.export import export
     from sosp_hub.hub.push import push_to_hub
     from sosp_hub.plan import PruningPlan
     from sosp_hub.promise.within import allocate_within
+    from sosp_hub.prune import prune
     from sosp_hub.reconstruction.rebuild import rebuild
     from sosp_hub.scoring import score
     from sosp_hub.structure.trace import trace
@@ -32,8 +36,12 @@ _HOME = {
     "apply_": "sosp_hub.cut",
     "apply_plan_file": "sosp_hub.cut",
     "carry": "sosp_hub.surgery.carry",
+    "compare": "sosp_hub.compare",
+    "evaluate": "sosp_hub.evaluate",
+    "expand": "sosp_hub.expand",
     "from_pretrained": "sosp_hub.cut",
     "export": "sosp_hub.export",
+    "prune": "sosp_hub.prune",
     "push_to_hub": "sosp_hub.hub.push",
     "save_plan": "sosp_hub.checkpoint.weightless",
     "save_pretrained": "sosp_hub.checkpoint.io",
@@ -50,10 +58,14 @@ __all__ = [
     "apply_",
     "apply_plan_file",
     "carry",
+    "compare",
     "disable",
     "enable",
+    "evaluate",
+    "expand",
     "export",
     "from_pretrained",
+    "prune",
     "push_to_hub",
     "rebuild",
     "save_plan",
@@ -72,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*__all__, "__version__"]

@@ -103,7 +103,9 @@ def progress_bar(
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not is_main()) as bar:
+    with Progress(
+        *columns, console=console, disable=not is_main() or logger.level > logging.INFO
+    ) as bar:
         task = bar.add_task(description, total=total, completed=start, note="")
 
         def advance(note: str | None = None) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sosp_hub.callable_module import make_callable
 from sosp_hub.distributed import process_rows, process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
 from sosp_hub.recipe.metrics import DIVERGENCE
@@ -320,3 +321,6 @@ def _ratio(row: Float[Tensor, " 6"]) -> Metric:
         return Metric(mean, int(w), None)
     variance = max(0.0, xx - 2 * mean * xw + mean * mean * ww) * num / (num - 1)
     return Metric(mean, int(w), math.sqrt(variance) / w if w else None)
+
+
+make_callable(__name__, evaluate)

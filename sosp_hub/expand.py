@@ -6,10 +6,14 @@ and seeds.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_command
-from sosp_hub.recipe.load import load_recipe
+from sosp_hub.callable_module import make_callable
+from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_command, shown_as
+from sosp_hub.recipe.load import as_recipe, load_recipe
+from sosp_hub.recipe.schema import Recipe
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -21,6 +25,32 @@ def command_parser() -> argparse.ArgumentParser:
     )
 
 
+def expand(
+    recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, overwrite: bool = False
+) -> dict[str, Any]:
+    """Widens what a cut spares, trains, and prunes back, as the section ``expand`` says.
+
+    Args:
+        recipe: Path or name of a recipe, its sections as dictionaries, or a recipe.
+        *overrides: ``key.path=value`` each, as on the command line.
+        overwrite: Replace an output folder that holds a finished run.
+
+    Returns:
+        What is in ``results.json``.
+
+    Raises:
+        RecipeError: What is not valid in the recipe, all faults at once.
+        SospHubError: Anything else that the user has to change.
+    """
+    checked = as_recipe(recipe, overrides, "expand")
+    from sosp_hub.pipeline.guest import as_guest  # torch, which a faulty recipe need not wait for
+
+    with as_guest():  # importing the libraries draws random numbers too
+        from sosp_hub.pipeline.expand import expand as work
+
+        return work(checked, overwrite=overwrite, command="sosp_hub.expand(...)", show=None)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
     parser = command_parser()
@@ -30,15 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             example = "recipes/studies/expand_resnet20_fashion_mnist.yaml"
             parser.error(f"give the path of a recipe, such as {example}")
         recipe = load_recipe(options.given[0], options.given[1:], "expand")
-        log_to_terminal()
-        from sosp_hub.pipeline.expand import (
-            expand,  # torch, which a faulty recipe need not wait for
-        )
+        log_to_terminal(quiet=options.quiet)
+        from sosp_hub.pipeline import expand as pipeline  # torch, which a faulty recipe need not
 
-        expand(recipe, overwrite=options.overwrite, command=command)
+        pipeline.expand(recipe, overwrite=options.overwrite, command=command, **shown_as(options))
 
     return run_command(parser, run, arguments)
 
+
+make_callable(__name__, expand)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,20 +2,52 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_command
-from sosp_hub.recipe.load import load_recipe
+from sosp_hub.callable_module import make_callable
+from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_command, shown_as
+from sosp_hub.recipe.load import as_recipe, load_recipe
 from sosp_hub.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from sosp_hub.report.terminal import Report
+
 _OF_A_MODEL = ("task", "data", "library", "macs", "params")
+
+
+def prune(
+    recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, overwrite: bool = False
+) -> "Report":
+    """Does everything that a recipe says: score, cut, rebuild, fine-tune, measure, save.
+
+    Args:
+        recipe: Path or name of a recipe, its sections as dictionaries, or a recipe.
+        *overrides: ``key.path=value`` each, as on the command line.
+        overwrite: Replace an output folder that holds a finished run.
+
+    Returns:
+        The report: costs and metrics before and after; ``print`` shows its tables.
+
+    Raises:
+        RecipeError: What is not valid in the recipe, all faults at once.
+        SospHubError: Anything else that the user has to change.
+    """
+    checked = as_recipe(recipe, overrides, "prune")
+    from sosp_hub.pipeline.guest import as_guest  # torch, which a faulty recipe need not wait for
+
+    with as_guest():  # importing the libraries draws random numbers too
+        from sosp_hub.pipeline.run import run as work
+
+        return work(checked, overwrite=overwrite, command="sosp_hub.prune(...)", show=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a recipe; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
     parser = command_parser()
 
-    def prune(options: argparse.Namespace, command: str) -> None:
+    def do(options: argparse.Namespace, command: str) -> None:
         if options.with_data and not options.from_scores:
             parser.error("--with-data belongs to --from-scores; a recipe always has its data")
         if not options.given and not options.from_scores:
@@ -26,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             scores = read_scores(options.from_scores, options.given)
         recipe = scores.recipe if scores else _recipe(options)
-        log_to_terminal()
+        log_to_terminal(quiet=options.quiet)
         from sosp_hub.pipeline.run import run  # torch, which a faulty recipe need not wait for
 
         run(
@@ -35,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command=command,
             scores=scores,
             with_data=scores is None or options.with_data,
+            **shown_as(options),
         )
 
-    return run_command(parser, prune, arguments)
+    return run_command(parser, do, arguments)
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -92,6 +125,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     print(f"the recipe of this run, to change and run again: {path}", file=sys.stderr)
     return recipe
 
+
+make_callable(__name__, prune)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,13 +1,32 @@
 """What the package uses of accelerate and accelerate does not promise."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 
 def is_spread(model: nn.Module) -> bool:
     """Whether a model lies on several devices, or partly outside them."""
     return hasattr(model, "hf_device_map")
+
+
+@contextmanager
+def process_state_kept() -> Iterator[None]:
+    """What accelerators of one process share is afterwards as it was.
+
+    Else the first ``Accelerator()`` of a caller, made after a run, would refuse another precision.
+    """
+    states = (PartialState, AcceleratorState, GradientState)
+    before = [dict(state._shared_state) for state in states]
+    try:
+        yield
+    finally:
+        for state, kept in zip(states, before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(kept)
 
 
 def running_device(model: nn.Module) -> Any:

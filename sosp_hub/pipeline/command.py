@@ -7,8 +7,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sosp_hub.command_name import command_name
 from sosp_hub.errors import SospHubError
@@ -42,7 +43,21 @@ def recipe_parser(verb: Verb, description: str, *other_uses: str) -> argparse.Ar
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output that holds a finished run"
     )
+    said = parser.add_mutually_exclusive_group()
+    said.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
+    said.add_argument(
+        "--json",
+        action="store_true",
+        help="print the report as JSON at the end; all else goes to standard error",
+    )
     return parser
+
+
+def shown_as(options: argparse.Namespace) -> Mapping[str, Any]:
+    """How a run prints its result, as an argument ``show`` of it, where it is not as usual."""
+    if options.quiet:
+        return {"show": None}
+    return {"show": lambda report, _: print(json.dumps(report))} if options.json else {}
 
 
 def run_command(
@@ -107,13 +122,18 @@ def _tell_launcher(message: str) -> None:
         Path(file).write_text(json.dumps({"message": info}))
 
 
-def log_to_terminal() -> None:
-    """Log lines of this package for a person; called when the recipe is known to be valid."""
+def log_to_terminal(*, quiet: bool = False) -> None:
+    """Log lines of this package for a person; called when the recipe is known to be valid.
+
+    Args:
+        quiet: Warnings alone; bars are not shown either.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("sosp_hub")
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    level = logging.WARNING if quiet else logging.INFO
+    log.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     from sosp_hub.zoo.transformers import silence  # torch, which a faulty recipe need not wait for
 
     silence()

@@ -5,7 +5,7 @@ seed, and cut at every budget. What is done is kept, cell by cell.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,13 @@ _LATENCY_S = 0.5  # of measuring in each cell
 
 
 @alone
-def compare(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
+def compare(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    show: Callable[[Mapping[str, Any], Path], None] | None = brief,
+) -> dict[str, Any]:
     """Runs every cell that is not done and leaves tables, plots and a page in the output folder.
 
     What a cell makes is kept in ``OUTPUT.partial`` until the output is in place; a comparison that
@@ -44,6 +50,7 @@ def compare(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> di
         recipe: With a section ``compare``.
         overwrite: Replace an output folder that holds a finished comparison.
         command: What the user typed, for the report.
+        show: Prints results and folder; None = nothing is printed.
 
     Returns:
         What is in ``results.json``.
@@ -71,7 +78,8 @@ def compare(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> di
         write_comparison(results, draft, figures=recipe.output.figures)
         put(draft, output)
         shutil.rmtree(folder, ignore_errors=True)
-        brief(results, output)
+        if show is not None:
+            show(results, output)
     wait_for_everyone()
     return results
 

@@ -7,7 +7,7 @@ the base with its bottlenecks widened, and the base with all layers widened to a
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,13 @@ MODEL = "model"
 
 
 @alone
-def expand(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dict[str, Any]:
+def expand(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    show: Callable[[Mapping[str, Any], Path], None] | None = brief,
+) -> dict[str, Any]:
     """Runs every seed and variant that is not done; leaves table, plots and the expanded model.
 
     What is done is kept in ``OUTPUT.partial`` until the output is in place; a run that was stopped
@@ -54,6 +60,7 @@ def expand(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dic
         recipe: With a section ``expand``.
         overwrite: Replace an output folder that holds a finished run.
         command: What the user typed, for the report.
+        show: Prints results and folder; None = nothing is printed.
 
     Returns:
         What is in ``results.json``.
@@ -78,7 +85,8 @@ def expand(recipe: Recipe, *, overwrite: bool = False, command: str = "") -> dic
         shutil.copytree(folder / MODEL, draft / MODEL)
         put(draft, output)
         shutil.rmtree(folder, ignore_errors=True)
-        brief(results, output)
+        if show is not None:
+            show(results, output)
     wait_for_everyone()
     return results
 

@@ -1,6 +1,6 @@
 """A run from its recipe to its output folder: the stages in order."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sosp_hub.pipeline.training import measure_dense, train_dense, train_masks
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.report.facts import overall_metrics
 from sosp_hub.report.numbers import is_worse, metric_value
-from sosp_hub.report.terminal import show_result
+from sosp_hub.report.terminal import Report, show_result
 
 
 @alone
@@ -36,7 +36,8 @@ def run(
     command: str = "",
     scores: Scores | None = None,
     with_data: bool = True,
-) -> dict[str, Any]:
+    show: Callable[[Mapping[str, Any], Path], None] | None = show_result,
+) -> Report:
     """Does everything a recipe says and leaves the result in its output folder.
 
     What a stage makes is kept in ``OUTPUT.partial`` until the output is in place; a run that was
@@ -48,6 +49,7 @@ def run(
         command: What the user typed, for the report.
         scores: Of an earlier run of the same recipe, used instead of scoring.
         with_data: Measure and train too; else the data is not opened and the model only cut.
+        show: Prints report and folder, before the result is published; None = nothing is printed.
 
     Returns:
         The report.
@@ -99,11 +101,12 @@ def run(
             command=command,
         )
         cache.remove()
-        show_result(report, output)
+        if show is not None:
+            show(report, output)
         if recipe.push:
             publish(output, recipe.push)
     wait_for_everyone()
-    return report
+    return Report(report)
 
 
 def _warn_of_recovery(metrics: Mapping[str, Any]) -> None:

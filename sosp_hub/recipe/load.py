@@ -1,7 +1,7 @@
 """From a YAML file and ``key.path=value`` overrides to a ``Recipe``, or to every fault at once."""
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from sosp_hub.command_name import command_name
-from sosp_hub.errors import RecipeError
+from sosp_hub.errors import RecipeError, shortened
 from sosp_hub.recipe.criteria import CRITERIA, Criterion
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import Recipe, Verb
@@ -42,6 +42,38 @@ def load_recipe(
     if verb is not None and (faults := list(_misplaced(recipe, verb))):
         raise RecipeError(str(path), faults)
     return recipe
+
+
+def as_recipe(
+    given: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str], verb: Verb
+) -> Recipe:
+    """A recipe as the verbs of Python take it.
+
+    Args:
+        given: Path or name of a recipe, its sections as dictionaries, or a recipe.
+        overrides: As for `load_recipe`.
+        verb: What it is for.
+
+    Raises:
+        RecipeError: As `load_recipe`.
+    """
+    if isinstance(given, str | Path):
+        return load_recipe(given, overrides, verb)
+    text = dump_recipe(given, whole=False) if isinstance(given, Recipe) else _as_yaml(given)
+    recipe = parse_recipe(text, "the recipe", overrides, output_dir=f"runs/{verb}")
+    if faults := list(_misplaced(recipe, verb)):
+        raise RecipeError("the recipe", faults)
+    return recipe
+
+
+def _as_yaml(sections: Mapping[str, Any]) -> str:
+    try:
+        return yaml.safe_dump(dict(sections))
+    except yaml.YAMLError as error:
+        fault = (
+            f"holds what no YAML file could ({error}); write numbers, texts, lists, dictionaries"
+        )
+        raise RecipeError("the recipe", [shortened(fault)]) from None
 
 
 def parse_recipe(

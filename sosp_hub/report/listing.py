@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 
@@ -35,9 +36,13 @@ _NAME_WIDTH = 24
 _WIDTH = 160  # of what is not shown in a terminal
 
 
-def new_console() -> Console:
-    """Where results are printed; nothing in their words is read as markup."""
-    console = Console(markup=False, emoji=False, highlight=False)
+def new_console(file: IO[str] | None = None) -> Console:
+    """Where results are printed; nothing in their words is read as markup.
+
+    Args:
+        file: What is written to; None = standard output.
+    """
+    console = Console(file=file, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
     return console

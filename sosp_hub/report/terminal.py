@@ -1,6 +1,7 @@
 """What a run says at its end: before and after, and where the files are."""
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,40 @@ from sosp_hub.report.listing import new_console, show_files
 from sosp_hub.report.markup import escaped
 
 
+class Report(dict[str, Any]):
+    """What a run measured: a dictionary that prints as the tables of its end."""
+
+    def __str__(self) -> str:
+        """Cost, quality and what was made up for, before and after."""
+        console = new_console(io.StringIO())
+        for part in _parts(self):
+            console.print(part)
+        return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def show_result(report: Mapping[str, Any], output: Path) -> None:
     """Prints the before/after tables and the files of a finished run."""
     console = new_console()
-    facts = collect(report)
-    console.print(facts.costs.terminal())
-    if overall_metrics(report["metrics"]):  # cut from stored scores, nothing may be measured
-        console.print(_quality(report["metrics"]).terminal())
-    if facts.drops.rows:
-        console.print(facts.drops.terminal())
-    for line in facts.promise:
-        console.print(escaped(line, "terminal"))
-    if facts.curve.rows:
-        console.print(facts.curve.terminal())
-    for line in facts.made_up:
-        console.print(escaped(line, "terminal"))
-    if facts.made_up:
-        console.print()
+    for part in _parts(report):
+        console.print(part)
     show_files(console, output)
     place = escaped(str(output), "terminal")
     console.out(f'\nLoad it: sosp_hub.from_pretrained("{place}")', highlight=False)
+
+
+def _parts(report: Mapping[str, Any]) -> Iterator[Any]:
+    facts = collect(report)
+    yield facts.costs.terminal()
+    if overall_metrics(report["metrics"]):  # cut from stored scores, nothing may be measured
+        yield _quality(report["metrics"]).terminal()
+    if facts.drops.rows:
+        yield facts.drops.terminal()
+    yield from (escaped(line, "terminal") for line in facts.promise)
+    if facts.curve.rows:
+        yield facts.curve.terminal()
+    yield from (escaped(line, "terminal") for line in facts.made_up)
+    if facts.made_up:
+        yield ""
 
 
 def _quality(metrics: Mapping[str, Any]) -> Grid:

@@ -91,6 +91,17 @@ def _kinds(model: nn.Module | type[nn.Module]) -> Iterator[Any]:
         yield from map(type, model.modules())
 
 
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """The generators of torch, numpy and Python go on afterwards where they were."""
+    generators = _generators()
+    try:
+        yield
+    finally:
+        for put_back in generators:
+            put_back()
+
+
 def _generators() -> list[Callable[[], None]]:
     """Puts back the state of each random number generator."""
     state, plain, arrays = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002

@@ -1,7 +1,7 @@
 """Smoke tests of `sosp_hub.compat.accelerate`."""
 
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import Accelerator, cpu_offload, dispatch_model
 from torch import nn
 
 from sosp_hub.compat import accelerate as compat
@@ -22,3 +22,12 @@ def spread_models() -> None:
     model = dispatch_model(layers, {"0": "cpu", "1": "cpu"}, force_hooks=True)
     expect(compat.is_spread(model), "nothing says so")
     expect(not compat.is_spread(nn.Linear(1, 1)), "a plain model is spread")
+
+
+@smoke("an accelerator of one's own after sosp_hub.prune(...)")
+def state_of_the_process() -> None:
+    with compat.process_state_kept():
+        with compat.process_state_kept():
+            Accelerator(cpu=True, mixed_precision="no")
+        again = Accelerator(cpu=True, mixed_precision="bf16")
+        expect(again.mixed_precision == "bf16", "the first accelerator's precision is kept")
