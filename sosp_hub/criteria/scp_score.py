@@ -36,9 +36,6 @@ class ScpScore(RectifiedCriterion):
 
     def saliency(self, context: "Context") -> "Saliency":
         """Looks at the BatchNorms alone."""
-        from sosp_hub.soft_masks import off_probabilities
+        from sosp_hub.soft_masks import margins
 
-        return {
-            name: self.c0 - off_probabilities(context.model, group, self.t)
-            for name, group in context.groups.items()
-        }
+        return margins(context.model, context.groups, self.t, self.c0)

@@ -12,14 +12,14 @@ from sosp_hub import scoring
 from sosp_hub.allocation import MEASURED, allocate
 from sosp_hub.criteria.compute.compensation import Means
 from sosp_hub.distributed import OnDevice, from_main, logger, process_sum
-from sosp_hub.errors import VerificationError
+from sosp_hub.errors import CriterionError, VerificationError
 from sosp_hub.pipeline.compensation import bias_means, held_out_losses, made_up_for, refine
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.curvature import Curvature, calibration_of, curvature_of
 from sosp_hub.pipeline.measuring import cut, measure_of_plans, tried
 from sosp_hub.pipeline.promising import check_promise, promised
 from sosp_hub.pipeline.stage_cache import step
-from sosp_hub.pipeline.training import dense
+from sosp_hub.pipeline.training import dense, masked
 from sosp_hub.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def plan(
         "calibration": calibration_of(context),
         **({"not_verified": dict(whole)} if whole else {}),
     }
+    if training := masked.made(context):
+        provenance["masks"] = {k: v for k, v in training.items() if k != "history"}
     if losses:
         provenance["compensation"] |= {"held_out_losses": losses}
     base = context.loaded.base_model, context.loaded.base_revision
@@ -77,6 +79,11 @@ def check(context: Context) -> None:
     check_promise(context)
     kinds = context.recipe.structure.kinds
     able = scoring.scorable_groups(context.graph_of_groups, type(criterion), kinds)
+    if criterion.silences and not any(group.rectified for group in able.values()):
+        raise CriterionError(
+            f"criterion {criterion.name!r} has masks on channels, and there are none of the kinds "
+            f"{', '.join(kinds)}; add channel to structure.kinds"
+        )
     targets = budget.targets()
     targets = {k: v for k, v in targets.items() if k not in MEASURED}  # these take their time
     if targets or budget.groups:
@@ -112,7 +119,28 @@ def decide(
         curvature = curvature_of(context)
         damping, losses = _damping(context, curvature, whole or ())
     made = plan(context, scores, whole or {}, curvature, damping, losses)
-    return PruningPlan.from_json(made["plan"])
+    decided = PruningPlan.from_json(made["plan"])
+    if context.recipe.criterion.silences:
+        _tell_of_silent(decided, scores)
+    return decided
+
+
+def _tell_of_silent(decided: PruningPlan, scores: "Saliency") -> None:
+    """Says where structures that should go, since they score less than 0, are kept by a floor."""
+    held: dict[str, int] = {}
+    for name, values in scores.items():
+        kept = values[list(decided.kept.get(name, range(len(values))))]
+        silent = int((kept < 0).sum()) - int(bool((kept < 0).all()))  # one of a group always stays
+        if silent:
+            held[name] = silent
+    if not held:
+        return
+    logger.warning(
+        "%d structures that score less than 0 are kept, by a floor, a tie or rounding: %s; "
+        "budget.keep_at_least=0 keeps one of each group",
+        sum(held.values()),
+        ", ".join(f"{number} in {name}" for name, number in held.items()),
+    )
 
 
 def decide_and_cut(context: Context, scores: "Saliency") -> tuple[PruningPlan, nn.Module]:

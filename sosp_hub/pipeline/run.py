@@ -71,11 +71,12 @@ def run(
     dense = measure_dense(context)
     if scores is not None:
         scores.check_dense(dense)
-    train_masks(context)
+    control = train_masks(context)
     saliency = score(context)
     plan, pruned = decide_and_cut(context, saliency)
     measured, recovery = follow_up(context, plan, pruned)
-    metrics: dict[str, Any] = {"dense": dense, **measured}
+    before = {"dense": dense, "control": control}
+    metrics: dict[str, Any] = {k: v for k, v in before.items() if v} | measured
     metrics.setdefault("final", list(measured.values())[-1])
     _warn_of_recovery(measured)
     report: dict[str, Any] = {}

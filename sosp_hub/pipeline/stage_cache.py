@@ -24,7 +24,10 @@ from sosp_hub.atomic import write_text
 from sosp_hub.distributed import is_main, wait_for_everyone
 from sosp_hub.errors import OutputExistsError
 from sosp_hub.pipeline.memory import PeakMemory
+from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.schema import Recipe
+
+_OF_MASKS = ("sparsity", "k", "tau", "control")
 
 
 class HasCache(Protocol):
@@ -116,9 +119,10 @@ def step(
 
 
 def recipe_parts(recipe: Recipe) -> dict[str, Any]:
-    """What results can depend on: the sections of a recipe, and two parts of ``criterion``.
+    """What results can depend on: the sections of a recipe, and parts of ``criterion``.
 
-    ``criterion.scores`` is what the scores depend on, ``criterion.curvature`` what the matrix does.
+    ``criterion.scores`` is what the scores depend on, ``criterion.curvature`` what the matrix does,
+    ``criterion.training`` what a training without masks does.
     """
     parts = recipe.model_dump(mode="json")
     if recipe.budget.max_drop:  # its choice depends on what follows each cut that it tries
@@ -128,6 +132,8 @@ def recipe_parts(recipe: Recipe) -> dict[str, Any]:
     data = criterion.model_dump(mode="json", include={"num_samples", "batch_size"})
     scores = {"name": criterion.name, **criterion.options()}
     scores |= criterion.model_dump(mode="json", include={"train", "per"})
+    if isinstance(criterion, MaskTrainedCriterion):
+        scores["budget"] = recipe.budget.targets()
     auto = criterion.damping == "auto"
     if auto:
         best_for = [parts["budget"], recipe.recalibrates()]
@@ -137,6 +143,9 @@ def recipe_parts(recipe: Recipe) -> dict[str, Any]:
     held_out = {"damping": "auto"} if auto else {}
     parts["criterion.curvature"] = data | criterion.curvature() | held_out
     parts["criterion.scores"] = data | scores
+    parts["criterion.training"] = {
+        "train": {k: v for k, v in (scores.get("train") or {}).items() if k not in _OF_MASKS}
+    }
     return parts
 
 

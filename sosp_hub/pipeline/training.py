@@ -3,17 +3,19 @@
 from typing import Any
 
 from safetensors.torch import load_model, save_model
+from torch import nn
 
 from sosp_hub.distributed import logger
 from sosp_hub.finetune import finetune
 from sosp_hub.pipeline.context import Context
-from sosp_hub.pipeline.masking import train_with_masks
+from sosp_hub.pipeline.masking import STEERING, MaskTraining
 from sosp_hub.pipeline.measuring import measured
-from sosp_hub.pipeline.stage_cache import step
+from sosp_hub.pipeline.stage_cache import Step, step
 from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.scoring import scorable_groups
 from sosp_hub.soft_masks import SoftMasks
+from sosp_hub.structure.copies import copy_model
 
 
 @step("dense", "model", "data", "seed")
@@ -41,29 +43,52 @@ def dense_metrics(context: Context) -> dict[str, Any]:
 
 
 def measure_dense(context: Context) -> dict[str, Any]:
-    """Metrics of the dense model; none without data."""
-    return {} if context.data is None else dense_metrics(context)
+    """Metrics of the dense model; none without data, or before a training with masks began it."""
+    train = context.dense_training
+    untrained = context.has_random_weights and not (train and train.epochs)
+    masks = isinstance(context.recipe.criterion, MaskTrainedCriterion)
+    if context.data is None or (masks and (untrained or context.scores is not None)):
+        return {}
+    return dense_metrics(context)
 
 
 @step("masked", dense, "structure", "criterion.scores")
 def masked(context: Context, criterion: MaskTrainedCriterion) -> dict[str, Any]:
     """Trains the dense model on with masks."""
+    training = _mask_training(context, criterion, context.model, masked)
+    targets = context.recipe.budget.targets()
+    budget = {name: targets[name] for name in STEERING if name in targets}
+    made = training.run(context.graph, budget)
+    context.cache.save(lambda: save_model(context.model, str(masked.tensors(context))))
+    return made
+
+
+@step("control", dense, "structure", "criterion.training", "evaluate")
+def control(context: Context, criterion: MaskTrainedCriterion) -> dict[str, Any]:
+    """Metrics of the dense model trained as long as with masks, but without them."""
+    model = copy_model(context.model)
+    training = _mask_training(context, criterion, model, control)
+    history = training.run_without_masks()
+    return {"history": history, "metrics": measured(context, model, "control")}
+
+
+def _mask_training(
+    context: Context, criterion: MaskTrainedCriterion, model: nn.Module, state: Step[Any, ...]
+) -> MaskTraining:
     config = criterion.train
     kinds = context.recipe.structure.kinds
     groups = scorable_groups(context.graph_of_groups, type(criterion), kinds)
-    made = train_with_masks(
-        SoftMasks(context.model, groups, criterion.t, criterion.c0, config.k, config.tau),
+    return MaskTraining(
+        SoftMasks(model, groups, criterion.t, criterion.c0, config.k, config.tau),
         context.train,
         context.augmented if config.augment else context.train,
         config,
-        loss_fn=context.loss_fn(context.model),
-        state=context.cache.training_state(masked),
+        loss_fn=context.loss_fn(model),
+        state=context.cache.training_state(state),
         accelerator=context.accelerator,
         seed=context.recipe.seed,
         num_workers=context.recipe.data.num_workers,
     )
-    context.cache.save(lambda: save_model(context.model, str(masked.tensors(context))))
-    return made
 
 
 def train_dense(context: Context) -> None:
@@ -72,7 +97,9 @@ def train_dense(context: Context) -> None:
     if config is not None and config.epochs:
         dense(context, context.recipe.at_rate(config))
         load_model(context.model, dense.tensors(context))
-    elif context.has_random_weights:
+    elif context.has_random_weights and not isinstance(
+        context.recipe.criterion, MaskTrainedCriterion
+    ):
         logger.warning(
             "%s starts from random weights and is not trained before it is scored; "
             "write model.train: {epochs: ...}",
@@ -80,9 +107,16 @@ def train_dense(context: Context) -> None:
         )
 
 
-def train_masks(context: Context) -> None:
-    """Trains the model on with masks, where the criterion is such a training."""
+def train_masks(context: Context) -> dict[str, Any]:
+    """Trains the model on with masks, where the criterion is such a training.
+
+    Returns:
+        Metrics of the control, where the recipe asks for it.
+    """
     criterion = context.recipe.criterion
-    if isinstance(criterion, MaskTrainedCriterion) and context.scores is None:
-        masked(context, criterion)
-        load_model(context.model, masked.tensors(context))
+    if not isinstance(criterion, MaskTrainedCriterion) or context.scores is not None:
+        return {}
+    metrics = control(context, criterion)["metrics"] if criterion.train.control else {}
+    masked(context, criterion)
+    load_model(context.model, masked.tensors(context))
+    return metrics

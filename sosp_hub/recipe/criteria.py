@@ -81,6 +81,7 @@ class Criterion(Declared):
         uses_units: It takes account itself of what structures cost.
         uses_curvature: It scores by the Gauss-Newton matrix, which is measured before, and kept.
         decides_budget: What scores less than 0 goes, unless a budget is given.
+        silences: What scores less than 0 is off already, and goes whatever the budget is.
         shared_options: Of what every criterion takes, what its scores depend on.
     """
 
@@ -94,6 +95,7 @@ class Criterion(Declared):
     uses_units: ClassVar[bool] = False
     uses_curvature: ClassVar[bool] = False
     decides_budget: ClassVar[bool] = False
+    silences: ClassVar[bool] = False
     shared_options: ClassVar[tuple[str, ...]] = ()
 
     num_samples: Count = Field(default=1024, description="calibration samples, over all processes")
@@ -296,7 +298,7 @@ class MaskTrainedCriterion(RectifiedCriterion):
     train: MaskTrainSection = Field(
         default=MaskTrainSection(),
         description="keys as in model.train, from its result on, and: sparsity, k, tau, held_out, "
-        "select_from",
+        "select_from, control",
     )
 
     @classmethod

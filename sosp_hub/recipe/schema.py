@@ -192,7 +192,7 @@ class BudgetSection(Section):
     threshold: float | None = Field(
         default=None,
         description="no share: what scores less goes; 0 alone is the default of criteria that "
-        "decide how much goes",
+        "decide how much goes, and beside any budget of scp",
     )
     max_drop: dict[str, float | str] = Field(
         default_factory=dict,
@@ -210,10 +210,10 @@ class BudgetSection(Section):
         description="shares that single groups keep, by name with * for any text, such as "
         '{"*.mlp.*": 0.5}; alone, all others stay whole',
     )
-    keep_at_least: Share | dict[str, Share] = Field(
+    keep_at_least: Annotated[float, Field(ge=0, le=1)] | dict[str, Share] = Field(
         default=0.1,
         description="floor of each group, as a share of it; at least one stays. Also by name, with "
-        "* for any text: the largest that fits holds",
+        "* for any text: the largest that fits holds. 0 is the default of scp",
     )
     round_to: Count = Field(
         default=1, description="kept counts are multiples of this, where the group allows"
@@ -412,11 +412,19 @@ class Recipe(Section):
         if criterion is None or not criterion.decides_budget:
             return data
         budget = {} if data.get("budget") is None else data["budget"]
-        if not isinstance(budget, dict) or any(
-            budget.get(key) is not None for key in (*BUDGETS, "groups", "max_drop")
-        ):
+        if not isinstance(budget, dict) or budget.get("max_drop"):
             return data
-        return {**data, "budget": {**budget, "threshold": 0.0}}
+        given = {
+            key for key in (*BUDGETS, "groups", "keep_at_least") if budget.get(key) is not None
+        }
+        decided = {}
+        if criterion.silences:  # what is off goes whatever else is asked, but for one of a group
+            decided = {"threshold": 0.0, "keep_at_least": 0.0}
+        elif not given - {"keep_at_least"}:
+            decided = {"threshold": 0.0}
+        if "groups" in given:
+            decided.pop("threshold", None)
+        return {**data, "budget": {**decided, **{k: v for k, v in budget.items() if v is not None}}}
 
     @model_validator(mode="after")
     def _criterion_fits_the_kinds(self) -> Self:

@@ -22,6 +22,7 @@ from sosp_hub.untrusted import UnreadableError, parse_yaml
 
 STAGES = (
     ("dense", "dense"),
+    ("control", "as long without masks"),
     ("cut", "after the cut"),
     ("rebuilt", "rebuilt"),
     ("recalibrated", "norms re-estimated"),
@@ -44,6 +45,8 @@ class Facts:
         costs: Rows about size and speed.
         metrics: A row for each metric: its value at each stage that was measured.
         removed: For each kind of structure: how many of how many remain, in how many groups.
+        masks: How much went in a training with masks; empty where there was none.
+        compared: What the metrics are compared with; empty = nothing was measured.
         made_up: What was done to the kept weights to make up for the cut, before any training.
         floors: Groups where the floor stopped the cut.
         worse: Sentences about what got worse.
@@ -65,6 +68,8 @@ class Facts:
     metrics: Grid
     removed: tuple[str, ...]
     made_up: tuple[str, ...]
+    masks: str
+    compared: str
     floors: tuple[str, ...]
     inexact: int
     worse: tuple[str, ...]
@@ -118,6 +123,8 @@ def collect(report: Mapping[str, Any]) -> Facts:
         metrics=_metrics(metrics, (report.get("calibration") or {}).get("seen") or ()),
         removed=tuple(_removed(groups)),
         made_up=(*_made_up(provenance), *_rebuilt(report.get("rebuild") or {})),
+        masks=_masks(provenance.get("masks") or {}),
+        compared=compared_with(metrics)[1] if compared_with(metrics)[0] else "",
         floors=tuple(provenance.get("floors") or ()),
         inexact=sum(
             not group.get("exact", True) and group["kept"] < group["size"] for group in groups
@@ -138,7 +145,8 @@ def collect(report: Mapping[str, Any]) -> Facts:
         else None,
         command=scrub(str(report.get("command") or "")),
         recipe=scrub(recipe_text).strip(),
-        trained_here=model.get("pretrained") is False,
+        trained_here=model.get("pretrained") is False
+        and bool(model.get("train") or not provenance.get("masks")),
         local_base=is_path(str(base.get("model") or model.get("id") or "")),
     )
 
@@ -187,6 +195,13 @@ def overall_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return list(names)
 
 
+def compared_with(metrics: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """What the result is compared with, and its name: a control where there is one, else dense."""
+    if metrics.get("control"):
+        return metrics["control"], "trained as long without masks"
+    return metrics.get("dense") or {}, "dense"
+
+
 def with_spread(name: str, metric: Mapping[str, Any]) -> str:
     """The value with its standard error, where one was measured."""
     return numbers.metric_value(name, metric["value"], metric.get("stderr"))
@@ -205,7 +220,7 @@ def _smaller(cost: Mapping[str, Any]) -> str:
 
 def _outcome(metrics: Mapping[str, Any], unit: str) -> str:
     names = overall_metrics(metrics)
-    dense, final = metrics.get("dense") or {}, metrics.get("final") or {}
+    (dense, label), final = compared_with(metrics), metrics.get("final") or {}
     if not names or names[0] not in final:
         return "; its quality was not measured."
     name = names[0]
@@ -214,7 +229,7 @@ def _outcome(metrics: Mapping[str, Any], unit: str) -> str:
     if name not in dense:
         return f"{words}, with no measurement of the dense model to compare with."
     verdict = _verdict(dense[name], final[name], unit)
-    return f"{words}, from {numbers.metric_value(name, dense[name]['value'])} dense ({verdict})."
+    return f"{words}, from {numbers.metric_value(name, dense[name]['value'])} {label} ({verdict})."
 
 
 def _verdict(dense: Mapping[str, Any], final: Mapping[str, Any], unit: str) -> str:
@@ -404,10 +419,23 @@ def _loss_words(drop: Drop, lost: Mapping[str, Any]) -> str:
     return f"{value:.3g}{unit} (at most {upper:.3g})".replace("-", numbers.MINUS)
 
 
+def _masks(masks: Mapping[str, Any]) -> str:
+    """How much went by itself in a training with masks."""
+    if not masks:
+        return ""
+    kept = numbers.share(masks["shares"]["macs"])
+    steps = f"{masks['num_penalized']:,} of {masks['num_steps']:,} steps"
+    return (
+        f"Masks were trained with the model, with a sparsity penalty of {masks['sparsity']:.2g} in "
+        f"{steps}: {masks['num_off']:,} channels are silent, which leaves {kept} of the "
+        "multiply-accumulates."
+    )
+
+
 def _what_got_worse(
     metrics: Mapping[str, Any], latency: Mapping[str, Any], unit: str
 ) -> Iterable[str]:
-    dense, final = metrics.get("dense") or {}, metrics.get("final") or {}
+    (dense, _), final = compared_with(metrics), metrics.get("final") or {}
     for name in overall_metrics(metrics):
         if name not in dense or name not in final:
             continue
@@ -425,7 +453,9 @@ def _what_got_worse(
 
 def _drops(metrics: Mapping[str, Any]) -> Grid:
     """Classes whose accuracy fell, the most first."""
-    before, after = (_per_class(metrics.get(stage) or {}) for stage in ("dense", "final"))
+    before, after = (
+        _per_class(stage) for stage in (compared_with(metrics)[0], metrics.get("final") or {})
+    )
     lost = sorted((after[c][0] - before[c][0], c) for c in before.keys() & after.keys())
     pairs = [(c, before[c], after[c]) for difference, c in lost[:_MOST_CLASSES] if difference < 0]
     rows = tuple(
@@ -453,7 +483,7 @@ def _unmeasured(report: Mapping[str, Any]) -> tuple[str, ...]:
     absent = []
     if not metrics.get("final"):
         absent.append("quality of this model")
-    if not metrics.get("dense"):
+    if not compared_with(metrics)[0]:
         absent.append("quality of the dense model")
     if not (report.get("latency") or {}).get("after"):
         absent.append("latency")

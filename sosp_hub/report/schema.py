@@ -75,9 +75,18 @@ class _Compensation(_Part):
     steps: list[_Step] | None = None
 
 
+class _Masks(_Part):
+    sparsity: float | None = None
+    num_steps: Count | None = None
+    num_penalized: Count | None = None
+    num_off: Count | None = None
+    shares: dict[str, float] | None = None
+
+
 class _Provenance(_Part):
     floors: list[str] | dict[str, Any] | None = None
     compensation: _Compensation | None = None
+    masks: _Masks | None = None
     shifted_biases: Count | None = None
 
 

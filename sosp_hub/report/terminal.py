@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sosp_hub.report import numbers
-from sosp_hub.report.facts import STAGES, collect, overall_metrics, with_spread
+from sosp_hub.report.facts import STAGES, collect, compared_with, overall_metrics, with_spread
 from sosp_hub.report.grid import Grid
 from sosp_hub.report.listing import new_console, show_files
 from sosp_hub.report.markup import escaped
@@ -43,8 +43,9 @@ def _parts(report: Mapping[str, Any]) -> Iterator[Any]:
     yield from (escaped(line, "terminal") for line in facts.promise)
     if facts.curve.rows:
         yield facts.curve.terminal()
-    yield from (escaped(line, "terminal") for line in facts.made_up)
-    if facts.made_up:
+    lines = [line for line in (facts.masks, *facts.made_up) if line]
+    yield from (escaped(line, "terminal") for line in lines)
+    if lines:
         yield ""
 
 
@@ -56,8 +57,10 @@ def _quality(metrics: Mapping[str, Any]) -> Grid:
         for stage, label in STAGES
         if metrics.get(stage)
     ]
-    pairs = [(metrics["dense"][name]["value"], metrics["final"][name]["value"]) for name in names]
-    changes = [numbers.metric_change(n, *pair) for n, pair in zip(names, pairs, strict=True)]
-    rows.append(("change", *changes))
+    before = compared_with(metrics)[0]
+    if before:
+        pairs = [(before[name]["value"], metrics["final"][name]["value"]) for name in names]
+        changes = [numbers.metric_change(n, *pair) for n, pair in zip(names, pairs, strict=True)]
+        rows.append(("change", *changes))
     note = f"n = {metrics['final'][names[0]]['n']:,}; ± one standard error"
     return Grid("Quality", ("", *map(numbers.metric_name, names)), tuple(rows), note)

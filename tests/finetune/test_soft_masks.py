@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 
 import pytest
@@ -12,11 +13,12 @@ from torch.nn import functional as F
 
 import sosp_hub.zoo.timm
 from sosp_hub.allocation import allocate
+from sosp_hub.cost import CostModel
 from sosp_hub.finetune import finetune
 from sosp_hub.prune import main
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.scoring import score
-from sosp_hub.soft_masks import SoftMasks, off_probability
+from sosp_hub.soft_masks import PenaltyControl, SoftMasks, off_probability
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from tests.compare import assert_close
@@ -156,6 +158,76 @@ def test_only_channels_that_every_reader_sees_behind_a_pair_have_masks():
     assert off_probability(torch.tensor(-1.0), torch.tensor(0.0), 0.05) == 1
 
 
+def resnet_without_a_layer():
+    """ResNet-20 one of whose blocks has no channel that is on; its branch still adds a constant."""
+    model = spread(timm.create_model("cifar_resnet20"))
+    with torch.no_grad():
+        model.layer2[1].bn1.bias.fill_(-9.0)
+        model.layer2[1].bn2.bias.fill_(0.5)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["hard", "sampled"])
+def test_a_layer_without_channels_hands_on_its_input(training):
+    model, x = resnet_without_a_layer().train(training), torch.randn(3, 3, 16, 16)
+    seen = {}
+    with masks_of(model, x, c0=0.6, k=1000.0).installed():
+        for name in ("layer2.0", "layer2.1", "layer2.2"):
+            model.get_submodule(name).register_forward_hook(
+                lambda *call, name=name: seen.update({name: call[2].detach()})
+            )
+        model(x)
+    assert_close(seen["layer2.1"], seen["layer2.0"], relative=0)
+    assert not torch.equal(seen["layer2.2"], seen["layer2.1"])
+
+
+def test_a_plan_without_silent_layers_equals_the_model_with_masks():
+    model, x = resnet_without_a_layer().eval(), torch.randn(3, 3, 16, 16)
+    masks, graph = masks_of(model, x, c0=0.6), trace(model, (x,))
+    with masks.installed(), torch.no_grad():
+        masked = model(x)
+    masks.harden_()
+    with torch.no_grad():
+        assert (model(x) - masked).abs().max() > 1e-3  # the constant of the silent branch
+    kinds = ["channel", "layer"]
+    saliency = score(model, graph, [], "scp", c0=0.6, kinds=kinds)
+    assert (saliency["layer2:layer"] < 0).tolist() == [True, False]
+    plan = allocate(graph, saliency, threshold=0.0, keep_at_least=0, kinds=kinds)
+    assert plan.kept["layer2:layer"] == (1,)
+    with torch.no_grad():
+        assert_close(apply(model, graph, plan)(x), masked, relative=1e-5)
+
+
+def test_the_penalty_is_on_while_the_budget_is_missed():
+    model, x = spread(timm.create_model("cifar_resnet20")), torch.randn(1, 3, 16, 16)
+    masks, graph = masks_of(model, x, c0=0.6), trace(model, (x,))
+    control = PenaltyControl(masks, graph, {"macs": 0.5}, 0.1)
+    left = control.shares()["macs"]
+    assert 0.5 < left < 1
+    assert [control() for _ in range(20)] == [0.1] * 20
+    for norm in (model.layer1[0].bn1, model.layer1[1].bn1, model.layer1[2].bn1):
+        norm.bias.data.fill_(-9.0)
+    assert control.shares()["macs"] < 0.5
+    assert [control() for _ in range(11)] == [0.0] * 11
+    for norm in (model.layer1[0].bn1, model.layer1[1].bn1, model.layer1[2].bn1):
+        norm.bias.data.fill_(9.0)
+    assert [control() for _ in range(10)] == [0.0] * 9 + [0.1]  # looks every tenth step
+    assert (control.num_steps, control.num_penalized) == (41, 21)
+
+
+def test_what_masks_leave_is_what_a_cut_costs():
+    model, x = resnet_without_a_layer().eval(), torch.randn(1, 3, 16, 16)
+    masks, graph = masks_of(model, x, c0=0.6), trace(model, (x,))
+    shares = PenaltyControl(masks, graph, {}, 0.1).shares()
+    kinds = ["channel", "layer"]
+    saliency = score(model, graph, [], "scp", c0=0.6, kinds=kinds)
+    plan = allocate(graph, saliency, threshold=0.0, keep_at_least=0, kinds=kinds)
+    dense = CostModel(graph)()
+    for quantity, name in (("macs", "macs"), ("params", "params"), ("bytes", "memory_bytes")):
+        expected = plan.provenance["predicted"][quantity] / getattr(dense, quantity)
+        assert shares[name] == pytest.approx(expected)
+
+
 # ------------------------------------------------------------------------------------ training
 def test_the_penalty_is_trained_and_epochs_are_told():
     torch.manual_seed(0)
@@ -213,6 +285,49 @@ def test_from_a_recipe(tmp_path, monkeypatch):
     kept = {name: len(kept) for name, kept in report["plan"]["kept"].items()}
     assert sum(report["plan"]["sizes"][name] - number for name, number in kept.items()) > 0
     assert report["cost"]["after"]["macs"] < report["cost"]["before"]["macs"]
+
+
+def test_a_budget_from_random_weights_beside_a_control(tmp_path, caplog, monkeypatch):
+    """One training meets the budget; the untrained model is no dense model to compare with."""
+    path, output = tmp_path / "recipe.yaml", tmp_path / "out"
+    text = RECIPE.replace("OUTPUT", str(output))
+    text = text.replace("  train: {epochs: 1, learning_rate: 3.0e-3, batch_size: 32}\n", "")
+    text = text.replace("sparsity: 2.0e-2", "control: true").replace("epochs: 2", "epochs: 6")
+    text = text.replace("c0: 0.3", "c0: 0.6")
+    path.write_text(text + "budget: {macs: 0.6}\nstructure: {kinds: [channel, layer]}\n")
+    logger = logging.getLogger("sosp_hub")
+    monkeypatch.setattr(logger, "propagate", True)
+    assert main([str(path)]) == 0
+    report = json.loads((output / "sosp_report.json").read_text())
+    assert next(iter(report["metrics"])) == "control"
+    provenance = report["plan"]["provenance"]
+    assert provenance["budget"] == {"macs": 0.6, "threshold": 0.0}
+    assert provenance["keep_at_least"] == 0
+    masks = provenance["masks"]
+    assert masks["sparsity"] == pytest.approx(0.3 / (masks["num_steps"] * 0.05))
+    assert masks["num_steps"] == 36
+    assert 0 < masks["num_penalized"] <= masks["num_steps"]
+    assert report["cost"]["after"]["macs"] <= 0.6 * report["cost"]["before"]["macs"]
+    card = (output / "README.md").read_text()
+    assert "trained as long without masks" in card
+    assert "Masks were trained with the model" in card
+    assert "not trained before it is scored" not in caplog.text
+
+
+def test_what_scores_below_0_and_stays_is_told(tmp_path, caplog, monkeypatch):
+    path = tmp_path / "recipe.yaml"
+    text = RECIPE.replace("OUTPUT", str(tmp_path / "out"))
+    path.write_text(text.replace("sparsity: 2.0e-2", "sparsity: 1.0"))
+    monkeypatch.setattr("sosp_hub.pipeline.planning.logger.propagate", True, raising=False)
+    assert main([str(path), "budget.keep_at_least=0.5"]) == 0
+    assert "structures that score less than 0 are kept, by a floor" in caplog.text
+
+
+def test_layers_alone_have_no_masks(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("OUTPUT", str(tmp_path / "out")))
+    assert main([str(path), "structure.kinds=[layer]"]) == 2
+    assert "masks on channels, and there are none of the kinds layer" in capsys.readouterr().err
 
 
 def test_a_training_without_samples_is_refused(tmp_path, capsys):

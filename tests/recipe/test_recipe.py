@@ -123,7 +123,7 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
         ({"criterion": {"name": "block_influence"}}, ["channel", "structure.kinds: [layer]"]),
         (
             {"structure": {"kinds": ["layer"]}},
-            ["sosp_h", "layer", "block_influence, random or sglp"],
+            ["sosp_h", "layer", "block_influence, random, scp or sglp"],
         ),
         ({"criterion": 3}, ["criterion", "3", "section"]),
         ({"budget": {"macs": 1.5}}, ["budget.macs", "1.5", "at most 1", "write 0.5"]),
