@@ -41,7 +41,8 @@ def recalibrated_metrics(context: Context, pruned: nn.Module) -> dict[str, Any]:
 def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
     """Fine-tunes the cut model: the loss curve and the state that was kept."""
     config = context.recipe.at_rate(context.recipe.finetune)
-    cut = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    promised = bool(context.recipe.budget.max_drop)
+    cut = {n: tensor.clone() for n, tensor in pruned.state_dict().items()} if promised else {}
     recovery = recover(
         pruned,
         context.train,
@@ -55,7 +56,7 @@ def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
         num_workers=context.recipe.data.num_workers,
     )
     told = dataclasses.asdict(recovery)
-    if context.recipe.budget.max_drop:
+    if promised:
         lost = tested(context, pruned)
         told["promise"] = {"lost": as_record(lost), "undone": not keeps(lost)}
         if not keeps(lost):

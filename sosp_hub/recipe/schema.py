@@ -286,6 +286,17 @@ class FinetuneSection(TrainSection):
         "is kept, the cut as it was among them; 0 = the last state",
     )
     most_held_out: Count = Field(default=1000, description="samples of them, at most")
+    probe_steps: Count | None = Field(
+        default=None,
+        description="steps of a short training at a tenth, a third, once, three and ten times the "
+        "learning rate; the one that is best on held-out samples is used; null = the rate as it is",
+    )
+
+    @model_validator(mode="after")
+    def _probes_on_something(self) -> Self:
+        if self.probe_steps and not self.held_out:
+            raise ValueError("probe_steps: the rate is chosen on held-out samples; raise held_out")
+        return self
 
 
 class EvaluateSection(Section):

@@ -17,6 +17,7 @@ from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import finetune
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recovery.best import BestState, Selected, held_out_loader, hold_out
+from sosp_hub.recovery.probe import Rates, best_rate, probe_rates
 
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
@@ -32,11 +33,13 @@ class Recovery:
         history: The loss curve, as ``finetune`` returns it.
         selected: The state that was kept; None where nothing was held out.
         num_held_out: Samples of the train split that selected it.
+        rates: Learning rates that were probed, and the held-out loss after each.
     """
 
     history: Sequence[Mapping[str, float]]
     selected: Selected | None
     num_held_out: int
+    rates: Rates = ()
 
 
 def recover(
@@ -102,11 +105,27 @@ def recover(
         folder = checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         best = BestState(model, folder)
 
+        def held_out_loss() -> float:
+            return evaluate(model, loader, ("loss",), loss_fn=loss_fn)["loss"].value
+
         def offer(epoch: float) -> None:
-            best.offer(epoch, evaluate(model, loader, ("loss",), loss_fn=loss_fn)["loss"].value)
+            best.offer(epoch, held_out_loss())
 
         if best.selected is None:
             offer(0.0)
+        rates: Rates = ()
+        if config.probe_steps:
+            rates = probe_rates(
+                model,
+                config,
+                lambda short: finetune(model, rest, short, **{**common, "description": "probe"}),
+                held_out_loss,
+                folder,
+                batch_size=config.batch_size
+                * config.gradient_accumulation
+                * accelerator.num_processes,
+            )
+            config = config.model_copy(update={"learning_rate": best_rate(rates)})
         history = finetune(
             model,
             rest,
@@ -118,7 +137,7 @@ def recover(
         )
         selected = best.load()
     _say(selected, config, len(part))
-    return Recovery(history, selected, len(part))
+    return Recovery(history, selected, len(part), rates)
 
 
 def _say(selected: Selected, config: FinetuneSection, num_held_out: int) -> None:

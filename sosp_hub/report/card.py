@@ -4,7 +4,7 @@ The generated part stands between two markers. What a person writes outside of t
 metadata that a person has set.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -235,6 +235,18 @@ def _recovery(report: Mapping[str, Any]) -> str:
 
 def _fine_tuned(recovery: Mapping[str, Any]) -> str:
     selected, number = recovery.get("selected"), recovery.get("num_held_out")
+    return _selected_state(selected, number) + _probed(recovery.get("rates") or [])
+
+
+def _probed(rates: Sequence[Sequence[float]]) -> str:
+    if not rates:
+        return ""
+    best = min(rates, key=lambda each: (each[1], each[0]))
+    others = ", ".join(f"{rate:g}" for rate, _ in rates)
+    return f", at learning rate {best[0]:g}, the best of {others} after a short probe on the same"
+
+
+def _selected_state(selected: Mapping[str, Any] | None, number: int | None) -> str:
     if not selected:
         return "it was fine-tuned on the training data"
     judges = f"{number:,} training samples that were held out"

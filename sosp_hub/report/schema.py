@@ -144,6 +144,7 @@ class _Selected(_Part):
 class _Recovery(_Part):
     selected: _Selected | None = None
     num_held_out: Count | None = None
+    rates: list[tuple[float, float] | list[float]] | None = None
     promise: "_AfterTraining | None" = None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sosp_hub.data.split import Split
-from sosp_hub.errors import DataError
+from sosp_hub.errors import DataError, ModelError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recovery.best import BestState, hold_out
@@ -153,3 +153,54 @@ def test_the_best_state_survives_a_kill(tmp_path):
 def test_too_few_samples_are_refused():
     with pytest.raises(DataError, match=r"finetune.held_out: 0.9 of 5 samples leaves none"):
         recover(net(), Points(5), config(held_out=0.9))
+
+
+def test_a_probe_finds_the_rate_and_leaves_no_trace(caplog):
+    points, probed = Points(160), net()
+    keys = {"held_out": 0.25, "learning_rate": 1e-4, "probe_steps": 5}
+    with caplog.at_level("INFO"):
+        found = recover(probed, points, config(**keys))
+    rates = [rate for rate, _ in found.rates]
+    assert rates == pytest.approx([1e-5, 3e-5, 1e-4, 3e-4, 1e-3])
+    assert min(found.rates, key=lambda pair: pair[1])[0] == pytest.approx(1e-3)
+    assert "learning rate 0.001, the best of 1e-05" in caplog.text
+    direct = net()
+    expected = recover(direct, Points(160), config(held_out=0.25, learning_rate=rates[-1]))
+    assert found.history == expected.history
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(probed.state_dict()[name], tensor)
+    part, _ = hold_out(points, points, 0.25, 0, key="share")
+    assert_close(expected.selected.losses[0][1], found.selected.losses[0][1], relative=0)
+    assert len(part.indices) == 40
+
+
+def test_a_rate_that_diverges_is_not_chosen():
+    model = net()
+    keys = {"learning_rate": 1e9, "optimizer": "sgd", "max_grad_norm": None, "probe_steps": 4}
+    with torch.no_grad():
+        model[0].weight.mul_(1e30)
+    with pytest.raises(ModelError):
+        recover(model, Points(160), config(held_out=0.25, **keys))
+    found = recover(net(), Points(160), config(held_out=0.25, **{**keys, "learning_rate": 0.1}))
+    assert len(found.rates) == 5
+
+
+def test_a_killed_run_keeps_what_its_probe_found(tmp_path):
+    keys = {"held_out": 0.25, "learning_rate": 1e-3, "probe_steps": 2, "save_every_steps": 3}
+    expected = recover(net(), Points(160), config(**keys))
+    with pytest.raises(KeyboardInterrupt):  # after the probe of ten batches
+        recover(
+            net(),
+            Points(160),
+            config(**keys),
+            augmented=Points(160, 10 + 9),
+            checkpoint_dir=tmp_path,
+        )
+    assert (tmp_path / "probe.json").is_file()
+    points = Points(160)
+    assert recover(net(), points, config(**keys), checkpoint_dir=tmp_path) == expected
+
+
+def test_a_probe_needs_held_out_samples():
+    with pytest.raises(ValueError, match="probe_steps: the rate is chosen on held-out samples"):
+        config(held_out=0, probe_steps=3)
