@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset, Subset
 from sosp_hub.atomic import put_in_place
 from sosp_hub.compat.torch import BatchNorm
 from sosp_hub.data.loading import make_loader
+from sosp_hub.distillation import StoredOutputs, Teacher
 from sosp_hub.distributed import (
     logger,
     make_accelerator,
@@ -47,7 +49,7 @@ def finetune(
     config: TrainSection,
     *,
     loss_fn: "LossFn | None" = None,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | StoredOutputs | None = None,
     checkpoint_dir: Path | None = None,
     accelerator: Accelerator | None = None,
     seed: int = 0,
@@ -64,7 +66,8 @@ def finetune(
         train: A split that gives whole batches, as `load_split` does.
         config: How to train.
         loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
-        teacher: The dense model; its outputs count with ``config.distill``.
+        teacher: What is followed with ``config.distill`` and ``config.hidden``; with stored
+            outputs, ``train`` is the `Numbered` split that they are of.
         checkpoint_dir: Where resumable state is kept; a call that finds some goes on from there.
         accelerator: Of this run; None = a new one.
         seed: Order of the samples, dropout and augmentation.
@@ -98,6 +101,13 @@ def finetune(
         drop_last=True,
         num_workers=num_workers,
     )
+    numbered = isinstance(teacher, StoredOutputs)
+    follow = None
+    if teacher is not None and isinstance(config, FinetuneSection) and config.follows():
+        follow = Teacher(teacher, model, config, loss_fn=loss_fn)
+        if not numbered:
+            first = _Reproducible(train, seed).__getitems__(range(min(batch_size, len(train))))  # pyright: ignore
+            follow.fit(first, checkpoint_dir and checkpoint_dir / "projections.safetensors")
     wrapped, optimizer, loader = accelerator.prepare(model, _optimizer(model, config), loader)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation
     steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation)
@@ -120,16 +130,15 @@ def finetune(
                 rank, world = accelerator.process_index, accelerator.num_processes
                 _seed(seed * 1_000_003 + index * world + rank)
                 with accelerator.accumulate(wrapped):
-                    loss = batch_loss(wrapped, batch, loss_fn)
+                    numbers, batch = batch if numbered else (None, batch)
+                    with follow.states() if follow else nullcontext({}) as states:
+                        loss = batch_loss(wrapped, batch, loss_fn)
                     value = loss.value
                     if config.label_smoothing:
-                        value = _read(loss, "label_smoothing").value(config.label_smoothing)
-                    if teacher and isinstance(config, FinetuneSection) and config.distill:
-                        mine = _read(loss, "distill")
-                        with torch.no_grad(), accelerator.autocast():
-                            target = _read(batch_loss(teacher, batch, loss_fn), "distill")
-                        follow = mine.divergence(target, config.temperature)
-                        value = (1 - config.distill) * value + config.distill * follow
+                        value = _read(loss).value(config.label_smoothing)
+                    if follow is not None:
+                        with accelerator.autocast():
+                            value = follow.loss(value, loss, batch, states, numbers)
                     accelerator.backward(value if penalty is None else value + penalty())
                     if accelerator.sync_gradients and config.max_grad_norm is not None:
                         accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
@@ -304,13 +313,13 @@ def _schedule(step: int, total: int, config: TrainSection) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def _read(loss: Loss, key: str) -> Predictions:
-    """What the loss reads of the outputs, which smoothing and distillation work on."""
+def _read(loss: Loss) -> Predictions:
+    """What the loss reads of the outputs, which smoothing works on."""
     if loss.predictions is None:
         raise ModelError(
-            f"finetune.{key}: this loss does not say what it reads of the outputs; leave it out, "
-            "or give a loss_fn that returns sosp_hub.tasks.softmax(logits, labels), sigmoid(...) "
-            "or squared(...)"
+            "finetune.label_smoothing: this loss does not say what it reads of the outputs; leave "
+            "it out, or give a loss_fn that returns sosp_hub.tasks.softmax(logits, labels), "
+            "sigmoid(...) or squared(...)"
         )
     return loss.predictions
 

@@ -15,8 +15,10 @@ from sosp_hub.pipeline.planning import plan
 from sosp_hub.pipeline.promising import as_record, keeps, tested
 from sosp_hub.pipeline.rebuilding import rebuild, rebuilt
 from sosp_hub.pipeline.stage_cache import step
+from sosp_hub.pipeline.teaching import teacher_of
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recovery.recover import recover
+from sosp_hub.report.facts import scrub
 
 
 @step("cut_metrics", plan, "evaluate")
@@ -43,19 +45,24 @@ def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
     config = context.recipe.at_rate(context.recipe.finetune)
     promised = bool(context.recipe.budget.max_drop)
     cut = {n: tensor.clone() for n, tensor in pruned.state_dict().items()} if promised else {}
-    recovery = recover(
-        pruned,
-        context.train,
-        config,
-        augmented=context.augmented if config.augment else None,
-        loss_fn=context.loss_fn(pruned),
-        teacher=context.model if config.distill else None,
-        checkpoint_dir=context.cache.training_state(final),
-        accelerator=context.accelerator,
-        seed=context.recipe.seed,
-        num_workers=context.recipe.data.num_workers,
-    )
+    with teacher_of(context) as teacher:
+        recovery = recover(
+            pruned,
+            context.train,
+            config,
+            augmented=context.augmented if config.augment else None,
+            loss_fn=context.loss_fn(pruned),
+            teacher=teacher,
+            checkpoint_dir=context.cache.training_state(final),
+            accelerator=context.accelerator,
+            seed=context.recipe.seed,
+            num_workers=context.recipe.data.num_workers,
+        )
     told = dataclasses.asdict(recovery)
+    if config.follows():
+        other = config.teacher.id if config.teacher else None
+        told["teacher"] = {"id": other and scrub(other), "distill": config.distill}
+        told["teacher"] |= {"hidden": config.hidden, "top_k": config.top_k}
     if promised:
         lost = tested(context, pruned)
         told["promise"] = {"lost": as_record(lost), "undone": not keeps(lost)}

@@ -263,6 +263,15 @@ class RebuildSection(Section):
     )
 
 
+class TeacherSection(Section):
+    """Another model that is followed."""
+
+    library: Library | None = Field(default=None, description="null = that of the model")
+    id: Annotated[str, Field(min_length=1)] = Field(description="timm name, hub id or local folder")
+    path: str | None = Field(default=None, description="local folder; goes before `id`")
+    revision: str | None = Field(default=None, description="commit, branch or tag on the hub")
+
+
 class FinetuneSection(TrainSection):
     """Recovery after the cut."""
 
@@ -280,6 +289,25 @@ class FinetuneSection(TrainSection):
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=2.0, description="of the distillation"
     )
+    top_k: Count | None = Field(
+        default=None,
+        description="the teacher's most probable outputs are computed once and kept on disk, so "
+        "many for each place; null = it runs with each batch",
+    )
+    hidden: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="weight of the squared distance from the teacher's hidden states, as a share "
+        "of their mean square",
+    )
+    layers: dict[str, str] | None = Field(
+        default=None,
+        description="which modules follow which of the teacher's with `hidden`; null = up to four "
+        "layers at equal depth",
+    )
+    teacher: TeacherSection | None = Field(
+        default=None,
+        description="another model with the same classes or vocabulary; null = the dense model",
+    )
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1,
         description="share of the train split that is not trained with and selects the state that "
@@ -291,6 +319,23 @@ class FinetuneSection(TrainSection):
         description="steps of a short training at a tenth, a third, once, three and ten times the "
         "learning rate; the one that is best on held-out samples is used; null = the rate as it is",
     )
+
+    def follows(self) -> bool:
+        """Whether there is a teacher."""
+        return bool(self.distill or self.hidden)
+
+    @model_validator(mode="after")
+    def _follows_something(self) -> Self:
+        if self.top_k and self.hidden:
+            raise ValueError("top_k: no hidden states are kept; leave out `hidden` or `top_k`")
+        if self.top_k and self.augment:
+            raise ValueError("top_k: outputs are kept for images as they are; write augment: false")
+        for key in ("top_k", "teacher"):
+            if getattr(self, key) and not self.follows():
+                raise ValueError(f"{key}: nothing is followed; write distill: 0.5 or hidden: 1.0")
+        if self.layers and not self.hidden:
+            raise ValueError("layers: of hidden states, which do not count; write hidden: 1.0")
+        return self
 
     @model_validator(mode="after")
     def _probes_on_something(self) -> Self:

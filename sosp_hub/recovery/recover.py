@@ -2,9 +2,10 @@
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from sosp_hub.data.split import Split
+from sosp_hub.distillation import Numbered, StoredOutputs
 from sosp_hub.distributed import logger, make_accelerator
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import finetune
@@ -68,7 +70,8 @@ def recover(
         config: How to train.
         augmented: The same samples as they are trained with; None = ``train``.
         loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
-        teacher: The dense model, for ``config.distill``.
+        teacher: What is followed, for ``config.distill`` and ``config.hidden``. With
+            ``config.top_k`` it leaves its device for the time of the training.
         checkpoint_dir: Where resumable state is kept, the best state included.
         accelerator: Of this run; None = a new one.
         seed: Of the part that is held out, and of all that is random in training.
@@ -81,28 +84,37 @@ def recover(
     """
     accelerator = accelerator or make_accelerator(seed=seed)
     augmented = train if augmented is None else augmented
-    common = {
-        "loss_fn": loss_fn,
-        "teacher": teacher,
-        "accelerator": accelerator,
-        "seed": seed,
-        "num_workers": num_workers,
-        "description": description,
-    }
-    if config.held_out == 0 or config.epochs == 0:
-        history = finetune(model, augmented, config, checkpoint_dir=checkpoint_dir, **common)
-        return Recovery(history, None, 0)
-    part, rest = hold_out(
-        train,
-        augmented,
-        config.held_out,
-        seed,
-        most=config.most_held_out,
-        key="finetune.held_out",
-    )
-    loader = held_out_loader(part, config.batch_size, accelerator, num_workers)
+    part, rest = None, augmented
+    if config.held_out and config.epochs:
+        part, rest = hold_out(
+            train,
+            augmented,
+            config.held_out,
+            seed,
+            most=config.most_held_out,
+            key="finetune.held_out",
+        )
     with ExitStack() as stack:
         folder = checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        followed: nn.Module | StoredOutputs | None = teacher
+        if teacher is not None and config.top_k and config.epochs:
+            followed = StoredOutputs.make(teacher, rest, config, folder, loss_fn=loss_fn)
+            stack.enter_context(_off_device(teacher))
+            rest = Numbered(rest)
+        train_with = partial(
+            finetune,
+            model,
+            rest,
+            loss_fn=loss_fn,
+            teacher=followed,
+            accelerator=accelerator,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        if part is None:
+            history = train_with(config, checkpoint_dir=checkpoint_dir, description=description)
+            return Recovery(history, None, 0)
+        loader = held_out_loader(part, config.batch_size, accelerator, num_workers)
         best = BestState(model, folder)
 
         def held_out_loss() -> float:
@@ -118,7 +130,7 @@ def recover(
             rates = probe_rates(
                 model,
                 config,
-                lambda short: finetune(model, rest, short, **{**common, "description": "probe"}),
+                lambda short: train_with(short, description="probe"),
                 held_out_loss,
                 folder,
                 batch_size=config.batch_size
@@ -126,18 +138,27 @@ def recover(
                 * accelerator.num_processes,
             )
             config = config.model_copy(update={"learning_rate": best_rate(rates)})
-        history = finetune(
-            model,
-            rest,
+        history = train_with(
             config,
             checkpoint_dir=folder,
             after_part=offer,
             parts_per_epoch=math.ceil(_LEAST_EVALUATIONS / config.epochs),
-            **common,
+            description=description,
         )
         selected = best.load()
     _say(selected, config, len(part))
     return Recovery(history, selected, len(part), rates)
+
+
+@contextmanager
+def _off_device(model: nn.Module) -> Iterator[None]:
+    """A model that is not needed for a while lies in the memory of the CPU."""
+    device = next(model.parameters()).device
+    model.cpu()
+    try:
+        yield
+    finally:
+        model.to(device)
 
 
 def _say(selected: Selected, config: FinetuneSection, num_held_out: int) -> None:

@@ -235,7 +235,21 @@ def _recovery(report: Mapping[str, Any]) -> str:
 
 def _fine_tuned(recovery: Mapping[str, Any]) -> str:
     selected, number = recovery.get("selected"), recovery.get("num_held_out")
-    return _selected_state(selected, number) + _probed(recovery.get("rates") or [])
+    words = _selected_state(selected, number) + _probed(recovery.get("rates") or [])
+    return words + _followed(recovery.get("teacher") or {})
+
+
+def _followed(teacher: Mapping[str, Any]) -> str:
+    parts = []
+    if weight := teacher.get("distill"):
+        few = f" (its {teacher['top_k']} most probable)" if teacher.get("top_k") else ""
+        parts.append(f"outputs{few} with weight {weight:g}")
+    if weight := teacher.get("hidden"):
+        parts.append(f"hidden states with weight {weight:g}")
+    if not parts:
+        return ""
+    name = f"another model ({scrub(teacher['id'])})" if teacher.get("id") else "the dense model"
+    return f", following the {' and the '.join(parts)} of {name}"
 
 
 def _probed(rates: Sequence[Sequence[float]]) -> str:

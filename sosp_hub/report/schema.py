@@ -141,10 +141,21 @@ class _Selected(_Part):
     loss: float
 
 
+_Pair = tuple[float, float] | Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class _Teacher(_Part):
+    id: str | None = None
+    distill: Amount = 0.0
+    hidden: Amount = 0.0
+    top_k: Count | None = None
+
+
 class _Recovery(_Part):
     selected: _Selected | None = None
     num_held_out: Count | None = None
-    rates: list[tuple[float, float] | list[float]] | None = None
+    teacher: _Teacher | None = None
+    rates: tuple[_Pair, ...] | list[_Pair] | None = None
     promise: "_AfterTraining | None" = None
 
 
