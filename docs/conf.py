@@ -7,16 +7,18 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import pictures  # noqa: E402  drawn anew with each build
+import tables  # noqa: E402
 
 import sosp_hub  # noqa: E402
 
 pictures.draw_all(HERE / "_pictures")
+tables.write_all(HERE / "_generated")
 
 project = "sosp_hub"
 author = "the sosp_hub authors"
 version = release = sosp_hub.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"
 html_title = f"sosp_hub {version}"
 html_static_path = []

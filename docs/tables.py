@@ -1,0 +1,31 @@
+"""Writes the tables of the pages from what the package declares."""
+
+from pathlib import Path
+
+from sosp_hub.recipe.criteria import CRITERIA
+from sosp_hub.recipe.describe import describe_recipe, list_sections
+from sosp_hub.recipe.schema import Recipe
+
+
+def criteria() -> str:
+    """A row for each criterion."""
+    rows = ["| criterion | what it is | needs | paper |", "| --- | --- | --- | --- |"]
+    for name, criterion in CRITERIA.known().items():
+        what = criterion.summary().replace("``", "`").replace("|", r"\|")
+        rows.append(f"| `{name}` | {what} | {criterion.needs} | {criterion.paper} |")
+    return "\n".join(rows)
+
+
+def keys() -> str:
+    """Each section with its keys."""
+    parts = [f"```text\n{list_sections()}\n```"]
+    for name in Recipe.model_fields:
+        parts.append(f"## {name}\n\n```text\n{describe_recipe(name)}\n```")
+    return "\n\n".join(parts)
+
+
+def write_all(folder: Path) -> None:
+    """Writes each table as NAME.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in (criteria, keys):
+        (folder / f"{table.__name__}.md").write_text(table() + "\n", encoding="utf-8")

@@ -1,0 +1,101 @@
+"""The pages: they build without a warning, and every block of code on them runs."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sosp_hub
+from sosp_hub.__main__ import COMMANDS, main
+from sosp_hub.recipe.load import as_recipe
+from tests.test_verbs import SMALL
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.stem not in ("serving", "design"))
+RUNS = [path for path in PAGES if "```python" in path.read_text("utf-8")]
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BASE = {
+    "model": {"library": "timm", "id": "resnet18", "task": "image-classification"},
+    "data": {"id": "x/y"},
+}
+
+
+def blocks(page, *languages):
+    return [
+        (language, text)
+        for language, text in _BLOCK.findall(page.read_text("utf-8"))
+        if language in languages
+    ]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    build = [sys.executable, "-m", "sphinx", "-W", "-q", "-E", str(DOCS), str(tmp_path)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "api.html").read_text("utf-8")
+    missing = [name for name in sosp_hub.__all__ if f'id="sosp_hub.{name}"' not in page]
+    assert missing == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUNS, ids=lambda path: path.stem)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__page__"}
+    for number, (language, text) in enumerate(blocks(page, "python", "bash")):
+        if language == "python":
+            exec(compile(text, f"{page.name}, block {number}", "exec"), names)
+            continue
+        for line in text.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "sosp"
+            if arguments[0] == "prune":
+                arguments += SMALL
+            assert main(arguments) == 0, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_recipes_on_a_page_are_valid(page):
+    for _, text in blocks(page, "yaml"):
+        sections = {**yaml.safe_load(text)}
+        verb = next((verb for verb in ("compare", "expand") if verb in sections), "prune")
+        for name, keys in BASE.items():
+            sections[name] = {**keys, **sections.get(name, {})}
+        as_recipe(sections, [], verb)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_commands_on_a_page_exist_and_so_do_their_options(page, capsys):
+    """Also of those that are only shown, since they need a hub or several machines."""
+    for _, text in blocks(page, "text"):
+        for line in text.replace("\\\n", " ").splitlines():
+            words = line.split()
+            if words[:1] == ["sosp"]:
+                verb, options = words[1], words[2:]
+            elif "-m" in words and words[words.index("-m") + 1].startswith("sosp_hub."):
+                at = words.index("-m") + 1
+                verb, options = words[at].partition(".")[2], words[at + 1 :]
+            else:
+                continue
+            assert verb in COMMANDS, line
+            parser = importlib.import_module(f"sosp_hub.{verb}").command_parser()
+            known = {name for action in parser._actions for name in action.option_strings}
+            assert {word for word in options if word.startswith("--")} <= known, line
+
+
+def test_every_page_is_in_a_table_of_contents_and_its_links_are_there():
+    index = (DOCS / "index.md").read_text("utf-8")
+    for page in [*PAGES, DOCS / "serving.md", DOCS / "design.md"]:
+        name = page.relative_to(DOCS).with_suffix("").as_posix()
+        assert name == "index" or re.search(rf"^{name}$", index, re.MULTILINE), name
+        text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            if "://" not in link and "_pictures/" not in link:
+                assert (page.parent / link).exists(), f"{name}: {link}"
