@@ -139,15 +139,15 @@ def draw_all(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for picture in PICTURES:
         with mpl.rc_context(STYLE):
-            figure = Figure(figsize=(6, 2.4), layout="tight")
-            axes = figure.add_subplot()
+            figure = Figure(figsize=(6, 2.4))
+            axes = figure.add_axes((0, 0, 1, 1))
             axes.axis("off")
             picture(axes)
             if picture in (structure, gates, delta):
                 axes.set_aspect("equal")
                 axes.autoscale_view()
             path = folder / f"{picture.__name__}.svg"
-            figure.savefig(path, metadata={"Date": None}, transparent=False)
+            figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
 
 
 if __name__ == "__main__":

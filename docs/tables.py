@@ -18,10 +18,10 @@ def criteria() -> str:
 
 def keys() -> str:
     """Each section with its keys."""
-    parts = [f"```text\n{list_sections()}\n```"]
-    for name in Recipe.model_fields:
-        parts.append(f"## {name}\n\n```text\n{describe_recipe(name)}\n```")
-    return "\n\n".join(parts)
+    sections = [
+        f"## {name}\n\n```text\n{describe_recipe(name)}\n```" for name in Recipe.model_fields
+    ]
+    return "\n\n".join([f"```text\n{list_sections()}\n```", *sections])
 
 
 def write_all(folder: Path) -> None:

@@ -17,7 +17,11 @@ from tests.test_verbs import SMALL
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted(path for path in DOCS.rglob("*.md") if path.stem not in ("serving", "design"))
+PAGES = [
+    path
+    for path in sorted([*DOCS.glob("*.md"), *DOCS.glob("how-to/*.md")])
+    if path.stem not in ("serving", "design")
+]
 RUNS = [path for path in PAGES if "```python" in path.read_text("utf-8")]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BASE = {
