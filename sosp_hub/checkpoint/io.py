@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sosp_hub.checkpoint import sentence
 from sosp_hub.checkpoint.format import headers
 from sosp_hub.checkpoint.format.bounds import check_code, check_counts, is_widened, outgrows_files
 from sosp_hub.checkpoint.format.folder import replaced_folder
@@ -73,9 +74,12 @@ def save_pretrained(
             )
     folder = Path(folder)
     model = unwrapped(model)
-    library = library_of(model)
+    is_sentences = sentence.is_sentence_transformer(model)
+    library = "torch" if is_sentences else library_of(model)
     with replaced_folder(folder) as fresh:
-        if library == "transformers":
+        if is_sentences:
+            obstacle = sentence.write(model, fresh)
+        elif library == "transformers":
             from sosp_hub.checkpoint.transformers.save import write
 
             obstacle = write(model, fresh, max_shard_size=max_shard_size, ship_code=ship_code)

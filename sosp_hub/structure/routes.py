@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sosp_hub.compat.transformers import attention_of, set_attention
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph, Route
+from sosp_hub.structure.inputs import first_tensor, map_named, other_batch
 from sosp_hub.structure.shadow import is_config
 from sosp_hub.structure.trace import Program, call, trace
 
@@ -147,44 +148,19 @@ def _set_eager(model: nn.Module) -> None:
 # Other inputs -------------------------------------------------------------------------------------
 
 
-def _first(inputs: Any) -> Tensor:
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    values = [inputs] if isinstance(inputs, Tensor) else values
-    return next(value for value in values if isinstance(value, Tensor))
-
-
-def _map(inputs: Any, function: Callable[[str, Tensor], Tensor]) -> Any:
-    def one(name: str, value: Any) -> Any:
-        return function(name, value) if isinstance(value, Tensor) else value
-
-    if isinstance(inputs, Mapping):
-        return {name: one(name, value) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(one("", value) for value in inputs)
-    return one("", inputs)
-
-
 def _has_samples(_: nn.Module, graph: Graph) -> bool:
     return isinstance(graph.example_inputs, Mapping | tuple | list | Tensor) and bool(
-        _first(graph.example_inputs).dim()
+        first_tensor(graph.example_inputs).dim()
     )
 
 
 def _other_batch(run: _Run) -> None:
-    """One sample less, or one more where there is only one."""
-    size = _first(run.inputs).shape[0]
-
-    def change(_: str, value: Tensor) -> Tensor:
-        if not value.dim() or value.shape[0] != size:
-            return value
-        return value[:-1] if size > 1 else torch.cat([value, value])
-
-    run.inputs = _map(run.inputs, change)
+    run.inputs = other_batch(run.inputs)
 
 
 def _length(inputs: Any) -> int:
     """Number of tokens, where the first input holds token numbers."""
-    first = _first(inputs)
+    first = first_tensor(inputs)
     whole = not first.is_floating_point() and first.dtype != torch.bool
     return first.shape[1] if first.dim() == 2 and whole else 0
 
@@ -200,7 +176,7 @@ def _cut_tokens(inputs: Any, part: slice, but: Iterable[str] = ()) -> Any:
         fits = value.dim() > 1 and value.shape[1] == length and name not in but
         return value[:, part] if fits else value
 
-    return _map(inputs, change)
+    return map_named(inputs, change)
 
 
 def _other_length(run: _Run) -> None:
@@ -222,7 +198,7 @@ def _takes(model: nn.Module, name: str) -> bool:
 
 def _padded(run: _Run) -> None:
     """The first sample lacks a token that the others have."""
-    ids = _first(run.inputs)
+    ids = first_tensor(run.inputs)
     mask = run.inputs.get(_MASK)
     mask = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask.clone()
     mask[0, 1] = 0

@@ -18,6 +18,7 @@ from sosp_hub.structure.axes import Sum, fixed, free, pin
 from sosp_hub.structure.build_graph import assemble
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.inputs import num_samples
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
 from sosp_hub.structure.shadow import shadow
@@ -46,8 +47,9 @@ def trace(
     Args:
         model: Any module; weights may be on the meta device. Of what DataParallel,
             DistributedDataParallel or ``torch.compile`` made, it is the model inside.
-        example_inputs: Positional tensors as a tuple, or keyword tensors as a dict; the first
-            dimension of the first tensor counts samples.
+        example_inputs: Positional arguments as a tuple, or keyword arguments as a dict: tensors,
+            or lists, tuples and dicts of them. The first dimension of the first tensor counts
+            samples, or, of a list of images (C, H, W), its entries.
         outputs: Names of the outputs that matter (``"logits"``), for models that return a mapping;
             other outputs may then change their size. None keeps the size of all of them.
         fake: Try without data first; False runs a real copy at once.
@@ -72,8 +74,8 @@ def trace(
     twin, terms, entries, exits = _run(
         model, example_inputs, wanted, fake, program or call, training=True
     )
-    samples = next(iter(rules.tensors(example_inputs))).shape[0]
-    return assemble(twin, terms, (entries, exits), example_inputs, wanted, int(samples))
+    samples = num_samples(example_inputs)
+    return assemble(twin, terms, (entries, exits), example_inputs, wanted, samples)
 
 
 def retrace(

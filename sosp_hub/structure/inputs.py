@@ -1,0 +1,88 @@
+"""Example inputs of any nesting: how many samples they hold, and others like them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHANNELS = (1, 3, 4)
+
+
+def is_images(value: Any) -> bool:
+    """Whether an argument is a list of single images, which may differ in size: (C, H, W) each."""
+    return (
+        isinstance(value, tuple | list)
+        and bool(value)
+        and all(isinstance(x, Tensor) and x.dim() == 3 and len(x) in _CHANNELS for x in value)
+    )
+
+
+def first_tensor(inputs: Any) -> Tensor:
+    """The tensor that comes first."""
+    return next(_tensors(inputs))
+
+
+def num_samples(inputs: Any) -> int:
+    """Entries of the first argument that is a list of images, else the length of the first tensor.
+
+    One for a first tensor without dimensions.
+    """
+    for value in _arguments(inputs):
+        if is_images(value):
+            return len(value)
+        for tensor in _tensors(value):
+            return int(tensor.shape[0]) if tensor.dim() else 1
+    return 1
+
+
+def map_named(inputs: Any, function: Callable[[str, Tensor], Tensor]) -> Any:
+    """The same nesting with what ``function`` makes of each tensor and of its key, if it has one."""
+    return _mapped("", inputs, function)
+
+
+def other_batch(inputs: Any) -> Any:
+    """The same inputs with one sample less, or with one more where there is only one."""
+    size = num_samples(inputs)
+
+    def change(_: str, value: Tensor) -> Tensor:
+        if not value.dim() or value.shape[0] != size:
+            return value
+        return value[:-1] if size > 1 else torch.cat([value, value])
+
+    def changed(value: Any) -> Any:
+        if is_images(value) and len(value) == size:
+            return type(value)(value[:-1] if size > 1 else [*value, *value])
+        return map_named(value, change)
+
+    if isinstance(inputs, Mapping):
+        return {name: changed(value) for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(changed(value) for value in inputs)
+    return changed(inputs)
+
+
+def _arguments(inputs: Any) -> list[Any]:
+    if isinstance(inputs, Mapping):
+        return list(inputs.values())
+    return list(inputs) if isinstance(inputs, tuple | list) else [inputs]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in _arguments(value):
+            yield from _tensors(item)
+
+
+def _mapped(name: str, value: Any, function: Callable[[str, Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(name, value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(str(key), item, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(name, item, function) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(name, item, function) for item in value)
+    return value
