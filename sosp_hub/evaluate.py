@@ -17,6 +17,7 @@ from sosp_hub.callable_module import make_callable
 from sosp_hub.distributed import process_rows, process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
 from sosp_hub.recipe.metrics import DIVERGENCE
+from sosp_hub.tasks.batches import as_batch
 from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.metrics import ROOTS, Meter, OfAll
 from sosp_hub.tasks.predictions import Predictions
@@ -82,7 +83,7 @@ def evaluate(
     sums = torch.zeros(first_class, 6, dtype=torch.float64)
     try:
         for batch in batches:
-            batch = to_device(batch)
+            batch = to_device(as_batch(batch))
             loss = batch_loss(model, batch, loss_fn)
             own = [_moments_of(*meter(loss, batch)) for meter in own_meters.values()]
             for meter, samples in of_all.values():
@@ -164,7 +165,7 @@ def metrics_of_samples(
         for each, _ in modes:
             each.eval()
         for batch in batches:
-            batch = to_device(batch)
+            batch = to_device(as_batch(batch))
             loss = batch_loss(model, batch, loss_fn)
             for name in metrics:
                 meter = meters.get(name)

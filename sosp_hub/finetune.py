@@ -33,7 +33,7 @@ from sosp_hub.distributed import (
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
-from sosp_hub.tasks.batches import num_samples
+from sosp_hub.tasks.batches import as_batch, num_samples
 from sosp_hub.tasks.loss import Loss, batch_loss, forward
 from sosp_hub.tasks.predictions import Predictions
 
@@ -192,6 +192,7 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]
+    batches = [as_batch(batch) for batch in batches]
     larger = any(num_samples(batch) > 1 for batch in batches)
     one_is_normal = not process_sum(torch.tensor(float(larger)))
     done = 0

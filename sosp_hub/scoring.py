@@ -24,7 +24,7 @@ from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.summary import alike, preformatted, table
-from sosp_hub.tasks.batches import has_targets
+from sosp_hub.tasks.batches import as_batch, has_targets
 from sosp_hub.tasks.own_outputs import OwnOutputs
 from sosp_hub.types import DEFAULT_KINDS, GateKind, Kind
 
@@ -163,10 +163,21 @@ def score(
     )
     with isolated(model):
         scores = method.saliency(context)
+    if context.unused:
+        logger.info(
+            "criterion %r: the loss does not depend on %d of %d groups, which stay whole: %s",
+            *(method.name, len(context.unused), len(groups), _shown(context.unused)),
+        )
+        groups = {name: group for name, group in groups.items() if name not in context.unused}
     saliency = _checked(scores, groups, method)
     if units is not None and not method.uses_units:
         saliency = {name: one / units[name].to(one.dtype) for name, one in saliency.items()}
     return Scores(saliency)
+
+
+def _shown(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:4]) + ", ..." * (len(first) > 4)
 
 
 def _copies(batches: "Batches") -> "Batches":
@@ -182,7 +193,7 @@ class _CopiesOnce(Iterator[Any]):
     given: str
 
     def __next__(self) -> Any:
-        return copy_inputs(next(self.batches))
+        return as_batch(copy_inputs(next(self.batches)))
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ class _Copies:
     batches: "Batches"
 
     def __iter__(self) -> Iterator[Any]:
-        return map(copy_inputs, self.batches)
+        return (as_batch(copy_inputs(batch)) for batch in self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
@@ -238,12 +249,18 @@ def _own_outputs_where_alone(
         batches = batches if first is None else chain([first], batches)
     else:
         first = next(iter(batches), None)
-    if not isinstance(first, Mapping) or has_targets(first):
+    first = as_batch(first)
+    if isinstance(first, Mapping):
+        inputs = None if has_targets(first) else ", ".join(map(str, first))
+    else:
+        alone = isinstance(first, tuple | list) and len(first) == 2 and first[1] is None
+        inputs = "a tensor" if alone else None
+    if inputs is None:
         return batches, None
     logger.info(
         "the batches hold inputs alone (%s): the loss is the divergence from the model's own "
         "outputs, as of sosp_hub.tasks.OwnOutputs()",
-        ", ".join(map(str, first)),
+        inputs,
     )
     return batches, OwnOutputs(None)
 

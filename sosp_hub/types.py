@@ -26,11 +26,13 @@ OutputLoss = Literal["auto", "cross_entropy", "squared"]
 
 Library = Literal["timm", "transformers"]
 
-Inputs = "tuple[Tensor, ...] | Mapping[str, Tensor]"
-"""Positional or keyword tensors of one forward pass."""
+Inputs = "tuple[Any, ...] | Mapping[str, Any]"
+"""Positional or keyword arguments of one forward pass: tensors, and lists and dicts of them."""
 
-Batch = "tuple[Any, Tensor] | Mapping[str, Tensor]"
-"""``(inputs, labels)``, or a dict as a transformers model takes it (labels under ``labels``)."""
+Batch = "tuple[Any, Any] | Mapping[str, Any]"
+"""``(inputs, targets)``, or a dict as a transformers model takes it (labels under ``labels``), a
+dataclass or a named tuple with such fields. Inputs and targets are tensors, or lists, tuples and
+dicts of them; lists of images and of a dict each are what torchvision's detectors take."""
 
 if TYPE_CHECKING:
     Batches = Iterable[tuple[Any, Any] | Mapping[str, Any]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules import batchnorm, conv
+from torch.nn.modules import batchnorm, conv, dropout
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 from torch.utils.weak import WeakIdKeyDictionary as TensorTable
 
@@ -31,6 +31,10 @@ RunningNorm = batchnorm._NormBase
 
 Convolution = conv._ConvNd
 """Class of all convolutions."""
+
+
+Dropout = dropout._DropoutNd
+"""Class of all dropouts."""
 
 
 class FakeMode(FakeTensorMode):

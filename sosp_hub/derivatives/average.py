@@ -33,6 +33,8 @@ class Protocol:
         micro_batch_size: Most samples of one pass; None = whole batches.
         process_sum: Sum of a tensor over all processes; None = this is the only one.
         process_rows: The rows of all processes, one behind the other.
+        unused: Is told the groups that the loss does not depend on, where it does on others; their
+            derivatives are zero. None = that is an error.
     """
 
     loss_fn: "LossFn | None" = None
@@ -40,6 +42,7 @@ class Protocol:
     micro_batch_size: int | None = None
     process_sum: Callable[[Tensor], Tensor] | None = None
     process_rows: Callable[[Tensor], Tensor] | None = None
+    unused: set[str] | None = None
 
 
 DEFAULT = Protocol()
@@ -106,7 +109,11 @@ def average(
         parts = flat.split([part.numel() for part in sums])
         counts, *totals = [part.view_as(old) for part, old in zip(parts, sums, strict=True)]
     weight, samples, loss, num_bad, *used = counts.tolist()
-    _check(weight, num_bad, [name for name, count in zip(groups, used, strict=True) if not count])
+    unused = [name for name, count in zip(groups, used, strict=True) if not count]
+    if protocol.unused is not None and weight and len(unused) < len(groups):
+        protocol.unused.update(unused)
+        unused = []
+    _check(weight, num_bad, unused)
     return Average(loss / weight, whole(weight), int(samples), [total / weight for total in totals])
 
 

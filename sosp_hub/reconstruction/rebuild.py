@@ -22,7 +22,7 @@ from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.surgery.apply import Verify, check_arguments, check_model, fold, get_tensor
-from sosp_hub.tasks.batches import num_samples
+from sosp_hub.tasks.batches import as_batch, num_samples
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches
@@ -137,7 +137,7 @@ def rebuilt_weights(
 ) -> Rebuilt:
     """What ``rebuild`` cuts, and what it did to each layer; arguments as there."""
     _check(model, graph, plan, damping, dense_share)
-    kept_batches = list(batches)
+    kept_batches = [as_batch(batch) for batch in batches]
     result = copy_model(model)
     if plan.gates or plan.shifts:
         fold(result, graph, plan)

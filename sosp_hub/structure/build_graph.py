@@ -37,7 +37,7 @@ def assemble(
     terms: Terms,
     borders: tuple[dict[str, Axes], dict[str, Axes]],
     inputs: Any,
-    outputs: tuple[str, ...] | None,
+    outputs: tuple[str | int, ...] | None,
     num_samples: int,
 ) -> Graph:
     """Settles the ties and makes a group of every loose atom that sizes a parameter."""

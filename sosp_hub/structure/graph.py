@@ -80,7 +80,7 @@ class Graph:
         buffers: Names of the buffers that a checkpoint stores.
         normalised: Parameters that are divided by a norm of themselves before they are used.
         example_inputs: The inputs that were traced.
-        outputs: Names of the outputs that matter; None = all.
+        outputs: Names or positions of the outputs that matter; None = all.
         only_in_training: Modules with parameters that evaluation never uses, training does.
         never_used: Modules with parameters that neither uses; they keep their size.
         routes: Other ways to run the model, found when it is first cut.
@@ -103,7 +103,7 @@ class Graph:
     buffers: frozenset[str]
     normalised: frozenset[str]
     example_inputs: object
-    outputs: tuple[str, ...] | None = None
+    outputs: tuple[str | int, ...] | None = None
     undroppable: Mapping[str, str] = field(default_factory=dict)
     num_params: int = 0
     num_cuttable_params: dict[str, int] = field(default_factory=dict)

@@ -37,7 +37,7 @@ def num_samples(inputs: Any) -> int:
 
 
 def map_named(inputs: Any, function: Callable[[str, Tensor], Tensor]) -> Any:
-    """The same nesting with what ``function`` makes of each tensor and of its key, if it has one."""
+    """The same nesting with what ``function`` makes of each tensor and its key, if any."""
     return _mapped("", inputs, function)
 
 

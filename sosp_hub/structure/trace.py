@@ -1,5 +1,6 @@
 """``trace``: one forward pass, and what it shows of which slices must be cut together."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,9 @@ from sosp_hub.structure.shadow import shadow
 from sosp_hub.structure.terms import Axes, Step, Terms
 
 Program = Callable[[nn.Module, Any], Any]
+Wanted = tuple[str | int, ...] | None
+"""Outputs that matter, by name or position; None = all."""
+
 Run = tuple[nn.Module, Terms, dict[str, Axes], dict[str, Axes]]
 
 _FAKE_LOG = logging.getLogger(FAKE_LOG)
@@ -33,7 +37,7 @@ _FAKE_LOG = logging.getLogger(FAKE_LOG)
 def trace(
     model: nn.Module,
     example_inputs: Any,
-    outputs: str | Sequence[str] | None = None,
+    outputs: str | int | Sequence[str | int] | None = None,
     *,
     fake: bool = True,
     program: "Program | None" = None,
@@ -50,8 +54,9 @@ def trace(
         example_inputs: Positional arguments as a tuple, or keyword arguments as a dict: tensors,
             or lists, tuples and dicts of them. The first dimension of the first tensor counts
             samples, or, of a list of images (C, H, W), its entries.
-        outputs: Names of the outputs that matter (``"logits"``), for models that return a mapping;
-            other outputs may then change their size. None keeps the size of all of them.
+        outputs: The outputs that matter, by name (``"logits"``) of a mapping, named tuple or
+            dataclass, or by position in a tuple; other outputs may then change their size. None
+            keeps the size of all of them.
         fake: Try without data first; False runs a real copy at once.
         program: Runs a copy of the model on copies of the inputs; None = one call.
 
@@ -68,7 +73,7 @@ def trace(
             "first and wrap it afterwards"
         )
     model = unwrapped(model)
-    if isinstance(outputs, str):
+    if isinstance(outputs, str | int):
         outputs = (outputs,)
     wanted = None if outputs is None else tuple(outputs)
     twin, terms, entries, exits = _run(
@@ -88,7 +93,7 @@ def retrace(
 def _run(
     model: nn.Module,
     inputs: Any,
-    wanted: tuple[str, ...] | None,
+    wanted: Wanted,
     fake: bool,
     program: "Program",
     training: bool,
@@ -142,39 +147,55 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
-def wanted_outputs(result: Any, wanted: tuple[str, ...] | None) -> Any:
+def wanted_outputs(result: Any, wanted: Wanted) -> Any:
     """The outputs that matter.
 
     Raises:
-        TraceError: A name that the model does not return.
+        TraceError: A name or a position that the model does not return.
     """
     if wanted is None:
         return result
-    if not isinstance(result, Mapping) or any(name not in result for name in wanted):
-        has = (
-            ", ".join(result)
-            if isinstance(result, Mapping)
-            else f"a {type(result).__name__} without names"
+    names = _names(result)
+    positions = {} if isinstance(result, Mapping) else dict(enumerate(_values(result)))
+    known = {**dict(zip(names, _values(result), strict=bool(names))), **positions}
+    if strange := [each for each in wanted if each not in known]:
+        has = ", ".join(names) or f"a {type(result).__name__} without names"
+        if positions:
+            has += f" of {len(positions)}: 0 to {len(positions) - 1}"
+        raise TraceError(
+            f"outputs: the model returns {has}; expected {', '.join(map(str, strange))}"
         )
-        raise TraceError(f"outputs: the model returns {has}; expected {', '.join(wanted)}")
-    return {name: result[name] for name in wanted}
+    return {str(each): known[each] for each in wanted}
 
 
 def output_tensors(result: Any) -> list[Tensor]:
     """All tensors a model returned, caches included."""
     if isinstance(result, Tensor):
         return [result]
+    return [tensor for value in _values(result) for tensor in output_tensors(value)]
+
+
+def _names(result: Any) -> list[str]:
     if isinstance(result, Mapping):
-        return [tensor for value in result.values() for tensor in output_tensors(value)]
+        return list(result)
+    if dataclasses.is_dataclass(result):
+        return list(vars(result))
+    return list(getattr(result, "_fields", ()))
+
+
+def _values(result: Any) -> list[Any]:
+    """What is in a mapping, a sequence or a dataclass, in order."""
+    if isinstance(result, Mapping):
+        return list(result.values())
     if isinstance(result, tuple | list):
-        return [tensor for value in result for tensor in output_tensors(value)]
-    return []
+        return list(result)
+    return list(vars(result).values()) if dataclasses.is_dataclass(result) else []
 
 
 def _watch(
     model: nn.Module,
     inputs: Any,
-    wanted: tuple[str, ...] | None,
+    wanted: Wanted,
     fake: FakeMode | None,
     program: "Program",
     training: bool,
@@ -219,7 +240,14 @@ def _watch(
         for handle in handles:
             handle.remove()
     terms.refilled = {n for n, b in twin.named_buffers() if b.shape != shapes.get(n)}
-    for tensor in output_tensors(wanted_outputs(result, wanted)):
+    outputs = output_tensors(wanted_outputs(result, wanted))
+    if not outputs:
+        raise TraceError(
+            f"{type(model).__name__} returns a {type(result).__name__} without a tensor, so that "
+            "no cut of it could be compared; let its forward pass return tensors, in tuples, "
+            "lists, dicts or dataclasses"
+        )
+    for tensor in outputs:
         terms.use(tensor)
         for axis in terms.of(tensor):
             pin(axis, "an output of the model has this size")

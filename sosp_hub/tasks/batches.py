@@ -1,5 +1,6 @@
 """Batches of any nesting: how many samples they have, and how they are cut into parts."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,8 +9,23 @@ from torch import Tensor
 from sosp_hub.errors import DataError
 
 
-def check_batch(batch: Any, *, targets: bool = False) -> None:
-    """Sees that a batch is ``(inputs, targets)``, or a dict with a tensor.
+def as_batch(batch: Any) -> Any:
+    """What a loader gives as ``(inputs, targets)``, or as a dict of named values.
+
+    A dataclass, and a named tuple of more than two fields, count as a dict; a tensor, or a tuple of
+    one, are inputs without targets. All else is handed on.
+    """
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, Mapping | type):
+        return _fields(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields") and len(batch) > 2:
+        return dict(zip(batch._fields, batch, strict=True))
+    if isinstance(batch, Tensor):
+        return batch, None
+    return (batch[0], None) if isinstance(batch, tuple | list) and len(batch) == 1 else batch
+
+
+def check_batch(batch: Any, *, targets: bool = False) -> Any:
+    """The batch as ``(inputs, targets)``, or as a dict with a tensor.
 
     Args:
         batch: One batch.
@@ -18,11 +34,13 @@ def check_batch(batch: Any, *, targets: bool = False) -> None:
     Raises:
         DataError: It is something else; says what.
     """
+    batch = as_batch(batch)
     if isinstance(batch, Mapping):
         given = f"a dict of {', '.join(map(str, batch))}"
-        fits = any(isinstance(value, Tensor) for value in batch.values())
+        fits = any(_has_tensors(value) for value in batch.values())
     elif isinstance(batch, tuple | list) and len(batch) == 2:
-        given = f"inputs as {_kinds(batch[0])} and labels as {_kinds(batch[1])}"
+        labels = "no labels" if batch[1] is None else f"labels as {_kinds(batch[1])}"
+        given = f"inputs as {_kinds(batch[0])} and {labels}"
         fits = _has_tensors(batch[0]) and not (targets and not _has_tensors(batch[1]))
     else:
         length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
@@ -30,8 +48,10 @@ def check_batch(batch: Any, *, targets: bool = False) -> None:
     if not fits:
         raise DataError(
             f"a batch is {given}; expected (inputs, labels) as tensors, or a dict of tensors as "
-            "the model takes it (torch.from_numpy(array) makes a tensor of an array)"
+            "the model takes it; both may be lists, tuples and dicts of tensors: of several inputs "
+            "((a, b), labels). torch.from_numpy(array) makes a tensor of an array"
         )
+    return batch
 
 
 def _kinds(value: Any) -> str:
@@ -41,16 +61,34 @@ def _kinds(value: Any) -> str:
 
 
 def _has_tensors(value: Any) -> bool:
-    """Whether there are tensors and, beside containers, nothing else."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return bool(value) and all(_has_tensors(part) for part in value)
-    return isinstance(value, Tensor)
+    """Whether there are tensors, and no arrays of other kinds."""
+    return any(True for _ in tensors(value)) and not _has_arrays(value)
+
+
+def _has_arrays(value: Any) -> bool:
+    parts = _parts(value)
+    if parts is None:
+        return not isinstance(value, Tensor) and hasattr(value, "__array__")
+    return any(_has_arrays(part) for part in parts)
+
+
+def is_listed(batch: Any) -> bool:
+    """Whether ``(inputs, targets)`` are lists with an entry a sample, as detectors take them."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        return False
+    inputs, targets = batch
+    return (
+        isinstance(inputs, tuple | list)
+        and isinstance(targets, tuple | list)
+        and len(inputs) == len(targets)
+        and _one_each(targets)
+    )
 
 
 def num_samples(batch: Any) -> int:
     """Samples of a batch: the entries of a list of dicts, else the length of the first tensor.
+
+    A dict without a tensor of its own, only with lists of them, has as many as its lists.
 
     Raises:
         DataError: It has none.
@@ -58,6 +96,11 @@ def num_samples(batch: Any) -> int:
     of_dicts = next((part for part in _lists(batch) if _one_each(part)), None)
     if of_dicts is not None:
         return len(of_dicts)
+    if isinstance(batch, Mapping):
+        lengths = {len(value) for value in batch.values() if isinstance(value, list)}
+        own = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+        if own or len(lengths) == 1:
+            return len(own[0]) if own else lengths.pop()
     for tensor in tensors(batch):
         if tensor.ndim:
             return len(tensor)
@@ -86,18 +129,31 @@ def tensors(batch: Any) -> Iterator[Tensor]:
     """All tensors of a batch, in their order."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors(part)
+    for part in _parts(batch) or ():
+        yield from tensors(part)
+
+
+def _parts(value: Any) -> list[Any] | None:
+    """What a container holds; None for what is none."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, tuple | list):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return list(_fields(value).values())
+    return None
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def _lists(batch: Any) -> Iterator[list[Any] | tuple[Any, ...]]:
     if isinstance(batch, tuple | list):
         yield batch
-    if isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            if isinstance(part, tuple | list):
-                yield from _lists(part)
+    for part in _parts(batch) or ():
+        if isinstance(part, tuple | list):
+            yield from _lists(part)
 
 
 def _one_each(part: Any) -> bool:
@@ -109,12 +165,24 @@ def _slice(batch: Any, size: int, part: slice) -> Any:
     if isinstance(batch, Tensor):
         return batch[part] if batch.ndim and len(batch) == size else batch
     if isinstance(batch, Mapping):
-        return {key: _slice(value, size, part) for key, value in batch.items()}
+        return {
+            key: value[part]
+            if isinstance(value, list) and len(value) == size
+            else _slice(value, size, part)
+            for key, value in batch.items()
+        }
+    if is_listed(batch):
+        return tuple(each[part] for each in batch)
     if isinstance(batch, tuple | list):
         fits = (isinstance(entry, Tensor) and entry.ndim and len(entry) == size for entry in batch)
         if len(batch) == size and (_one_each(batch) or not any(fits)):
             return batch[part]
-        return tuple(_slice(value, size, part) for value in batch)
+        parts = [_slice(value, size, part) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+    if (named := _parts(batch)) is not None:
+        names = [field.name for field in dataclasses.fields(batch)]
+        sliced = (_slice(value, size, part) for value in named)
+        return dataclasses.replace(batch, **dict(zip(names, sliced, strict=True)))
     return batch
 
 

@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import unwrapped
+from sosp_hub.compat.torch import Dropout, RunningNorm, unwrapped
 from sosp_hub.errors import DataError
-from sosp_hub.tasks.batches import check_batch, described, num_samples
+from sosp_hub.tasks.batches import check_batch, described, is_listed, num_samples, tensors
 from sosp_hub.tasks.predictions import IGNORED, Predictions, check_classes, softmax, whole
 from sosp_hub.tasks.recognised import check_reduction, own_forms, predictions_of, torch_loss
 
@@ -43,19 +43,24 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: "LossFn | None" = None) ->
     """Runs ``model`` on ``(inputs, targets)``, or on a dict as a transformers model takes it.
 
     Without ``loss_fn`` it is the model's own loss where it returns one, else cross-entropy of
-    ``(samples, classes)``. A ``loss_fn(outputs, targets)`` gets the outputs as the model returned
-    them and the targets as the batch has them: its second element, or the whole dict. It returns
-    the mean over the samples, or ``(mean, weight)``, or ``Predictions``. torch's own losses are
-    given the logits and the labels alone. Images take the dtype of the model's weights; a
-    generating model is told ``use_cache=False``.
+    ``(samples, classes)``. A model that takes ``targets`` and returns a dict of losses in training
+    mode, as torchvision's detectors do, has their sum as its own. A ``loss_fn(outputs, targets)``
+    gets the outputs as the model returned them and the targets as the batch has them: its second
+    element, or the whole dict. It returns the mean over the samples, or ``(mean, weight)``, or
+    ``Predictions``. torch's own losses are given the logits and the labels alone. Images take the
+    dtype of the model's weights; a generating model is told ``use_cache=False``.
 
     Raises:
         DataError: A batch of another form, targets that do not fit the outputs, a loss that is no
             number, or no loss at all.
     """
-    check_batch(batch, targets=not getattr(loss_fn, "at_minimum", False))
+    batch = check_batch(batch, targets=not getattr(loss_fn, "at_minimum", False))
     if loss_fn is None and isinstance(batch, Mapping):
         _check_for_own_loss(model, batch)
+    if loss_fn is None and not isinstance(batch, Mapping) and _takes_targets(model):
+        outputs = _with_targets(model, batch)
+        if _are_losses(outputs):
+            return Loss(sum(outputs.values()), num_samples(batch), outputs, None)
     outputs = forward(model, batch, with_targets=loss_fn is None)
     if loss_fn is not None:
         return _given(outputs, batch, loss_fn)
@@ -80,18 +85,34 @@ def forward(model: nn.Module, batch: Any, *, with_targets: bool = False) -> Any:
     Raises:
         DataError: A batch of another form.
     """
-    check_batch(batch)
+    batch = check_batch(batch)
     if isinstance(batch, Mapping):
         named = dict(batch)
         if not with_targets:
             if not _reads_labels(model):
                 named.pop("labels", None)
             named = _accepted(model, named)
+        elif "labels" not in (accepted := _accepted(model, named)):
+            unread = named.keys() - accepted.keys() - {"labels"}
+            if strange := [name for name in unread if any(True for _ in tensors(named[name]))]:
+                raise DataError(
+                    f"a batch is a dict of {', '.join(batch)}; {type(unwrapped(model)).__name__} "
+                    f"takes no {', '.join(sorted(strange))}. Take it out, or give a loss_fn that "
+                    "reads it"
+                )
+            named = accepted
         return _run(model, (), named)
+    if isinstance(batch[0], Mapping):
+        return _run(model, (), dict(batch[0]))
+    return _run(model, _positional(batch), {})
+
+
+def _positional(batch: Any) -> tuple[Any, ...]:
+    """The arguments of a call: several inputs, or one, which may be a list with a sample each."""
     inputs = batch[0]
-    if isinstance(inputs, Mapping):
-        return _run(model, (), dict(inputs))
-    return _run(model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {})
+    if is_listed(batch):
+        return (list(inputs),)
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
 def _run(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -238,6 +259,37 @@ def _check_for_own_loss(model: nn.Module, batch: Mapping[str, Any]) -> None:
             num_classes = getattr(config, "num_labels", None)
         if num_classes is not None and num_classes > 1:  # one output is a regression
             check_classes(labels, num_classes)
+
+
+# Detectors of torchvision ------------------------------------------------------------------------
+
+
+def _takes_targets(model: nn.Module) -> bool:
+    return "targets" in inspect.signature(unwrapped(model).forward).parameters
+
+
+def _with_targets(model: nn.Module, batch: Any) -> Any:
+    """What a model returns that takes its targets, and gives losses only in training mode.
+
+    Norms and dropout stay in the mode that they are in.
+    """
+    steady = (Dropout, RunningNorm)
+    turned = [m for m in model.modules() if not m.training and not isinstance(m, steady)]
+    try:
+        for module in turned:
+            module.training = True
+        return _run(model, (*_positional(batch), batch[1]), {})
+    finally:
+        for module in turned:
+            module.training = False
+
+
+def _are_losses(outputs: Any) -> bool:
+    return (
+        isinstance(outputs, Mapping)
+        and bool(outputs)
+        and all(isinstance(x, Tensor) and x.numel() == 1 for x in outputs.values())
+    )
 
 
 # Neither ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from sosp_hub.errors import CriterionError, DataError
 from sosp_hub.recipe.criteria import CRITERIA, RectifiedCriterion
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
+from sosp_hub.tasks import softmax
 from tests.cases import CASES
 from tests.compare import assert_close
 
@@ -101,6 +102,34 @@ def test_a_loss_that_does_not_depend_on_anything_is_said(name, graph):
     model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].detach(),))
     with left_alone(model), pytest.raises(CriterionError, match="loss does not depend on"):
         score(model, graph, [LLAMA.batch(2)], name)
+
+
+class _TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.other, self.last = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu()), self.last(self.other(x).relu())
+
+
+@pytest.mark.parametrize("name", ["taylor", "sosp_h", "fisher", "sosp_i", "hap", "grasp"])
+def test_a_part_that_the_loss_does_not_read_stays_whole(name, caplog):
+    """An auxiliary head, say: it is named, and does not keep the others from being scored."""
+    torch.manual_seed(0)
+    model = _TwoHeads()
+    graph = trace(model, (torch.randn(2, 4),))
+    batches = [(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))]
+
+    def loss_fn(outputs, targets):
+        return softmax(outputs[0], targets)
+
+    assert set(graph.groups) == {"body:neuron", "other:neuron"}
+    with caplog.at_level("INFO"):
+        scores = score(model, graph, batches, name, loss_fn=loss_fn)
+    assert set(scores) == {"body:neuron"}
+    assert "does not depend on 1 of 2 groups, which stay whole: other:neuron" in caplog.text
 
 
 @pytest.mark.parametrize("name", NEEDS)

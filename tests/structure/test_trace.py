@@ -1,6 +1,8 @@
 """``trace``: what it leaves alone, what it refuses, what it says."""
 
+import collections
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sosp_hub.cost import cost
 from sosp_hub.errors import PlanError, TraceError
+from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from sosp_hub.surgery.widen import widen
@@ -107,6 +111,68 @@ def test_an_output_that_does_not_matter_may_change_its_size():
         trace(model, x, outputs="loss")
     with pytest.raises(TraceError, match="without names"):
         trace(nn.Linear(5, 3), x, outputs="logits")
+    with pytest.raises(TraceError, match="hidden, logits; expected 1"):
+        trace(model, x, outputs=1)
+
+
+@dataclasses.dataclass
+class _Outputs:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+_Pair = collections.namedtuple("_Pair", "logits hidden")
+
+
+@pytest.mark.parametrize("wanted", ["logits", 0])
+@pytest.mark.parametrize("form", [_Outputs, _Pair, lambda *both: both])
+def test_outputs_by_name_or_position(form, wanted):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            hidden = self.body(x)
+            return form(self.head(hidden), hidden)
+
+    model, x = Two(), (torch.randn(2, 5),)
+    assert not trace(model, x).groups  # every tensor inside is an output
+    if isinstance(form(1, 2), tuple) and not hasattr(form(1, 2), "_fields") and wanted != 0:
+        with pytest.raises(TraceError, match="a tuple without names of 2: 0 to 1; expected logits"):
+            trace(model, x, outputs=wanted)
+        return
+    graph = trace(model, x, outputs=wanted)
+    assert [group.size for group in graph.groups.values()] == [6]
+    name = next(iter(graph.groups))
+    small = apply(model, graph, PruningPlan({name: (0, 2)}, {name: 6}))
+    assert small.head.in_features == 2
+
+
+def test_a_model_that_returns_no_tensor():
+    class Count(nn.Linear):
+        def forward(self, x):
+            return {"sum": float(super().forward(x).sum().item())}
+
+    with pytest.raises(TraceError, match="a dict without a tensor, so that no cut"):
+        trace(Count(5, 3), (torch.randn(2, 5),))
+
+
+def test_a_list_of_images_counts_samples():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+
+        def forward(self, images):
+            return self.head(self.body(torch.stack(images)).relu())
+
+    graph = trace(Listed(), ([torch.randn(3, 4, 4), torch.randn(3, 4, 4)],))
+    assert cost(graph).macs == (3 * 6 + 6 * 2) * 16
+    name = next(iter(graph.groups))
+    plan = PruningPlan({name: (0, 2)}, {name: 6})
+    apply(Listed(), graph, plan)
+    assert graph.routes.unchecked == {}
 
 
 @pytest.mark.parametrize(

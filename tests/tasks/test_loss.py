@@ -97,8 +97,9 @@ def test_images_take_the_dtype_of_the_weights():
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        (torch.randn(5, 6), r"Tensor.*\(inputs, labels\)"),
-        ((torch.randn(5, 6),), r"tuple of 1.*\(inputs, labels\)"),
+        (torch.randn(5, 6), r"Tensor and no labels.*\(inputs, labels\)"),
+        ((torch.randn(5, 6),), r"Tensor and no labels.*\(inputs, labels\)"),
+        ((torch.randn(5, 6),) * 3, r"tuple of 3.*\(inputs, labels\)"),
         ({"input": torch.randn(5, 6)}, "input.*labels"),
         ((torch.randn(5, 6), 3), "labels.*int.*tensor"),
         ((torch.randn(5, 6).numpy(), torch.tensor([0] * 5)), "ndarray.*from_numpy"),

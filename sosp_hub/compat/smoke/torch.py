@@ -80,6 +80,8 @@ def classes_of_layers() -> None:
         expect(isinstance(module, compat.BatchNorm), f"{module} is no batch norm")
     for module in (nn.BatchNorm3d(1), nn.InstanceNorm2d(1)):
         expect(isinstance(module, compat.RunningNorm), f"{module} keeps no statistics")
+    for module in (nn.Dropout(), nn.Dropout2d(), nn.AlphaDropout()):
+        expect(isinstance(module, compat.Dropout), f"{module} is no dropout")
 
 
 @smoke("the verification of every cut: views and operations that write")

@@ -1,7 +1,7 @@
 """What a criterion is given."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Context:
         process_rows: The rows of all processes, one behind the other.
         curvature: The Gauss-Newton matrix of these groups, where it was measured before.
         units: What each structure costs, where least per unit is to go first.
+        unused: Is told the groups that the loss does not depend on; they get no score.
     """
 
     model: nn.Module
@@ -40,12 +41,20 @@ class Context:
     process_rows: Callable[[Tensor], Tensor] | None = None
     curvature: GaussNewton | None = None
     units: "Saliency | None" = None
+    unused: set[str] = field(default_factory=set)
 
     def protocol(
         self, gate: GateKind = "activation", micro_batch_size: int | None = None
     ) -> Protocol:
         """How derivatives by gates are measured here."""
-        return Protocol(self.loss_fn, gate, micro_batch_size, self.process_sum, self.process_rows)
+        return Protocol(
+            self.loss_fn,
+            gate,
+            micro_batch_size,
+            self.process_sum,
+            self.process_rows,
+            self.unused,
+        )
 
     def several_passes(self, criterion: str) -> "Batches":
         """The batches; raises CriterionError where they can be gone through only once."""
