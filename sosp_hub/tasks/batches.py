@@ -17,8 +17,8 @@ def as_batch(batch: Any) -> Any:
     """
     if dataclasses.is_dataclass(batch) and not isinstance(batch, Mapping | type):
         return _fields(batch)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields") and len(batch) > 2:
-        return dict(zip(batch._fields, batch, strict=True))
+    if (names := getattr(batch, "_fields", None)) and isinstance(batch, tuple) and len(batch) > 2:
+        return dict(zip(names, batch, strict=True))
     if isinstance(batch, Tensor):
         return batch, None
     return (batch[0], None) if isinstance(batch, tuple | list) and len(batch) == 1 else batch

@@ -60,7 +60,8 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: "LossFn | None" = None) ->
     if loss_fn is None and not isinstance(batch, Mapping) and _takes_targets(model):
         outputs = _with_targets(model, batch)
         if _are_losses(outputs):
-            return Loss(sum(outputs.values()), num_samples(batch), outputs, None)
+            value = torch.stack([each.reshape(()) for each in outputs.values()]).sum()
+            return Loss(value, num_samples(batch), outputs, None)
     outputs = forward(model, batch, with_targets=loss_fn is None)
     if loss_fn is not None:
         return _given(outputs, batch, loss_fn)

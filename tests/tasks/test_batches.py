@@ -174,7 +174,7 @@ def test_losses_of_a_detector_are_its_own_loss_in_either_mode():
     loss = batch_loss(model, batch)
     assert set(loss.outputs) == {"loss_class", "loss_size"}
     assert loss.weight == 4
-    assert torch.equal(loss.value, sum(loss.outputs.values()))
+    torch.testing.assert_close(loss.value, sum(loss.outputs.values()))
     assert torch.equal(loss.value, batch_loss(model, batch).value)  # no dropout
     assert not any(module.training for module in model.modules())
     for name, tensor in model.state_dict().items():  # no statistics either
