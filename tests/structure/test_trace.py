@@ -214,7 +214,7 @@ def test_a_model_that_needs_its_data_cannot_be_traced_without_it():
 
 def test_the_text_lists_groups_members_ties_and_what_is_pinned():
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
-    text = str(trace(model, (torch.randn(2, 5),)))
+    text = trace(model, (torch.randn(2, 5),)).describe()
     assert text.splitlines()[1:5] == [
         "0:neuron  size 6",
         "    makes 0.weight[0]",
