@@ -68,29 +68,58 @@ def test_a_group_that_is_read_twice_gets_the_mean():
 def test_eap_of_sets():
     toy = residual()
     maps = inner(toy).flatten(2)
-    expected = [torch.linalg.matrix_norm(maps[:, j], "nuc") / 5 for j in range(6)]
+    root = maps.shape[-1] ** 0.5
+    expected = [torch.linalg.matrix_norm(maps[:, j], "nuc") / 5 / root for j in range(6)]
     found = scores(toy, "eap", standardize=False)["inner"]
     assert_close(found, torch.stack(expected), relative=1e-7)
     expected = [
-        sum(torch.linalg.matrix_norm(part[:, j], "nuc") for part in maps.split(2)) / 5
+        sum(torch.linalg.matrix_norm(part[:, j], "nuc") for part in maps.split(2)) / 5 / root
         for j in range(6)
     ]
     found = scores(toy, "eap", standardize=False, set_size=2)["inner"]
     assert_close(found, torch.stack(expected), relative=1e-7)
     toy = attention()
     rows = heads(toy).movedim(2, 1).flatten(2)  # tokens and channels of a head in one row
-    expected = [torch.linalg.matrix_norm(rows[:, j], "nuc") / 4 for j in range(2)]
+    root = rows.shape[-1] ** 0.5
+    expected = [torch.linalg.matrix_norm(rows[:, j], "nuc") / 4 / root for j in range(2)]
     found = scores(toy, "eap", ["head"], standardize=False)["heads"]
     assert_close(found, torch.stack(expected), relative=1e-7)
 
 
+def test_eap_of_one_set_of_all_samples_does_not_depend_on_batches():
+    toy = residual()
+    maps = inner(toy).flatten(2)
+    expected = [torch.linalg.matrix_norm(maps[:, j], "nuc") for j in range(6)]
+    expected = torch.stack(expected) / 5 / maps.shape[-1] ** 0.5
+    for num in (5, 2):
+        batches = [tuple(part[i : i + num] for part in toy.batch) for i in range(0, 5, num)]
+        found = score(toy.model, toy.graph, batches, "eap", standardize=False, set_size=None)[
+            "inner"
+        ]
+        assert_close(found, expected, relative=1e-6)
+
+
+def test_eap_of_one_set_says_where_maps_are_too_large_or_differ(monkeypatch):
+    toy = residual()
+    narrower = (toy.batch[0][..., :-1], toy.batch[1])
+    with pytest.raises(CriterionError, match="are no rows of one matrix"):
+        score(toy.model, toy.graph, [toy.batch, narrower], "eap", set_size=None)
+    monkeypatch.setattr("sosp_hub.criteria.compute.activations._MOST_GRAM_BYTES", 100)
+    with pytest.raises(CriterionError, match="write set_size: 32"):
+        scores(toy, "eap", set_size=None)
+
+
 def test_eap_of_maps():
     toy = residual()
-    expected = torch.linalg.matrix_norm(inner(toy), "nuc").mean(0)
+    maps = inner(toy)
+    root = (maps.shape[-1] * maps.shape[-2]) ** 0.5
+    expected = torch.linalg.matrix_norm(maps, "nuc").mean(0) / root
     found = scores(toy, "eap", standardize=False, reading="map")["inner"]
     assert_close(found, expected, relative=1e-7)
     toy = attention()
-    expected = torch.linalg.matrix_norm(heads(toy).movedim(2, 1), "nuc").mean(0)
+    maps = heads(toy).movedim(2, 1)
+    root = (maps.shape[-1] * maps.shape[-2]) ** 0.5
+    expected = torch.linalg.matrix_norm(maps, "nuc").mean(0) / root
     found = scores(toy, "eap", ["head"], standardize=False, reading="map")["heads"]
     assert_close(found, expected, relative=1e-7)
 

@@ -19,6 +19,7 @@ from sosp_hub.tasks.loss import forward
 if TYPE_CHECKING:
     from sosp_hub.types import Batches
 
+_MOST_GRAM_BYTES = 4 * 2**30
 ProcessSum = Callable[[Tensor], Tensor]
 
 
@@ -124,6 +125,71 @@ def site_means(
             means[group.name][number] = (total / count).view_as(own)
     _check_watched(groups, {name for name, of_sites in means.items() if of_sites})
     return means
+
+
+def site_grams(context: Context) -> tuple[dict[str, dict[int, Tensor]], int]:
+    """Of each structure the products of its maps' places, ``A^T A / size``, over all samples.
+
+    A row of ``A`` is what a structure hands on in one sample, its places by its positions; the size
+    is the mean number of them that are not padding. Float64, ``(structures, row, row)``.
+
+    Returns:
+        By group and number of the site, and the number of samples of all processes.
+
+    Raises:
+        CriterionError: No data, maps of different sizes, or sums of more than a few GB.
+    """
+    groups = context.groups
+    places = [
+        (group, number, site)
+        for group in groups.values()
+        for number, site in enumerate(group.sites)
+        if site.module is not None
+    ]
+    _check_watched(groups, {group.name for group, _, _ in places})
+    sums: dict[int, Tensor] = {}
+    sizes = torch.zeros(len(places), dtype=torch.float64)
+
+    def add(at: int, x: Tensor, mask: Tensor | None) -> None:
+        group, _, site = places[at]
+        seen = _seen(group, site, x, mask)
+        rows = seen.by_structure()
+        sizes[at] += float(seen.places.sum()) * rows.shape[-1]
+        rows = rows.flatten(2)
+        size = rows.shape[-1]
+        known = sums.get(at)
+        if known is None:
+            held = sum(total.nbytes for total in sums.values())
+            if held + 8 * group.size * size * size > _MOST_GRAM_BYTES:
+                raise CriterionError(
+                    f"group {group.name!r}: one matrix of all samples needs products of "
+                    f"{size:,} x {size:,} places for each of {group.size} structures, more than "
+                    f"{_MOST_GRAM_BYTES / 1e9:.0f} GB in all; write set_size: 32, or score fewer "
+                    "kinds"
+                )
+            known = sums[at] = torch.zeros(group.size, size, size, dtype=torch.float64)
+        if known.shape[-1] != size:
+            raise CriterionError(
+                f"group {group.name!r}: maps of {known.shape[-1]} and of {size} places are no rows "
+                "of one matrix; give batches of one size, or write set_size: 32"
+            )
+        known += (rows.mT @ rows).to("cpu", torch.float64)
+
+    watched = [(site.module or "", i) for i, (_, _, site) in enumerate(places)]
+    seen = run(context.model, context.batches, watched, lambda i, args, _, mask: add(i, args, mask))
+    order = sorted(sums)
+    samples, sizes, *flat = sum_over_processes(
+        [torch.tensor([float(seen)]), sizes, *(sums[at].flatten() for at in order)],
+        context.process_sum,
+    )
+    check_data(samples)
+    grams: dict[str, dict[int, Tensor]] = {name: {} for name in groups}
+    for at, total in zip(order, flat, strict=True):
+        group, number, _ = places[at]
+        size = (sizes[at] / samples).clamp(min=1)
+        grams[group.name][number] = total.view_as(sums[at]) / size
+    _check_watched(groups, {name for name, of_sites in grams.items() if of_sites})
+    return grams, int(samples.item())
 
 
 def weighted_inputs(
