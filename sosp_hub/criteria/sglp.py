@@ -36,7 +36,8 @@ class Sglp(Criterion):
     optimum (the authors' code does not back-track); the fresh net is the same for all subsets; the
     number of segments is the last that saves 5 % of the variation without borders (our reading);
     the stem compares but is in no segment; the first block stays; a segment with more than
-    ``max_subsets`` subsets keeps the layers with the largest norms alone, and says so; tokens are
+    ``max_subsets`` subsets gives up one layer at a time, each time the one without which the norm
+    is largest, and says so; norms can be means over several fresh nets (``num_fresh``); tokens are
     the rows where blocks work on tokens.
     Blocks that change width or stride stay. Weights that no module can reset (class tokens,
     scales) are not fresh.
@@ -67,7 +68,11 @@ class Sglp(Criterion):
         default=None, description="of the automatic number; null = a third of the blocks"
     )
     max_subsets: Count = Field(
-        default=20, description="above so many subsets of a segment, each layer's own norm decides"
+        default=20,
+        description="above so many subsets of a segment, layers go one at a time; a log line tells",
+    )
+    num_fresh: Count = Field(
+        default=1, description="new nets, of seeds that follow, whose norms are averaged"
     )
     max_rows: Count = Field(
         default=500, description="samples (or tokens) of a batch whose similarity is compared"

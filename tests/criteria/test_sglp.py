@@ -1,6 +1,7 @@
 """SGLP: partitions by brute force, CKA and gradient norms written out, layers of real models."""
 
 import copy
+import dataclasses
 import itertools
 import logging
 from types import SimpleNamespace
@@ -204,10 +205,38 @@ def test_the_best_subset_is_tried_out_where_there_are_few():
         {("a", "b"): 1.0, ("a", "c"): 5.0, ("b", "c"): 4.0},
     )
     assert _best(list("abc"), 2, norms, pairs.__getitem__, 3) == (("a", "c"), 3)
-    assert _best(list("abc"), 2, norms, pairs.__getitem__, 2) == (("a", "b"), 0)
     assert _best(list("abc"), 1, norms, pairs.__getitem__, 9) == (("a",), 0)
     assert _best(list("abc"), 0, norms, pairs.__getitem__, 9) == ((), 0)
     assert _best(list("abc"), 2, norms, None, 9) == (("a", "b"), 0)
+
+
+def test_of_more_subsets_one_layer_goes_at_a_time():
+    worth = {"a": 3.0, "b": 1.0, "c": 2.0, "d": 2.5, "e": 0.5}
+
+    def norm_of(subset):  # b is worth much beside e alone
+        return sum(worth[name] for name in subset) + 5 * ("b" in subset and "e" in subset)
+
+    assert _best(list("abcde"), 2, worth, norm_of, 10) == (("b", "e"), 10)
+    found, tried = _best(list("abcde"), 2, worth, norm_of, 9)
+    assert tried == 5 + 4 + 3
+    kept = list("abcde")
+    while len(kept) > 2:
+        kept.remove(max(kept, key=lambda name: norm_of([n for n in kept if n != name])))
+    assert list(found) == kept
+    assert _best(list("abcde"), 1, worth, norm_of, 2) == (("a",), 0)  # the norms alone are known
+
+
+def test_norms_are_means_over_fresh_nets():
+    torch.manual_seed(0)
+    model, batch = bends(4), data(16)
+    context = Context(model, bend_graph(4).groups, [batch], seed=5)
+    each = [
+        Sglp(num_segments=1).partition(dataclasses.replace(context, seed=seed)).norms
+        for seed in (5, 6, 7)
+    ]
+    found = Sglp(num_segments=1, num_fresh=3).partition(context).norms
+    for name, norm in found.items():
+        assert norm == pytest.approx(sum(norms[name] for norms in each) / 3, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +349,8 @@ def test_layers_of_real_models(name, caplog):
     if name == "resnet":
         assert found.fixed == ("layer1.0", "layer2.0", "layer3.0")
         assert "layer2.0, layer3.0 cannot be left out" in caplog.text
+        assert found.stepwise
+        assert "it gave up one layer at a time" in caplog.text
 
 
 def test_blocks_to_keep_can_be_given():

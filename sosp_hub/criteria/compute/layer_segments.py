@@ -3,9 +3,9 @@
 import itertools
 import logging
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -38,6 +38,8 @@ class Partition:
         removed: The layers that SGLP removes, by its own quota.
         fixed: Blocks that stay whatever their norm.
         num_subsets: Subsets that were tried in each segment; 0 = chosen by the layers' own norms.
+        stepwise: Segments, by number, that gave up one layer at a time, since their subsets were
+            more than ``max_subsets``.
     """
 
     blocks: tuple[str, ...]
@@ -47,6 +49,7 @@ class Partition:
     removed: tuple[str, ...]
     fixed: tuple[str, ...]
     num_subsets: tuple[int, ...]
+    stepwise: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data."""
@@ -76,6 +79,7 @@ def partition(
     max_subsets: int,
     max_rows: int,
     norm_samples: int,
+    num_fresh: int,
     norms: Literal["auto", "fresh", "pretrained"],
     kept_per_segment: tuple[int, ...] | None = None,
     num_segments: int | None = None,
@@ -121,20 +125,25 @@ def partition(
         norm_of = None
         norm = gradients.of_layers(model, able)
     else:
-        norm_of = partial(gradients.of_fresh, FreshNet(model, able, context.seed))
+        nets = [FreshNet(model, able, context.seed + i) for i in range(num_fresh)]
+
+        def norm_of(layers: Sequence[str]) -> float:
+            return statistics.fmean(gradients.of_fresh(net, layers) for net in nets)
+
         norm = {name: norm_of((name,)) for name in able}
-    removed, tried = [], []
-    for part, num_removed in zip(parts, quota, strict=True):
+    removed, tried, stepwise = [], [], []
+    for i, (part, num_removed) in enumerate(zip(parts, quota, strict=True)):
         own = [name for name in part if name in loose]
         kept, num = _best(own, len(own) - num_removed, norm, norm_of, max_subsets)
         removed += [name for name in own if name not in kept]
         tried.append(num)
         number = math.comb(len(own), num_removed)
         if norm_of is not None and number > max_subsets:
+            stepwise.append(i)
             logger.warning(
-                "sglp: the segment from %s has %d subsets, more than max_subsets=%d: its layers "
-                "are ranked by the norm of each alone",
-                part[0], number, max_subsets,
+                "sglp: the segment from %s has %d subsets, more than max_subsets=%d: it gave up "
+                "one layer at a time, %d subsets were tried",
+                part[0], number, max_subsets, num,
             )  # fmt: skip
     logger.info(
         "sglp: segments of %s blocks, of which %s go",
@@ -148,6 +157,7 @@ def partition(
         removed=tuple(removed),
         fixed=fixed,
         num_subsets=tuple(tried),
+        stepwise=tuple(stepwise),
     )
 
 
@@ -211,12 +221,16 @@ def _best(
     max_subsets: int,
 ) -> tuple[tuple[str, ...], int]:
     """The layers of a segment to keep, and how many subsets were tried for that."""
-    alone = tuple(sorted(able, key=norms.__getitem__, reverse=True)[:num_kept])
     number = math.comb(len(able), num_kept)
-    if norm_of is None or (number in (1, len(able)) and num_kept == 1) or number > max_subsets:
-        return alone, 0
-    subsets = list(itertools.combinations(able, num_kept))
-    return (alone, 0) if number == 1 else (max(subsets, key=norm_of), number)
+    if norm_of is None or number == 1 or num_kept == 1:
+        return tuple(sorted(able, key=norms.__getitem__, reverse=True)[:num_kept]), 0
+    if number <= max_subsets:
+        return max(itertools.combinations(able, num_kept), key=norm_of), number
+    kept, tried = tuple(able), 0
+    while len(kept) > num_kept:
+        tried += len(kept)
+        kept = max(itertools.combinations(kept, len(kept) - 1), key=norm_of)
+    return kept, tried
 
 
 def _in_proportion(total: int, sizes: list[int], most: list[int]) -> list[int]:
