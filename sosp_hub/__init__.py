@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sosp_hub.evaluate import evaluate
     from sosp_hub.expand import expand
     from sosp_hub.export import export
+    from sosp_hub.gradual import GradualPruning, trainer_callback
     from sosp_hub.hub.push import push_to_hub
     from sosp_hub.plan import PruningPlan
     from sosp_hub.promise.within import allocate_within
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "GradualPruning": "sosp_hub.gradual",
+    "trainer_callback": "sosp_hub.gradual",
     "PruningPlan": "sosp_hub.plan",
     "allocate": "sosp_hub.allocation",
     "allocate_within": "sosp_hub.promise.within",
@@ -51,6 +54,7 @@ _HOME = {
 }
 
 __all__ = [
+    "GradualPruning",
     "PruningPlan",
     "allocate",
     "allocate_within",
@@ -72,6 +76,7 @@ __all__ = [
     "save_pretrained",
     "score",
     "trace",
+    "trainer_callback",
 ]
 
 

@@ -48,6 +48,7 @@ class Context:
         data: Opened data; None where nothing is measured and nothing trained.
         scores: Of an earlier run, to be used instead of scoring.
         sources: The other data sets of the recipe, opened.
+        original: The dense model, where `model` was cut in rounds before; None = `model`.
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class Context:
     data: OpenData | None = None
     scores: Scores | None = None
     sources: Mapping[SourceSection, OpenData] = field(default_factory=dict)
+    original: nn.Module | None = None
     _splits: dict[_Key, Split] = field(default_factory=dict, repr=False)
     _batches: dict[tuple[int, int, int], Sequence[Any]] = field(default_factory=dict, repr=False)
 
@@ -78,8 +80,13 @@ class Context:
 
     @property
     def model(self) -> nn.Module:
-        """The dense model."""
+        """The model that is cut."""
         return self.loaded.model
+
+    @property
+    def dense(self) -> nn.Module:
+        """The dense model, which is what is cut unless it was cut in rounds before."""
+        return self.model if self.original is None else self.original
 
     @property
     def groups(self) -> dict[str, Group]:
@@ -157,7 +164,7 @@ class Context:
 
     def loss_fn(self, model: nn.Module) -> "LossFn | None":
         """The loss of the dense model or of one that was cut from it; None = the model's own."""
-        dense = None if model is self.model else self.model
+        dense = None if model is self.dense else self.dense
         return find_task(self.recipe.model.task).loss_fn(model, dense)
 
     @property

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ def write_result(
     metrics: Mapping[str, Any],
     rebuild: Mapping[str, Any],
     recovery: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
     promise: Mapping[str, Any],
     calibration: Mapping[str, Any],
     base: Mapping[str, Any],
@@ -90,6 +91,7 @@ def write_result(
         "command": scrub(command),
         "history": recovery.get("history", []),
         "promise": dict(promise),
+        "rounds": list(rounds),
         "recovery": {name: value for name, value in recovery.items() if name != "history"},
     }
     shutil.rmtree(draft, ignore_errors=True)

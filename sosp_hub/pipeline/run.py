@@ -19,6 +19,7 @@ from sosp_hub.pipeline.planning import check, decide_and_cut, score
 from sosp_hub.pipeline.promising import promised
 from sosp_hub.pipeline.rebuilding import rebuild_told
 from sosp_hub.pipeline.result import check_push, publish, write_result
+from sosp_hub.pipeline.rounds import in_rounds
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stage_cache import StageCache
 from sosp_hub.pipeline.training import measure_dense, train_dense, train_masks
@@ -72,9 +73,10 @@ def run(
     if scores is not None:
         scores.check_dense(dense)
     control = train_masks(context)
-    saliency = score(context)
-    plan, pruned = decide_and_cut(context, saliency)
-    measured, recovery = follow_up(context, plan, pruned)
+    rounds = in_rounds(context)
+    saliency = score(rounds.context)
+    plan, pruned = decide_and_cut(rounds.context, saliency)
+    measured, recovery = follow_up(rounds.context, plan, pruned)
     before = {"dense": dense, "control": control}
     metrics: dict[str, Any] = {k: v for k, v in before.items() if v} | measured
     metrics.setdefault("final", list(measured.values())[-1])
@@ -86,15 +88,16 @@ def run(
             loaded=context.loaded,
             pruned=pruned,
             graph=context.graph,
-            plan=plan,
-            saliency=saliency,
+            plan=rounds.whole(plan),
+            saliency={} if rounds.plans else saliency,  # which is of a model that was cut before
             metrics=metrics if with_data else {},
-            rebuild=rebuild_told(context),
+            rebuild=rebuild_told(rounds.context),
+            rounds=rounds.record,
             recovery=recovery,
             promise=promised.made(context) or {},
-            calibration=calibration_of(context),
+            calibration=calibration_of(rounds.context),
             base=context.base,
-            curvature=stored_curvature(context),
+            curvature=None if rounds.plans else stored_curvature(context),
             keep_dense=context.made_dense and recipe.output.keep_dense,
             seconds=cache.seconds(),
             draft=cache.folder / "result" / output.name,

@@ -140,6 +140,9 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
     report = report or {}
     source = f"the recipe of {folder}"
     made = parse_recipe(str(report.get("recipe") or ""), source)
+    if made.schedule is not None:
+        fault = "schedule: its scores are of models that were cut before; run the recipe again"
+        raise RecipeError("--from-scores", [fault])
     _check(folder, made, overrides)
     dropped = [*(f"budget.{name}=null" for name in BUDGETS), "budget.max_drop={}"]
     first = parse_recipe(str(report["recipe"]), source, [*dropped, *overrides])

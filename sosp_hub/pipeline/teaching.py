@@ -16,16 +16,16 @@ def teacher_of(context: Context) -> Iterator[nn.Module | None]:
     """What is followed; None where nothing is. A dense model that is not waits on the CPU."""
     config, device = context.recipe.finetune, context.accelerator.device
     if config.follows() and config.teacher is None:
-        yield context.model
+        yield context.dense
         return
-    if getattr(context.loss_fn(context.model), "at_minimum", False):  # the loss needs it as well
+    if getattr(context.loss_fn(context.dense), "at_minimum", False):  # the loss needs it as well
         yield _other(context).to(device) if config.follows() else None
         return
-    context.model.cpu()
+    context.dense.cpu()
     try:
         yield _other(context).to(device) if config.follows() else None
     finally:
-        context.model.to(device)
+        context.dense.to(device)
 
 
 def _other(context: Context) -> nn.Module:

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion, MaskTrainedCriterion
 from sosp_hub.recipe.metrics import Drop, read_drops
+from sosp_hub.recipe.schedule import ScheduleSection
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
 from sosp_hub.recipe.targets import Targets
 from sosp_hub.recipe.tasks import find_task
@@ -448,6 +449,9 @@ class Recipe(Section):
     budget: BudgetSection = Field(default=BudgetSection())
     rebuild: RebuildSection = Field(default=RebuildSection())
     finetune: FinetuneSection = Field(default=FinetuneSection())
+    schedule: ScheduleSection | None = Field(
+        default=None, description="cut in several rounds; null = at once"
+    )
     evaluate: EvaluateSection = Field(default=EvaluateSection())
     output: OutputSection = Field(default=OutputSection())
     push: PushSection | None = Field(
@@ -545,6 +549,23 @@ class Recipe(Section):
                     f"budget.{key}: is of language models that generate, task text-generation; "
                     "write latency_s or memory_bytes"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_a_schedule(self) -> Self:
+        if self.schedule is None:
+            return self
+        known = ("macs", "params", "memory_bytes")
+        targets = self.budget.targets()
+        if self.budget.max_drop or self.budget.groups or not set(targets) <= set(known):
+            raise ValueError(
+                f"schedule: rounds lead to a share of {', '.join(known)}; write one of these as "
+                "`budget`, and nothing else that decides how much goes"
+            )
+        if self.criterion.compensate_bias:
+            raise ValueError("schedule: plans that shift biases cannot be put together")
+        if self.compare or self.expand or isinstance(self.criterion, MaskTrainedCriterion):
+            raise ValueError("schedule: goes with `prune` alone, and with criteria that only score")
         return self
 
     @model_validator(mode="after")

@@ -53,6 +53,7 @@ class Facts:
         drops: Classes that lost most: class, before, after, change.
         promise: What was promised, and what was measured of it.
         curve: The models that were tried for that.
+        rounds: A row for each cut before the last.
         unmeasured: What a reader may look for and was not measured.
         versions: Package and version.
         base_model: Hub id of the base model; None where there is none.
@@ -76,6 +77,7 @@ class Facts:
     drops: Grid
     promise: tuple[str, ...]
     curve: Grid
+    rounds: Grid
     unmeasured: tuple[str, ...]
     versions: Mapping[str, str]
     base_model: str | None
@@ -133,6 +135,7 @@ def collect(report: Mapping[str, Any]) -> Facts:
         drops=_drops(metrics),
         promise=tuple(_promise(report)),
         curve=_curve(report.get("promise") or {}),
+        rounds=_rounds(report.get("rounds") or ()),
         unmeasured=_unmeasured(report),
         versions={str(k): str(v) for k, v in (report.get("versions") or {}).items()},
         base_model=base_model,
@@ -410,6 +413,25 @@ def _curve(promise: Mapping[str, Any]) -> Grid:
     head = ("MACs", "parameters", *(f"{numbers.metric_name(m)} lost" for m in drops), "within", "")
     note = "Lost: compared with the dense model, on the held-out samples of the proof."
     return Grid("What was tried", head, tuple(rows), note, num_left=0)
+
+
+def _rounds(rounds: Sequence[Mapping[str, Any]]) -> Grid:
+    """What was kept and measured after each cut before the last."""
+    names = overall_metrics(rounds[0]["metrics"]) if rounds else []
+    rows = []
+    for number, one in enumerate(rounds, start=1):
+        kept = [numbers.share(one["kept"][key]) for key in ("macs", "params") if key in one["kept"]]
+        metrics = one["metrics"]
+        stages = [metrics.get("cut") or {}, list(metrics.values())[-1] or {}]
+        values = [
+            with_spread(name, stage[name]) if name in stage else ""
+            for name in names
+            for stage in stages
+        ]
+        rows.append((str(number), *kept, *values))
+    measured = [f"{numbers.metric_name(n)}, {w}" for n in names for w in ("cut", "trained")]
+    head = ("round", "MACs", "parameters", *measured)
+    return Grid("Rounds before the last", head, tuple(rows))
 
 
 def _loss_words(drop: Drop, lost: Mapping[str, Any]) -> str:

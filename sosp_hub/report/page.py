@@ -51,7 +51,9 @@ def write_page(folder: str | Path) -> Path:
         headline=facts.headline,
         tiles=facts.costs.rows,
         tables=[
-            grid for grid in (facts.costs, facts.metrics, facts.drops, facts.curve) if grid.rows
+            grid
+            for grid in (facts.costs, facts.metrics, facts.drops, facts.curve, facts.rounds)
+            if grid.rows
         ],
         drawn=pictures(report, read_saliency(folder), folder),
         parts=_parts(facts),

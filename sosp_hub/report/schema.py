@@ -189,6 +189,11 @@ class _AfterTraining(_Part):
     undone: bool
 
 
+class _Round(_Part):
+    kept: _Cost
+    metrics: dict[str, dict[str, _Metric] | None]
+
+
 class _Report(_Part):
     plan: _Plan | None = None
     metrics: dict[str, dict[str, _Metric] | None] | None = None
@@ -207,6 +212,7 @@ class _Report(_Part):
     history: list[Any] | None = None
     recovery: _Recovery | None = None
     promise: _Promise | None = None
+    rounds: list[_Round] | None = None
 
 
 def check_report(report: Mapping[str, Any], source: str = "report") -> None:

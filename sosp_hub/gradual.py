@@ -1,0 +1,250 @@
+"""Cut, train, cut: a model that becomes smaller while it is trained, in the user's own loop.
+
+Each round the model is traced and scored anew, cut in place by one more share of the whole way,
+rebuilt where there is data for it, and what lives beside it (optimizer, averages of weights) is cut
+with it.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sosp_hub.allocation import allocate
+from sosp_hub.atomic import write_text
+from sosp_hub.cost import Cost, cost
+from sosp_hub.cut import apply_
+from sosp_hub.errors import BudgetError, PlanError
+from sosp_hub.finetune import recalibrate_norm
+from sosp_hub.plan import PruningPlan
+from sosp_hub.recipe.schedule import kept_after
+from sosp_hub.reconstruction.rebuild import rebuilt_weights
+from sosp_hub.scoring import score
+from sosp_hub.structure.trace import trace
+from sosp_hub.surgery.carry import carry
+from sosp_hub.untrusted import UnreadableError, read_json
+
+if TYPE_CHECKING:
+    from sosp_hub.types import Batches, LossFn
+
+_COSTS = {"macs": "macs", "params": "params", "memory_bytes": "bytes"}
+_FILE = "sosp_schedule.json"
+
+
+class GradualPruning:
+    """Rounds of cuts in a training loop: call ``step`` after each optimizer step.
+
+        pruning = GradualPruning(model, inputs, batches, rounds=5, every=200, macs=0.5,
+                                 optimizer=optimizer, averages=[ema])
+        for batch in loader:
+            ...  # forward, backward, optimizer.step()
+            pruning.step()
+
+    Args:
+        model: Becomes smaller in place. Of DistributedDataParallel pass the module inside, and wrap
+            it anew after each cut.
+        example_inputs: As for ``trace``.
+        batches: Calibration batches; scored with, rebuilt with.
+        rounds: Cuts.
+        every: Steps from one cut to the next; the first one comes before the first step.
+        share: How the shares go: ``cubic`` cuts most at the beginning (Zhu and Gupta,
+            arXiv 1710.01878), ``linear`` the same each round.
+        criterion: As for ``score``.
+        optimizer: Of the model; its state follows each cut.
+        averages: Copies of the model with averaged weights, which follow too.
+        rebuild: Solve the weights that read what was cut again, each round.
+        loss_fn: As for ``score``.
+        limits: Further keywords of ``allocate``: floors, ``round_to``, ``uniform``, ``target``.
+        **budget: One of ``macs``, ``params``, ``memory_bytes``: the share that is kept at the end.
+
+    Attributes:
+        rounds_done: Cuts so far.
+        plans: Of each cut, for the model as it was then.
+
+    Raises:
+        BudgetError: No such budget, or a schedule that is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        batches: "Batches",
+        *,
+        rounds: int = 5,
+        every: int = 100,
+        share: Literal["cubic", "linear"] = "cubic",
+        criterion: str = "taylor",
+        optimizer: Optimizer | None = None,
+        averages: Sequence[nn.Module] = (),
+        rebuild: bool = True,
+        loss_fn: "LossFn | None" = None,
+        limits: Mapping[str, Any] | None = None,
+        **budget: float,
+    ) -> None:
+        if len(budget) != 1 or next(iter(budget)) not in _COSTS:
+            raise BudgetError(
+                f"GradualPruning got the budget {budget or 'nothing'}; expected one of "
+                f"{', '.join(f'{name}=0.5' for name in _COSTS)}"
+            )
+        ((self._name, self._kept),) = budget.items()
+        if not 0 < self._kept <= 1 or rounds < 1 or every < 1:
+            raise BudgetError(
+                f"GradualPruning got {self._name}={self._kept}, rounds={rounds}, every={every}; "
+                "expected a share in (0, 1], and at least one round and step"
+            )
+        self._model, self._inputs, self._batches = model, example_inputs, list(batches)
+        self._rounds, self._every, self._share = rounds, every, share
+        self._criterion, self._loss_fn = criterion, loss_fn
+        self._optimizer, self._averages = optimizer, list(averages)
+        self._rebuild, self._limits = rebuild, dict(limits or {})
+        self._steps = 0
+        self._dense = self._value(cost(trace(model, example_inputs)))
+        self.plans: list[PruningPlan] = []
+
+    @property
+    def rounds_done(self) -> int:
+        """Cuts so far."""
+        return len(self.plans)
+
+    def step(self) -> bool:
+        """Counts a step, and cuts where one is due; whether it did."""
+        due = self.rounds_done < self._rounds and self._steps >= self.rounds_done * self._every
+        if due:
+            self.cut()
+        self._steps += 1
+        return due
+
+    def cut(self) -> PruningPlan:
+        """The next round, now.
+
+        Raises:
+            BudgetError: All rounds are done, or floors do not allow the share.
+        """
+        if self.rounds_done == self._rounds:
+            raise BudgetError(f"GradualPruning: all {self._rounds} rounds are done")
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            graph = trace(self._model, self._inputs)
+            kept = kept_after(self._kept, self.rounds_done + 1, self._rounds, self._share)
+            share = min(1.0, kept * self._dense / self._value(cost(graph)))
+            saliency = score(
+                self._model, graph, self._batches, criterion=self._criterion, loss_fn=self._loss_fn
+            )
+            budget: dict[str, Any] = {**self._limits, self._name: share}
+            plan = allocate(graph, saliency, **budget)
+            self._apply(graph, plan)
+        finally:
+            self._model.train(was_training)
+        self.plans.append(plan)
+        return plan
+
+    def _apply(self, graph: Any, plan: PruningPlan, *, solve: bool = True) -> None:
+        if solve and self._rebuild and plan.kept:
+            rebuilt = rebuilt_weights(self._model, graph, plan, self._batches)
+            with torch.no_grad():
+                new = dict(rebuilt.model.named_parameters())
+                for name, parameter in self._model.named_parameters():
+                    parameter.copy_(new[name])
+            plan = rebuilt.plan
+        apply_(self._model, graph, plan, verify="fast", strict=True)
+        if solve:
+            recalibrate_norm(self._model, self._batches)
+        if self._optimizer is not None:
+            carry(self._optimizer, self._model, graph, plan)
+        for average in self._averages:
+            carry(average, self._model, graph, plan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a training that goes on needs beside the states of model and optimizer."""
+        return {
+            "steps": self._steps,
+            "dense": self._dense,
+            "plans": [plan.to_json() for plan in self.plans],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cuts the dense model, its optimizer and averages as they were when the state was saved.
+
+        Their own states are loaded after it. Of a model that is cut already, such as
+        ``from_pretrained`` gives, use `resume`.
+
+        Raises:
+            PlanError: The model is not the dense one.
+        """
+        if self.plans:
+            raise PlanError("GradualPruning: this one has cut its model already; make a new one")
+        was_training = self._model.training
+        self._model.eval()
+        for text in state["plans"]:
+            plan = PruningPlan.from_json(text)
+            self._apply(trace(self._model, self._inputs), plan, solve=False)
+            self.plans.append(plan)
+        self._model.train(was_training)
+        self._steps, self._dense = state["steps"], state["dense"]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the state beside a checkpoint."""
+        write_text(Path(folder) / _FILE, json.dumps(self.state_dict()))
+
+    def resume(self, folder: str | Path) -> None:
+        """Reads the state beside a checkpoint whose model was loaded as it was: cut.
+
+        Raises:
+            PlanError: No such file.
+        """
+        path = Path(folder) / _FILE
+        try:
+            state = read_json(path)
+            self.plans = [PruningPlan.from_json(text) for text in state["plans"]]
+            self._steps, self._dense = int(state["steps"]), float(state["dense"])
+        except (OSError, UnreadableError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"{path}: no schedule that was saved ({error})") from error
+
+    def _value(self, found: Cost) -> float:
+        return getattr(found, _COSTS[self._name])
+
+
+def trainer_callback(make: Callable[[nn.Module, Optimizer], GradualPruning]) -> Any:
+    """A callback of transformers' Trainer that cuts while it trains.
+
+        trainer = Trainer(model, ..., callbacks=[trainer_callback(
+            lambda model, optimizer: GradualPruning(
+                model, inputs, batches, rounds=5, every=200, macs=0.5, optimizer=optimizer))])
+
+    Each checkpoint of the Trainer holds the state of the schedule; to go on from one, load its
+    model with ``sosp_hub.from_pretrained(checkpoint)`` and train with
+    ``resume_from_checkpoint=checkpoint``.
+
+    Args:
+        make: From the model and the optimizer of the Trainer to the schedule.
+    """
+    from transformers import TrainerCallback  # the package does without
+
+    class Callback(TrainerCallback):
+        pruning: GradualPruning | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            del control
+            optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
+            self.pruning = make(given["model"], optimizer)
+            if state.global_step:
+                self.pruning.resume(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            del args, state, control, given
+            assert self.pruning is not None
+            self.pruning.step()
+
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            del control, given
+            assert self.pruning is not None
+            if state.is_world_process_zero:
+                self.pruning.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Callback()

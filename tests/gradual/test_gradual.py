@@ -1,0 +1,198 @@
+"""Cuts in rounds in a training loop: shares, state that is carried, a killed schedule."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sosp_hub
+from sosp_hub.cost import cost
+from sosp_hub.errors import BudgetError, PlanError
+from sosp_hub.gradual import GradualPruning
+from sosp_hub.recipe.schedule import kept_after
+from tests.compare import assert_close
+
+pytestmark = pytest.mark.slow
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)
+    )
+
+
+X = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+Y = X[:, :3].argmax(1)
+BATCHES = [(X[:32], Y[:32]), (X[32:], Y[32:])]
+
+
+def pruning(model, optimizer=None, averages=(), **keys):
+    keys = {"rounds": 3, "every": 4, "macs": 0.4, **keys}
+    return GradualPruning(model, (X[:2],), BATCHES, optimizer=optimizer, averages=averages, **keys)
+
+
+def train_step(model, optimizer):
+    optimizer.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    optimizer.step()
+
+
+def whole_cost(model):
+    return cost(sosp_hub.trace(model, (X[:2],))).macs
+
+
+@pytest.mark.parametrize("share", ["cubic", "linear"])
+def test_each_round_leaves_its_share_of_the_dense_model(share):
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    dense, found = whole_cost(model), pruning(model, optimizer, share=share)
+    sizes = []
+    for _ in range(12):
+        if found.step():
+            sizes.append(whole_cost(model) / dense)
+        train_step(model, optimizer)
+    expected = [kept_after(0.4, number, 3, share) for number in (1, 2, 3)]
+    for size, most in zip(sizes, expected, strict=True):
+        assert most - 0.1 < size <= most
+    assert found.rounds_done == 3
+    with pytest.raises(BudgetError, match="all 3 rounds are done"):
+        found.cut()
+
+
+def test_optimizer_and_averages_follow_every_cut():
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    found = pruning(model, optimizer, [average], rebuild=False)
+    for _ in range(12):
+        before = {p: optimizer.state[p]["exp_avg"].clone() for p in optimizer.state}
+        moments = sorted(m.abs().sum().item() for m in before.values())
+        if found.step() and moments:  # what is left of them, none begun anew
+            for parameter in model.parameters():
+                state = optimizer.state[parameter]
+                assert state["exp_avg"].shape == parameter.shape
+                assert state["step"] > 0
+        train_step(model, optimizer)
+        average.update_parameters(model)
+    shapes = [parameter.shape for parameter in model.parameters()]
+    assert [parameter.shape for parameter in average.module.parameters()] == shapes
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in model.parameters()
+    }
+
+
+def test_a_rebuilt_cut_loses_less():
+    losses = {}
+    for rebuild in (True, False):
+        model = net()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(100):
+            train_step(model, optimizer)
+        pruning(model, optimizer, rounds=1, rebuild=rebuild).step()
+        losses[rebuild] = F.cross_entropy(model(X), Y).item()
+    assert losses[True] < losses[False]
+
+
+@pytest.mark.parametrize("stop", [2, 5, 9])
+def test_a_killed_schedule_goes_on_in_the_middle(stop, tmp_path):
+    def run(model, optimizer, found, first, last):
+        for _ in range(first, last):
+            found.step()
+            train_step(model, optimizer)
+
+    expected = net()
+    optimizer = torch.optim.Adam(expected.parameters(), lr=1e-2)
+    run(expected, optimizer, pruning(expected, optimizer), 0, 12)
+
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    found = pruning(model, optimizer)
+    run(model, optimizer, found, 0, stop)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), found.state_dict()))
+
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    found = pruning(model, optimizer)
+    found.load_state_dict(saved[2])
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    run(model, optimizer, found, stop, 12)
+    assert_close(model.state_dict(), expected.state_dict(), relative=0)
+    with pytest.raises(PlanError, match="has cut its model already"):
+        found.load_state_dict(saved[2])
+    with pytest.raises(PlanError, match="no schedule that was saved"):
+        found.resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"macs": 0}, {"macs": 1.5}, {"rounds": 0}, {"every": 0}, {"flops": 0.5}]
+)
+def test_a_schedule_that_is_none_is_refused(keys):
+    with pytest.raises(BudgetError, match=r"GradualPruning got"):
+        pruning(net(), **keys)
+
+
+def test_a_transformers_trainer_cuts_while_it_trains(tmp_path):
+    from torch.utils.data import Dataset
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    class Texts(Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            ids = torch.arange(8).add(index).remainder(30)
+            return {"input_ids": ids, "labels": torch.tensor(index % 2)}
+
+    def bert():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=16, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        return BertForSequenceClassification(config)
+
+    batch = {
+        "input_ids": torch.stack([Texts()[i]["input_ids"] for i in range(8)]),
+        "labels": torch.arange(8) % 2,
+    }
+    inputs = {"input_ids": batch["input_ids"][:2]}
+    made = []
+
+    def make(model, optimizer):
+        made.append(
+            GradualPruning(model, inputs, [batch], rounds=2, every=4, macs=0.7, optimizer=optimizer)
+        )
+        return made[-1]
+
+    def train(model, folder, steps, **given):
+        arguments = TrainingArguments(
+            str(folder), max_steps=steps, save_steps=6, per_device_train_batch_size=4,
+            report_to=[], use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        callback = sosp_hub.trainer_callback(make)
+        trainer = Trainer(model, arguments, train_dataset=Texts(), callbacks=[callback])
+        trainer.train(**given)
+        return trainer.model
+
+    whole = train(bert(), tmp_path / "whole", 8)
+    assert made[-1].rounds_done == 2
+    dense = cost(sosp_hub.trace(bert(), inputs)).macs
+    assert cost(sosp_hub.trace(whole, inputs)).macs <= 0.7 * dense
+    checkpoint = tmp_path / "whole" / "checkpoint-6"
+    again = train(
+        sosp_hub.from_pretrained(checkpoint),
+        tmp_path / "whole",
+        8,
+        resume_from_checkpoint=str(checkpoint),
+    )
+    assert made[-1].rounds_done == 2
+    assert_close(again.state_dict(), whole.state_dict(), relative=1e-5)
+    assert math.isfinite(whole(**batch).loss.item())

@@ -1,0 +1,69 @@
+"""``schedule`` in recipes: cut, train, cut; told round by round, and continued in the middle."""
+
+import json
+
+import pytest
+
+from sosp_hub.checkpoint.io import from_pretrained
+from sosp_hub.cost import cost
+from sosp_hub.pipeline import rounds
+from sosp_hub.prune import main
+
+pytestmark = pytest.mark.slow
+
+ROUNDS = ["budget={macs: 0.6}", "schedule={rounds: 3}", "finetune.epochs=1", "data.num_train=48"]
+
+
+def report_of(recipe, name="out"):
+    return json.loads((recipe.parent / name / "sosp_report.json").read_text())
+
+
+def test_rounds_lead_to_the_budget_and_are_told(recipe, capsys):
+    assert main([str(recipe), *ROUNDS]) == 0
+    report = report_of(recipe)
+    kept = [one["kept"]["macs"] for one in report["rounds"]]
+    assert len(kept) == 2
+    assert 0.6 < kept[1] < kept[0] < 1
+    share = report["cost"]["after"]["macs"] / report["cost"]["before"]["macs"]
+    assert 0.55 < share <= 0.6
+    assert report["plan"]["provenance"]["rounds"] == 3
+    card = (recipe.parent / "out" / "README.md").read_text()
+    assert "## Rounds before the last" in card
+    model = from_pretrained(recipe.parent / "out")
+    assert sum(p.numel() for p in model.parameters()) == report["cost"]["after"]["params"]
+    again = ["--from-scores", str(recipe.parent / "out"), "budget.macs=0.5"]
+    assert main(again) == 2
+    assert "of models that were cut before" in capsys.readouterr().err
+
+
+def test_a_schedule_that_was_killed_goes_on_in_the_middle(recipe, monkeypatch):
+    assert main([str(recipe), *ROUNDS]) == 0
+    done, follow_up = [], rounds.follow_up
+
+    def dying(context, plan, pruned):
+        done.append(cost(context.graph).macs)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return follow_up(context, plan, pruned)
+
+    monkeypatch.setattr(rounds, "follow_up", dying)
+    again = [str(recipe), *ROUNDS, f"output.dir={recipe.parent / 'again'}"]
+    assert main(again) == 130
+    assert main(again) == 0
+    first, second = report_of(recipe), report_of(recipe, "again")
+    for key in ("rounds", "metrics", "plan"):
+        assert first[key] == second[key]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("budget={structures: 0.5}", "rounds lead to a share of macs"),
+        ("budget={max_drop: {accuracy: 1}}", "rounds lead to a share of macs"),
+        ("criterion={name: taylor, compensate_bias: true}", "shift biases"),
+        ("schedule={rounds: 1}", "schedule.rounds"),
+    ],
+)
+def test_what_does_not_go_in_rounds_is_refused(given, told, recipe, capsys):
+    assert main([str(recipe), *ROUNDS, given]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
