@@ -82,6 +82,7 @@ def assemble(
         parameters=frozenset(parameters & tensors.keys()),
         buffers=frozenset(model.state_dict().keys() & tensors.keys() - parameters),
         normalised=frozenset(terms.normalised),
+        scales=tuple(terms.scales),
         example_inputs=inputs,
         outputs=outputs,
         only_in_training=terms.only_in_training,

@@ -10,7 +10,7 @@ from torch import nn
 
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
-from sosp_hub.structure.axes import Atom, size_of, sources
+from sosp_hub.structure.axes import Atom, Axis, size_of, sources
 from sosp_hub.structure.constraint_solver import Count
 from sosp_hub.structure.groups import Group, Member
 from sosp_hub.structure.terms import Axes, Constraint, Step
@@ -46,15 +46,17 @@ class Route:
 
 @dataclass(eq=False)
 class Routes:
-    """The other ways in which a model can be run, once they were looked for.
+    """The other ways in which a model can be run, as far as they were looked for.
 
     Attributes:
-        known: Those that were traced; None = nobody has looked yet.
+        known: Those that were traced.
         unchecked: Those that the model does not take, and why.
+        complete: Whether all were looked for, as they are to be verified.
     """
 
-    known: tuple[Route, ...] | None = None
+    known: tuple[Route, ...] = ()
     unchecked: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,7 @@ class Graph:
         parameters: Names of the tensors that are parameters.
         buffers: Names of the buffers that a checkpoint stores.
         normalised: Parameters that are divided by a norm of themselves before they are used.
+        scales: Module and width of attention that a fused kernel scales by the width it finds.
         example_inputs: The inputs that were traced.
         outputs: Names or positions of the outputs that matter; None = all.
         only_in_training: Modules with parameters that evaluation never uses, training does.
@@ -109,6 +112,7 @@ class Graph:
     num_cuttable_params: dict[str, int] = field(default_factory=dict)
     only_in_training: tuple[str, ...] = ()
     never_used: tuple[str, ...] = ()
+    scales: tuple[tuple[str, Axis], ...] = ()
     routes: Routes = field(default_factory=Routes)
     unproved: dict[str, str] = field(default_factory=dict)
 

@@ -1,9 +1,8 @@
 """Example inputs of any nesting: how many samples they hold, and others like them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _CHANNELS = (1, 3, 4)
@@ -41,18 +40,16 @@ def map_named(inputs: Any, function: Callable[[str, Tensor], Tensor]) -> Any:
     return _mapped("", inputs, function)
 
 
-def other_batch(inputs: Any) -> Any:
-    """The same inputs with one sample less, or with one more where there is only one."""
-    size = num_samples(inputs)
+def with_samples(inputs: Any, samples: Sequence[int]) -> Any:
+    """The same inputs with these samples of them, which may be there more than once."""
+    size, chosen = num_samples(inputs), list(samples)
 
     def change(_: str, value: Tensor) -> Tensor:
-        if not value.dim() or value.shape[0] != size:
-            return value
-        return value[:-1] if size > 1 else torch.cat([value, value])
+        return value[chosen] if value.dim() and value.shape[0] == size else value
 
     def changed(value: Any) -> Any:
         if is_images(value) and len(value) == size:
-            return type(value)(value[:-1] if size > 1 else [*value, *value])
+            return type(value)(value[i] for i in chosen)
         return map_named(value, change)
 
     if isinstance(inputs, Mapping):

@@ -30,10 +30,12 @@ _Cache = functools._lru_cache_wrapper
 
 _FOREIGN = frozenset(sys.stdlib_module_names) | frozenset(
     [
-        *("IPython", "PIL", "_pytest", "accelerate", "datasets", "fsspec", "huggingface_hub"),
-        *("jax", "matplotlib", "numpy", "pandas", "pyarrow", "pydantic", "pytest", "regex"),
-        *("requests", "safetensors", "scipy", "sklearn", "sosp_hub", "sympy", "tensorflow"),
-        *("tokenizers", "torch", "tqdm", "triton", "yaml"),
+        *("IPython", "PIL", "_pytest", "accelerate", "anyio", "certifi", "datasets", "fsspec"),
+        *("h11", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "idna", "jax"),
+        *("matplotlib", "numpy", "packaging", "pandas", "psutil", "pyarrow", "pydantic", "pytest"),
+        *("regex", "requests", "safetensors", "scipy", "sklearn", "sosp_hub", "sympy"),
+        *("tensorflow", "tokenizers", "torch", "tqdm", "triton", "truststore"),
+        *("typing_extensions", "urllib3", "yaml"),
     ]
 )
 """Packages that keep nothing of a model's pass, or whose own state must not be set back."""
@@ -386,6 +388,8 @@ def _entries(place: Any) -> Any:
 def _restore_container(place: Any, before: Any) -> None:
     if isinstance(place, dict):
         keys, values = before
+        if not place and not keys:
+            return
         if not (_same(dict.values(place), values) and _same(dict.keys(place), keys)):
             kind: Any = (
                 collections.OrderedDict if isinstance(place, collections.OrderedDict) else dict

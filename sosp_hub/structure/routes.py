@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from sosp_hub.compat.transformers import attention_of, set_attention
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph, Route
-from sosp_hub.structure.inputs import first_tensor, map_named, other_batch
+from sosp_hub.structure.inputs import first_tensor, map_named, num_samples, with_samples
 from sosp_hub.structure.shadow import is_config
-from sosp_hub.structure.trace import Program, call, trace
+from sosp_hub.structure.trace import call, trace
 
 _LOG = logging.getLogger("sosp_hub")
+_SMALL = 1_000_000
 
 
-def find_routes(model: nn.Module, graph: Graph) -> None:
+def find_routes(model: nn.Module, graph: Graph, *, one_call: bool = False) -> None:
     """Traces a model in the other ways that it can be run in; notes them in ``graph.routes``.
 
     What the model itself does not do is left out, with the reason.
@@ -35,53 +36,133 @@ def find_routes(model: nn.Module, graph: Graph) -> None:
     Args:
         model: The model that ``graph`` was traced from.
         graph: Is told. A second call does nothing.
+        one_call: Only what a cut has to know: leave ways that call the model several times to
+            another call of this, and run a small model with its data, which is faster.
     """
-    cache = graph.routes
-    if cache.known is not None:
+    found = graph.routes
+    fake = not one_call or sum(tensor.numel() for tensor in model.parameters()) > _SMALL
+    ways = _left(model, graph)
+    some = [way for way in ways if not way.several_calls] if one_call else ways
+    if found.complete or (one_call and found.known):
         return
-    ways = [way for way in _WAYS if way.exists(model, graph)]
     routes = []
-    if ways:
-        reason = _try(model, graph, ways, routes)
-        if reason and len(ways) > 1:
+    if some:
+        reason = _try(model, graph, some, routes, fake)
+        if reason and len(some) > 1:
             works = []
-            for way in ways:
-                if reason := _try(model, graph, [way], []):
-                    cache.unchecked[way.name] = reason
+            for way in some:
+                if reason := _try(model, graph, [way], [], fake):
+                    _tell_unchecked(graph, way, reason)
                 else:
                     works.append(way)
-            if works and _try(model, graph, works, routes):
+            if works and _try(model, graph, works, routes, fake):
                 for way in works:
-                    _try(model, graph, [way], routes)
+                    _try(model, graph, [way], routes, fake)
         elif reason:
-            cache.unchecked[ways[0].name] = reason
-    for name, reason in cache.unchecked.items():
-        _LOG.info("%s is not checked: %s", name, reason)
-    cache.known = tuple(routes)
+            _tell_unchecked(graph, some[0], reason)
+    found.known = tuple(routes)
+    found.complete = fake and len(some) == len(ways)
 
 
-def all_ways(model: nn.Module, graph: Graph) -> tuple[Any, Program] | None:
-    """Inputs for all other ways together, and how a model is run on them; not tried yet."""
+def all_ways(model: nn.Module, graph: Graph) -> "Run | None":
+    """How a model is run in all other ways together; not tried yet. None = there is no other."""
+    ways = _left(model, graph)
+    return _changed(model, graph, ways) if ways else None
+
+
+def ways_apart(model: nn.Module, graph: Graph) -> "Iterator[tuple[Run, ...]]":
+    """What is to be run together to see whether outputs depend on how a model is run.
+
+    First each way alone; then shorter inputs, and all other ways together, in this order.
+    """
+    ways = _left(model, graph)
+    for way in ways:
+        yield (_changed(model, graph, [way]),)
+    length = [way for way in ways if way.change is _other_length]
+    rest = [way for way in ways if way not in length]
+    if len(ways) > 1:
+        yield tuple(_changed(model, graph, part) for part in (length, rest) if part)
+
+
+def alike(runs: "Sequence[Run]", found: Sequence[Any], plain: Any) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of outputs that are equal where outputs do not depend on how a model is run.
+
+    Attention is the same in any kernel and with a cache, and a sample whatever others are there. A
+    padded sample is what it is without the padding; where none is padded, no token sees a later
+    one.
+
+    Args:
+        runs: Ways to run the model together, of ``ways_apart``.
+        found: What it returned.
+        plain: What it returned for the traced inputs.
+    """
+    pairs = []
+    padded = next((out for run, out in zip(runs, found, strict=True) if run.padded), None)
+    for run, out in zip(runs, found, strict=True):
+        if run.shorter and padded is not None:
+            pairs += _pairs(padded, out, lambda t, run=run: run.shortened(t[:1]), lambda t: t[:1])
+        elif run.shorter:
+            pairs += _pairs(out, plain, lambda t: t, run.shortened)
+        else:
+            same = slice(run.padded, None)
+            pairs += _pairs(
+                out, plain, lambda t, s=same: t[s], lambda t, s=same, run=run: run.chosen(t)[s]
+            )
+    return pairs
+
+
+_Part = Callable[[Tensor], Tensor]
+
+
+def _pairs(one: Any, two: Any, of_one: _Part, of_two: _Part) -> list[tuple[Tensor, Tensor]]:
+    """Parts of tensors in the same place of two nested outputs."""
+    if isinstance(one, Calls):
+        one = torch.cat([*one], 1)
+    if isinstance(two, Calls):
+        two = torch.cat([*two], 1)
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return [(of_one(one), of_two(two))] if one.dim() and two.dim() else []
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        both = [(one[name], two[name]) for name in one if name in two]
+    elif isinstance(one, tuple | list) and isinstance(two, tuple | list):
+        both = list(zip(one, two, strict=True))
+    else:
+        both = []
+    return [pair for x, y in both for pair in _pairs(x, y, of_one, of_two)]
+
+
+def _left(model: nn.Module, graph: Graph) -> "list[_Way]":
+    """The ways that nothing is known to speak against."""
     ways = [way for way in _WAYS if way.exists(model, graph)]
-    state = _changed(model, graph, ways)
-    return (state.inputs, state.run) if ways else None
+    for way in [way for way in ways if way.takes_tokens]:
+        if (length := _length(graph.example_inputs)) <= 2 * _FEWER:
+            _tell_unchecked(graph, way, f"inputs of {length} tokens; {2 * _FEWER + 1} are needed")
+    return [way for way in ways if way.name not in graph.routes.unchecked]
 
 
-def _changed(model: nn.Module, graph: Graph, ways: Sequence["_Way"]) -> "_Run":
-    state = _Run(model, copy_inputs(graph.example_inputs))
+def _tell_unchecked(graph: Graph, way: "_Way", reason: str) -> None:
+    if way.name not in graph.routes.unchecked:
+        graph.routes.unchecked[way.name] = reason
+        _LOG.info("%s is not checked: %s", way.name, reason)
+
+
+def _changed(model: nn.Module, graph: Graph, ways: Sequence["_Way"]) -> "Run":
+    state = Run(" and ".join(way.name for way in ways), model, copy_inputs(graph.example_inputs))
     for way in ways:
         way.change(state)
     return state
 
 
-def _try(model: nn.Module, graph: Graph, ways: Sequence["_Way"], routes: list[Route]) -> str | None:
+def _try(
+    model: nn.Module, graph: Graph, ways: Sequence["_Way"], routes: list[Route], fake: bool
+) -> str | None:
     """Adds the route that all these ways make together; says why there is none."""
     state = _changed(model, graph, ways)
     try:
-        traced = trace(model, state.inputs, graph.outputs, program=state.run)
+        traced = trace(model, state.inputs, graph.outputs, fake=fake, program=state.run)
     except Exception as error:  # noqa: BLE001 - whatever code raises on a way it does not know
         return _first_line(error)
-    routes.append(Route(" and ".join(way.name for way in ways), traced, state.run))
+    routes.append(Route(state.name, traced, state.run))
     return None
 
 
@@ -91,13 +172,28 @@ def _first_line(error: BaseException) -> str:
 
 
 @dataclass
-class _Run:
-    """How a model is run: inputs, what is set in a copy of it before, and the calls."""
+class Run:
+    """How a model is run.
 
+    Attributes:
+        name: What differs from the traced inputs.
+        model: The model whose ways these are.
+        inputs: What it is given.
+        settings: What is set before in a copy of it.
+        calls: Runs the copy.
+        samples: Which sample of the traced inputs each sample is; None = the same ones.
+        padded: Whether the first sample lacks its last tokens.
+        shorter: Whether all samples do.
+    """
+
+    name: str
     model: nn.Module
     inputs: Any
     settings: list[Callable[[nn.Module], None]] = field(default_factory=list)
     calls: Callable[[nn.Module, Any], Any] = call
+    samples: list[int] | None = None
+    padded: bool = False
+    shorter: bool = False
 
     def run(self, model: nn.Module, inputs: Any) -> Any:
         """Runs a copy of the model."""
@@ -107,15 +203,31 @@ class _Run:
             warnings.simplefilter("ignore")  # nobody has asked for this way
             return self.calls(model, inputs)
 
+    def chosen(self, plain: Tensor) -> Tensor:
+        """Those samples of an output that are run here."""
+        return plain if self.samples is None else plain[self.samples]
+
+    def shortened(self, output: Tensor) -> Tensor:
+        """The part of an output for the tokens that shorter inputs have."""
+        length = _length(self.inputs)
+        for_tokens = output.dim() > 1 and output.shape[1] == length + _FEWER
+        return output[:, :length] if for_tokens else output
+
+
+class Calls(tuple[Tensor, ...]):
+    """What an output is after each of several calls, which go on where the one before ended."""
+
 
 @dataclass(frozen=True)
 class _Way:
     name: str
     exists: Callable[[nn.Module, Graph], bool]
-    change: Callable[[_Run], None]
+    change: Callable[[Run], None]
+    takes_tokens: bool = False
+    several_calls: bool = False
 
 
-# Attention that is not fused ----------------------------------------------------------------------
+# Attention that is fused, and that is not ---------------------------------------------------------
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
@@ -132,17 +244,29 @@ def _is_fused(model: nn.Module, _: Graph) -> bool:
     )
 
 
-def _eager(run: _Run) -> None:
-    run.settings.append(_set_eager)
+def _could_be_fused(model: nn.Module, graph: Graph) -> bool:
+    takes = getattr(model, "_supports_sdpa", False)
+    return not _is_fused(model, graph) and (
+        any(vars(module).get("fused_attn") is False for module in model.modules())
+        or any(takes and attention_of(config) == "eager" for config in _configs(model))
+    )
 
 
-def _set_eager(model: nn.Module) -> None:
+def _eager(run: Run) -> None:
+    run.settings.append(functools.partial(_set_fused, False))
+
+
+def _fused(run: Run) -> None:
+    run.settings.append(functools.partial(_set_fused, True))
+
+
+def _set_fused(fused: bool, model: nn.Module) -> None:
     for config in _configs(model):
         if attention_of(config) is not None:
-            set_attention(config, "eager")
+            set_attention(config, "sdpa" if fused else "eager")
     for module in model.modules():
-        if vars(module).get("fused_attn") is True:
-            module.fused_attn = False  # type: ignore[assignment]
+        if "fused_attn" in vars(module):
+            module.fused_attn = fused  # type: ignore[assignment]
 
 
 # Other inputs -------------------------------------------------------------------------------------
@@ -154,8 +278,12 @@ def _has_samples(_: nn.Module, graph: Graph) -> bool:
     )
 
 
-def _other_batch(run: _Run) -> None:
-    run.inputs = other_batch(run.inputs)
+def _other_batch(run: Run) -> None:
+    """One sample less, or one more: of texts, where the first will be padded, and of one sample."""
+    size = num_samples(run.inputs)
+    more = size == 1 or bool(_length(run.inputs))
+    run.samples = [*range(size), 0] if more else [*range(size - 1)]
+    run.inputs = with_samples(run.inputs, run.samples)
 
 
 def _length(inputs: Any) -> int:
@@ -165,8 +293,12 @@ def _length(inputs: Any) -> int:
     return first.shape[1] if first.dim() == 2 and whole else 0
 
 
+_FEWER = 2
+"""Tokens that shorter inputs and padded samples lack: a cached step then finds padding in both."""
+
+
 def _is_text(_: nn.Module, graph: Graph) -> bool:
-    return _has_samples(_, graph) and _length(graph.example_inputs) > 3
+    return _has_samples(_, graph) and _length(graph.example_inputs) > 1
 
 
 def _cut_tokens(inputs: Any, part: slice, but: Iterable[str] = ()) -> Any:
@@ -179,8 +311,9 @@ def _cut_tokens(inputs: Any, part: slice, but: Iterable[str] = ()) -> Any:
     return map_named(inputs, change)
 
 
-def _other_length(run: _Run) -> None:
-    run.inputs = _cut_tokens(run.inputs, slice(-1))
+def _other_length(run: Run) -> None:
+    run.inputs = _cut_tokens(run.inputs, slice(-_FEWER))
+    run.shorter = True
 
 
 _MASK = "attention_mask"
@@ -196,12 +329,13 @@ def _takes(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def _padded(run: _Run) -> None:
-    """The first sample lacks a token that the others have."""
+def _padded(run: Run) -> None:
+    """The first sample lacks the last tokens."""
     ids = first_tensor(run.inputs)
     mask = run.inputs.get(_MASK)
     mask = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask.clone()
-    mask[0, 1] = 0
+    mask[0, -_FEWER:] = 0
+    run.padded = True
     run.inputs = {**run.inputs, _MASK: mask}
 
 
@@ -223,7 +357,7 @@ def _has_cache(model: nn.Module, graph: Graph) -> bool:
     )
 
 
-def _step_by_step(run: _Run) -> None:
+def _step_by_step(run: Run) -> None:
     run.inputs = {name: value for name, value in run.inputs.items() if name != "labels"}
     kept = next(name for name in _CACHES if _takes(run.model, name))
     run.calls = functools.partial(_two_calls, kept)
@@ -234,7 +368,15 @@ def _two_calls(kept: str, model: nn.Module, inputs: Any) -> Any:
     first = call(model, {**_cut_tokens(inputs, slice(-1)), "use_cache": True})
     rest = _cut_tokens(inputs, slice(-1, None), but=(_MASK,))
     last = call(model, {**rest, kept: first[kept], "use_cache": True})
-    return {name: (first[name], last[name]) for name in first if name in last and name != kept}
+    return {name: _each(first[name], last[name]) for name in first if name in last and name != kept}
+
+
+def _each(first: Any, last: Any) -> Any:
+    if isinstance(first, Tensor) and isinstance(last, Tensor):
+        return Calls((first, last))
+    if isinstance(first, tuple | list) and isinstance(last, tuple | list):
+        return tuple(map(_each, first, last))
+    return first, last
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -250,7 +392,7 @@ _DROPOUTS = (
 )
 
 
-def _training(run: _Run) -> None:
+def _training(run: Run) -> None:
     run.settings.append(_set_training)
 
 
@@ -263,9 +405,10 @@ def _set_training(model: nn.Module) -> None:
 
 _WAYS = (
     _Way("eager attention", _is_fused, _eager),
+    _Way("fused attention", _could_be_fused, _fused),
     _Way("another batch size", _has_samples, _other_batch),
-    _Way("another length", _is_text, _other_length),
-    _Way("a padded batch", _can_be_padded, _padded),
-    _Way("a cached step", _has_cache, _step_by_step),
+    _Way("another length", _is_text, _other_length, takes_tokens=True),
+    _Way("a padded batch", _can_be_padded, _padded, takes_tokens=True),
+    _Way("a cached step", _has_cache, _step_by_step, takes_tokens=True, several_calls=True),
     _Way("training", _has_training, _training),
 )

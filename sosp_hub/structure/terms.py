@@ -76,6 +76,7 @@ class Terms:
     only_in_training: tuple[str, ...] = ()
     never_used: tuple[str, ...] = ()
     normalised: set[str] = field(default_factory=set)
+    scales: list[tuple[str, Axis]] = field(default_factory=list)
     mixes: bool = False
     picked: Axis | None = None
     counts: bool = False

@@ -1,12 +1,14 @@
 """Python attributes that must follow the tensors: traced ones, configs, standard layers."""
 
 import copy
+import math
 from typing import Any
 
 from torch import nn
 
 from sosp_hub.plan import Plan
 from sosp_hub.standard_layers import standard_layer
+from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.constraint_solver import attribute_values
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.traced_int import Attribute
@@ -17,15 +19,32 @@ def rewrite(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Sets every attribute the cut changes; a module that needs it gets its own config."""
     kept = plan.num_kept()
     values = dict(attribute_values(graph.constraints, graph.count(kept)))
-    for route in graph.routes.known or ():
+    for route in graph.routes.known:
         others = attribute_values(route.graph.constraints, route.graph.count(kept))
         values = {**others, **values}
     configs: dict[tuple[str, str], Any] = {}
     for attribute, value in values.items():
         _set(model, attribute, value, configs)
+    follow_scales(model, graph, plan)
     recount_experts(model, graph, plan)
     for module in model.modules():
         _follow_shapes(module)
+
+
+def follow_scales(model: nn.Module, graph: Graph, plan: Plan) -> None:
+    """Sets the factors by which attention that is not fused is scaled.
+
+    A fused kernel that is given no factor takes 1/sqrt of the width that it finds, and the module
+    keeps the same number for when it runs without that kernel.
+    """
+    count = graph.count(plan.num_kept())
+    for name, axis in graph.scales:
+        before, after = size_of(axis), size_of(axis, count)
+        values = vars(model.get_submodule(name)) if before != after else {}
+        for key, value in values.items():
+            is_scale = isinstance(value, float) and "drop" not in key
+            if is_scale and math.isclose(value, before**-0.5, rel_tol=1e-9):
+                values[key] = after**-0.5
 
 
 def _set(

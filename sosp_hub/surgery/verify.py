@@ -6,7 +6,8 @@ along a cut axis (normalisations, means) see the kept positions only.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from sosp_hub.structure.copies import copy_inputs, copy_model, map_tensors
 from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import body_of
-from sosp_hub.structure.routes import all_ways, find_routes
+from sosp_hub.structure.routes import Run, alike, all_ways, find_routes, ways_apart
 from sosp_hub.structure.terms import Axes, Step
 from sosp_hub.structure.trace import (
     Program,
@@ -34,6 +35,7 @@ from sosp_hub.structure.trace import (
     trace,
     wanted_outputs,
 )
+from sosp_hub.surgery.attributes import follow_scales
 from sosp_hub.surgery.layers import bypassed
 
 _AnyStep = TypeVar("_AnyStep", Step, "_Taken")
@@ -62,36 +64,45 @@ def checked_cut(
         find_routes(model, graph)
         pruned = cut(copy_model(model), graph, plan)
         check_shapes(pruned, graph, plan)
-        for route in graph.routes.known or ():
+        for route in graph.routes.known:
             with _on(route):
                 check_shapes(pruned, route.graph, plan, route.run)
         return pruned
     dense = _without_zeros(copy_model(model).eval())
 
-    def error_in(dense: nn.Module, traced: Graph, run: Program) -> float:
-        expected, real = _masked(dense, traced, plan, run)
-        found = _checked_outputs(cut(copy_model(dense), graph, plan), real, plan, run)
-        return _difference(found, expected)
+    def error_in(dense: nn.Module, traced: Graph, run: Program) -> tuple[float, _Ran]:
+        expected, real = _masked(dense, traced, plan, run, graph)
+        pruned = cut(copy_model(dense), graph, plan)
+        outputs = _checked_outputs(pruned, real, plan, run)
+        return _difference(output_tensors(outputs), expected), (pruned, outputs)
 
-    def check(route: Route | None) -> None:
+    def check(route: Route | None) -> _Ran:
         traced, run = (graph, call) if route is None else (route.graph, route.run)
         with _on(route):
-            error = error_in(dense, traced, run)
+            error, ran = error_in(dense, traced, run)
             if TOLERANCE < error < _ROUNDING:  # rounding, in a deep or a wide model, or a fault
-                error = error_in(copy_model(dense).double(), _in_double(traced), run)
+                error, _ = error_in(copy_model(dense).double(), _in_double(traced), run)
             if not error <= TOLERANCE:
                 raise VerificationError(
                     "the cut model's outputs differ from the masked model's by "
                     f"{error:.1e} (relative)"
                 )
+        return ran
 
-    check(None)
-    if not _equal_on_all_ways(dense, graph, plan, cut):
-        find_routes(model, graph)  # what other ways read is then cut as well
-        if not _equal_on_all_ways(dense, graph, plan, cut):
-            for route in graph.routes.known or ():
+    pruned, plain = check(None)
+    if not _equal_on_all_ways(dense, graph, plan, pruned, plain):
+        find_routes(model, graph, one_call=True)  # what other ways read is then cut as well
+        pruned = cut(copy_model(dense), graph, plan)
+        if not _equal_on_all_ways(dense, graph, plan, pruned, plain):
+            find_routes(model, graph)
+            for route in graph.routes.known:
                 check(route)
+            _check_each_way(dense, graph, plan, cut)
     return cut(copy_model(model), graph, plan)
+
+
+_Ran = tuple[nn.Module, Any]
+"""A cut model and what it returned for the traced inputs."""
 
 
 def _in_double(graph: Graph) -> Graph:
@@ -100,34 +111,98 @@ def _in_double(graph: Graph) -> Graph:
     return dataclasses.replace(graph, example_inputs=inputs)
 
 
-def _equal_on_all_ways(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> bool:
+def _equal_on_all_ways(
+    dense: nn.Module, graph: Graph, plan: PruningPlan, pruned: nn.Module, plain: Any
+) -> bool:
     """Whether cut and masked model are seen to be equal on all other ways without a trace of them.
 
-    So it is where zeros in the weights that read the groups make the masked model.
+    Where zeros in the weights that read the groups make the masked model, that is run. Else the cut
+    model must give what it gave for the traced inputs, where the dense model does.
+
+    Args:
+        dense: The model before the cut.
+        graph: Its trace.
+        plan: The cut.
+        pruned: The cut model; is changed.
+        plain: What it returned for the traced inputs.
     """
-    exact = all(graph.groups[name].exact and not graph.fold_obstacle(name) for name in plan.kept)
-    ways = all_ways(model, graph)
-    if ways is None or not exact or graph.only_in_training:
-        return ways is None
-    inputs, run = ways
-    masks = {name: torch.zeros(graph.groups[name].size + 1) for name in plan.kept}
-    masked = copy_model(model)
+    way = all_ways(dense, graph)
+    if way is None or graph.only_in_training:
+        return way is None
+    try:
+        if all(graph.groups[name].exact and not graph.fold_obstacle(name) for name in plan.kept):
+            zeroed = _zeroed(copy_model(dense), graph, plan)
+            ran = [_results(model, graph, [(way.run, way.inputs)]) for model in (pruned, zeroed)]
+            return _difference(*map(output_tensors, ran)) <= TOLERANCE
+        *_, together = ways_apart(dense, graph)
+        return (
+            _change(pruned, graph, together, plain) <= TOLERANCE
+            and _change(copy_model(dense), graph, together) <= TOLERANCE
+        )
+    except Exception:  # noqa: BLE001 - the traces tell whose fault it is
+        return False
+
+
+def _check_each_way(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> None:
+    """Raises where outputs of the cut model depend on how it is run, and those of ``model`` do not.
+
+    Equal to a masked model in each way, it may still differ from itself: a fused kernel finds a
+    scale by the width that is left, code that is not fused keeps it as a number.
+    """
+
+    def errors(model: nn.Module, ways: Sequence[Run], graph: Graph) -> tuple[float, float]:
+        try:
+            before = _change(copy_model(model), graph, ways)
+        except Exception:  # noqa: BLE001 - a way that the model does not take
+            return math.inf, math.inf
+        if before > _ROUNDING:
+            return before, math.inf
+        return before, _change(cut(copy_model(model), graph, plan), graph, ways)
+
+    doubled = _in_double(graph)
+    for ways, exact in zip(ways_apart(model, graph), ways_apart(model, doubled), strict=True):
+        before, after = errors(model, ways, graph)
+        if TOLERANCE < before < _ROUNDING or TOLERANCE < after < _ROUNDING:
+            before, after = errors(copy_model(model).double(), exact, doubled)
+        if before <= TOLERANCE and not after <= TOLERANCE:
+            names = " and ".join(way.name for way in ways)
+            raise VerificationError(
+                f"with {names}: the cut model's outputs differ from those for the traced inputs by "
+                f"{after:.1e} (relative), which the model's own do not; trace it as it will run"
+            )
+
+
+def _change(model: nn.Module, graph: Graph, ways: Sequence[Run], plain: Any = None) -> float:
+    """How much outputs of a model change, relatively, with the ways in which it is run.
+
+    Args:
+        model: The model; is changed.
+        graph: Tells the traced inputs and the outputs that matter.
+        ways: Of ``ways_apart``.
+        plain: What it returned for the traced inputs.
+    """
+    runs = [(way.run, way.inputs) for way in ways]
+    if plain is None:
+        plain, *found = _results(model, graph, [(call, graph.example_inputs), *runs])
+    else:
+        found = _results(model, graph, runs)
+    pairs = alike(ways, found, plain)
+    if not any(_has_values(tensor) for tensor, _ in pairs):
+        return math.inf
+    return _difference(*zip(*pairs, strict=True))
+
+
+def _zeroed(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
+    """The model, in which weights that read removed structures are zero."""
     with torch.no_grad():
-        for name, mask in masks.items():
+        for name in plan.kept:
+            mask = torch.zeros(graph.groups[name].size + 1)
             mask[[*plan.kept[name], -1]] = 1  # positions of other groups have index -1
             for member in graph.readers(name):
-                weight = masked.get_parameter(member.tensor)
+                weight = model.get_parameter(member.tensor)
                 shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
                 weight.mul_(mask[torch.as_tensor(member.index)].to(weight).view(shape))
-        try:
-            with isolated(model):
-                expected = run(masked, copy_inputs(inputs))
-            with isolated(model):
-                found = run(cut(copy_model(model), graph, plan), copy_inputs(inputs))
-            tensors = [output_tensors(wanted_outputs(o, graph.outputs)) for o in (found, expected)]
-            return _difference(*tensors) <= TOLERANCE
-        except Exception:  # noqa: BLE001 - the traces tell whose fault it is
-            return False
+    return model
 
 
 @contextmanager
@@ -210,9 +285,7 @@ class _Recorder(DispatchMode):
         return out
 
 
-def _checked_outputs(
-    pruned: nn.Module, graph: Graph, plan: PruningPlan, run: Program
-) -> list[Tensor]:
+def _checked_outputs(pruned: nn.Module, graph: Graph, plan: PruningPlan, run: Program) -> Any:
     """Outputs of the cut model, each of whose steps must give the predicted shape."""
     recorder = _Recorder()
     inputs = copy_inputs(graph.example_inputs)
@@ -225,7 +298,7 @@ def _checked_outputs(
             f"the cut model does not run: {type(error).__name__}: {error}"
         ) from error
     _compare_steps(recorder.taken, graph, plan)
-    return output_tensors(wanted_outputs(result, graph.outputs))
+    return wanted_outputs(result, graph.outputs)
 
 
 def verify_growth(
@@ -262,11 +335,20 @@ def verify_growth(
     )
 
 
-def outputs_of(model: nn.Module, graph: Graph, run: Program = call) -> list[Tensor]:
+def outputs_of(model: nn.Module, graph: Graph) -> list[Tensor]:
     """The outputs that matter, on the example inputs, in evaluation."""
+    return output_tensors(_results(model, graph, [(call, graph.example_inputs)]))
+
+
+def _results(model: nn.Module, graph: Graph, runs: Iterable[tuple[Program, Any]]) -> list[Any]:
+    """What the model returns, called in these ways with these inputs, one after the other."""
     with isolated(model), torch.no_grad():
-        result = run(model.eval(), copy_inputs(graph.example_inputs))
-    return output_tensors(wanted_outputs(result, graph.outputs))
+        results = [run(model.eval(), copy_inputs(inputs)) for run, inputs in runs]
+    return [wanted_outputs(result, graph.outputs) for result in results]
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return bool(tensor.numel()) and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -276,7 +358,7 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
             raise VerificationError(
                 f"an output has shape {list(one.shape)}, expected {list(two.shape)}"
             )
-        if (two.is_floating_point() or two.is_complex()) and two.numel():
+        if _has_values(two):
             scale = max(float(two.abs().max()), 1e-30)
             wide = torch.complex128 if two.is_complex() else torch.float64
             difference = float((one.to(wide) - two.to(wide)).abs().max()) / scale
@@ -284,29 +366,30 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return worst
 
 
-def masked_outputs(
-    model: nn.Module, graph: Graph, plan: PruningPlan, run: Program = call
-) -> list[Tensor]:
+def masked_outputs(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[Tensor]:
     """Outputs of the masked model."""
-    return _masked(model, graph, plan, run)[0]
+    return _masked(model, graph, plan, call, graph)[0]
 
 
 def _masked(
-    model: nn.Module, graph: Graph, plan: PruningPlan, run: Program
+    model: nn.Module, traced: Graph, plan: PruningPlan, run: Program, graph: Graph
 ) -> tuple[list[Tensor], Graph]:
     """Outputs of the masked model, and the trace whose steps it takes.
 
     Where it takes other steps with data than without, it is traced again with data.
     """
-    try:
-        return _replayed(model, graph, plan, run), graph
-    except Exception:  # noqa: BLE001 - whatever comes of steps that are not those of this pass
-        real = trace(model, graph.example_inputs, graph.outputs, fake=False, program=run)
-        return _replayed(model, real, plan, run), real
-
-
-def _replayed(model: nn.Module, real: Graph, plan: PruningPlan, run: Program) -> list[Tensor]:
     twin = copy_model(model).eval().requires_grad_(False)  # matmul takes its path by it
+    follow_scales(twin, graph, plan)
+    try:
+        return _replayed(twin, traced, plan, run), traced
+    except Exception:  # noqa: BLE001 - whatever comes of steps that are not those of this pass
+        real = trace(model, traced.example_inputs, traced.outputs, fake=False, program=run)
+        twin = copy_model(model).eval().requires_grad_(False)
+        follow_scales(twin, graph, plan)
+        return _replayed(twin, real, plan, run), real
+
+
+def _replayed(twin: nn.Module, real: Graph, plan: PruningPlan, run: Program) -> list[Tensor]:
     masks = {atom: torch.as_tensor(mask) for atom, mask in real.keep(plan).items()}
     replay = _Replay(list(real.steps), {atom: mask.numpy() for atom, mask in masks.items()})
     tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())

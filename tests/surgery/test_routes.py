@@ -5,11 +5,14 @@ import dataclasses
 import logging
 
 import pytest
+import timm
 import torch
 import transformers as tf
 from torch import nn
 
+import sosp_hub
 from sosp_hub.errors import VerificationError
+from sosp_hub.structure import routes
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from tests.compare import assert_close
@@ -188,3 +191,106 @@ def test_a_wrong_head_of_training_is_noticed(monkeypatch):
     monkeypatch.setattr(surgery, "rewrite", wrong)
     with pytest.raises(VerificationError, match="training"):
         apply(model, graph, plan, strict=True)
+
+
+def set_fused(model, fused):
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    return model
+
+
+def narrow_heads(model, x):
+    """The graph, and a plan with half of the width of all heads."""
+    graph = trace(model, (x,))
+    names = {name for name, group in graph.groups.items() if group.kind == "head_dim"}
+    names = names.union(*(tie for tie in graph.ties if names & {*tie}))
+    assert names
+    return graph, plan_of(graph, {name: range(0, graph.groups[name].size, 2) for name in names})
+
+
+IMAGE = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}
+"""Heads of 12: 1/sqrt(12) is like no other number in these models."""
+FUSED = {
+    "vit": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, **IMAGE),
+    "deit3": lambda: timm.create_model("deit3_small_patch16_224", num_classes=5, **IMAGE),
+    "beit": lambda: timm.create_model("beitv2_base_patch16_224", num_classes=5, **IMAGE),
+    "cait": lambda: timm.create_model("cait_xxs24_224", num_classes=5, **IMAGE),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_narrower_heads_are_scaled_alike_fused_or_not(name, tmp_path):
+    torch.manual_seed(0)
+    model, x = set_fused(fill(FUSED[name]().eval()), True), torch.randn(2, 3, 16, 16)
+    assert_close(set_fused(copy.deepcopy(model), False)(x), model(x))
+    pruned = apply(model, *narrow_heads(model, x))
+    expected = pruned(x)
+    assert_close(set_fused(copy.deepcopy(pruned), False)(x), expected)
+    sosp_hub.save_pretrained(pruned, tmp_path)
+    loaded = sosp_hub.from_pretrained(tmp_path)
+    for fused in (True, False):
+        assert_close(set_fused(loaded, fused)(x), expected)
+
+
+def test_heads_that_a_fused_kernel_would_scale_otherwise_are_told():
+    model, x = set_fused(fill(FUSED["vit"]().eval()), False), torch.randn(2, 3, 16, 16)
+    with pytest.raises(VerificationError, match=r"with fused attention.*trace it as it will run"):
+        apply(model, *narrow_heads(model, x), strict=True)
+
+
+class Mean(nn.Module):
+    """What is not fused keeps a width as a number that no trace can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 5)
+        self.fused_attn, self.width = True, 12.0
+
+    def forward(self, x):
+        h = self.up(x)
+        mean = h.mean(-1) if self.fused_attn else h.sum(-1) / self.width
+        return self.down(h - mean[:, None])
+
+
+def test_outputs_that_come_to_depend_on_the_way_are_told():
+    model, x = fill(Mean().eval()), torch.randn(2, 5)
+    graph = trace(model, (x,))
+    (name,) = graph.groups
+    assert not graph.groups[name].exact
+    with pytest.raises(VerificationError, match="with eager attention") as caught:
+        apply(model, graph, plan_of(graph, {name: range(6)}), strict=True)
+    assert caught.value.groups == (name,)
+
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
+BERT = tf.BertConfig(**SMALL, intermediate_size=16)
+TRACES = {
+    "llama": (LANGUAGE["llama"], 1),
+    "gpt2": (lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**SMALL, bos_token_id=1)), 0),
+    "bert": (lambda: tf.BertForSequenceClassification(BERT), 0),
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_other_ways_are_traced_only_where_they_read_what_was_not_read(name, monkeypatch):
+    """Each trace costs more than all passes of a small model together."""
+    build, expected = TRACES[name]
+    model, traced = fill(build().eval()), []
+    graph = trace(model, {"input_ids": ids()}, outputs="logits")
+    monkeypatch.setattr(routes, "trace", lambda *a, **k: traced.append(a) or trace(*a, **k))
+    apply(model, graph, half(graph))
+    apply(model, graph, half(graph))
+    assert len(traced) == expected
+    assert not graph.routes.unchecked
+
+
+def test_inputs_too_short_for_a_way_are_told(caplog):
+    model = fill(LANGUAGE["llama"]().eval())
+    graph = trace(model, {"input_ids": ids(2, 4)}, outputs="logits")
+    with caplog.at_level(logging.INFO, logger="sosp_hub"):
+        apply(model, graph, half(graph))
+    told = ["another length", "a padded batch", "a cached step"]
+    assert list(graph.routes.unchecked) == told
+    for name in told:
+        assert f"{name} is not checked: inputs of 4 tokens; 5 are needed" in caplog.text

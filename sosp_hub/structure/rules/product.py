@@ -135,6 +135,7 @@ def attention(
     mark(width, "contracted")
     if not scaled:
         terms.mix(width, "attention is scaled by 1/sqrt(its size)")
+        terms.scales.append((terms.modules[-1], width))
     for one, two in zip(lead_k, lead_v, strict=True):
         unify(one, two, operation)
     for i, (one, two) in enumerate(zip(lead_q, lead_k, strict=True)):
