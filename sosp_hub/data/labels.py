@@ -42,7 +42,11 @@ def problem_of(rows: Rows, asked: Problem | None, where: str) -> Problem:
 
 
 def listed_classes(
-    lists: Sequence[Sequence[Label]], names: tuple[str, ...], where: str, key: str
+    lists: Sequence[Sequence[Label]],
+    names: tuple[str, ...],
+    where: str,
+    key: str,
+    least: int = 2,
 ) -> tuple[tuple[str, ...], Callable[[Sequence[Sequence[Label]]], list[list[int]]]]:
     """Names of the classes in lists, and what makes numbers of such lists.
 
@@ -51,13 +55,14 @@ def listed_classes(
         names: Where the source lists them.
         where: The source, for messages.
         key: Of the section ``data``, for messages.
+        least: Number of classes.
 
     Raises:
-        DataError: Labels that are neither names nor whole numbers, or fewer than two classes; later
+        DataError: Labels that are neither names nor whole numbers, or too few classes; later
             one that train does not have.
     """
     names = names or _class_names([label for labels in lists for label in labels], where)
-    if len(names) < 2:
+    if len(names) < least:
         raise DataError(
             f"data.{key}: {where} has only the class {', '.join(names)}; expected two or more"
         )

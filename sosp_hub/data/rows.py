@@ -91,6 +91,31 @@ class ImageRows:
                 "remove it"
             ) from error
 
+    def levels(self, index: int, key: str) -> np.ndarray:
+        """The numbers of an image of one channel as they are stored: classes, or distances.
+
+        Args:
+            index: Of the sample.
+            key: Of the recipe's section ``data``, for the message.
+
+        Raises:
+            DataError: A file that is no image, or one of colours.
+        """
+        source = self.sources[index]
+        try:
+            image = self.fetch(source)
+            if isinstance(image, dict):
+                image = BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+            opened = image if isinstance(image, Image.Image) else Image.open(image)
+            if len(opened.getbands()) != 1:
+                raise ValueError(f"it has colours (mode {opened.mode}), and no number a pixel")
+            return np.array(opened)
+        except _UNREADABLE as error:
+            raise DataError(
+                f"{key}: cannot read the map {self.where.format(source)} ({error}); write it as an "
+                "image of one channel (modes L, P, I, I;16 or F)"
+            ) from error
+
     def in_memory(self) -> PixelRows | None:
         """The same images as one tensor where all have one small size, else None."""
         first = self.open(0)

@@ -97,6 +97,25 @@ class SourceSection(Section):
     first: str = Field(default="sentence1", description="column of the first text of a pair")
     second: str = Field(default="sentence2", description="column of the second text of a pair")
     score: str = Field(default="score", description="column of how alike the texts of a pair are")
+    source: str = Field(default="source", description="column of texts that are given")
+    target: str = Field(
+        default="target", description="column of texts that are wanted; a.b = part b of column a"
+    )
+    prefix: str = Field(default="", description="put before each given text, as T5 wants it")
+    audio: str = Field(default="audio", description="column of recordings")
+    objects: str = Field(
+        default="objects", description="column of boxes: {bbox: [[...], ...], category: [...]}"
+    )
+    boxes: Literal["xywh", "xyxy"] = Field(
+        default="xywh",
+        description="pixels of a box: left, top, width, height; or left, top, right, bottom",
+    )
+    mask: str = Field(default="annotation", description="column of maps of class numbers")
+    depth: str = Field(default="depth_map", description="column of maps of distances")
+    depth_scale: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="unit of the distances, such as 0.001 for millimetres"
+    )
+    series: str = Field(default="target", description="column of lists of numbers over time")
     num_train: Count | None = Field(default=None, description="training samples used; null = all")
     num_test: Count | None = Field(default=None, description="test samples used; null = all")
 

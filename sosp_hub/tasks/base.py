@@ -1,13 +1,15 @@
-"""What tasks on images, and tasks on texts, have in common."""
+"""What tasks on images, on texts, and on what a model's own processor takes have in common."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sosp_hub.recipe.tasks import Inputs, Task
 
 if TYPE_CHECKING:
-    from sosp_hub.data.rows import Rows
+    from sosp_hub.data.rows import Rows, TableRows
     from sosp_hub.data.source import OpenData
+    from sosp_hub.data.split import Split
 
 
 class ImageTask(Task, ABC):
@@ -51,3 +53,47 @@ class LanguageModelTask(TextTask, ABC):
     def prepare(self, data: "OpenData") -> "OpenData":
         """As it is: windows are cut first, and then subsets drawn."""
         return data
+
+
+class OwnTask(Task, ABC):
+    """A task whose batches the model's own processor makes of the rows of a table."""
+
+    inputs: ClassVar[Inputs] = "own"
+
+    def prepare(self, data: "OpenData") -> "OpenData":
+        """The subsets."""
+        from sosp_hub.data.source import picked
+
+        return picked(data)
+
+    def split(self, data: "OpenData", name: str, processor: Any, *, augment: bool) -> "Split":
+        """Batches that are made when they are asked for."""
+        from functools import partial
+
+        from sosp_hub.data.loading import wrong_kind
+        from sosp_hub.data.processing import OwnProcessing
+        from sosp_hub.data.rows import TableRows
+        from sosp_hub.data.split import MadeSplit
+
+        del augment
+        rows = data.train if name == "train" else data.test
+        if not isinstance(rows, TableRows) or not isinstance(processor, OwnProcessing):
+            raise wrong_kind(data)
+        make = partial(self.batch, rows, data, processor)
+        return MadeSplit(len(rows), make, data.info.class_names)
+
+    @abstractmethod
+    def batch(
+        self, rows: "TableRows", data: "OpenData", processor: Any, indices: Sequence[int]
+    ) -> dict[str, Any]:
+        """A batch of these rows, as the model takes it."""
+
+    def example_inputs(self, loaded: Any, batch_size: int, num_tokens: int) -> dict[str, Any]:
+        """What the processor makes of noise, on the model's device."""
+        from sosp_hub.tasks.examples import for_model
+
+        return for_model(loaded, self.example(loaded.processor, batch_size, num_tokens))
+
+    @abstractmethod
+    def example(self, processor: Any, batch_size: int, num_tokens: int) -> dict[str, Any]:
+        """Inputs for a trace or a timing, the same each time."""

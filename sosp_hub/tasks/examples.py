@@ -34,3 +34,30 @@ def text_inputs(loaded: Any, batch_size: int, num_tokens: int) -> dict[str, Any]
     tokens = torch.randint(vocabulary, (batch_size, num_tokens), generator=chance)
     tokens = tokens.to(next(loaded.model.parameters()).device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def for_model(loaded: Any, inputs: Any) -> dict[str, Any]:
+    """Inputs on the device of a model, in the dtype of its weights."""
+    parameter = next(loaded.model.parameters())
+    return {
+        name: value.to(parameter.device, parameter.dtype)
+        if value.is_floating_point()
+        else value.to(parameter.device)
+        for name, value in inputs.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def noise_images(num: int, size: tuple[int, int] = (480, 640)) -> list[Any]:
+    """Images (height, width) of noise, as they are opened; processors give them their own size."""
+    from PIL import Image
+
+    chance = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (num, *size, 3), generator=chance, dtype=torch.uint8)
+    return [Image.fromarray(each.numpy()) for each in pixels]
+
+
+def noise_audio(num: int, length: int) -> list[Any]:
+    """Noise of so many values."""
+    chance = torch.Generator().manual_seed(0)
+    return list((torch.randn(num, length, generator=chance) / 10).numpy())

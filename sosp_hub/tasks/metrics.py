@@ -145,6 +145,14 @@ def exact_span(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
     return right.double(), torch.ones(len(right))
 
 
+def whole_answers(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+    """Whether every place that counts is right."""
+    del batch
+    read = _read(loss, "softmax", "exact_match")
+    right = (read.values.argmax(-1) == read.targets) | (read.weights == 0)
+    return right.all(1).double(), torch.ones(len(right))
+
+
 def f1_of_answers(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
     """The mean over samples of the F1 of the tokens between the two ends."""
     del batch

@@ -196,6 +196,9 @@ def own_forms(
             yield "squared, one output", lambda: squared(logits.squeeze(-1), labels.to(logits))
         elif logits.ndim == 4 and labels.ndim == 3:
             yield "pixels", lambda: pixels(logits, labels, ignored)
+    forecast, future = _named(outputs, "prediction_outputs"), batch.get("future_values")
+    if isinstance(forecast, Tensor) and isinstance(future, Tensor):
+        yield "squared", lambda: squared(forecast, future)
     if _named(outputs, "start_logits") is not None and "start_positions" in batch:
         yield "spans", lambda: spans(outputs, batch)
 

@@ -1,0 +1,136 @@
+"""Every task: its own loss, every criterion, a whole run, the card, ``verify`` and ``pipeline``."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import sosp_hub
+from sosp_hub.data.loading import load_split
+from sosp_hub.data.source import open_data
+from sosp_hub.errors import CriterionError
+from sosp_hub.hub.verify import verify
+from sosp_hub.prune import main
+from sosp_hub.recipe.criteria import CRITERIA
+from sosp_hub.recipe.load import parse_recipe
+from sosp_hub.recipe.tasks import find_task, tasks
+from sosp_hub.tasks.batches import num_samples
+from sosp_hub.tasks.loss import batch_loss
+from sosp_hub.zoo.load import example_inputs, load_model
+from tests.compare import assert_close
+from tests.tasks.made import CASES, make
+
+RECIPE = """
+model: {{library: transformers, id: {folder}/model, task: {task}}}
+data: {{path: {folder}/data, {data}}}
+structure: {{kinds: [head, neuron]}}
+criterion: {{name: sosp_h, num_samples: 8, batch_size: 4}}
+budget: {{structures: 0.7}}
+rebuild: {{num_samples: 8}}
+finetune: {{epochs: 1, batch_size: 8, held_out: 0}}
+evaluate: {{batch_size: 4, latency: false}}
+output: {{dir: {folder}/out, figures: false}}
+"""
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Makes the model and data of a case once."""
+    made = {}
+
+    def of(key):
+        if key not in made:
+            made[key] = make(CASES[key], tmp_path_factory.mktemp("task"))
+        return made[key]
+
+    return of
+
+
+def opened(folder, case):
+    text = RECIPE.format(folder=folder, task=case.task, data=case.data or "max_length: 32")
+    recipe = parse_recipe(text, "test", [])
+    data = open_data(recipe.data, recipe.model.task)
+    loaded = load_model(recipe.model, data=data.info)
+    return recipe, data, loaded
+
+
+def test_every_task_has_a_case():
+    assert {case.task for case in CASES.values()} == set(tasks())
+    assert {name for name, task in tasks().items() if task.has_pipeline} == set(
+        tasks()
+    ) & PIPELINE_REGISTRY.supported_tasks.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", CASES)
+def test_the_loss_is_the_models_own_and_every_criterion_scores_or_says_why_not(folders, key):
+    case = CASES[key]
+    recipe, data, loaded = opened(folders(key), case)
+    task, model = find_task(case.task), loaded.model
+    train = load_split(data, "train", loaded.processor)
+    batches = [train.__getitems__([0, 1, 2]), train.__getitems__([3, 4, 5])]
+    assert all(num_samples(batch) == 3 for batch in batches)
+    loss_fn = task.loss_fn(model)
+    loss = batch_loss(model, batches[0], loss_fn)
+    assert loss.value.isfinite()
+    if loss_fn is None:
+        assert_close(loss.value, model(**batches[0]).loss, relative=1e-6)
+    if loss.predictions is not None:
+        assert_close(loss.predictions.value(), loss.value, relative=1e-5)
+    graph = sosp_hub.trace(model, example_inputs(loaded), outputs=task.outputs)
+    scored = set()
+    for name, criterion in CRITERIA.known().items():
+        kinds = None if "layer" in criterion.kinds else ["head", "neuron"]
+        try:
+            saliency = sosp_hub.score(model, graph, batches, name, kinds=kinds, loss_fn=loss_fn)
+        except CriterionError as error:
+            assert str(error).count("\n") == 0, error
+            assert 20 < len(str(error)) < 500, error
+        else:
+            assert task.learns or not criterion.first_order, name
+            scored.add(name)
+            assert any(values.any() for values in saliency.values()), name
+    at_least = {"magnitude", "activation", "sosp_h", "sosp_i", "hap", "wanda_sp", "random"}
+    assert scored >= at_least | ({"taylor", "fisher"} if task.learns else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", CASES)
+def test_a_run_reloads_in_a_pipeline_and_is_verified(folders, key, capsys):
+    case, folder = CASES[key], folders(key)
+    text = RECIPE.format(folder=folder, task=case.task, data=case.data or "max_length: 32")
+    (folder / "recipe.yaml").write_text(text)
+    assert main([str(folder / "recipe.yaml")]) == 0, capsys.readouterr().err
+    out, task = folder / "out", find_task(case.task)
+    report = json.loads((out / "sosp_report.json").read_text())
+    assert report["task"] == case.task
+    before, after = (report["cost"][when]["params"] for when in ("before", "after"))
+    assert after < before
+    _, data, _ = opened(folder, case)
+    for stage in ("dense", "cut", "rebuilt", "final"):
+        assert list(report["metrics"][stage]) == list(task.default_metrics(data.info))
+        for metric in report["metrics"][stage].values():
+            assert metric["n"] > 0
+            assert metric["stderr"] is not None
+    assert f"pipeline_tag: {case.task}" in (out / "README.md").read_text()
+
+    model = sosp_hub.from_pretrained(out)
+    published = verify(str(out), overrides=[f"data.path={folder / 'data'}"])
+    assert published.holds, str(published)
+
+    if not task.has_pipeline:
+        return
+    pipe = transformers.pipeline(case.task, str(out), device="cpu")
+    _, _, loaded = opened(folder, case)
+    inputs = example_inputs(loaded)
+    with torch.no_grad():
+        mine, other = model(**inputs), pipe.model(**inputs)
+    for name in task.outputs or mine:
+        if isinstance(mine[name], torch.Tensor):
+            assert_close(other[name], mine[name], relative=1e-6)
+    if case.task == "question-answering" or case.given is None:
+        return
+    said = pipe(**case.given) if isinstance(case.given, dict) else pipe(case.given)
+    assert said is not None
