@@ -1,4 +1,6 @@
-"""Small models and data for the recipes that name no hub: ``python recipes/make_data.py TASK FOLDER``.
+"""Small models and data for the recipes in ``recipes/made``.
+
+``python recipes/make_data.py TASK FOLDER [--images FOLDER] [--brown FOLDER] [--espeak COMMAND]``
 
 Writes ``FOLDER/model`` (a tiny model of a real family, random weights, with its processor) and
 ``FOLDER/data`` (``train.parquet``, ``test.parquet``). What is real and what is made, for each task:
@@ -51,11 +53,12 @@ Things = tuple[np.ndarray, np.ndarray]
 def fashion(folder: str, split: str) -> Things:
     """Fashion-MNIST."""
     stem = {"train": "train", "test": "t10k"}[split]
-    images, labels = (
-        np.frombuffer(gzip.open(Path(folder) / f"{stem}-{kind}.gz").read(), np.uint8)
-        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-    )
+    files = (Path(folder).expanduser() / f"{stem}-{kind}.gz" for kind in _IDX)
+    images, labels = (np.frombuffer(gzip.decompress(f.read_bytes()), np.uint8) for f in files)
     return images[16:].reshape(-1, 28, 28), labels[8:]
+
+
+_IDX = "images-idx3-ubyte", "labels-idx1-ubyte"
 
 
 def digits(split: str) -> Things:
@@ -71,7 +74,7 @@ def digits(split: str) -> Things:
 def composed(
     things: Things, chance: random.Random, side: int, most: int
 ) -> tuple[np.ndarray, list[tuple[int, int, int, np.ndarray]]]:
-    """One to ``most`` things that do not overlap: the canvas, and class, left, top, pixels of each."""
+    """One to ``most`` things that do not overlap: canvas; class, left, top, pixels of each."""
     images, labels = things
     size = images.shape[1]
     cells = [
@@ -88,6 +91,7 @@ def composed(
 
 
 def detection(things: Things, chance: random.Random, side: int) -> dict[str, Any]:
+    """Boxes around the pixels of each thing."""
     canvas, placed = composed(things, chance, side, 3)
     boxes = []
     for _, left, top, pixels in placed:
@@ -100,6 +104,7 @@ def detection(things: Things, chance: random.Random, side: int) -> dict[str, Any
 
 
 def segmentation(things: Things, chance: random.Random, side: int) -> dict[str, Any]:
+    """A thing's class and one where it is, 0 elsewhere."""
     canvas, placed = composed(things, chance, side, 3)
     mask = np.zeros_like(canvas)
     for label, left, top, pixels in placed:
@@ -109,6 +114,7 @@ def segmentation(things: Things, chance: random.Random, side: int) -> dict[str, 
 
 
 def depth(things: Things, chance: random.Random, side: int) -> dict[str, Any]:
+    """Three things, the nearest in front."""
     images, _ = things
     canvas, far = np.zeros((side, side), np.float32), np.full((side, side), 4.0, np.float32)
     for distance in sorted((chance.uniform(1, 3) for _ in range(3)), reverse=True):
@@ -135,11 +141,13 @@ def two_things(things: Things, chance: random.Random, side: int) -> tuple[np.nda
 
 
 def caption(things: Things, chance: random.Random, side: int) -> dict[str, Any]:
+    """What is left of what."""
     canvas, left, right = two_things(things, chance, side)
     return {"image": png(canvas), "text": f"a {left} left of a {right}"}
 
 
 def question(things: Things, chance: random.Random, side: int) -> dict[str, Any]:
+    """What is left, or right."""
     canvas, left, right = two_things(things, chance, side)
     where = chance.choice(("left", "right"))
     answer = left if where == "left" else right
@@ -147,6 +155,7 @@ def question(things: Things, chance: random.Random, side: int) -> dict[str, Any]
 
 
 def png(pixels: np.ndarray) -> dict[str, Any]:
+    """As a table holds an image."""
     from PIL import Image as Pillow
 
     file = io.BytesIO()
@@ -175,6 +184,7 @@ def brown(folder: str | None) -> list[list[tuple[str, str]]]:
 def tagging(
     sentences: list[list[tuple[str, str]]], chance: random.Random, _: int
 ) -> dict[str, Any]:
+    """A sentence and its tags."""
     words = chance.choice(sentences)
     return {
         "source": " ".join(word for word, _ in words),
@@ -183,6 +193,7 @@ def tagging(
 
 
 def alike(sentences: list[list[tuple[str, str]]], chance: random.Random, _: int) -> dict[str, Any]:
+    """A sentence with another, or with what is left of it."""
     first = [word for word, _ in chance.choice(sentences)]
     if chance.random() < 0.5:
         second = [word for word, _ in chance.choice(sentences)]
@@ -229,6 +240,7 @@ def beeped() -> dict[str, np.ndarray]:
 
 
 def speech(waves: dict[str, np.ndarray], chance: random.Random, num: int) -> dict[str, Any]:
+    """Up to ``num`` words."""
     words = [chance.choice(WORDS) for _ in range(chance.randint(1, num))]
     noise = np.random.default_rng(chance.randrange(2**31))
     pause = np.zeros(RATE // 20, np.float32)
@@ -238,6 +250,7 @@ def speech(waves: dict[str, np.ndarray], chance: random.Random, num: int) -> dic
 
 
 def tone(_: Any, chance: random.Random, num: int) -> dict[str, Any]:
+    """A fourth of them of each kind."""
     label = chance.choice(("sine", "square", "saw", "triangle"))
     times = np.arange(int(RATE * chance.uniform(0.3, 0.5)) // num) / RATE
     phase = (times * chance.uniform(200, 800) + chance.random()) % 1
@@ -252,6 +265,7 @@ def tone(_: Any, chance: random.Random, num: int) -> dict[str, Any]:
 
 
 def wav(values: np.ndarray) -> dict[str, Any]:
+    """As a table holds a recording."""
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
         out.setnchannels(1)
@@ -262,6 +276,7 @@ def wav(values: np.ndarray) -> dict[str, Any]:
 
 
 def seasons(_: Any, chance: random.Random, length: int) -> dict[str, Any]:
+    """As many times as ``length``."""
     times = np.arange(length)
     noise = np.random.default_rng(chance.randrange(2**31)).normal(0, 0.1, length)
     periods = chance.uniform(6, 10), chance.uniform(15, 25)
@@ -307,6 +322,7 @@ NORMAL = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
 
 
 def yolos(side: int) -> tuple[Any, list[Any]]:
+    """0.18 M parameters."""
     config = transformers.YolosConfig(
         **VIT, image_size=[side, side], patch_size=8, num_detection_tokens=8, num_labels=10
     )
@@ -316,6 +332,7 @@ def yolos(side: int) -> tuple[Any, list[Any]]:
 
 
 def segformer(side: int) -> tuple[Any, list[Any]]:
+    """0.13 M parameters."""
     config = transformers.SegformerConfig(
         num_encoder_blocks=2,
         depths=[2, 2],
@@ -332,7 +349,8 @@ def segformer(side: int) -> tuple[Any, list[Any]]:
     return transformers.SegformerForSemanticSegmentation(config), [own]
 
 
-def glpn(side: int) -> tuple[Any, list[Any]]:
+def glpn() -> tuple[Any, list[Any]]:
+    """0.21 M parameters."""
     config = transformers.GLPNConfig(
         num_encoder_blocks=4,
         depths=[1, 1, 1, 1],
@@ -347,6 +365,7 @@ def glpn(side: int) -> tuple[Any, list[Any]]:
 
 
 def t5(vocabulary: list[str]) -> tuple[Any, list[Any]]:
+    """A T5 of whole words."""
     tokenizer = word_tokenizer(vocabulary)
     config = transformers.T5Config(
         vocab_size=len(tokenizer),
@@ -364,6 +383,7 @@ def t5(vocabulary: list[str]) -> tuple[Any, list[Any]]:
 
 
 def bert(vocabulary: list[str]) -> tuple[Any, list[Any]]:
+    """A BERT of whole words."""
     tokenizer = word_tokenizer(vocabulary)
     config = transformers.BertConfig(
         **VIT, vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0
@@ -372,6 +392,7 @@ def bert(vocabulary: list[str]) -> tuple[Any, list[Any]]:
 
 
 def wav2vec2(cls: str) -> tuple[Any, list[Any]]:
+    """0.18 M parameters; letters with CTC, or classes."""
     features = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=False)
     convolutions = {
         "conv_dim": [32] * 5,
@@ -398,6 +419,7 @@ def wav2vec2(cls: str) -> tuple[Any, list[Any]]:
 
 
 def letter_tokenizer(letters: list[str]) -> Any:
+    """One token a letter."""
     import json
     import tempfile
 
@@ -408,6 +430,7 @@ def letter_tokenizer(letters: list[str]) -> Any:
 
 
 def whisper() -> tuple[Any, list[Any]]:
+    """0.2 M parameters; whole words."""
     features = transformers.WhisperFeatureExtractor(feature_size=20, chunk_length=3)
     tokenizer = word_tokenizer(list(WORDS))
     own = transformers.WhisperProcessor(features, tokenizer)
@@ -422,7 +445,7 @@ def whisper() -> tuple[Any, list[Any]]:
         encoder_ffn_dim=128,
         decoder_ffn_dim=128,
         max_source_positions=150,
-        max_target_positions=64,
+        max_target_positions=448,
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=3,
@@ -434,6 +457,7 @@ def whisper() -> tuple[Any, list[Any]]:
 
 
 def clip(side: int) -> tuple[Any, list[Any]]:
+    """0.22 M parameters."""
     tokenizer = word_tokenizer(CAPTION_WORDS)
     size = {"height": side, "width": side}
     images = transformers.CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
@@ -455,6 +479,7 @@ def clip(side: int) -> tuple[Any, list[Any]]:
 
 
 def llava(side: int) -> tuple[Any, list[Any]]:
+    """0.37 M parameters."""
     tokenizer = word_tokenizer(CAPTION_WORDS, end=False, image_token="<image>")
     size = {"height": side, "width": side}
     images = transformers.CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
@@ -476,6 +501,7 @@ def llava(side: int) -> tuple[Any, list[Any]]:
             bos_token_id=2,
             eos_token_id=3,
         ),
+        vision_feature_layer=-1,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(side // 8) ** 2,
     )
@@ -483,6 +509,7 @@ def llava(side: int) -> tuple[Any, list[Any]]:
 
 
 def patchtst(channels: int = 1) -> tuple[Any, list[Any]]:
+    """18 k parameters: 48 times before, 12 after."""
     config = transformers.PatchTSTConfig(
         num_input_channels=channels,
         context_length=48,
@@ -535,7 +562,7 @@ def make(task: str, folder: Path, args: argparse.Namespace, num: tuple[int, int]
     on_canvas = {
         "object-detection": (detection, lambda: yolos(side)),
         "image-segmentation": (segmentation, lambda: segformer(side)),
-        "depth-estimation": (depth, lambda: glpn(side)),
+        "depth-estimation": (depth, glpn),
         "zero-shot-image-classification": (caption, lambda: clip(side)),
         "image-text-to-text": (question, lambda: llava(side)),
     }

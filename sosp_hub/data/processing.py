@@ -58,11 +58,13 @@ class OwnProcessing:
             needs none.
         config: Of the model.
         label_order: As in `ImageProcessing`.
+        image_size: Height and width of images as they are opened, of which examples are made.
     """
 
     own: Any
     config: Any
     label_order: tuple[int, ...] | None = None
+    image_size: tuple[int, int] = (480, 640)
 
 
 Processing = ImageProcessing | TextProcessing | OwnProcessing

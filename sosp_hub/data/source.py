@@ -42,6 +42,7 @@ class DataInfo:
         image_size: Pixels that the recipe asks for.
         problem: What a label is: one class, a list of classes, or a number.
         inputs: What a sample is, where the task does not say; None = as the task says.
+        first_size: Height and width of the first image, of tasks whose images may have any.
     """
 
     num_labels: int | None = None
@@ -52,6 +53,7 @@ class DataInfo:
     image_size: int | None = None
     problem: Problem = "single_label"
     inputs: Inputs | None = None
+    first_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -145,8 +145,8 @@ def _check(weight: float, num_bad: float, unused: list[str]) -> None:
         raise CriterionError(
             f"the loss does not depend on the gates of {', '.join(map(repr, unused[:8]))}{more}: "
             "does this part of the model run, and does its output reach the loss, through kernels "
-            "that have a derivative (some of quantised weights have none)? Otherwise score other "
-            "kinds (`kinds=`), or use `magnitude`"
+            "that have a derivative (some of quantised weights have none)? Otherwise leave them "
+            "out (structure.exclude in a recipe), score other kinds (`kinds=`), or use `magnitude`"
         )
 
 

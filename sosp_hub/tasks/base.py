@@ -61,10 +61,19 @@ class OwnTask(Task, ABC):
     inputs: ClassVar[Inputs] = "own"
 
     def prepare(self, data: "OpenData") -> "OpenData":
-        """The subsets."""
+        """The subsets, and how large the first image is."""
+        from dataclasses import replace
+
+        from sosp_hub.data.rows import TableRows
         from sosp_hub.data.source import picked
 
-        return picked(data)
+        data = picked(data)
+        assert isinstance(data.train, TableRows)
+        images = data.train.columns.get("image")
+        if images is None:
+            return data
+        width, height = images.open(0).size
+        return replace(data, info=replace(data.info, first_size=(height, width)))
 
     def split(self, data: "OpenData", name: str, processor: Any, *, augment: bool) -> "Split":
         """Batches that are made when they are asked for."""

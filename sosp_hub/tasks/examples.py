@@ -48,7 +48,7 @@ def for_model(loaded: Any, inputs: Any) -> dict[str, Any]:
     }
 
 
-def noise_images(num: int, size: tuple[int, int] = (480, 640)) -> list[Any]:
+def noise_images(num: int, size: tuple[int, int]) -> list[Any]:
     """Images (height, width) of noise, as they are opened; processors give them their own size."""
     from PIL import Image
 

@@ -96,14 +96,14 @@ def absolute_error(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
     """The mean distance from the target."""
     del batch
     read = _read(loss, "squared", "mean_absolute_error")
-    return (read.values - read.targets).abs().mean(1), torch.ones(len(read.values))
+    return (read.weights * (read.values - read.targets).abs()).sum(1), torch.ones(len(read.values))
 
 
 def squared_error(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
     """The mean squared distance from the target."""
     del batch
     read = _read(loss, "squared", "root_mean_squared_error")
-    return (read.values - read.targets).square().mean(1), torch.ones(len(read.values))
+    return (read.weights * read.losses()).sum(1), torch.ones(len(read.values))
 
 
 def f1_of_spans(class_names: Sequence[str]) -> Meter:

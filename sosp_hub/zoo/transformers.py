@@ -74,7 +74,8 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
     if tokenizer is not None:
         processor = text_processing(model.config, tokenizer, order)
     elif inputs == "own":
-        processor = OwnProcessing(images, model.config, order)
+        size = {"image_size": data.first_size} if data and data.first_size else {}
+        processor = OwnProcessing(images, model.config, order, **size)
     else:
         processor = image_processing(section, model.config, images, data, order)
         images = as_trained(images, processor)
@@ -275,7 +276,8 @@ def _check_causal(model: "PreTrainedModel") -> None:
 def _tokenizer(section: ModelSection, source: Path | str) -> Any:
     """The model's own; where its files lack, transformers makes one of special tokens alone."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=section.revision)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if len(ordinary) < 3:  # T5's has a space mark
         raise ModelError(
             f"model: {source} has no tokenizer, so every text would be made of unknown tokens; "
             "put the files of its tokenizer (tokenizer.json, tokenizer_config.json) beside "

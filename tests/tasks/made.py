@@ -1,4 +1,4 @@
-"""A tiny model and a few rows for every task: what recipes/make_data.py makes, and the rest here."""
+"""A tiny model and a few rows for every task: recipes/make_data.py's, and those of the rest."""
 
 import argparse
 import json
@@ -71,7 +71,7 @@ def plain(pairs, chance):
 
 
 def labelled(pairs, chance):
-    return {**plain(pairs, chance), "label": pairs[1][0] > "m" and "late" or "early"}
+    return {**plain(pairs, chance), "label": (pairs[1][0] > "m" and "late") or "early"}
 
 
 def tagged(pairs, chance):

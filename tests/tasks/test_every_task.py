@@ -58,16 +58,15 @@ def opened(folder, case):
 
 def test_every_task_has_a_case():
     assert {case.task for case in CASES.values()} == set(tasks())
-    assert {name for name, task in tasks().items() if task.has_pipeline} == set(
-        tasks()
-    ) & PIPELINE_REGISTRY.supported_tasks.keys()
+    with_pipeline = {name for name, task in tasks().items() if task.has_pipeline}
+    assert with_pipeline <= PIPELINE_REGISTRY.supported_tasks.keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", CASES)
 def test_the_loss_is_the_models_own_and_every_criterion_scores_or_says_why_not(folders, key):
     case = CASES[key]
-    recipe, data, loaded = opened(folders(key), case)
+    _, data, loaded = opened(folders(key), case)
     task, model = find_task(case.task), loaded.model
     train = load_split(data, "train", loaded.processor)
     batches = [train.__getitems__([0, 1, 2]), train.__getitems__([3, 4, 5])]
@@ -80,18 +79,20 @@ def test_the_loss_is_the_models_own_and_every_criterion_scores_or_says_why_not(f
     if loss.predictions is not None:
         assert_close(loss.predictions.value(), loss.value, relative=1e-5)
     graph = sosp_hub.trace(model, example_inputs(loaded), outputs=task.outputs)
-    scored = set()
+    scored, refused = set(), {}
     for name, criterion in CRITERIA.known().items():
         kinds = None if "layer" in criterion.kinds else ["head", "neuron"]
         try:
             saliency = sosp_hub.score(model, graph, batches, name, kinds=kinds, loss_fn=loss_fn)
         except CriterionError as error:
-            assert str(error).count("\n") == 0, error
-            assert 20 < len(str(error)) < 500, error
+            refused[name] = str(error)
         else:
             assert task.learns or not criterion.first_order, name
             scored.add(name)
             assert any(values.any() for values in saliency.values()), name
+    for message in refused.values():  # one line that says what to do
+        assert "\n" not in message
+        assert 20 < len(message) < 600
     at_least = {"magnitude", "activation", "sosp_h", "sosp_i", "hap", "wanda_sp", "random"}
     assert scored >= at_least | ({"taylor", "fisher"} if task.learns else set())
 
@@ -117,7 +118,8 @@ def test_a_run_reloads_in_a_pipeline_and_is_verified(folders, key, capsys):
     assert f"pipeline_tag: {case.task}" in (out / "README.md").read_text()
 
     model = sosp_hub.from_pretrained(out)
-    published = verify(str(out), overrides=[f"data.path={folder / 'data'}"])
+    places = [f"data.path={folder / 'data'}", f"model.id={folder / 'model'}"]
+    published = verify(str(out), overrides=places)
     assert published.holds, str(published)
 
     if not task.has_pipeline:
@@ -130,7 +132,5 @@ def test_a_run_reloads_in_a_pipeline_and_is_verified(folders, key, capsys):
     for name in task.outputs or mine:
         if isinstance(mine[name], torch.Tensor):
             assert_close(other[name], mine[name], relative=1e-6)
-    if case.task == "question-answering" or case.given is None:
-        return
     said = pipe(**case.given) if isinstance(case.given, dict) else pipe(case.given)
     assert said is not None

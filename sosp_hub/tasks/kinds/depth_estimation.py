@@ -91,24 +91,26 @@ class DepthEstimation(OwnTask):
         return {"pixel_values": pixels, "labels": torch.stack(depths)}
 
     def example(self, processor: Any, batch_size: int, num_tokens: int) -> dict[str, Any]:
-        """As made of images of 480 x 640."""
+        """As made of images as large as the first of the data."""
         from sosp_hub.tasks.examples import noise_images
 
         del num_tokens
-        encoded = processor.own(images=noise_images(batch_size), return_tensors="pt")
+        encoded = processor.own(
+            images=noise_images(batch_size, processor.image_size), return_tensors="pt"
+        )
         return {"pixel_values": encoded["pixel_values"]}
 
     def loss_fn(self, model: Any, dense: Any = None) -> "LossFn":
         """Squared, over what is known."""
-        from sosp_hub.tasks.pixels import depth_error
+        from sosp_hub.tasks.maps import depth_error
 
         del model, dense
         return depth_error
 
     def meters(self, info: "DataInfo", processor: Any = None) -> "Mapping[str, Meter]":
         """Of distances, over what is known."""
+        from sosp_hub.tasks.maps import relative_error
         from sosp_hub.tasks.metrics import squared_error
-        from sosp_hub.tasks.pixels import relative_error
 
         del info, processor
         return {"relative_error": relative_error, "root_mean_squared_error": squared_error}

@@ -72,22 +72,25 @@ class ImageSegmentation(OwnTask):
             largest = int(labels[first][labels[first] != IGNORED_PIXEL].max())
             row = rows.columns["mask"].sources[indices[first]]
             raise DataError(
-                f"data.mask: row {row} of {rows.where} has the class {largest} for a model with {num} outputs; write model.num_labels: "
-                f"{largest + 1} or more with a model.train section, or 255 where no class is meant"
+                f"data.mask: row {row} of {rows.where} has the class {largest} for a model with "
+                f"{num} outputs; write model.num_labels: {largest + 1} or more with a model.train "
+                "section, or 255 where no class is meant"
             )
         return {"pixel_values": encoded["pixel_values"], "labels": labels.long()}
 
     def example(self, processor: Any, batch_size: int, num_tokens: int) -> dict[str, Any]:
-        """As made of images of 480 x 640."""
+        """As made of images as large as the first of the data."""
         from sosp_hub.tasks.examples import noise_images
 
         del num_tokens
-        encoded = processor.own(images=noise_images(batch_size), return_tensors="pt")
+        encoded = processor.own(
+            images=noise_images(batch_size, processor.image_size), return_tensors="pt"
+        )
         return {"pixel_values": encoded["pixel_values"]}
 
     def meters(self, info: "DataInfo", processor: Any = None) -> "Mapping[str, OfAll]":
         """Over classes, of all pixels together."""
-        from sosp_hub.tasks.pixels import mean_iou
+        from sosp_hub.tasks.maps import mean_iou
 
         del info, processor
         return {"mean_iou": mean_iou}

@@ -36,12 +36,18 @@ class ImageTextToText(OwnTask):
         """Images, opened when they are needed, and both texts."""
         from sosp_hub.data.columns import image_column, texts_of
         from sosp_hub.data.rows import ImageRows, TableRows
+        from sosp_hub.errors import DataError
 
+        answers = texts_of(table, section, "target", where)
+        empty = next((row for row, answer in enumerate(answers) if not answer.strip()), None)
+        if empty is not None:
+            raise DataError(f"data.target: row {empty} of {where} is empty; take it out")
         images = image_column(table, section.image)
         none, numbers = [0] * len(table), range(len(table))
         columns: dict[str, Any] = {
             "image": ImageRows(numbers, images, none, f"in row {{}} of {where}"),
-            **{key: texts_of(table, section, key, where) for key in ("source", "target")},
+            "source": texts_of(table, section, "source", where),
+            "target": answers,
         }
         return TableRows(columns, where)
 
@@ -86,7 +92,9 @@ class ImageTextToText(OwnTask):
 
         del num_tokens
         question = _asked(processor.own, "What is there to be seen?")
-        return _encoded(processor.own, noise_images(batch_size), [question] * batch_size)
+        return _encoded(
+            processor.own, noise_images(batch_size, processor.image_size), [question] * batch_size
+        )
 
     def meters(self, info: "DataInfo", processor: Any = None) -> "Mapping[str, Meter]":
         """How often each token of an answer is right, the true ones before it given."""

@@ -105,11 +105,15 @@ class ObjectDetection(OwnTask):
         return {**_images(encoded), "labels": labels}
 
     def example(self, processor: Any, batch_size: int, num_tokens: int) -> dict[str, Any]:
-        """As made of images of 480 x 640."""
+        """As made of images as large as the first of the data."""
         from sosp_hub.tasks.examples import noise_images
 
         del num_tokens
-        return _images(processor.own(images=noise_images(batch_size), return_tensors="pt"))
+        return _images(
+            processor.own(
+                images=noise_images(batch_size, processor.image_size), return_tensors="pt"
+            )
+        )
 
     def meters(self, info: "DataInfo", processor: Any = None) -> "Mapping[str, OfAll]":
         """As COCO has it, over overlaps from 0.5 to 0.95, and at 0.5."""

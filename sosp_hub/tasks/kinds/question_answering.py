@@ -23,6 +23,7 @@ class QuestionAnswering(TextTask):
     columns: ClassVar[tuple[str, ...]] = ("question", "context", "answers")
     head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match", "loss")
+    has_pipeline: ClassVar[bool] = False  # no longer
 
     def rows(self, table: Any, section: Any, where: str) -> "Rows":
         """Each answer has to stand where it is said to."""

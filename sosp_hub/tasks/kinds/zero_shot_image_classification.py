@@ -71,7 +71,7 @@ class ZeroShotImageClassification(OwnTask):
 
         del num_tokens
         texts = [PROMPT.format("noise")] * batch_size
-        return _encoded(processor, noise_images(batch_size), texts)
+        return _encoded(processor, noise_images(batch_size, processor.image_size), texts)
 
     def meters(self, info: "DataInfo", processor: Any = None) -> "Mapping[str, OfAll]":
         """How often an image's own text is the nearest of all different texts of the split."""
