@@ -114,8 +114,8 @@ def _correlation(texts: Sequence[tuple[int, float, Tensor]]) -> float:
             first[pair] = vector
     if len(set(scores)) < 2 or len(set(cosines)) < 2:
         return float("nan")
-    found: Any = spearmanr(cosines, scores)
-    return float(found.statistic)
+    correlation: Any = spearmanr(cosines, scores)
+    return float(correlation.statistic)
 
 
 spearman = OfAll(_collect, _correlation)

@@ -29,7 +29,7 @@ def _key(tokens: Tensor) -> bytes:
     return bytes(tokens.to(torch.int32).numpy().tobytes()).rstrip(b"\0")
 
 
-def _found(pairs: Sequence[Pair]) -> float:
+def _share_found(pairs: Sequence[Pair]) -> float:
     texts = {key: text for _, text, key in pairs}
     numbers = {key: i for i, key in enumerate(texts)}
     images = torch.stack([image for image, _, _ in pairs])
@@ -38,6 +38,6 @@ def _found(pairs: Sequence[Pair]) -> float:
     return (nearest == own).double().mean().item()
 
 
-retrieval = OfAll(_pairs, _found)
+retrieval = OfAll(_pairs, _share_found)
 """How often an image's own text is the nearest of all different texts. Where texts are made of the
 names of classes this is the accuracy of zero-shot classification."""

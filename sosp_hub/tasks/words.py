@@ -26,13 +26,13 @@ def word_metrics(tokenizer: Any) -> Mapping[str, OfAll]:
 
 def word_error_rate(texts: Sequence[Compared]) -> float:
     """Words that are wrong, missing or too many, over the words that should be there."""
-    errors = sum(edits(said.split(), wanted.split()) for said, wanted in texts)
-    return errors / max(sum(len(wanted.split()) for _, wanted in texts), 1)
+    errors = sum(edits(text.split(), aim.split()) for text, aim in texts)
+    return errors / max(sum(len(aim.split()) for _, aim in texts), 1)
 
 
 def exact_match(texts: Sequence[Compared]) -> float:
     """How many texts are the same, but for spaces."""
-    return sum(said.split() == wanted.split() for said, wanted in texts) / max(len(texts), 1)
+    return sum(text.split() == aim.split() for text, aim in texts) / max(len(texts), 1)
 
 
 def edits(first: Sequence[str], second: Sequence[str]) -> int:
@@ -50,13 +50,13 @@ def _texts(tokenizer: Any, model: Any, loss: Loss, batch: Any) -> list[Compared]
     labels = batch["labels"].clone()
     labels[labels == IGNORED] = tokenizer.pad_token_id
     if can_generate(model):
-        said = _generated(model, batch, labels.shape[1])
-        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
-        wanted = tokenizer.batch_decode(labels, skip_special_tokens=True)
+        generated = _generated(model, batch, labels.shape[1])
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        aims = tokenizer.batch_decode(labels, skip_special_tokens=True)
     else:  # the likeliest token of each place, repeated ones once
         texts = tokenizer.batch_decode(loss.outputs.logits.argmax(-1))
-        wanted = tokenizer.batch_decode(labels, group_tokens=False)
-    return list(zip(texts, wanted, strict=True))
+        aims = tokenizer.batch_decode(labels, group_tokens=False)
+    return list(zip(texts, aims, strict=True))
 
 
 def can_generate(model: nn.Module) -> bool:

@@ -109,10 +109,10 @@ def _builders(task: Task, config: Any) -> tuple[Any, ...]:
 
 def _classes(task: Task, config: Any) -> set[str]:
     """Names of the model classes that do the task with a config."""
-    found = _builders(task, config)
+    builders = _builders(task, config)
     return {
         cls.__name__
-        for each in found
+        for each in builders
         for cls in (classes_for(each, type(config)) if hasattr(each, "_model_mapping") else [each])
     }
 
