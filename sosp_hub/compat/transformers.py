@@ -92,10 +92,18 @@ def no_init_weights() -> Any:
 
 
 def classes_for(auto: Any, config_class: type) -> tuple[type, ...]:
-    """The model classes that an Auto class gives for a config class."""
-    mapping = auto._model_mapping
+    """The model classes that an Auto class gives for a config class; a model class gives itself."""
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None:
+        return (auto,)
     given = mapping.get(config_class, ())
     return tuple(given) if isinstance(given, tuple | list) else (given,)
+
+
+def build(cls: Any, config: Any, dtype: Any) -> Any:
+    """A model with random weights, by an Auto class or a model class."""
+    make = getattr(cls, "from_config", None) or cls._from_config
+    return make(config, dtype=dtype)
 
 
 def auto_classes(cls: Any) -> list[str]:

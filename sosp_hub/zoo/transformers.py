@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from sosp_hub.compat.transformers import classes_for
+from sosp_hub.compat.transformers import build, classes_for
 from sosp_hub.data.labels import label_order
 from sosp_hub.data.processing import OwnProcessing
 from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
@@ -110,11 +110,7 @@ def _builders(task: Task, config: Any) -> tuple[Any, ...]:
 def _classes(task: Task, config: Any) -> set[str]:
     """Names of the model classes that do the task with a config."""
     builders = _builders(task, config)
-    return {
-        cls.__name__
-        for each in builders
-        for cls in (classes_for(each, type(config)) if hasattr(each, "_model_mapping") else [each])
-    }
+    return {cls.__name__ for each in builders for cls in classes_for(each, type(config))}
 
 
 def silence() -> None:
@@ -226,8 +222,7 @@ def _model(
 ) -> "PreTrainedModel":
     auto, dtype = _builders(find_task(section.task), config)[0], getattr(torch, section.dtype)
     if not section.pretrained:
-        build = auto.from_config if hasattr(auto, "_model_mapping") else auto._from_config
-        return build(config, dtype=dtype)
+        return build(auto, config, dtype)
     replaced = old_outputs is not None and old_outputs != config.num_labels
     model, report = auto.from_pretrained(
         source,

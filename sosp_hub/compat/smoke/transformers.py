@@ -144,3 +144,14 @@ def _silence() -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return stack
+
+
+@smoke("recipes that begin with random weights")
+def models_of_a_config() -> None:
+    config = transformers.LlamaConfig(**_SIZES)
+    for cls in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+        classes = compat.classes_for(cls, type(config))
+        expect(classes == (transformers.LlamaForCausalLM,), f"{cls.__name__} gives {classes}")
+        model = compat.build(cls, config, torch.bfloat16)
+        expect(type(model) is transformers.LlamaForCausalLM, f"built a {type(model).__name__}")
+        expect(model.dtype == torch.bfloat16, f"built in {model.dtype}")
