@@ -16,7 +16,7 @@ DOCUMENTED = {  # modules whose pages say what is in them
     *("torch.autograd", "torch.autograd.function", "torch.nn", "torch.nn.attention"),
     *("torch.nn.functional", "torch.optim", "torch.overrides", "torch.profiler"),
     *("torch.utils.data", "torch.utils.flop_counter", "torch.utils.hooks"),
-    "transformers.modeling_utils",
+    *("torchvision.ops", "transformers.modeling_utils"),
 }
 PYTHONS_OWN = {"_fields", "_initializing", "_lru_cache_wrapper"}
 ASKING = {"getattr", "hasattr", "setattr", "delattr"}
