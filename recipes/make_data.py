@@ -430,9 +430,19 @@ def letter_tokenizer(letters: list[str]) -> Any:
 
 
 def whisper() -> tuple[Any, list[Any]]:
-    """0.2 M parameters; whole words."""
+    """0.2 M parameters; one token a letter."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
     features = transformers.WhisperFeatureExtractor(feature_size=20, chunk_length=3)
-    tokenizer = word_tokenizer(list(WORDS))
+    marks = "startoftranscript", "notimestamps", "0.00"
+    tokenizer: Any = transformers.WhisperTokenizer(
+        vocab={letter: i for i, letter in enumerate([*sorted(ByteLevel.alphabet()), _END])},
+        merges=[],
+        pad_token=_END,
+        model_max_length=64,
+        additional_special_tokens=[f"<|{mark}|>" for mark in marks],
+    )
+    start, end = tokenizer.prefix_tokens[0], tokenizer.eos_token_id
     own = transformers.WhisperProcessor(features, tokenizer)
     config = transformers.WhisperConfig(
         vocab_size=len(tokenizer),
@@ -446,14 +456,17 @@ def whisper() -> tuple[Any, list[Any]]:
         decoder_ffn_dim=128,
         max_source_positions=150,
         max_target_positions=448,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        decoder_start_token_id=2,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=start,
         suppress_tokens=None,
         begin_suppress_tokens=None,
     )
     return transformers.WhisperForConditionalGeneration(config), [own]
+
+
+_END = "<|endoftext|>"
 
 
 def clip(side: int) -> tuple[Any, list[Any]]:

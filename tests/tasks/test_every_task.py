@@ -71,6 +71,8 @@ def test_the_loss_is_the_models_own_and_every_criterion_scores_or_says_why_not(f
     train = load_split(data, "train", loaded.processor)
     batches = [train.__getitems__([0, 1, 2]), train.__getitems__([3, 4, 5])]
     assert all(num_samples(batch) == 3 for batch in batches)
+    if getattr(model.config, "is_encoder_decoder", False):  # the model puts the start there itself
+        assert (batches[0]["labels"][:, 0] != model.config.decoder_start_token_id).all()
     loss_fn = task.loss_fn(model)
     loss = batch_loss(model, batches[0], loss_fn)
     assert loss.value.isfinite()

@@ -64,6 +64,9 @@ class SpeechRecognition(OwnTask):
         inputs = _features(features, waves)
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
         labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
+        start = getattr(processor.config, "decoder_start_token_id", None)
+        if start is not None and bool((labels[:, 0] == start).all()):
+            labels = labels[:, 1:]  # the model puts it there itself
         for index, text in zip(indices, texts, strict=True):
             known = set(tokenizer(text, add_special_tokens=False)["input_ids"])
             if known <= {tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("|")}:
