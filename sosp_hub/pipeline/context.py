@@ -282,7 +282,7 @@ def open_context(
                 )
     with cache.timed("trace"):
         graph = _traced(loaded, recipe, accelerator)
-    return Context(recipe, cache, accelerator, loaded, graph, data, scores, sources, splits)
+    return Context(recipe, cache, accelerator, loaded, graph, data, scores, sources, _splits=splits)
 
 
 def _traced(loaded: Loaded, recipe: Recipe, accelerator: Accelerator) -> Graph:

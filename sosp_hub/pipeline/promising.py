@@ -85,7 +85,9 @@ def rows_held_out(context: Context, model: nn.Module, what: str) -> dict[str, Te
     loader = make_loader(context.held_out, section.batch_size, num_workers=data.num_workers)
     shown = progress(context.accelerator.prepare_data_loader(loader), what)
     names = [drop.metric for drop in context.recipe.drops()]
-    meters = find_task(context.recipe.model.task).meters(context.data.info)
+    meters = find_task(context.recipe.model.task).meters(
+        context.data.info, context.loaded.processor
+    )
     loss_fn = context.loss_fn(model)
     return metrics_of_samples(
         model, shown, names, loss_fn=loss_fn, meters=meters, dense=context.model

@@ -22,14 +22,12 @@ class Case(NamedTuple):
         made: What makes model and data: a task of `make_data`, or a function of a folder.
         given: What ``pipeline`` is given, as keyword arguments or one positional one.
         data: Keys of the section ``data``.
-        kinds: Of structures.
     """
 
     task: str
     made: Any
     given: Any = None
     data: str = ""
-    library: str = "transformers"
 
 
 def bert(folder, cls, vocabulary, **config):

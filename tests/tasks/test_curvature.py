@@ -11,6 +11,7 @@ from torch import nn
 from sosp_hub.derivatives import Protocol, gauss_newton, sample_squares
 from sosp_hub.errors import CriterionError, DataError
 from sosp_hub.tasks import batch_loss, next_token, pixels, sigmoid, softmax, squared
+from sosp_hub.tasks.maps import depth_error
 from tests.compare import assert_close
 from tests.gates.toys import group, perceptron
 
@@ -52,6 +53,12 @@ LOSSES = {
     ),
     "probabilities": (F.binary_cross_entropy, YES, nn.Sigmoid(), "sigmoid"),
     "squared": (nn.MSELoss(), NUMBERS, nn.Identity(), "squared"),
+    "depth": (
+        lambda x, y: depth_error(x.view(-1, 1, 3), y.view(-1, 1, 3)),
+        NUMBERS.clamp(min=0),
+        nn.Identity(),
+        "squared",
+    ),
     "own softmax": (lambda x, y: softmax(x[:, :2], y), INTS % 2, nn.Identity(), "softmax"),
     "own sigmoid": (lambda x, y: sigmoid(x, y), YES, nn.Identity(), "sigmoid"),
     "own squared": (

@@ -43,6 +43,17 @@ SEGMENTS = {
     "mlp_ratios": [1, 1],
     "decoder_hidden_size": 8,
 }
+SERIES = {
+    "num_input_channels": 1,
+    "context_length": 16,
+    "prediction_length": 4,
+    "patch_length": 4,
+    "patch_stride": 4,
+    "d_model": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "ffn_dim": 8,
+}
 PIXELS = torch.arange(2 * 16 * 16).view(2, 16, 16) % 4
 PIXELS = PIXELS.where(PIXELS < 3, 255)
 
@@ -107,6 +118,15 @@ OWN = {
         {**SEGMENTS, "num_labels": 3},
         {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 256).view(2, 3, 16, 16), "labels": PIXELS},
         ("softmax", (2, 256, 3), 384),
+    ),
+    "forecast": (
+        "PatchTSTForPrediction",
+        SERIES,
+        {
+            "past_values": torch.linspace(-3, 9, 48).sin().view(3, 16, 1),
+            "future_values": torch.linspace(-1, 1, 12).view(3, 4, 1),
+        },
+        ("squared", (3, 4), 3),
     ),
 }
 

@@ -1,5 +1,6 @@
 """Without labels: what counts is what the dense model makes of the same inputs."""
 
+import json
 import logging
 
 import pytest
@@ -8,8 +9,11 @@ import transformers
 from torch import nn
 
 import sosp_hub
+from sosp_hub.derivatives import Protocol, gauss_newton
 from sosp_hub.errors import CriterionError, DataError, ModelError, RecipeError
 from sosp_hub.evaluate import evaluate
+from sosp_hub.hub.verify import verify
+from sosp_hub.prune import main
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import ModelSection
 from sosp_hub.recipe.tasks import find_task, tasks
@@ -92,6 +96,20 @@ def test_the_loss_of_an_embedding_is_one_minus_the_cosine():
     assert_close(found.value, expected, relative=1e-5)
     with pytest.raises(DataError, match=r"made of last_hidden_state.*task: self"):
         batch_loss(bert(transformers.BertForMaskedLM), batch, OwnEmbedding("mean"))
+
+
+def test_at_the_minimum_the_gauss_newton_matrix_of_an_embedding_is_the_hessian():
+    model, batch = bert(transformers.BertModel).double(), padded()
+    graph = sosp_hub.trace(model, batch)
+    groups = {name: group for name, group in graph.groups.items() if group.kind == "neuron"}
+    loss_fn = OwnEmbedding("mean")
+    measured = gauss_newton(model, groups, [batch], Protocol(loss_fn=loss_fn), max_classes=64)
+    assert (measured.form, measured.exact) == ("squared", True)
+    saliency = sosp_hub.score(
+        model, graph, [batch], "sosp_h", kinds=["neuron"], mode="exact", loss_fn=loss_fn
+    )
+    rows = torch.as_tensor(measured.matrix @ torch.ones(len(measured.matrix)).double())
+    assert_close(torch.cat(list(saliency.values())), rows.abs() / 2, relative=1e-6)
 
 
 def test_a_pair_of_images_and_themselves_needs_no_names():
@@ -203,3 +221,24 @@ def test_timm_does_images_with_and_without_labels():
     with pytest.raises(ModelError, match=r"not fill-mask.*\(or self, without labels\)"):
         load_model(section)
     assert find_task("self").pixels
+
+
+@pytest.mark.slow
+def test_a_timm_model_follows_itself_on_images_alone(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+model: {{library: timm, id: cifar_resnet20, task: self, pretrained: false, num_labels: 10}}
+data: {{id: sklearn/digits, num_train: 48, num_test: 24}}
+criterion: {{name: sosp_i, num_samples: 16, batch_size: 8}}
+budget: {{structures: 0.8}}
+rebuild: {{num_samples: 16}}
+finetune: {{epochs: 1, batch_size: 16, held_out: 0}}
+evaluate: {{metrics: [divergence, agreement], latency: false}}
+output: {{dir: {tmp_path}/out, figures: false}}
+""")
+    assert main([str(recipe)]) == 0
+    metrics = json.loads((tmp_path / "out" / "sosp_report.json").read_text())["metrics"]
+    assert abs(metrics["dense"]["divergence"]["value"]) < 1e-6
+    assert metrics["dense"]["agreement"]["value"] == 1
+    assert metrics["rebuilt"]["divergence"]["value"] < metrics["cut"]["divergence"]["value"]
+    assert verify(str(tmp_path / "out")).holds
