@@ -11,7 +11,7 @@ from sosp_hub.compat.timm import built_with
 
 
 def made_up_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...] | None:
-    """Inputs of one forward pass; None where the config does not tell how they look."""
+    """Example inputs of one forward pass; None if the config does not determine their form."""
     place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if place.type == "meta" or is_spread(model):
         return None

@@ -1,4 +1,4 @@
-"""Saves and loads pruned models: a plain config, with a delta where it does not say it all."""
+"""Saves and loads pruned models: a plain config, plus a delta where that is not enough."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Asking a hub that may fail: what to try again and how long to wait, and what to tell the user."""
+"""Retries of calls to a hub: which failures to retry, how long to wait, and the error's words."""
 
 import contextlib
 import email.utils
@@ -156,7 +156,7 @@ class Patience:
 
 
 def limited_wait(asked: str | None, longest_s: float) -> float | None:
-    """Seconds to wait as ``Retry-After`` says, at most so many; None where it says nothing."""
+    """Seconds of ``Retry-After``, limited; None if the header is absent."""
     if not asked:
         return None
     try:
@@ -209,7 +209,7 @@ _LIMITED: dict[int, tuple[int, Any, Any]] = {}
 def persistently(
     call: Callable[[], Result], operation: str, patience: Patience, num_bytes: int = 0
 ) -> Result:
-    """The result of a call that may be repeated, tried again after failures that pass."""
+    """The result of a repeatable call, retried after transient failures."""
     for attempt in range(1, patience.attempts):
         try:
             return patience.call(call, num_bytes)
@@ -244,7 +244,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether trying again may help: an overloaded hub, a cut connection, a gateway's page."""
+    """Whether the failure is transient: an overloaded hub, a cut connection, a gateway's page."""
     if any(isinstance(link, OfflineModeIsEnabled) for link in _chain(error)):
         return False
     status = status_of(error)
@@ -272,7 +272,7 @@ def caused_by(error: Exception, words: str, api: HfApi) -> HubError:
 
 
 def is_understood(error: BaseException) -> bool:
-    """Whether the hub said something that its client could read."""
+    """Whether the hub's client could parse the response."""
     odd = any(isinstance(link, _ODD_ANSWERS) for link in _chain(error))
     return is_passing(error) or status_of(error) is not None or not odd
 
@@ -330,7 +330,7 @@ def no_token(repo_id: str) -> str:
 
 
 def _role_hint(repo_id: str, api: HfApi) -> str:
-    """Why the token may not write, as far as the hub says who it belongs to."""
+    """Why the token may not write, from what the hub discloses of its owner and role."""
     try:
         me = Patience(longest_silence_s=_HINT_S, longest_call_s=_HINT_S).call(api.whoami)
         return lacks(me, repo_id) or (

@@ -34,7 +34,7 @@ def local_files(folder: Path) -> list[str]:
 
 
 def check_folder(folder: Path, secret: str | None = None) -> None:
-    """Refuses what is no saved model, says nothing about itself, or holds a token.
+    """Refuses a folder that is no saved model, has no card or report, or holds a token.
 
     Raises:
         HubError: With what to do.

@@ -205,7 +205,7 @@ def check_access(
 
 
 def _whoami(api: HfApi) -> dict[str, Any]:
-    """Whose token it is; an answer that does not say is none."""
+    """The user that the token belongs to; a response without a name is no answer."""
     me = api.whoami()
     orgs = me.get("orgs") or []
     if not isinstance(me["name"], str) or not all(isinstance(org["name"], str) for org in orgs):
@@ -241,7 +241,7 @@ class _Push:
         ]
 
     def rehearse(self) -> PushResult:
-        """What ``run`` would do, as far as the hub can be asked."""
+        """What ``run`` would do (dry run), checked with the hub where it can be reached."""
         remote: dict[str, RepoFile] = {}
         compared = True
         try:
@@ -319,7 +319,7 @@ class _Push:
         return [name for name in sorted(remote.keys() - mine) if is_weight_file(name)]
 
     def _upload(self, batch: Sequence[CommitOperationAdd]) -> None:
-        """Sends the large files of a batch; what arrived once is not sent again."""
+        """Uploads the large files of a batch, without those that arrived already."""
         self._api.preupload_lfs_files(
             self._repo_id,
             additions=batch,
@@ -375,7 +375,7 @@ class _Push:
         raise AssertionError("unreachable")
 
     def _find_ours(self, head: str, message: str, lost: Exception) -> tuple[str, str] | None:
-        """The commit of this push, if it was made although no answer said so."""
+        """The commit of this push, if it was made although the response was lost."""
         try:
             if self._create_pr:
                 return self._find_our_pull_request(message)

@@ -1,4 +1,4 @@
-"""Whether a published model is what its card says: hashes, plan, size, and its metrics again."""
+"""Verifies a published model against its card: hashes, plan, size, and metrics measured again."""
 
 import hashlib
 import json
@@ -37,17 +37,17 @@ _ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One check: name, result, details.
 
     Attributes:
-        name: What.
-        holds: Whether it is as published; None where it could not be looked at.
-        said: What was found, in a sentence.
+        name: Of the check.
+        holds: Whether it is as published; None where it could not be checked.
+        detail: What was seen, in a sentence.
     """
 
     name: str
     holds: bool | None
-    said: str
+    detail: str
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Verification:
 
     def __str__(self) -> str:
         marks = {True: "holds", False: "DIFFERS", None: "not checked"}
-        lines = [f"  {check.name}: {marks[check.holds]}; {check.said}" for check in self.checks]
+        lines = [f"  {check.name}: {marks[check.holds]}; {check.detail}" for check in self.checks]
         verdict = (
             "what was published holds" if self.holds else "what was published is not confirmed"
         )
@@ -108,8 +108,8 @@ def verify(
         )
     result.checks += [_check_plan(report), _check_card(folder, report)]
     if model is None and not read_checkpoint(folder).can_run:
-        said = "a model of no library; verify(..., model=Net()) loads and counts it"
-        result.checks.append(Check("weights", None, said))
+        detail = "a model of no library; verify(..., model=Net()) loads and counts it"
+        result.checks.append(Check("weights", None, detail))
         return result
     try:
         loaded = from_pretrained(str(folder), **({} if model is None else {"model": model}))

@@ -241,7 +241,7 @@ def _flips(
 
 
 def _bound(comparison: Constraint, index: _Index) -> list[Constraint]:
-    """The constraints that have a say in the attributes of a comparison."""
+    """The constraints that determine the attributes of a comparison."""
     bound: dict[int, Constraint] = {}
     wanted, asked = attributes(comparison.expr), set[Attribute]()
     while wanted - asked:
@@ -315,7 +315,7 @@ def _refine(
     find: Callable[[int], int],
     tied: dict[int, int],
 ) -> bool:
-    """Ties two axes that the code calls equally long factor by factor; says whether it could.
+    """Ties two axes of equal length factor by factor; False if that is not possible.
 
     An atom gets the borders of the other axis first: where ``reshape(B, N, C)`` puts heads and
     their channels back into a stream of width C, the stream is cut by as many blocks as heads, and

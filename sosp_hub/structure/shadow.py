@@ -44,7 +44,7 @@ def _trace_ints(module: nn.Module, name: str) -> None:
 
 
 def is_config(value: Any) -> bool:
-    """A transformers config, told without importing transformers."""
+    """Whether it is a transformers config; does not import transformers."""
     return hasattr(value, "model_type") and hasattr(value, "to_diff_dict")
 
 

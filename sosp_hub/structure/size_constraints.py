@@ -19,7 +19,7 @@ _DEMANDS: dict[str, Demand] = {}
 
 
 def note_demands(terms: Terms, op: Operation) -> None:
-    """Notes what a call's size arguments say; arguments that cannot be read pin the result."""
+    """Collects constraints from a call's size arguments; unreadable ones pin the result."""
     demand = _DEMANDS.get(op.name)
     if demand is None:
         return
@@ -221,7 +221,7 @@ def _slice(terms: Terms, item: slice, whole: Axis, piece: Axis) -> None:
 
 
 def _lead(terms: Terms, start: Any, whole: Axis) -> None:
-    """What lies before a slice must keep the length that ``start`` says."""
+    """The part before a slice must keep the length ``start``."""
     if isinstance(start, TracedInt) and 0 < start < size_of(whole):
         pieces = cut_at(whole, int(start))
         if pieces is not None:

@@ -133,7 +133,7 @@ class Terms:
         flag(axis, f"{reason} in {self.where}")
 
     def fix(self, axis: Axis, operation: str) -> None:
-        """Pins an axis and says where."""
+        """Pins an axis, with the operation and its place as the reason."""
         pin(axis, f"{operation} in {self.where}")
 
     def multiply(self, *axes: Axis) -> None:
@@ -172,7 +172,7 @@ class Terms:
         self.hold(Op(">=", axis, number), f"whether {number} of them can be picked")
 
     def hold(self, comparison: Op, operation: str = "a comparison") -> None:
-        """The code goes the way it goes because this is true."""
+        """Records a comparison that must keep its truth value, since the code branched on it."""
         self.comparisons.append(Constraint(comparison, UNIT, f"{operation} in {self.where}"))
 
     def origin(self, value: Any) -> Any:

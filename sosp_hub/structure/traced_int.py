@@ -65,7 +65,7 @@ _OPPOSITE = {"<": ">=", ">": "<=", "<=": ">", ">=": "<", "==": "!=", "!=": "=="}
 
 
 class Listener(NamedTuple):
-    """Hears of sizes used as values, of sizes found equal, and of what else is true of them.
+    """Receives sizes used as values, sizes found equal, and other facts about them.
 
     Also of sizes that became plain numbers: their value, their expression, and those of the sizes
     that were told as used as values on the way, which they were not.

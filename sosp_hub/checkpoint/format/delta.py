@@ -130,7 +130,7 @@ def versions_said(delta: Delta, installed: str) -> Iterator[None]:
 
 
 class _Found:
-    """Differences seen so far."""
+    """The differences collected so far."""
 
     def __init__(
         self,

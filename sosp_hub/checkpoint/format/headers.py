@@ -23,7 +23,7 @@ _LARGEST_JSON = 64 * 2**20
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a weight file says about one tensor."""
+    """Dtype, shape and place of one tensor, from the header of its weight file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class TensorHeader:
 
 @contextlib.contextmanager
 def reading(place: str | Path) -> Iterator[None]:
-    """Turns what the system says against reading into a CheckpointError.
+    """Turns an OSError while a file is read into a CheckpointError.
 
     Raises:
         CheckpointError: Says which file or folder.

@@ -135,7 +135,7 @@ class Delta:
 
     @property
     def empty(self) -> bool:
-        """Whether a plain config says all."""
+        """Whether the delta is empty: a plain config describes the model."""
         return self.base.empty and (self.head is None or self.head.empty)
 
     @classmethod

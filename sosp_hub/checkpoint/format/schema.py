@@ -265,7 +265,7 @@ class DeltaRecord(_Strict):
 
 
 def _words(error: ValidationError, path: str) -> str:
-    """The first fault: where it is, what is there, what was expected."""
+    """The first validation error: key path, given value, expected value."""
     fault = error.errors(include_url=False)[0]
     where, key = path, ""
     value: Any = None

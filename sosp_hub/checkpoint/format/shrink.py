@@ -19,7 +19,7 @@ APPLIED = "_sosp_hub_applied"
 
 
 def shrink(model: "PreTrainedModel", parse: Callable[[Any, str], Delta]) -> None:
-    """Applies what the delta in the model's config says about this class; inert without one.
+    """Applies the delta in the model's config to this class; does nothing without one.
 
     Args:
         model: While it is built.

@@ -83,7 +83,7 @@ def build_standin(one: Replacement) -> StandIn:
 
 
 def describe_standin(module: nn.Module, original: nn.Module) -> Replacement | None:
-    """What a delta says of a module where the skeleton has ``original``; None if no stand-in."""
+    """The delta's entry for a module that replaces ``original``; None if it is no stand-in."""
     tombstone = next((name for name, _ in original.named_parameters()), None)
     if isinstance(module, RemovedAttention):
         return Replacement("attention", tombstone, module.layer_idx)

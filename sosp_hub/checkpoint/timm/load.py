@@ -146,7 +146,7 @@ def unhook() -> None:
 
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
-    """Hooks on for the time being, whatever the switch says."""
+    """Installs the hooks for the duration of a block, whether they are enabled or not."""
     was_on = bool(_ORIGINALS)
     hook()
     try:

@@ -37,7 +37,7 @@ def read(folder: Path, tensors: Mapping[str, TensorHeader], kwargs: dict[str, An
 
 
 def _check_all_read(model: nn.Module, tensors: Mapping[str, TensorHeader]) -> None:
-    """Timm fills a head of another size with random numbers, and says so nowhere."""
+    """Refuses a head of another size, which timm would fill with random numbers silently."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(shapes.keys() | tensors.keys()):
         held = tensors[name].shape if name in tensors else None

@@ -67,7 +67,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], Delta]:
 
 
 def complete_config(model: nn.Module, path: Path, args: dict[str, Any], delta: Delta) -> None:
-    """Has a config that timm wrote say how the model is built."""
+    """Adds to a config that timm wrote how the model is built."""
     config = json.loads(path.read_text())
     config["architecture"] = adapter.base_architecture(model)
     config["model_args"] = args

@@ -28,7 +28,7 @@ _ORIGINALS: dict[str, Any] = {}
 
 
 def describe_cut(model: nn.Module, skeleton: nn.Module, inputs: Any) -> None:
-    """Gives a model that was just cut what it was before, and a state that holds all of its files.
+    """Stores on a cut model its original form and a state that holds all of its files.
 
     Args:
         model: The cut model.

@@ -108,7 +108,7 @@ def cut_without_data(model: nn.Module, delta: Delta) -> tuple[nn.Module, nn.Modu
 
 
 def stray(delta: Delta, tensors: Mapping[str, TensorHeader]) -> Iterator[str]:
-    """Where the delta and the files disagree, as far as that shows without the model."""
+    """Disagreements between delta and weight files that can be seen without the model."""
     base = delta.base
     where = f"config.json: {KEY}.base"
     for name in base.buffers:

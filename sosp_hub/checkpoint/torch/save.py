@@ -1,4 +1,4 @@
-"""Writes a model of no library: the delta against what it was, and its weights."""
+"""Writes a model of no library: the delta against the uncut model, and its weights."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> str:
 
 
 def check_saveable(model: nn.Module) -> None:
-    """Refuses a cut model whose delta was seen not to build it again.
+    """Refuses a cut model that its delta failed to rebuild.
 
     Raises:
         CheckpointError: Says why.
@@ -57,7 +57,7 @@ def check_saveable(model: nn.Module) -> None:
 
 
 def write_config(folder: Path, config: Mapping[str, Any], delta: Delta) -> None:
-    """Writes ``config.json``: what a class has to say, and the delta."""
+    """Writes ``config.json``: the class's own config, and the delta."""
     text = json.dumps({**config, KEY: delta.to_json()}, indent=2, sort_keys=True)
     (folder / headers.CONFIG).write_text(text + "\n", encoding="utf-8")
 

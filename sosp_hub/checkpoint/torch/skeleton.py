@@ -48,5 +48,5 @@ def outline_of(skeleton: nn.Module) -> str:
 
 
 def torch_version() -> str:
-    """Torch's version, without what it was built for."""
+    """Torch's version, without its build tag."""
     return torch.__version__.partition("+")[0]

@@ -152,7 +152,7 @@ def base_name(model: PreTrainedModel) -> str:
 
 
 def _rewritten(old: Any, new: Any) -> frozenset[tuple[str, Any]]:
-    """Keys, with their old values, that two configs of one tree say differently."""
+    """Keys whose values differ between two configs of one tree, with the old values."""
     return frozenset(
         (key, value)
         for a, b in zip(config_tree(old), config_tree(new), strict=True)
@@ -163,7 +163,7 @@ def _rewritten(old: Any, new: Any) -> frozenset[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
-    """Hooks on for the time being, whatever the switch says."""
+    """Installs the hooks for the duration of a block, whether they are enabled or not."""
     was_on = bool(_ORIGINALS)
     hook()
     try:
@@ -201,7 +201,7 @@ def _post_init(self: PreTrainedModel) -> None:
 
 
 def _set_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    """Also tells modules that have their own copy of the config."""
+    """Also sets it in modules that hold their own copy of the config."""
     _ORIGINALS["set_attn_implementation"](self, *args, **kwargs)
     follow(self)
 

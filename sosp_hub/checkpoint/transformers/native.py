@@ -1,4 +1,4 @@
-"""The plain config that says everything, where there is one.
+"""The plain config that describes a cut model completely, if there is one.
 
 A candidate config is the model's own with one number changed to what the cut suggests; it is kept
 when it leaves fewer differences. The result counts only with no difference left, and with the same
@@ -187,7 +187,7 @@ def _zip(name: str, key: str, old: Any, new: Any) -> Iterator[tuple[str, str, in
 
 
 def _suggestions(config: Any, pairs: Counter[_Pair]) -> Iterator[tuple[int, str, int]]:
-    """Which number of which config could say the sizes, themselves or in proportion."""
+    """Config numbers that could express the new sizes, directly or in proportion."""
     support = Counter[tuple[int, str, int]]()
     for position, each in enumerate(adapter.config_tree(config)):
         for key, value in vars(each).items():

@@ -23,7 +23,7 @@ from sosp_hub.structure.isolation import isolated
 
 
 class Described(NamedTuple):
-    """What builds a model again.
+    """What rebuilds a model.
 
     Attributes:
         config: The plain config.
