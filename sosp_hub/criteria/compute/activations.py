@@ -91,13 +91,7 @@ def site_means(
     Raises:
         CriterionError: No data, or a group without a module that reads it.
     """
-    places = [
-        (group, number, site)
-        for group in groups.values()
-        for number, site in enumerate(group.sites)
-        if site.module is not None
-    ]
-    _check_watched(groups, {group.name for group, _, _ in places})
+    places = _watched_sites(groups)
     shapes = [
         (per_position, len(site.index)) if per_position else (group.size,)
         for group, _, site in places
@@ -140,13 +134,7 @@ def site_grams(context: Context) -> tuple[dict[str, dict[int, Tensor]], int]:
         CriterionError: No data, maps of different sizes, or sums of more than a few GB.
     """
     groups = context.groups
-    places = [
-        (group, number, site)
-        for group in groups.values()
-        for number, site in enumerate(group.sites)
-        if site.module is not None
-    ]
-    _check_watched(groups, {group.name for group, _, _ in places})
+    places = _watched_sites(groups)
     sums: dict[int, Tensor] = {}
     sizes = torch.zeros(len(places), dtype=torch.float64)
 
@@ -320,6 +308,22 @@ def _seen(group: Group, site: Site, x: Tensor, mask: Tensor | None) -> Seen:
         return Seen(group, site, rows, rows.new_full((len(rows),), rows.shape[1]), shape)
     mask = mask.to(rows)
     return Seen(group, site, rows * mask.unsqueeze(-1), mask.sum(1), shape)
+
+
+def _watched_sites(groups: Groups) -> list[tuple[Group, int, Site]]:
+    """The sites that modules read, with their numbers.
+
+    Raises:
+        CriterionError: A group without one.
+    """
+    sites = [
+        (group, number, site)
+        for group in groups.values()
+        for number, site in enumerate(group.sites)
+        if site.module is not None
+    ]
+    _check_watched(groups, {group.name for group, _, _ in sites})
+    return sites
 
 
 def _check_watched(groups: Groups, watched: set[str]) -> None:
