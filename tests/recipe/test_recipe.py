@@ -247,6 +247,29 @@ def test_every_study_is_valid():
             assert f"# {line}" in header, f"{path.name} does not state {line}"
 
 
+def test_every_claim_of_a_paper_is_stated_with_its_test_and_verdict():
+    paths = sorted(RECIPES.glob("papers/*.yaml"))
+    assert len(paths) == 5, "a claim came or went: change this number with it"
+    listed = (RECIPES / "papers" / "README.md").read_text()
+    for path in paths:
+        verb = "compare" if "compare:" in path.read_text() else "prune"
+        load_recipe(path, (), verb)
+        header = path.read_text().split("model:\n")[0]
+        for line in ("paper", "claim", "relation", "protocol", "seeds", "command", "hub"):
+            assert f"# {line}:" in header, f"{path.name} does not state {line}"
+        for line in ("result", "verdict", "differs", "hardware", "time", "measured", "commit"):
+            assert f"# {line}:" in header, f"{path.name} does not state {line}"
+        assert f"python -m sosp_hub.{verb} recipes/papers/{path.name}" in header
+        assert f"]({path.name})" in listed
+
+
+def test_the_claims_that_are_named_as_sources_are_there():
+    """Links of the table of claims, from where it is."""
+    folder = RECIPES / "papers"
+    for link in re.findall(r"\]\(([^)h][^)]*)\)", (folder / "README.md").read_text()):
+        assert (folder / link).exists(), link
+
+
 def test_help_shows_every_key_with_its_meaning():
     text = describe_recipe()
 
