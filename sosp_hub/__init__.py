@@ -80,13 +80,18 @@ __all__ = [
 ]
 
 
+_ROOMS = ("errors", "tasks")  # rooms whose names are public
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"sosp_hub.{name}")
     raise AttributeError(
         f"module 'sosp_hub' has no attribute {name!r}; it offers {', '.join(__all__)}"
     )
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_ROOMS, "__version__"]

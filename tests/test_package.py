@@ -31,6 +31,13 @@ def test_every_public_name_is_there(name):
     assert name in dir(sosp_hub)
 
 
+@pytest.mark.parametrize("name", ["tasks.OwnOutputs", "tasks.squared", "errors.PlanError"])
+def test_public_rooms_need_no_import_of_their_own(name):
+    code = f"import sosp_hub; print(sosp_hub.{name}.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [name.partition(".")[2]], done.stderr
+
+
 def test_a_wrong_name_lists_the_right_ones():
     with pytest.raises(AttributeError, match=r"'prune_it'.*allocate.*trace"):
         _ = sosp_hub.prune_it
