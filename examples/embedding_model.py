@@ -70,4 +70,4 @@ for made in (sosp_hub.apply(model, graph, plan), sosp_hub.rebuild(model, graph, 
 sosp_hub.save_pretrained(made, "out/small-embeddings")
 again = AutoModel.from_pretrained("out/small-embeddings").eval()
 torch.testing.assert_close(embed(again), embed(made))
-print(sosp_hub.push_to_hub("out/small-embeddings", "me/small-embeddings", dry_run=True))
+print(sosp_hub.push_to_hub("out/small-embeddings", "me/small-embeddings", dry_run=True).added)

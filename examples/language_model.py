@@ -60,4 +60,4 @@ perplexity(pruned)
 sosp_hub.save_pretrained(pruned, "out/small-lm", tokenizer=tokenizer)
 loaded = AutoModelForCausalLM.from_pretrained("out/small-lm")  # sosp_hub is imported: it loads
 print(loaded.generate(held_out[:1, :8], max_new_tokens=8, do_sample=False))
-print(sosp_hub.push_to_hub("out/small-lm", "me/small-lm", dry_run=True))  # without: sent
+print(sosp_hub.push_to_hub("out/small-lm", "me/small-lm", dry_run=True).added)  # without: sent

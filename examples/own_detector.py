@@ -83,4 +83,4 @@ for name, value in again.eval()(images).items():
     torch.testing.assert_close(value, pruned.eval()(images)[name])
 before, after = (sum(p.numel() for p in one.parameters()) for one in (model, again))
 print(f"{before:,} parameters before, {after:,} after")
-print(sosp_hub.push_to_hub("out/small-detector", "me/small-detector", dry_run=True))
+print(sosp_hub.push_to_hub("out/small-detector", "me/small-detector", dry_run=True).added)

@@ -66,4 +66,4 @@ fit(pruned, epochs=1 if SMALL else 4, learning_rate=3e-4)
 accuracy(pruned)
 sosp_hub.save_pretrained(pruned, "out/small-vit")
 accuracy(sosp_hub.from_pretrained("out/small-vit"))
-print(sosp_hub.push_to_hub("out/small-vit", "me/small-vit", dry_run=True))  # without: sent
+print(sosp_hub.push_to_hub("out/small-vit", "me/small-vit", dry_run=True).added)  # without: sent

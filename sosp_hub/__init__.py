@@ -10,7 +10,6 @@ from sosp_hub.checkpoint.hooks import disable, enable  # on import: pruned check
 
 if TYPE_CHECKING:
     from sosp_hub.allocation import allocate
-    from sosp_hub.checkpoint.io import save_pretrained
     from sosp_hub.checkpoint.weightless import save_plan
     from sosp_hub.compare import compare
     from sosp_hub.cut import apply, apply_, apply_plan_file, from_pretrained
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from sosp_hub.promise.within import allocate_within
     from sosp_hub.prune import prune
     from sosp_hub.reconstruction.rebuild import rebuild
+    from sosp_hub.report.saved import save_pretrained
     from sosp_hub.scoring import score
     from sosp_hub.structure.trace import trace
     from sosp_hub.surgery.carry import carry
@@ -47,7 +47,7 @@ _HOME = {
     "prune": "sosp_hub.prune",
     "push_to_hub": "sosp_hub.hub.push",
     "save_plan": "sosp_hub.checkpoint.weightless",
-    "save_pretrained": "sosp_hub.checkpoint.io",
+    "save_pretrained": "sosp_hub.report.saved",
     "rebuild": "sosp_hub.reconstruction.rebuild",
     "score": "sosp_hub.scoring",
     "trace": "sosp_hub.structure.trace",

@@ -108,12 +108,9 @@ def push_to_hub(
     check_token(token)
     if not isinstance(folder_or_model, str | Path):
         with tempfile.TemporaryDirectory(prefix="sosp_hub-push-") as temporary:
-            from sosp_hub.checkpoint.io import save_pretrained  # here: they bring torch, matplotlib
-            from sosp_hub.report.card import render_card
+            from sosp_hub.report.saved import save_pretrained  # here: it brings torch, matplotlib
 
             save_pretrained(folder_or_model, temporary)
-            if not (Path(temporary) / "README.md").is_file():
-                render_card(temporary, repo_id=repo_id, report={}, figures=False, run=False)
             return push_to_hub(
                 temporary,
                 repo_id,
