@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import DataError, HubError, ModelError
-from sosp_hub.recipe.training import TrainSection
+from sosp_hub.recipe.training import DenseTrainSection
 from sosp_hub.zoo.load import example_inputs, load_model
 from sosp_hub.zoo.origin import origin_on_hub
 from tests.compare import assert_close
@@ -112,7 +112,7 @@ def test_weights_of_another_model(tmp_path, section):
         load_model(section(id=TINY, kwargs={"checkpoint_path": str(file)}))
 
 
-TRAIN = TrainSection(epochs=1)
+TRAIN = DenseTrainSection(epochs=1)
 FIVE = DataInfo(num_labels=5, class_names=tuple("vwxyz"))
 TEN = DataInfo(num_labels=10, class_names=tuple("abcdefghij"))
 

@@ -6,12 +6,12 @@ from PIL import Image
 
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import DataError, HubError, ModelError
-from sosp_hub.recipe.schema import TrainSection
+from sosp_hub.recipe.training import DenseTrainSection
 from sosp_hub.zoo.load import example_inputs, load_model
 from tests.compare import assert_close
 
 CLASSES, CAUSAL, IMAGES = "text-classification", "causal-lm", "image-classification"
-TRAIN = TrainSection(epochs=1)
+TRAIN = DenseTrainSection(epochs=1)
 THREE = DataInfo(num_labels=3, class_names=("ant", "bee", "cat"))
 
 
