@@ -172,7 +172,12 @@ def allocate(
             "uniform": uniform,
             **({"target": [each.model_dump(mode="json") for each in targets]} if targets else {}),
             "floors": candidates.floors(low),
-            "predicted": {"macs": found.macs, "params": found.params, "bytes": found.bytes},
+            "predicted": {
+                "macs": found.macs,
+                "params": found.params,
+                "bytes": found.bytes,
+                "of_one": graph.sized.sample,
+            },
         },
     )
 

@@ -16,7 +16,7 @@ class Cost:
 
     Attributes:
         macs: Multiply-accumulates of all matrix products, convolutions and attention for one
-            sample of the traced size.
+            sample of ``graph.sized``: of the traced size, or of that of ``cost_inputs``.
         params: Number of parameters; tied ones count once.
         bytes: Size of parameters and stored buffers in their dtypes.
     """
@@ -37,14 +37,21 @@ class CostModel:
     """The costs of a graph as polynomials in the numbers of kept structures."""
 
     def __init__(self, graph: Graph) -> None:
-        self._names = {graph.atoms[name].id: name for name in graph.groups if name in graph.atoms}
+        sized = graph.sized
+        self._names = {
+            atoms[name].id: name
+            for atoms in (graph.atoms, sized.atoms)
+            for name in graph.groups
+            if name in atoms
+        }
+        self._num_samples = sized.num_samples
         self._graph = graph
         self._layers = {
             f"{layer}.": (f"{name}[{i}]",)
             for name, group in graph.groups.items()
             for i, layer in enumerate(group.layers)
         }
-        self._macs = _collect((self._product(f"{m}.", axes), 1) for m, axes in graph.macs)
+        self._macs = _collect((self._product(f"{m}.", axes), 1) for m, axes in sized.macs)
         tensors = {name: self._product(name, axes) for name, axes in graph.tensors.items()}
         self._params = _collect((tensors[name], 1) for name in graph.parameters)
         stored = graph.parameters | graph.buffers
@@ -61,7 +68,7 @@ class CostModel:
             stays = (layers or {}).get(name, range(group.size))
             kept |= {f"{name}[{i}]": int(i in stays) for i in range(len(group.layers))}
         return Cost(
-            macs=_value(self._macs, kept) // self._graph.num_samples,
+            macs=_value(self._macs, kept) // self._num_samples,
             params=_value(self._params, kept),
             bytes=_value(self._bytes, kept),
         )

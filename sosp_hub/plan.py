@@ -72,7 +72,19 @@ class PruningPlan:
             )
             for pattern, names in alike(kept).items()
         ]
-        return f"{head}\n{table(('group', 'groups', 'size', 'kept', 'share'), rows)}"
+        text = f"{head}\n{table(('group', 'groups', 'size', 'kept', 'share'), rows)}"
+        return f"{text}\n{costs}" if (costs := self._costs()) else text
+
+    def _costs(self) -> str:
+        """What it was predicted to cost, for an input of which size."""
+        cost = self.provenance.get("predicted")
+        if not isinstance(cost, Mapping) or not isinstance(cost.get("macs"), int):
+            return ""
+        size = f" for one input of {cost['of_one']}" if cost.get("of_one") else ""
+        return (
+            f"leaves {cost['macs']:,} multiply-accumulates{size}, {cost['params']:,} parameters, "
+            f"{cost['bytes']:,} bytes"
+        )
 
     def _repr_html_(self) -> str:
         return preformatted(str(self))

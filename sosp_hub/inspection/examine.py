@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sosp_hub.checkpoint.fake import to_fake
@@ -24,6 +24,7 @@ from sosp_hub.compat.torch import FakeMode, grouped_product_flops, parameter_tab
 from sosp_hub.compat.transformers import tied_names
 from sosp_hub.errors import CheckpointError, HubError, shortened
 from sosp_hub.inspection.readers import Reader, readers
+from sosp_hub.structure.inputs import num_samples, one_sample
 from sosp_hub.structure.isolation import isolated
 
 
@@ -59,7 +60,7 @@ class Findings:
         tier: Whether a plain config says all.
         library: Who builds the model.
         architecture: Model class, or timm architecture.
-        sample: Shapes of the one sample that ``macs`` are for.
+        sample: How large the one sample is that ``macs`` are for.
         totals: ``params``, ``macs``, ``bytes``; ``dense_params`` and ``dense_macs`` where known.
         faults: Where config, delta and weights disagree.
         readers: Who else loads it.
@@ -198,9 +199,7 @@ def _count_fake_macs(model: nn.Module) -> tuple[str, dict[str, int], str | None]
     inputs = made_up_inputs(model)
     if inputs is None:
         return "", {}, "its config does not say how its inputs look"
-    named = inputs.items() if isinstance(inputs, dict) else [("input", each) for each in inputs]
-    sizes = ", ".join(f"{name} {list(value.shape[1:])}" for name, value in named)
-    batch = next(value.shape[0] for _, value in named if isinstance(value, Tensor))
+    sizes, batch = one_sample(inputs), num_samples(inputs)
     try:
         with FlopCounterMode(display=False, custom_mapping=grouped_product_flops()) as counter:
             model(**inputs) if isinstance(inputs, dict) else model(*inputs)

@@ -288,6 +288,9 @@ def open_context(
 def _traced(loaded: Loaded, recipe: Recipe, accelerator: Accelerator) -> Graph:
     """The graph of a model, which then goes to its device."""
     outputs = recipe.structure.outputs or find_task(recipe.model.task).outputs
-    graph = trace(loaded.model, example_inputs(loaded), outputs=outputs)
+    length = recipe.data.max_length if recipe.data else None
+    sized = None if length is None else example_inputs(loaded, num_tokens=length)
+    graph = trace(loaded.model, example_inputs(loaded), outputs=outputs, cost_inputs=sized)
+    logger.info("costs are those of one input: %s", graph.sized.sample)
     loaded.model.to(accelerator.device)
     return graph

@@ -15,20 +15,23 @@ from torch import nn
 from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.cost import cost
 from sosp_hub.distributed import logger, to_device
-from sosp_hub.errors import HubError
+from sosp_hub.errors import BudgetError, HubError
 from sosp_hub.evaluate import measure_latency
+from sosp_hub.latency import Decoder
 from sosp_hub.pipeline.measuring import hardware
 from sosp_hub.pipeline.memory import forward_peak
 from sosp_hub.pipeline.output_folder import put
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import PushSection, Recipe
+from sosp_hub.recipe.tasks import find_task
 from sosp_hub.report.card import render_card
 from sosp_hub.report.facts import scrub
 from sosp_hub.report.licence import copy_licence_files
 from sosp_hub.report.listing import CURVATURE, DENSE, SALIENCY
 from sosp_hub.report.page import write_page
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.inputs import one_sample
 from sosp_hub.zoo.load import Loaded, example_inputs
 
 if TYPE_CHECKING:
@@ -62,13 +65,16 @@ def write_result(
     """Writes weights, report, scores, figures and card; the report."""
     kept = plan.num_kept()
     criterion = recipe.criterion
+    measured = recipe, loaded, pruned
     report = {
         "plan": json.loads(plan.to_json()),
         "saliency": {name: _summary(scores) for name, scores in saliency.items()},
         "metrics": dict(metrics),
         "rebuild": dict(rebuild),
         "cost": costs(graph, plan),
-        "latency": latency_of(recipe, loaded, pruned) if recipe.evaluate.latency else {},
+        "latency": {**latency_of(*measured), **decoding_of(*measured)}
+        if recipe.evaluate.latency
+        else {},
         "peak_memory": peak_memory_of(recipe, loaded, pruned),
         "groups": [
             {
@@ -156,12 +162,17 @@ def publish(output: Path, push: PushSection) -> None:
     logger.info("published: %s", address)
 
 
-def costs(graph: Graph, plan: PruningPlan) -> dict[str, dict[str, int]]:
-    """MACs, parameters and bytes, before and after."""
+def costs(graph: Graph, plan: PruningPlan) -> dict[str, Any]:
+    """MACs, parameters and bytes, before and after, and of which input the MACs are."""
     costs_of = {"before": cost(graph), "after": cost(graph, plan)}
+    sized = graph.sized
     return {
-        when: {"macs": one.macs, "params": one.params, "bytes": one.bytes}
-        for when, one in costs_of.items()
+        **{
+            when: {"macs": one.macs, "params": one.params, "bytes": one.bytes}
+            for when, one in costs_of.items()
+        },
+        "of_one": sized.sample,
+        **({"tokens": sized.num_tokens} if sized.num_tokens else {}),
     }
 
 
@@ -176,20 +187,47 @@ def _summary(scores: torch.Tensor) -> dict[str, float]:
 def latency_of(
     recipe: Recipe, loaded: Loaded, pruned: nn.Module, budget_s: float = 2.0
 ) -> dict[str, Any]:
-    """Seconds of a forward pass before and after, measured in turn, and on what."""
+    """Seconds of a forward pass before and after, measured in turn, and on what.
+
+    Of a model that generates text it is the prefill: the pass over a prompt.
+    """
+    inputs, stated = _for_latency(recipe, loaded)
+    return _both(measure_latency([loaded.model.eval(), pruned.eval()], inputs, budget_s), stated)
+
+
+def decoding_of(
+    recipe: Recipe, loaded: Loaded, pruned: nn.Module, budget_s: float = 2.0
+) -> dict[str, Any]:
+    """Seconds of one token more after that prompt; nothing where none is generated."""
+    inputs, stated = _for_latency(recipe, loaded)
+    if find_task(loaded.task).name != "text-generation":
+        return {}
+    tokens = inputs["input_ids"]
+    try:
+        steps = [Decoder(model.eval(), tokens) for model in (loaded.model, pruned)]
+    except BudgetError:  # it has no cache of keys and values
+        return {}
+    return {"decode": _both(measure_latency(steps, (tokens[:, :1],), budget_s), stated)}
+
+
+def _for_latency(recipe: Recipe, loaded: Loaded) -> tuple[Any, dict[str, Any]]:
+    """Inputs of a measurement, and what is stated beside it."""
     batch = recipe.evaluate.latency_batch_size
     length = recipe.evaluate.latency_tokens
     inputs = to_device(example_inputs(loaded, batch, num_tokens=length))
     tokens = inputs.get("input_ids") if isinstance(inputs, dict) else None
-    stated = {
+    return inputs, {
         "batch": batch,
-        **({"length": tokens.shape[1]} if tokens is not None else {}),
+        **({"length": tokens.shape[1]} if tokens is not None else {"of_one": one_sample(inputs)}),
         "dtype": recipe.model.dtype,
         "threads": torch.get_num_threads(),
         "hardware": hardware(),
     }
-    before, after = measure_latency([loaded.model.eval(), pruned.eval()], inputs, budget_s)
-    return {"before": {"seconds": before, **stated}, "after": {"seconds": after, **stated}}
+
+
+def _both(seconds: Sequence[float], stated: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = zip(("before", "after"), seconds, strict=True)
+    return {when: {"seconds": value, **stated} for when, value in pairs}
 
 
 def peak_memory_of(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[str, Any]:

@@ -121,7 +121,9 @@ def collect(report: Mapping[str, Any]) -> Facts:
         smaller=_smaller(cost),
         base_name=_base_name(base),
         outcome=_outcome(metrics, unit),
-        costs=_costs(cost, latency, report.get("peak_memory") or {}),
+        costs=_costs(
+            cost, latency, report.get("peak_memory") or {}, known.counted if known else ""
+        ),
         metrics=_metrics(metrics, (report.get("calibration") or {}).get("seen") or ()),
         removed=tuple(_removed(groups)),
         made_up=(*_made_up(provenance), *_rebuilt(report.get("rebuild") or {})),
@@ -248,19 +250,28 @@ def _verdict(dense: Mapping[str, Any], final: Mapping[str, Any], unit: str) -> s
     return f"a difference beyond the 95 % spread of {samples}"
 
 
-def _costs(cost: Mapping[str, Any], latency: Mapping[str, Any], memory: Mapping[str, Any]) -> Grid:
+def _costs(
+    cost: Mapping[str, Any], latency: Mapping[str, Any], memory: Mapping[str, Any], counted: str
+) -> Grid:
     before, after = cost.get("before") or {}, cost.get("after") or {}
+    size = f" ({scrub(str(cost['of_one']))})" if cost.get("of_one") else ""
     rows = [
         (words, show(before[key]), show(after[key]), numbers.change(before[key], after[key]))
         for key, words, show in (
             ("params", "Parameters", numbers.count),
-            ("macs", "Multiply-accumulates of one input", numbers.count),
+            ("macs", f"Multiply-accumulates of one input{size}", numbers.count),
             ("bytes", "Weights", numbers.size),
         )
         if before.get(key) and after.get(key) is not None
     ]
+    if counted == "tokens" and cost.get("tokens") and before.get("macs") and after.get("macs"):
+        pair = [each["macs"] / cost["tokens"] for each in (before, after)]
+        words = f"Multiply-accumulates per token (mean of {cost['tokens']})"
+        rows.insert(2, (words, *map(numbers.count, pair), numbers.change(*pair)))
+    decode = latency.get("decode") or {}
     for measured, words, key, show in (
-        (latency, "Latency of one forward pass", "seconds", numbers.seconds),
+        (latency, _pass_words(latency, decode), "seconds", numbers.seconds),
+        (decode, "Latency of decode, one token after that prompt", "seconds", numbers.seconds),
         (memory, _memory_words(memory), "bytes", numbers.size),
     ):
         pair = [(measured.get(when) or {}).get(key) for when in ("before", "after")]
@@ -269,6 +280,14 @@ def _costs(cost: Mapping[str, Any], latency: Mapping[str, Any], memory: Mapping[
     speed = _speed_note(latency) if rows else ""
     note = f"Latency was measured on: {speed}." if speed else ""
     return Grid("Size and speed", ("", "dense", "this model", "change"), tuple(rows), note)
+
+
+def _pass_words(latency: Mapping[str, Any], decode: Mapping[str, Any]) -> str:
+    """What the first latency is of: where decoding was measured too, it is prefill."""
+    length = (latency.get("after") or {}).get("length")
+    if not decode or not length:
+        return "Latency of one forward pass"
+    return f"Latency of prefill, a prompt of {length} tokens"
 
 
 def _memory_words(memory: Mapping[str, Any]) -> str:
@@ -528,6 +547,8 @@ def _speed_note(latency: Mapping[str, Any]) -> str:
         words.append(f"batch of {after['batch']}")
     if after.get("length"):
         words.append(f"{after['length']} tokens")
+    if after.get("of_one"):
+        words.append(scrub(str(after["of_one"])))
     if after.get("dtype"):
         words.append(str(after["dtype"]).removeprefix("torch."))
     return ", ".join(words)

@@ -40,6 +40,7 @@ class _Measured(_Part):
     bytes: Amount | None = None
     batch: Count | None = None
     length: Count | None = None
+    of_one: str | None = None
     threads: Count | None = None
     dtype: str | None = None
     hardware: str | None = None
@@ -48,11 +49,17 @@ class _Measured(_Part):
 class _Costs(_Part):
     before: _Cost | None = None
     after: _Cost | None = None
+    of_one: str | None = None
+    tokens: Count | None = None
 
 
 class _Measurements(_Part):
     before: _Measured | None = None
     after: _Measured | None = None
+
+
+class _Latency(_Measurements):
+    decode: _Measurements | None = None
 
 
 class _Group(_Part):
@@ -199,7 +206,7 @@ class _Report(_Part):
     metrics: dict[str, dict[str, _Metric] | None] | None = None
     rebuild: _Rebuild | None = None
     cost: _Costs | None = None
-    latency: _Measurements | None = None
+    latency: _Latency | None = None
     peak_memory: _Measurements | None = None
     groups: list[_Group] | None = None
     criterion: _Criterion | None = None

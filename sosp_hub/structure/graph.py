@@ -13,6 +13,7 @@ from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import Atom, Axis, size_of, sources
 from sosp_hub.structure.constraint_solver import Count
 from sosp_hub.structure.groups import Group, Member
+from sosp_hub.structure.inputs import num_tokens, one_sample
 from sosp_hub.structure.terms import Axes, Constraint, Step
 from sosp_hub.summary import alike, preformatted, span, table
 
@@ -60,6 +61,25 @@ class Routes:
 
 
 @dataclass(frozen=True, eq=False)
+class Sized:
+    """The products of a forward pass on inputs of the size that costs are told for.
+
+    Attributes:
+        macs: As of a graph, like the others.
+        atoms: Root atom of each group.
+        num_samples: Samples in the inputs.
+        sample: How large one of them is, in words.
+        num_tokens: Its tokens; 0 where it has none.
+    """
+
+    macs: tuple[tuple[str, Axes], ...]
+    atoms: Mapping[str, Atom]
+    num_samples: int
+    sample: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
 class Graph:
     """What belongs together in one model. ``print(graph)`` is a screen of it.
 
@@ -87,6 +107,7 @@ class Graph:
         only_in_training: Modules with parameters that evaluation never uses, training does.
         never_used: Modules with parameters that neither uses; they keep their size.
         routes: Other ways to run the model, found when it is first cut.
+        of_size: What costs are told for, where that is not the size of the traced inputs.
         unproved: Groups whose cut was seen to differ from the masked model, and how; they stay
             whole in every cut since.
     """
@@ -114,6 +135,7 @@ class Graph:
     never_used: tuple[str, ...] = ()
     scales: tuple[tuple[str, Axis], ...] = ()
     routes: Routes = field(default_factory=Routes)
+    of_size: Sized | None = None
     unproved: dict[str, str] = field(default_factory=dict)
 
     def provable(self, plan: PruningPlan) -> PruningPlan:
@@ -122,6 +144,15 @@ class Graph:
             return plan
         kept = {name: indices for name, indices in plan.kept.items() if name not in self.unproved}
         return replace(plan, kept=kept, sizes={name: plan.sizes[name] for name in kept})
+
+    @property
+    def sized(self) -> Sized:
+        """What costs are told for."""
+        if self.of_size is not None:
+            return self.of_size
+        inputs = self.example_inputs
+        facts = (one_sample(inputs), num_tokens(inputs))
+        return Sized(self.macs, self.atoms, self.num_samples, *facts)
 
     def check(self, plan: Plan) -> None:
         """Raises PlanError unless the plan was made for this model and obeys its ties."""

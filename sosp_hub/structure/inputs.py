@@ -35,6 +35,36 @@ def num_samples(inputs: Any) -> int:
     return 1
 
 
+def num_tokens(inputs: Any) -> int:
+    """Length of the first tensor, where it holds token numbers; else 0."""
+    first = first_tensor(inputs)
+    return int(first.shape[1]) if _holds_tokens(first) else 0
+
+
+def one_sample(inputs: Any) -> str:
+    """How large one sample is, in words, such as ``16 tokens`` or ``3x224x224``."""
+    named = (
+        inputs.items() if isinstance(inputs, Mapping) else ((None, x) for x in _arguments(inputs))
+    )
+    words: list[str] = []
+    lengths: set[int] = set()
+    for name, value in named:
+        before = "" if name is None or not words else f"{name} "
+        if is_images(value):
+            words.append(before + _times(value[0].shape))
+            continue
+        for tensor in _tensors(value):
+            whole = not tensor.is_floating_point() and not tensor.is_complex()
+            if tensor.dim() == 2 and whole and tensor.shape[1] in lengths:  # a mask, say
+                continue
+            if _holds_tokens(tensor):
+                lengths.add(tensor.shape[1])
+                words.append(f"{tensor.shape[1]} tokens")
+            else:
+                words.append(f"{before}{_times(tensor.shape[1:])}")
+    return ", ".join(words)
+
+
 def map_named(inputs: Any, function: Callable[[str, Tensor], Tensor]) -> Any:
     """The same nesting with what ``function`` makes of each tensor and its key, if any."""
     return _mapped("", inputs, function)
@@ -57,6 +87,15 @@ def with_samples(inputs: Any, samples: Sequence[int]) -> Any:
     if isinstance(inputs, tuple | list):
         return tuple(changed(value) for value in inputs)
     return changed(inputs)
+
+
+def _holds_tokens(tensor: Tensor) -> bool:
+    whole = not tensor.is_floating_point() and tensor.dtype != torch.bool
+    return tensor.dim() == 2 and whole and not tensor.is_complex()
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes)) or "a number"
 
 
 def _arguments(inputs: Any) -> list[Any]:

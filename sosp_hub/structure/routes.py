@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from sosp_hub.compat.transformers import attention_of, set_attention
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph, Route
-from sosp_hub.structure.inputs import first_tensor, map_named, num_samples, with_samples
+from sosp_hub.structure.inputs import (
+    first_tensor,
+    map_named,
+    num_samples,
+    num_tokens,
+    with_samples,
+)
 from sosp_hub.structure.shadow import is_config
 from sosp_hub.structure.trace import call, trace
 
@@ -135,7 +141,7 @@ def _left(model: nn.Module, graph: Graph) -> "list[_Way]":
     """The ways that nothing is known to speak against."""
     ways = [way for way in _WAYS if way.exists(model, graph)]
     for way in [way for way in ways if way.takes_tokens]:
-        if (length := _length(graph.example_inputs)) <= 2 * _FEWER:
+        if (length := num_tokens(graph.example_inputs)) <= 2 * _FEWER:
             _tell_unchecked(graph, way, f"inputs of {length} tokens; {2 * _FEWER + 1} are needed")
     return [way for way in ways if way.name not in graph.routes.unchecked]
 
@@ -209,7 +215,7 @@ class Run:
 
     def shortened(self, output: Tensor) -> Tensor:
         """The part of an output for the tokens that shorter inputs have."""
-        length = _length(self.inputs)
+        length = num_tokens(self.inputs)
         for_tokens = output.dim() > 1 and output.shape[1] == length + _FEWER
         return output[:, :length] if for_tokens else output
 
@@ -281,16 +287,9 @@ def _has_samples(_: nn.Module, graph: Graph) -> bool:
 def _other_batch(run: Run) -> None:
     """One sample less, or one more: of texts, where the first will be padded, and of one sample."""
     size = num_samples(run.inputs)
-    more = size == 1 or bool(_length(run.inputs))
+    more = size == 1 or bool(num_tokens(run.inputs))
     run.samples = [*range(size), 0] if more else [*range(size - 1)]
     run.inputs = with_samples(run.inputs, run.samples)
-
-
-def _length(inputs: Any) -> int:
-    """Number of tokens, where the first input holds token numbers."""
-    first = first_tensor(inputs)
-    whole = not first.is_floating_point() and first.dtype != torch.bool
-    return first.shape[1] if first.dim() == 2 and whole else 0
 
 
 _FEWER = 2
@@ -298,11 +297,11 @@ _FEWER = 2
 
 
 def _is_text(_: nn.Module, graph: Graph) -> bool:
-    return _has_samples(_, graph) and _length(graph.example_inputs) > 1
+    return _has_samples(_, graph) and num_tokens(graph.example_inputs) > 1
 
 
 def _cut_tokens(inputs: Any, part: slice, but: Iterable[str] = ()) -> Any:
-    length = _length(inputs)
+    length = num_tokens(inputs)
 
     def change(name: str, value: Tensor) -> Tensor:
         fits = value.dim() > 1 and value.shape[1] == length and name not in but

@@ -19,7 +19,7 @@ from sosp_hub.structure.axes import Sum, fixed, free, pin
 from sosp_hub.structure.build_graph import assemble
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
-from sosp_hub.structure.inputs import num_samples
+from sosp_hub.structure.inputs import num_samples, one_sample
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
 from sosp_hub.structure.shadow import shadow
@@ -41,6 +41,7 @@ def trace(
     *,
     fake: bool = True,
     program: "Program | None" = None,
+    cost_inputs: Any = None,
 ) -> Graph:
     """Finds the groups of slices of a model that must be cut together.
 
@@ -59,6 +60,9 @@ def trace(
             keeps the size of all of them.
         fake: Try without data first; False runs a real copy at once.
         program: Runs a copy of the model on copies of the inputs; None = one call.
+        cost_inputs: Inputs of the size that multiply-accumulates are counted for, such as texts of
+            full length; they are traced too, and verification still runs the example inputs. None
+            = the example inputs.
 
     Raises:
         TraceError: Not a module, inputs that do not fit the model, or a forward pass that cannot
@@ -80,7 +84,11 @@ def trace(
         model, example_inputs, wanted, fake, program or call, training=True
     )
     samples = num_samples(example_inputs)
-    return assemble(twin, terms, (entries, exits), example_inputs, wanted, samples)
+    graph = assemble(twin, terms, (entries, exits), example_inputs, wanted, samples)
+    if cost_inputs is None or one_sample(cost_inputs) == one_sample(example_inputs):
+        return graph
+    sized = trace(model, cost_inputs, outputs, fake=fake, program=program).sized
+    return dataclasses.replace(graph, of_size=sized)
 
 
 def retrace(

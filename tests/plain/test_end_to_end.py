@@ -181,6 +181,7 @@ def test_four_lines(name, tmp_path):
     pruned = sosp_hub.apply(model, graph, plan, strict=True)
 
     assert cost(graph, plan).macs <= 0.6 * cost(graph).macs
+    assert f"for one input of {graph.sized.sample}, " in str(plan)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]), key
     folder = sosp_hub.save_pretrained(pruned, tmp_path / "small")

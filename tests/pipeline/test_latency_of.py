@@ -1,0 +1,65 @@
+"""What a run measures of speed, and how the card says it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sosp_hub.pipeline.result import costs, decoding_of, latency_of
+from sosp_hub.plan import PruningPlan
+from sosp_hub.report.facts import collect
+from sosp_hub.structure.trace import trace
+from tests.cases import CASES
+
+LLAMA = next(case for case in CASES if case.name == "llama")
+
+
+def run(task):
+    """A recipe and a loaded model, as far as a measurement looks at them."""
+    evaluate = SimpleNamespace(latency_batch_size=2, latency_tokens=7)
+    recipe = SimpleNamespace(evaluate=evaluate, model=SimpleNamespace(dtype="float32", task=task))
+    processor = SimpleNamespace(tokenizer=range(50), max_positions=None)
+    return recipe, SimpleNamespace(model=LLAMA.model(), processor=processor, task=task)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_generation_is_split_into_prefill_and_decode():
+    recipe, loaded = run("text-generation")
+    measured = recipe, loaded, LLAMA.model()
+    with torch.no_grad():
+        latency = {**latency_of(*measured, 0.01), **decoding_of(*measured, 0.01)}
+    assert latency["after"]["length"] == latency["decode"]["after"]["length"] == 7
+    assert all(latency["decode"][when]["seconds"] > 0 for when in ("before", "after"))
+    graph = trace(loaded.model, LLAMA.inputs(), outputs="logits")
+    cost = costs(graph, PruningPlan({}, {}))
+    length = LLAMA.inputs()["input_ids"].shape[1]
+    assert (cost["of_one"], cost["tokens"]) == (f"{length} tokens", length)
+    report = {"task": "text-generation", "cost": cost, "latency": latency}
+    rows = [row[0] for row in collect(report).costs.rows]
+    assert rows == [
+        "Parameters",
+        f"Multiply-accumulates of one input ({length} tokens)",
+        f"Multiply-accumulates per token (mean of {length})",
+        "Weights",
+        "Latency of prefill, a prompt of 7 tokens",
+        "Latency of decode, one token after that prompt",
+    ]
+
+
+def test_other_tasks_have_one_latency():
+    assert decoding_of(*run("fill-mask"), LLAMA.model()) == {}
+    cost = {when: {"macs": 10, "params": 5, "bytes": 20} for when in ("before", "after")}
+    report = {
+        "task": "text-classification",
+        "cost": {**cost, "of_one": "16 tokens", "tokens": 16},
+        "latency": {when: {"seconds": 1.0, "length": 16} for when in ("before", "after")},
+    }
+    rows = [row[0] for row in collect(report).costs.rows]
+    assert rows == [
+        "Parameters",
+        "Multiply-accumulates of one input (16 tokens)",
+        "Weights",
+        "Latency of one forward pass",
+    ]
+    report["cost"] = cost  # an older report does not say
+    assert collect(report).costs.rows[1][0] == "Multiply-accumulates of one input"
