@@ -265,9 +265,10 @@ def _costs(
         if before.get(key) and after.get(key) is not None
     ]
     if counted == "tokens" and cost.get("tokens") and before.get("macs") and after.get("macs"):
-        pair = [each["macs"] / cost["tokens"] for each in (before, after)]
+        one, two = (each["macs"] / cost["tokens"] for each in (before, after))
         words = f"Multiply-accumulates per token (mean of {cost['tokens']})"
-        rows.insert(2, (words, *map(numbers.count, pair), numbers.change(*pair)))
+        row = (words, numbers.count(one), numbers.count(two), numbers.change(one, two))
+        rows.insert(2, row)
     decode = latency.get("decode") or {}
     for measured, words, key, show in (
         (latency, _pass_words(latency, decode), "seconds", numbers.seconds),
