@@ -44,12 +44,24 @@ def relative_error(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
     return (read.weights * away).sum(1), torch.ones(len(away))
 
 
+def pixel_accuracy(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
+    """How many pixels that count are right, whatever else the loss reads."""
+    labels = batch["labels"]
+    counted = labels != IGNORED_PIXEL
+    right = (_classes(loss, labels) == labels) & counted
+    return right.flatten(1).sum(1), counted.flatten(1).sum(1)
+
+
+def _classes(loss: Loss, labels: Tensor) -> Tensor:
+    """The likeliest class of each pixel of the labels."""
+    logits, size = loss.outputs.logits, labels.shape[-2:]
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
+
+
 def _areas(model: nn.Module, loss: Loss, batch: Any) -> list[Areas]:
     del model
-    labels, logits = batch["labels"], loss.outputs.logits
-    logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-    num, areas = logits.shape[1], []
-    for predicted, truth in zip(logits.argmax(1), labels, strict=True):
+    labels, num, areas = batch["labels"], loss.outputs.logits.shape[1], []
+    for predicted, truth in zip(_classes(loss, labels), labels, strict=True):
         counted = truth != IGNORED_PIXEL
         mine, aim = predicted[counted], truth[counted]
         both = torch.bincount(aim[mine == aim], minlength=num)

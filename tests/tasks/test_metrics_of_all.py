@@ -120,6 +120,9 @@ def test_mean_iou_is_that_of_the_confusion_matrix():
     counted = labels != 255
     expected = jaccard_score(labels[counted], large.argmax(1)[counted], average="macro")
     assert maps.mean_iou.value(areas) == pytest.approx(expected)
+    right, weights = maps.pixel_accuracy(loss, {"labels": labels})
+    share = (large.argmax(1) == labels)[counted].double().mean()
+    assert_close(right.sum() / weights.sum(), share, relative=1e-6)
 
 
 def test_depth_counts_what_is_known():

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from sosp_hub.data.rows import Rows, TableRows
     from sosp_hub.data.source import DataInfo, OpenData
-    from sosp_hub.tasks.metrics import OfAll
+    from sosp_hub.tasks.metrics import Meter, OfAll
 
 
 @register
@@ -88,9 +88,9 @@ class ImageSegmentation(OwnTask):
         )
         return {"pixel_values": encoded["pixel_values"]}
 
-    def meters(self, info: "DataInfo", processor: Any = None) -> "Mapping[str, OfAll]":
+    def meters(self, info: "DataInfo", processor: Any = None) -> "Mapping[str, Meter | OfAll]":
         """Over classes, of all pixels together."""
-        from sosp_hub.tasks.maps import mean_iou
+        from sosp_hub.tasks.maps import mean_iou, pixel_accuracy
 
         del info, processor
-        return {"mean_iou": mean_iou}
+        return {"mean_iou": mean_iou, "accuracy": pixel_accuracy}
