@@ -111,7 +111,11 @@ def finetune(
     wrapped, optimizer, loader = accelerator.prepare(model, _optimizer(model, config), loader)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation
     steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation)
-    total = config.epochs * steps_per_epoch
+    total, epochs = config.epochs * steps_per_epoch, config.epochs
+    if isinstance(config, FinetuneSection) and config.tokens and epochs:
+        per_step = samples_per_step(train, config, accelerator) * tokens_of_sample(train)
+        total = math.ceil(config.tokens / per_step)
+        epochs = math.ceil(total / steps_per_epoch)
     save_every = config.save_every_steps or steps_per_epoch
     saved = _Saved(checkpoint_dir, accelerator, total)
     step, history = saved.load()
@@ -119,7 +123,7 @@ def finetune(
     last: Any = None
     model.train()
     with progress_bar(description, total, step) as advance:
-        for epoch in range(step // steps_per_epoch, config.epochs):
+        for epoch in range(step // steps_per_epoch, epochs):
             loader.set_epoch(epoch)
             done = (step - epoch * steps_per_epoch) * config.gradient_accumulation
             batches = accelerator.skip_first_batches(loader, done) if done else loader
@@ -156,13 +160,15 @@ def finetune(
                     losses.clear()
                 else:
                     advance()
-                if after_part and _ends_part(step, steps_per_epoch, parts_per_epoch):
+                ends = _ends_part(step, steps_per_epoch, parts_per_epoch) or step == total
+                if after_part and ends:
                     after_part(step / steps_per_epoch)
                     model.train()
                 if save:
                     saved.save(step, history)
                 if step == total:
                     last = batch
+                    break
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
     for buffer in model.buffers():  # each process had its own batches
@@ -215,6 +221,25 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
         for statistic in (norm.running_mean, norm.running_var):
             statistic.copy_(process_sum(statistic * share.to(statistic)))  # pyright: ignore
     return len(norms)
+
+
+def samples_per_step(train: Any, config: TrainSection, accelerator: Accelerator) -> int:
+    """Samples of one optimizer step, on all processes."""
+    world = accelerator.num_processes
+    return min(config.batch_size, len(train) // world) * config.gradient_accumulation * world
+
+
+def tokens_of_sample(train: Any) -> int:
+    """Tokens of each sample of texts in windows of equal length.
+
+    Raises:
+        DataError: Samples that are no texts.
+    """
+    batch = train.__getitems__([0])
+    batch = batch[1] if isinstance(batch, tuple) and isinstance(batch[1], dict) else batch
+    if not isinstance(batch, dict) or "input_ids" not in batch:
+        raise DataError("finetune.tokens: only texts have tokens; write epochs")
+    return batch["input_ids"].shape[1]
 
 
 def _ends_part(step: int, steps_per_epoch: int, parts: int) -> bool:
@@ -298,6 +323,15 @@ def _optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if config.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ModelError(
+                "finetune.optimizer: adamw_8bit needs bitsandbytes; pip install bitsandbytes, or "
+                "write adamw"
+            ) from error
+        return AdamW8bit(groups, lr=config.rate)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.rate)
     nesterov = config.momentum > 0

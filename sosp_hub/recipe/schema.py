@@ -1,6 +1,7 @@
 """The recipe: one typed section per stage. Defaults and their meaning are written here alone."""
 
 import difflib
+import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -292,11 +293,48 @@ class TeacherSection(Section):
     revision: str | None = Field(default=None, description="commit, branch or tag on the hub")
 
 
+class LoraSection(Section):
+    """Low-rank adapters that are trained instead of the weights, and merged into them."""
+
+    rank: Count = Field(default=8, description="of each adapter")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        default=16.0, description="adapters count alpha / rank times"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="of what adapters read"
+    )
+    modules: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = Field(
+        default=None,
+        description="ends of the names of linear layers and convolutions that get one; null = all "
+        "whose weights are not tied",
+    )
+
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+def _tokens(value: Any) -> Any:
+    """A number of tokens, also as text such as 50M."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", value) if isinstance(value, str) else None
+    return round(float(match[1]) * _UNITS[match[2]]) if match else value
+
+
 class FinetuneSection(TrainSection):
     """Recovery after the cut."""
 
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
         default=None, description="of all training in the run; null = as `accelerate launch` says"
+    )
+    tokens: Annotated[Count, BeforeValidator(_tokens)] | None = Field(
+        default=None,
+        description="of texts, to be trained with, such as 50M; goes before `epochs`; null = by "
+        "epochs",
+    )
+    lora: LoraSection | None = Field(
+        default=None, description="train adapters instead of the weights (PEFT); null = the weights"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations again in the backward pass: less memory"
     )
     recalibrate_norm: bool | None = Field(
         default=None,

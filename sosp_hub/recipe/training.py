@@ -22,8 +22,9 @@ class TrainSection(Section):
         description="peak learning rate; null = the task's: mostly 1e-3 where the model began with "
         "random weights, else 5e-5, and 1e-4 for image-classification",
     )
-    optimizer: Literal["adamw", "sgd"] = Field(
-        default="adamw", description="sgd has Nesterov momentum"
+    optimizer: Literal["adamw", "adamw_8bit", "sgd"] = Field(
+        default="adamw",
+        description="sgd has Nesterov momentum; adamw_8bit is that of bitsandbytes",
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="of sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(

@@ -16,8 +16,9 @@ from sosp_hub.data.split import Split
 from sosp_hub.distillation import Numbered, StoredOutputs
 from sosp_hub.distributed import logger, make_accelerator
 from sosp_hub.evaluate import evaluate
-from sosp_hub.finetune import finetune
+from sosp_hub.finetune import finetune, samples_per_step, tokens_of_sample
 from sosp_hub.recipe.schema import FinetuneSection
+from sosp_hub.recovery.adapters import adapted, checkpointed
 from sosp_hub.recovery.best import BestState, Selected, held_out_loader, hold_out
 from sosp_hub.recovery.probe import Rates, best_rate, probe_rates
 
@@ -36,12 +37,16 @@ class Recovery:
         selected: The state that was kept; None where nothing was held out.
         num_held_out: Samples of the train split that selected it.
         rates: Learning rates that were probed, and the held-out loss after each.
+        num_samples: Samples that were trained with, each as often as it was.
+        num_tokens: Tokens of them, where the training was by tokens.
     """
 
     history: Sequence[Mapping[str, float]]
     selected: Selected | None
     num_held_out: int
     rates: Rates = ()
+    num_samples: int = 0
+    num_tokens: int | None = None
 
 
 def recover(
@@ -101,6 +106,8 @@ def recover(
             followed = StoredOutputs.make(teacher, rest, config, folder, loss_fn=loss_fn)
             stack.enter_context(_off_device(teacher))
             rest = Numbered(rest)
+        stack.enter_context(checkpointed(model, config.gradient_checkpointing))
+        stack.enter_context(adapted(model, config.lora, seed))
         train_with = partial(
             finetune,
             model,
@@ -113,7 +120,7 @@ def recover(
         )
         if part is None:
             history = train_with(config, checkpoint_dir=checkpoint_dir, description=description)
-            return Recovery(history, None, 0)
+            return Recovery(history, None, 0, (), *_counts(history, rest, config, accelerator))
         loader = held_out_loader(part, config.batch_size, accelerator, num_workers)
         best = BestState(model, folder)
 
@@ -142,12 +149,32 @@ def recover(
             config,
             checkpoint_dir=folder,
             after_part=offer,
-            parts_per_epoch=math.ceil(_LEAST_EVALUATIONS / config.epochs),
+            parts_per_epoch=math.ceil(_LEAST_EVALUATIONS / _epochs(rest, config)),
             description=description,
         )
         selected = best.load()
     _say(selected, config, len(part))
-    return Recovery(history, selected, len(part), rates)
+    counts = _counts(history, rest, config, accelerator)
+    return Recovery(history, selected, len(part), rates, *counts)
+
+
+def _epochs(train: Split | Numbered, config: FinetuneSection) -> float:
+    """Passes over the train split."""
+    if config.tokens is None:
+        return config.epochs
+    return config.tokens / (len(train) * tokens_of_sample(train))
+
+
+def _counts(
+    history: Sequence[Mapping[str, float]],
+    train: Split | Numbered,
+    config: FinetuneSection,
+    accelerator: Accelerator,
+) -> tuple[int, int | None]:
+    """Samples that were trained with, and tokens where samples are texts of equal length."""
+    steps = int(history[-1]["step"]) if history else 0
+    samples = steps * samples_per_step(train, config, accelerator)
+    return samples, samples * tokens_of_sample(train) if config.tokens else None
 
 
 @contextmanager
@@ -173,12 +200,12 @@ def _say(selected: Selected, config: FinetuneSection, num_held_out: int) -> None
             min((loss for epoch, loss in selected.losses if epoch), default=math.nan),
             config.rate,
         )
-    elif selected.epoch < config.epochs:
+    elif selected.epoch < selected.losses[-1][0]:
         logger.info(
-            "fine-tune: the state after %.3g of %d epochs is kept, the best on %d held-out samples "
-            "(loss %.4g, %.4g before)",
+            "fine-tune: the state after %.3g of %.3g epochs is kept, the best on %d held-out "
+            "samples (loss %.4g, %.4g before)",
             selected.epoch,
-            config.epochs,
+            selected.losses[-1][0],
             num_held_out,
             selected.loss,
             start,

@@ -18,6 +18,7 @@ from sosp_hub.atomic import write_text
 from sosp_hub.errors import HubError, without_secrets
 from sosp_hub.recipe.criteria import CRITERIA, Method
 from sosp_hub.recipe.tasks import known_task
+from sosp_hub.report import numbers
 from sosp_hub.report.facts import (
     UNNAMED,
     Facts,
@@ -235,7 +236,8 @@ def _recovery(report: Mapping[str, Any]) -> str:
 
 def _fine_tuned(recovery: Mapping[str, Any]) -> str:
     selected, number = recovery.get("selected"), recovery.get("num_held_out")
-    words = _selected_state(selected, number) + _probed(recovery.get("rates") or [])
+    words = _selected_state(selected, number) + _trained_with(recovery)
+    words += _probed(recovery.get("rates") or [])
     return words + _followed(recovery.get("teacher") or {})
 
 
@@ -250,6 +252,14 @@ def _followed(teacher: Mapping[str, Any]) -> str:
         return ""
     name = f"another model ({scrub(teacher['id'])})" if teacher.get("id") else "the dense model"
     return f", following the {' and the '.join(parts)} of {name}"
+
+
+def _trained_with(recovery: Mapping[str, Any]) -> str:
+    if not recovery.get("num_samples"):
+        return ""
+    tokens = recovery.get("num_tokens")
+    more = f", {numbers.count(tokens)} tokens" if tokens else ""
+    return f", after {recovery['num_samples']:,} samples{more}"
 
 
 def _probed(rates: Sequence[Sequence[float]]) -> str:

@@ -161,6 +161,8 @@ class _Teacher(_Part):
 class _Recovery(_Part):
     selected: _Selected | None = None
     num_held_out: Count | None = None
+    num_samples: Count | None = None
+    num_tokens: Count | None = None
     teacher: _Teacher | None = None
     rates: tuple[_Pair, ...] | list[_Pair] | None = None
     promise: "_AfterTraining | None" = None

@@ -1,0 +1,178 @@
+"""Adapters that are merged, checkpointed gradients, training by tokens."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sosp_hub
+from sosp_hub.data.split import Split
+from sosp_hub.data.texts import WindowSplit
+from sosp_hub.errors import DataError, ModelError
+from sosp_hub.recipe.schema import FinetuneSection, LoraSection
+from sosp_hub.recovery.adapters import adapted, checkpointed
+from sosp_hub.recovery.recover import recover
+from tests.compare import assert_close
+
+pytestmark = pytest.mark.slow
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+            tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+
+
+def cut_llama():
+    model, ids = llama(), torch.arange(16).reshape(2, 8)
+    inputs = {"input_ids": ids, "use_cache": False}
+    graph = sosp_hub.trace(model, inputs)
+    scores = sosp_hub.score(model, graph, [], criterion="magnitude")
+    return sosp_hub.apply(model, graph, sosp_hub.allocate(graph, scores, params=0.8))
+
+
+def windows(num=48, length=8):
+    return WindowSplit((7 * torch.arange(num)[:, None] + torch.arange(length)) % 40)
+
+
+def config(**keys):
+    return FinetuneSection(
+        **{"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "held_out": 0.25, **keys}
+    )
+
+
+def test_merged_adapters_compute_what_adapters_computed():
+    model, ids = cut_llama(), torch.arange(24).reshape(3, 8)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    before = model(ids).logits
+    seen = {}
+    with adapted(model, LoraSection(rank=4), seed=0):
+        assert_close(model(ids).logits, before, relative=1e-6)  # they begin with no effect
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert trained
+        assert all("lora_" in name for name in trained)
+        assert not any("lm_head" in name for name in trained)  # tied to the embedding
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        seen["with"] = model(ids).logits
+    assert_close(model(ids).logits, seen["with"], relative=1e-5)
+    assert (seen["with"] - before).abs().max() > 1e-3
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert all(p.requires_grad for p in model.parameters())
+    assert type(model) is LlamaForCausalLM
+    assert not hasattr(model, "peft_config")
+
+
+def test_a_training_of_adapters_is_saved_like_any_other(tmp_path):
+    model = cut_llama()
+    weight = model.model.layers[0].mlp.down_proj.weight.clone()
+    norm = model.model.norm.weight.clone()
+    found = recover(model, windows(), config(lora=LoraSection(rank=2)))
+    assert found.selected.epoch > 0
+    assert not torch.equal(model.model.layers[0].mlp.down_proj.weight, weight)
+    assert torch.equal(model.model.norm.weight, norm)  # only what has adapters
+    sosp_hub.save_pretrained(model, tmp_path / "small")
+    loaded = sosp_hub.from_pretrained(tmp_path / "small")
+    ids = torch.arange(8)[None]
+    assert_close(loaded(ids).logits, model(ids).logits, relative=1e-5)
+
+
+def test_after_an_exception_the_model_is_as_it_was():
+    model, ids = llama(), torch.arange(8)[None]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt), adapted(model, LoraSection(), seed=0):  # noqa: PT012
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        raise KeyboardInterrupt
+    assert_close(model.state_dict(), before, relative=0)
+    assert model(ids).logits.isfinite().all()
+
+
+def test_convolutions_have_adapters_too():
+    model = timm.create_model("test_resnet").eval()
+    x = torch.randn(2, 3, 64, 64)
+    with adapted(model, LoraSection(modules=("conv1",)), seed=0), torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+        expected = model(x)
+    assert_close(model(x), expected, relative=1e-4)
+
+
+def test_names_that_fit_nothing_are_refused():
+    with (
+        pytest.raises(ModelError, match=r"\['nothing'\] fits no linear layer.*q_proj"),
+        adapted(llama(), LoraSection(modules=("nothing",)), seed=0),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("make", [cut_llama, lambda: timm.create_model("test_resnet")])
+def test_checkpointed_gradients_are_the_same(make):
+    torch.manual_seed(0)
+    models = make().train(), make().train()
+    models[1].load_state_dict(models[0].state_dict())
+    is_text = isinstance(models[0], LlamaForCausalLM)
+    x = torch.arange(16).reshape(2, 8) if is_text else torch.randn(2, 3, 64, 64)
+    for model, wanted in zip(models, (False, True), strict=True):
+        with checkpointed(model, wanted):
+            output = model(x)
+            (output.logits if is_text else output).square().mean().backward()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        if one.grad is not None:
+            assert_close(other.grad, one.grad, relative=1e-4)
+
+
+def test_a_model_that_cannot_checkpoint_is_refused():
+    with pytest.raises(ModelError, match="a Linear cannot"), checkpointed(nn.Linear(2, 2), True):
+        pass
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(64, 1), (65, 2), (320, 5), ("0.5k", 8)])
+def test_a_training_by_tokens_ends_with_them(tokens, steps):
+    """Windows of 8 tokens in batches of 8; an epoch of 36 windows has 4 steps."""
+    found = recover(cut_llama(), windows(), config(tokens=tokens, epochs=1))
+    assert found.history[-1]["step"] == steps
+    assert found.num_samples == 8 * steps
+    assert found.num_tokens == 64 * steps
+    assert found.selected.losses[-1][0] == pytest.approx(steps / 4)
+
+
+def test_images_have_no_tokens():
+    class Points(Split):
+        num_labels, class_names = 2, ("a", "b")
+
+        def __len__(self):
+            return 16
+
+        def __getitems__(self, indices):
+            return torch.zeros(len(indices), 2), torch.zeros(len(indices), dtype=torch.long)
+
+    with pytest.raises(DataError, match="only texts have tokens"):
+        recover(nn.Linear(2, 2), Points(), config(tokens=100))
+
+
+@pytest.mark.parametrize("tokens", ["50m", "-1", 0, "many"])
+def test_tokens_that_are_none(tokens):
+    with pytest.raises(ValueError, match="tokens"):
+        config(tokens=tokens)
+
+
+def test_an_optimizer_that_is_not_installed_is_told():
+    pytest.importorskip("torch")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(ModelError, match="adamw_8bit needs bitsandbytes"):
+            recover(cut_llama(), windows(), config(optimizer="adamw_8bit"))
