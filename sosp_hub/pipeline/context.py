@@ -59,9 +59,9 @@ class Context:
     data: OpenData | None = None
     scores: Scores | None = None
     sources: Mapping[SourceSection, OpenData] = field(default_factory=dict)
-    original: nn.Module | None = None
     _splits: dict[_Key, Split] = field(default_factory=dict, repr=False)
     _batches: dict[tuple[int, int, int], Sequence[Any]] = field(default_factory=dict, repr=False)
+    original: nn.Module | None = None
 
     def turned_to(self, recipe: Recipe, cache: StageCache) -> Self:
         """The same model and data for a recipe that differs in criterion, budget or kinds alone."""
