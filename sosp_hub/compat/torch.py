@@ -51,7 +51,7 @@ class FakeMode(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _grouped_mm():
             return _grouped_shape(*args, **(kwargs or {}))
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        out: Any = super().__torch_dispatch__(func, types, args, kwargs)
         if func is aten.mkldnn_rnn_layer.default and not args[-1]:
             return (*out[:3], None)
         return out

@@ -66,9 +66,14 @@ def free(size: int) -> Axis:
 
 def size_of(axis: Axis, count: Callable[[Atom], int] | None = None) -> int:
     """Length of an axis: dense, or with ``count`` structures left of each root atom."""
+    if count is None:  # what an atom is found to be made of is as long as it
+        if isinstance(axis, Atom):
+            return axis.size
+        sizes = map(size_of, axis.factors if isinstance(axis, Prod) else axis.parts)
+        return prod(sizes) if isinstance(axis, Prod) else sum(sizes)
     axis = resolve(axis)
     if isinstance(axis, Atom):
-        return axis.size if count is None else count(axis)
+        return count(axis)
     if isinstance(axis, Prod):
         return prod(size_of(factor, count) for factor in axis.factors)
     return sum(size_of(part, count) for part in axis.parts)
@@ -81,16 +86,24 @@ def resolve(axis: Axis) -> Axis:
     if isinstance(axis, Prod):
         if not axis.factors:
             return UNIT
+        if len(axis.factors) > 1 and all(map(_is_root, axis.factors)):
+            return axis
         factors: list[Axis] = []
         for factor in axis.factors:
             factor = resolve(factor)
             factors.extend(factor.factors if isinstance(factor, Prod) else (factor,))
         return factors[0] if len(factors) == 1 else Prod(tuple(factors))
+    if len(axis.parts) > 1 and all(map(_is_root, axis.parts)):
+        return axis
     parts: list[Axis] = []
     for part in axis.parts:
         part = resolve(part)
         parts.extend(part.parts if isinstance(part, Sum) else (part,))
     return parts[0] if len(parts) == 1 else Sum(tuple(parts))
+
+
+def _is_root(axis: Axis) -> bool:
+    return type(axis) is Atom and axis.parent is None
 
 
 def _root(atom: Atom) -> Axis:

@@ -221,11 +221,15 @@ class Graph:
 
     def kept_positions(self, tensor: str, plan: Plan) -> tuple[NDArray[np.int64] | None, ...]:
         """Where each position of each new dimension comes from; None where all stay as they are."""
+        axes = self.tensors[tensor]
+        inside = {atom.id for axis in axes for atom in atoms(axis)}
         chosen = {
             self.atoms[name].id: np.asarray(kept)
             for name, kept in plan.kept.items()
-            if name in self.atoms
+            if name in self.atoms and self.atoms[name].id in inside
         }
+        if not chosen:
+            return (None,) * len(axes)
         kept = [sources(axis, chosen) for axis in self.tensors[tensor]]
         dense = [np.arange(size_of(axis)) for axis in self.tensors[tensor]]
         return tuple(

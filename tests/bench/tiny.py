@@ -1,0 +1,306 @@
+"""A small model of any family of transformers, from its default config: sizes shrunk by name.
+
+Nothing here knows a family: names of config values say what they are, and the signature of
+``forward`` says what goes in. What cannot be built or run so is left out, with the reason.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+WORDS, LENGTH, PIXELS = 128, 12, 32
+
+_WIDTHS = {
+    "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "encoder_hidden_size", "model_dim",
+    "emb_dim", "word_embed_proj_dim", "embedding_size", "out_hidden_size", "vision_hidden_size",
+    "text_hidden_size", "decoder_hidden_size", "embed_dim_per_head", "true_hidden_size",
+    "hidden_dim", "output_dim", "width", "lru_width", "image_embed_dim", "encoder_embed_dim",
+    "vision_embed_dim", "projection_hidden_size", "adapter_hidden_size", "qformer_hidden_size",
+    "mask_feature_size", "feature_size", "fpn_feature_size", "fusion_hidden_size", "decoder_dim",
+    "conv_dim_size", "speech_hidden_size", "audio_hidden_size", "projector_hidden_size",
+}  # fmt: skip
+_INNER = {
+    "intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim",
+    "d_inner", "dim_feedforward", "encoder_intermediate_size", "decoder_intermediate_size",
+    "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_dim",
+    "shared_intermediate_size", "feed_forward_size", "feedforward_dim", "inner_dim",
+    "dense_intermediate_size", "encoder_feedforward_dim", "decoder_feedforward_dim", "ff_dim",
+    "intermediate_size_mlp", "ffn_intermediate_size", "mlp_hidden_size",
+}  # fmt: skip
+_HEADS = {
+    "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+    "decoder_attention_heads", "attention_heads", "num_decoder_attention_heads",
+    "num_encoder_attention_heads", "encoder_num_attention_heads", "decoder_num_attention_heads",
+    "num_cross_attention_heads", "num_self_attention_heads", "linear_num_value_heads",
+    "linear_num_key_heads", "mamba_num_heads", "mamba_n_heads", "num_query_heads",
+}  # fmt: skip
+_KV_HEADS = {
+    "num_key_value_heads", "n_head_kv", "num_kv_heads", "encoder_num_key_value_heads",
+    "decoder_num_key_value_heads", "multi_query_group_num", "n_kv_heads",
+}  # fmt: skip
+_HEAD_DIMS = {
+    "head_dim", "d_kv", "attention_head_dim", "d_head", "qk_nope_head_dim", "v_head_dim",
+    "linear_key_head_dim", "linear_value_head_dim", "global_head_dim",
+}  # fmt: skip
+_LAYERS = {
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
+    "depth", "num_decoder_layers", "num_encoder_layers", "encoder_num_layers", "num_blocks",
+    "decoder_num_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers",
+    "num_hidden_groups", "num_transformer_layers", "num_mel_layers", "resampler_depth",
+    "encoder_depth", "decoder_depth", "max_depth", "num_local_layers", "vision_layers",
+}  # fmt: skip
+_OTHERS = {
+    "vocab_size": WORDS, "text_vocab_size": WORDS, "max_position_embeddings": 64,
+    "n_positions": 64, "n_ctx": 64, "max_seq_len": 64, "max_sequence_length": 64,
+    "image_size": PIXELS, "img_size": PIXELS, "projection_dim": 24, "patch_size": 8,
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "num_experts_per_token": 2, "moe_num_experts": 4, "moe_topk": 2, "moe_k": 2, "n_group": 2,
+    "topk_group": 1, "num_expert_group": 2, "kv_lora_rank": 16, "q_lora_rank": 24,
+    "qk_rope_head_dim": 8, "rotary_dim": 8, "num_mel_bins": 16, "num_queries": 9,
+    "num_feature_levels": 4, "conv_kernel_size": 3, "max_source_positions": 64,
+    "max_target_positions": 64, "state_size": 8, "mamba_d_state": 8, "n_mels": 16,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "sliding_window": 8,
+    "attention_window": 4, "codebook_size": 16, "max_text_length": 16, "spatial_merge_size": 2,
+    "num_codebooks": 2, "window_size": 4, "pretrained_window_size": 4, "num_frames": 2,
+    "first_k_dense_replace": 1, "backbone_channels": 32, "num_labels": 3, "index_topk": 4,
+    "index_n_heads": 2, "index_head_dim": 16, "bottleneck_features": 32,
+    "max_2d_position_embeddings": 64,
+    "num_image_tokens": 16, "mm_tokens_per_image": 4, "image_seq_length": 16, "image_seq_len": 16,
+    "scale_factor": 2, "pixel_shuffle_ratio": 0.5, "codebook_dim": 16, "chunk_size": 8,
+    "max_length": 64, "num_global_layers": 1, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+_LISTS = {
+    "hidden_sizes", "encoder_hidden_sizes", "embed_dims", "neck_hidden_sizes", "conv_dim",
+    "tdnn_dim", "out_channels", "decoder_in_channels", "fusion_hidden_sizes",
+    "backbone_out_channels", "channels", "upsample_rates", "decoder_hidden_sizes",
+}  # fmt: skip
+_COUNTS = {"depths", "num_blocks_list", "layers_per_block", "num_conv_layers", "decoder_depths"}
+
+_AUTO = (
+    "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "CTC",
+    "OBJECT_DETECTION", "ZERO_SHOT_OBJECT_DETECTION", "UNIVERSAL_SEGMENTATION",
+    "SEMANTIC_SEGMENTATION", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION",
+    "AUDIO_CLASSIFICATION", "DEPTH_ESTIMATION", "MASK_GENERATION", "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLASSIFICATION", "MASKED_LM", "ZERO_SHOT_IMAGE_CLASSIFICATION", "KEYPOINT_DETECTION",
+    "TIME_SERIES_PREDICTION", "TEXT_TO_SPECTROGRAM", "TEXT_TO_WAVEFORM", "MULTIMODAL_LM",
+)  # fmt: skip
+
+
+_BACKBONE = {
+    "model_type": "resnet",
+    "embedding_size": 16,
+    "hidden_sizes": [16, 32, 32, 64],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+_WAVES_WITH_CHANNEL = (
+    "Encodec", "Dac", "Mimi", "Xcodec", "PeAudio", "OmniASR", "NeuCodec", "HiggsAudio",
+)  # fmt: skip
+
+
+def model_types() -> Iterator[tuple[str, str]]:
+    """Model types, and the class of each that has the head that is used most."""
+    seen: set[str] = set()
+    heads = [getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in _AUTO]
+    for model_type in CONFIG_MAPPING:
+        for mapping in (*heads, modeling_auto.MODEL_MAPPING_NAMES):
+            name = mapping.get(model_type)
+            name = name[0] if isinstance(name, tuple | list) else name
+            if name and hasattr(transformers, name):
+                if name not in seen:
+                    seen.add(name)
+                    yield model_type, name
+                break
+
+
+def shrunk(config: Any) -> dict[str, Any]:
+    """The values of a config, with small sizes."""
+    values: dict[str, Any] = {}
+    given = set(inspect.signature(type(config).__init__).parameters) | {
+        name for kind in type(config).__mro__ for name in vars(kind).get("__annotations__", {})
+    }
+    for name, value in vars(config).items():
+        if hasattr(value, "to_diff_dict"):
+            values[name] = {**shrunk(value), "model_type": value.model_type}
+        elif name in given and not name.startswith("_"):
+            new = _small(name, value)
+            if new is not value:
+                values[name] = new
+    layers = next((values[n] for n in ("num_hidden_layers", "n_layer") if n in values), None)
+    for name, value in vars(config).items():  # one entry for each layer
+        count = getattr(config, "num_hidden_layers", None)
+        if name not in values and isinstance(value, list) and layers and len(value) == count:
+            values[name] = _varied(value, layers)
+    if "qk_rope_head_dim" in values and "head_dim" in values:
+        values["head_dim"] = values["qk_rope_head_dim"]  # of the part that is turned
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1}
+    backbone = getattr(config, "backbone_config", False)
+    if backbone is None or getattr(backbone, "model_type", "") == "timm_backbone":
+        values |= {"backbone_config": _BACKBONE, "backbone": None, "use_timm_backbone": False}
+    if getattr(config, "pad_token_id", None) is not None and config.pad_token_id >= WORDS:
+        values["pad_token_id"] = 0
+    for name in vars(config):
+        token = getattr(config, name)
+        if name.endswith(("token_id", "token_index")) and type(token) is int and token >= WORDS:
+            values[name] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}.get(
+                name, WORDS - 2 - sum(map(ord, name)) % 20
+            )
+    return values
+
+
+def _varied(value: list[Any], number: int) -> list[Any]:
+    """The first entries, and the last one where no other kind is among them."""
+    first = value[: number - 1]
+    rest = [each for each in value if each not in first]
+    return [*first, rest[0] if rest else value[number - 1]]
+
+
+def _small(name: str, value: Any) -> Any:
+    if type(value) is int and value > 1:
+        for names, size in (
+            (_WIDTHS, 64), (_INNER, 96), (_HEADS, 4), (_HEAD_DIMS, 16), (_LAYERS, 2),
+        ):  # fmt: skip
+            if name in names:
+                return min(size, value)
+        if name in _KV_HEADS:
+            return 2
+        return min(_OTHERS.get(name, value), value)
+    if isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
+        if name in _LISTS:
+            low = min(value)
+            return type(value)([max(8, min(64, 16 * item // low)) for item in value])
+        if name in _COUNTS:
+            return type(value)([min(1, item) for item in value])
+        if name in {"image_size", "img_size"}:
+            return type(value)([PIXELS for _ in value])
+        if name in _HEADS:
+            return type(value)([min(4, item) for item in value])
+    return value
+
+
+def build(name: str) -> nn.Module:
+    """A small model of a class."""
+    model_class = getattr(transformers, name)
+    config_class = model_class.config_class
+    values = shrunk(config_class())
+    if "is_decoder" in inspect.signature(config_class.__init__).parameters:
+        values |= {"is_decoder": True} if "LMHead" in name or "CausalLM" in name else {}
+    config = config_class(**values)
+    return model_class(config).eval()
+
+
+def inputs_of(model: nn.Module) -> dict[str, Any]:
+    """What its ``forward`` asks for, for a batch of two."""
+    config: Any = model.config
+    asked = inspect.signature(model.forward).parameters
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vision = getattr(config, "vision_config", config)
+    audio = getattr(config, "audio_config", config)
+    found: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def words(length: int = LENGTH) -> torch.Tensor:
+        high = max(getattr(text, "vocab_size", WORDS) or WORDS, 60)
+        return torch.randint(5, min(high, 90), (2, length), generator=generator)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    size = next(
+        (
+            v
+            for v in (getattr(vision, "image_size", None), getattr(config, "image_size", None))
+            if v
+        ),
+        PIXELS,
+    )
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    bins = getattr(audio, "num_mel_bins", None) or getattr(audio, "n_mels", None) or 16
+    makers = {
+        "input_ids": words,
+        "pixel_values": lambda: noise(2, channels, height, width),
+        "input_values": lambda: noise(
+            2, *((1,) if type(model).__name__.startswith(_WAVES_WITH_CHANNEL) else ()), 1600
+        ),
+        "image_grid_thw": lambda: torch.tensor([[1, 4, 4], [1, 4, 4]]),
+        "query_embeds": lambda: noise(2, 9, getattr(config, "hidden_size", 64)),
+        "input_features": lambda: noise(2, bins, 2 * getattr(audio, "max_source_positions", 20)),
+        "decoder_input_ids": lambda: words(7),
+        "bbox": lambda: torch.tensor([1, 2, 10, 20]).repeat(2, LENGTH, 1),
+        "past_values": lambda: noise(
+            2, getattr(config, "context_length", 32), getattr(config, "num_input_channels", 1)
+        ),
+        "pixel_values_videos": lambda: noise(
+            2, getattr(config, "num_frames", 2), channels, height, width
+        ),
+    }
+    for name, maker in makers.items():
+        if name in asked and not (name == "pixel_values_videos" and "pixel_values" in asked):
+            found[name] = maker()
+    if "image_grid_thw" in found and "pixel_values" in found:
+        patch = getattr(vision, "patch_size", 8) * getattr(vision, "patch_size", 8)
+        found["pixel_values"] = noise(
+            32, channels * patch * (getattr(vision, "temporal_patch_size", 1) or 1)
+        )
+    if "attention_mask" in asked and "input_ids" in found and "pixel_values" not in found:
+        found["attention_mask"] = torch.ones_like(found["input_ids"])
+    if "use_cache" in asked or getattr(text, "use_cache", False):
+        found["use_cache"] = False
+    if "pixel_values" in found and "input_ids" in found:
+        _place_images(model, config, found)
+    return found
+
+
+def _place_images(model: nn.Module, config: Any, found: dict[str, Any]) -> None:
+    """As many places for an image in the prompt as its features are long."""
+    token = next(
+        (
+            getattr(config, name)
+            for name in ("image_token_id", "image_token_index", "media_token_id")
+            if getattr(config, name, None) is not None
+        ),
+        None,
+    )
+    if token is None or not hasattr(model, "get_image_features"):
+        return
+    with torch.no_grad():
+        makes: Any = model.get_image_features
+        names = [name for name in inspect.signature(makes).parameters if name in found]
+        features: Any = makes(**{name: found[name] for name in names})
+    features = getattr(features, "pooler_output", features)
+    if isinstance(features, tuple | list):
+        features = torch.stack(list(features)) if len(features) > 1 else features[0]
+    if not isinstance(features, torch.Tensor):
+        features = features.last_hidden_state
+    rows = features.reshape(-1, features.shape[-1]).shape[0]
+    ids = found["input_ids"]
+    found["input_ids"] = torch.cat([torch.full((2, rows // 2), token), ids], 1)
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        found["attention_mask"] = torch.ones_like(found["input_ids"])
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inspect.signature(model.forward).parameters:
+            found[name] = (found["input_ids"] == token).int()
+
+
+_TASK_OUTPUTS = (
+    ("logits", "pred_boxes"), ("logits_per_image",), ("logits",), ("prediction_outputs",),
+    ("class_queries_logits", "masks_queries_logits"), ("predicted_depth",), ("pred_masks",),
+    ("audio_values",), ("waveform",), ("spectrogram",), ("start_logits", "end_logits"),
+    ("prediction_logits",), ("image_embeds", "text_embeds"), ("last_hidden_state",),
+)  # fmt: skip
+
+
+def task_outputs(result: Any) -> tuple[str, ...] | None:
+    """The outputs that a task reads, of what a model returned; None = all."""
+    has = set(result) if hasattr(result, "keys") else set()
+    return next((names for names in _TASK_OUTPUTS if has.issuperset(names)), None)
