@@ -10,7 +10,7 @@ from torch import nn
 
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
-from sosp_hub.structure.axes import Atom, Axis, size_of, sources
+from sosp_hub.structure.axes import Atom, Axis, atoms, size_of, sources
 from sosp_hub.structure.constraint_solver import Count
 from sosp_hub.structure.groups import Group, Member
 from sosp_hub.structure.inputs import num_tokens, one_sample
