@@ -24,7 +24,7 @@ from sosp_hub.structure.graph import Graph, Pinned
 from sosp_hub.structure.groups import Group, Member, Site
 from sosp_hub.structure.layers import layer_groups
 from sosp_hub.structure.rectified import behind_pairs, rectified
-from sosp_hub.structure.terms import Axes, Constraint, Terms
+from sosp_hub.structure.terms import AS_OUTPUT, Axes, Constraint, Terms
 from sosp_hub.structure.traced_int import expr_atoms
 from sosp_hub.types import Kind
 
@@ -87,6 +87,7 @@ def assemble(
         outputs=outputs,
         only_in_training=terms.only_in_training,
         never_used=terms.never_used,
+        advice=_advice(terms, tensors, groups, sizes),
         num_params=sum(parameter.numel() for parameter in sizes.values()),
         num_cuttable_params=_cuttable(groups, sizes),
     )
@@ -356,6 +357,41 @@ def _pinned(tensors: dict[str, Axes], parameters: set[str]) -> list[Pinned]:
             if not reason.startswith(_WINDOW):
                 pinned.append(Pinned(name, dim, size_of(axis), reason))
     return pinned
+
+
+_MUCH = 0.05
+
+
+def _advice(
+    terms: Terms, tensors: dict[str, Axes], groups: dict[str, Group], parameters: dict[str, Any]
+) -> str:
+    """Which outputs keep much whole, where others do not; nothing where there is no choice."""
+    touched = {member.tensor for group in groups.values() for member in group.members}
+    total = sum(parameter.numel() for parameter in parameters.values())
+
+    def share(output: str | int) -> float:
+        held = {atom for axis in terms.given[output] for atom in atoms(axis)}
+        alone = {atom.id for atom in held if list(atom.pinned) == [AS_OUTPUT]}
+        kept = (
+            parameter.numel()
+            for name, parameter in parameters.items()
+            if name not in touched
+            and any(a.id in alone for axis in tensors.get(name, ()) for a in atoms(axis))
+        )
+        return sum(kept) / max(total, 1)
+
+    shares = {output: share(output) for output in terms.given}
+    most = max(shares.values(), default=0)
+    heavy = [output for output, part in shares.items() if part > most / 2 and part >= _MUCH]
+    light = [output for output in shares if output not in heavy and terms.given[output]]
+    if not heavy or not light:
+        return ""
+    much = ", ".join(f"{output!r} ({100 * shares[output]:.1f} %)" for output in heavy)
+    wanted = repr(light[0] if len(light) == 1 else tuple(light))
+    return (
+        f"outputs that keep parameters whole: {much}; trace(..., outputs={wanted}) frees them, "
+        "if nobody reads the others"
+    )
 
 
 def _cuttable(groups: dict[str, Group], parameters: dict[str, Any]) -> dict[str, int]:

@@ -108,6 +108,7 @@ class Graph:
         never_used: Modules with parameters that neither uses; they keep their size.
         routes: Other ways to run the model, found when it is first cut.
         of_size: What costs are told for, where that is not the size of the traced inputs.
+        advice: Which outputs to name so that more can be cut.
         unproved: Groups whose cut was seen to differ from the masked model, and how; they stay
             whole in every cut since.
     """
@@ -134,6 +135,7 @@ class Graph:
     only_in_training: tuple[str, ...] = ()
     never_used: tuple[str, ...] = ()
     scales: tuple[tuple[str, Axis], ...] = ()
+    advice: str = ""
     routes: Routes = field(default_factory=Routes)
     of_size: Sized | None = None
     unproved: dict[str, str] = field(default_factory=dict)
@@ -289,7 +291,8 @@ def _in_words(graph: Graph) -> str:
 
 def _what_stays(graph: Graph) -> list[str]:
     """What is tied, keeps its size, or is not used, with the reason."""
-    lines = [f"tied: {', '.join(tie)}" for tie in graph.ties]
+    lines = [graph.advice] if graph.advice else []
+    lines += [f"tied: {', '.join(tie)}" for tie in graph.ties]
     by_reason: dict[str, list[str]] = {}
     for pinned in graph.pinned:
         by_reason.setdefault(pinned.reason, []).append(f"{pinned.tensor}[{pinned.dim}]")

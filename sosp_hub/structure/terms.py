@@ -12,6 +12,9 @@ from sosp_hub.structure.traced_int import Expr, Op, TracedInt
 
 Axes = tuple[Axis, ...]
 
+AS_OUTPUT = "an output of the model has this size"
+"""Why an axis is pinned that a caller may not need whole."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -65,6 +68,7 @@ class Terms:
     macs: list[tuple[str, Axes]] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
     comparisons: list[Constraint] = field(default_factory=list)
+    given: dict[str | int, list[Axis]] = field(default_factory=dict)
     leaks: list[tuple[Expr, str]] = field(default_factory=list)
     plain: dict[tuple[str, int], Expr] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)

@@ -23,7 +23,7 @@ from sosp_hub.structure.inputs import num_samples, one_sample
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
 from sosp_hub.structure.shadow import shadow
-from sosp_hub.structure.terms import Axes, Step, Terms
+from sosp_hub.structure.terms import AS_OUTPUT, Axes, Step, Terms
 
 Program = Callable[[nn.Module, Any], Any]
 Wanted = tuple[str | int, ...] | None
@@ -255,10 +255,13 @@ def _watch(
             "no cut of it could be compared; let its forward pass return tensors, in tuples, "
             "lists, dicts or dataclasses"
         )
+    names = _names(result) or list(range(len(_values(result))))
+    for name, value in zip(names, _values(result) if wanted is None else (), strict=False):
+        terms.given[name] = [axis for each in output_tensors(value) for axis in terms.of(each)]
     for tensor in outputs:
         terms.use(tensor)
         for axis in terms.of(tensor):
-            pin(axis, "an output of the model has this size")
+            pin(axis, AS_OUTPUT)
         if tensor in terms.numbers:
             pin(terms.numbers[tensor], "an output of the model holds positions along it")
     return twin, terms, entries, exits

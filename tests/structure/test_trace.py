@@ -104,7 +104,11 @@ def test_an_output_that_does_not_matter_may_change_its_size():
             return {"hidden": hidden, "logits": self.head(hidden)}
 
     model, x = Two(), (torch.randn(2, 5),)
-    assert not trace(model, x).groups
+    graph = trace(model, x)
+    assert not graph.groups
+    assert "'hidden' (" in str(graph)
+    assert "outputs='logits'" in graph.describe()
+    assert not trace(model, x, outputs="logits").advice
     assert [group.size for group in trace(model, x, outputs="logits").groups.values()] == [6]
     assert not trace(model, x, outputs=["logits", "hidden"]).groups
     with pytest.raises(TraceError, match=r"hidden, logits; expected loss"):
