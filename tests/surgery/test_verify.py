@@ -442,3 +442,53 @@ def test_the_masked_model_is_the_gated_model_for_exact_groups(case):
     graph = trace(model, case.inputs(), outputs=outputs)
     plan = half(graph, lambda group: group.exact and group.kind != "layer")
     assert_close(masked_outputs(model, graph, plan), gated(model, graph, plan))
+
+
+class Router(nn.Module):
+    """Each token goes through the experts that a router chooses, one expert after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.head = nn.Linear(5, 16), nn.Linear(16, 4), nn.Linear(16, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16)) for _ in range(4)
+        )
+        self.skip = False
+
+    def forward(self, x):
+        hidden = self.up(x)
+        rows = hidden.flatten(0, 1)
+        weights, chosen = self.gate(rows).softmax(-1).topk(1)
+        mixed = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            row, place = torch.where(chosen == number)
+            if len(row) or not self.skip:
+                mixed.index_add_(0, row, expert(rows[row]) * weights[row, place, None])
+        return self.head(mixed.view(hidden.shape))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("seed", [5, 9])
+def test_how_many_rows_an_expert_gets_is_no_fault(caplog, skip, seed):
+    """A cut changes what a router chooses, and the way through code that skips idle experts."""
+    caplog.set_level("INFO", "sosp_hub")
+    torch.manual_seed(seed)
+    model = fill(Router().eval())
+    model.skip = skip
+    graph = trace(model, (torch.randn(1, 6, 5),))
+    plan = plan_of(graph, {group_of(graph, "up.weight", 0): (0, 2, 5, 9)})
+    pruned = apply(model, graph, plan, strict=True)
+    assert_close(run(pruned, graph), gated(model, graph, plan))
+    assert any("only outputs are compared" in line for line in caplog.messages) == skip
+
+
+def test_with_another_way_through_the_code_a_wrong_cut_is_still_noticed(monkeypatch):
+    torch.manual_seed(5)
+    model = fill(Router().eval())
+    model.skip = True
+    graph = trace(model, (torch.randn(1, 6, 5),))
+    name = group_of(graph, "up.weight", 0)
+    plan = plan_of(graph, {name: (0, 2, 5, 9)})
+    sabotage_positions(monkeypatch, graph, "up.weight", 0)
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan, strict=True)
