@@ -9,7 +9,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from sosp_hub.checkpoint.format.weight_files import is_weight_file
 from sosp_hub.errors import HubError, has_token, shortened
 from sosp_hub.report.facts import hub_id
-from sosp_hub.report.listing import CARD, DENSE, REPORT
+from sosp_hub.report.listing import CARD, DENSE, RECIPE, REPORT
 from sosp_hub.report.markers import read_card
 from sosp_hub.report.snippets import read_checkpoint
 from sosp_hub.untrusted import MOST_CARD_BYTES, UnreadableError, read_text
@@ -21,14 +21,15 @@ _MOST_TEXT_BYTES = 20_000_000
 def local_files(folder: Path) -> list[str]:
     """Names of the files to publish, relative to the folder.
 
-    Hidden and unfinished ones are not published, nor is the dense model.
+    Hidden and unfinished ones are not published, nor are the dense model and the recipe with the
+    paths of this machine.
     """
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     return [
         name.as_posix()
         for name in names
         if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        and name.parts[0] != DENSE
+        and name.parts[0] not in (DENSE, RECIPE)
         and name.suffix != ".part"
     ]
 

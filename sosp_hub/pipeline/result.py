@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sosp_hub.atomic import write_text
 from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.cost import cost
 from sosp_hub.distributed import logger, to_device
@@ -28,7 +29,7 @@ from sosp_hub.recipe.tasks import find_task
 from sosp_hub.report.card import render_card
 from sosp_hub.report.facts import scrub
 from sosp_hub.report.licence import copy_licence_files
-from sosp_hub.report.listing import CURVATURE, DENSE, SALIENCY
+from sosp_hub.report.listing import CURVATURE, DENSE, RECIPE, SALIENCY
 from sosp_hub.report.page import write_page
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.inputs import one_sample
@@ -119,6 +120,7 @@ def write_result(
             tokenizer=loaded.tokenizer,
             processor=loaded.image_processor,
         )
+    write_text(draft / RECIPE, dump_recipe(recipe, whole=False))
     save_file(saliency, draft / SALIENCY)
     if curvature is not None:
         shutil.copyfile(curvature, draft / CURVATURE)

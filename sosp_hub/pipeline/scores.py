@@ -12,9 +12,10 @@ from sosp_hub.distributed import logger
 from sosp_hub.errors import ModelError, OutputExistsError, RecipeError
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import BUDGETS, ModelSection, Recipe
-from sosp_hub.report.facts import with_spread
-from sosp_hub.report.listing import CURVATURE, DENSE, REPORT, SALIENCY
+from sosp_hub.report.facts import scrub, with_spread
+from sosp_hub.report.listing import CURVATURE, DENSE, RECIPE, REPORT, SALIENCY
 from sosp_hub.report.schema import read_report
+from sosp_hub.untrusted import MOST_YAML_BYTES, UnreadableError, read_text
 
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency
@@ -139,13 +140,14 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
             )
     report = report or {}
     source = f"the recipe of {folder}"
-    made = parse_recipe(str(report.get("recipe") or ""), source)
+    text = _recipe_of(folder, str(report.get("recipe") or ""))
+    made = parse_recipe(text, source)
     if made.schedule is not None:
         fault = "schedule: its scores are of models that were cut before; run the recipe again"
         raise RecipeError("--from-scores", [fault])
     _check(folder, made, overrides)
     dropped = [*(f"budget.{name}=null" for name in BUDGETS), "budget.max_drop={}"]
-    first = parse_recipe(str(report["recipe"]), source, [*dropped, *overrides])
+    first = parse_recipe(text, source, [*dropped, *overrides])
     name = "-".join(
         [
             folder.resolve().name,
@@ -154,7 +156,7 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
         ]
     )
     place = [f"output.dir={folder.resolve().with_name(name)}", "push=null"]
-    recipe = parse_recipe(str(report["recipe"]), source, [*dropped, *place, *overrides])
+    recipe = parse_recipe(text, source, [*dropped, *place, *overrides])
     if recipe.budget.max_drop and not _held_out_alike(made, recipe):
         raise RecipeError(
             "--from-scores",
@@ -182,6 +184,15 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
     return Scores(
         folder, recipe, saliency, calibration, base, compensation.get("damping"), made, dense
     )
+
+
+def _recipe_of(folder: Path, published: str) -> str:
+    """The text of a run's recipe: the private file with all paths, where it is of this report."""
+    try:
+        private = read_text(folder / RECIPE, MOST_YAML_BYTES)
+    except UnreadableError:  # a folder that was published, or made before there was such a file
+        return published
+    return private if scrub(private) == published else published
 
 
 def _held_out_alike(made: Recipe, recipe: Recipe) -> bool:

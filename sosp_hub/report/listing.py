@@ -15,6 +15,8 @@ PAGE = "report.html"
 REPORT = "sosp_report.json"
 SALIENCY = "saliency.safetensors"
 CURVATURE = "curvature.safetensors"
+RECIPE = "recipe.private.yaml"
+"""The recipe with the paths of this machine, for --from-scores; it stays where it is."""
 DENSE = "dense"
 """Folder of the dense weights that a run made itself; they stay where they are."""
 
@@ -24,6 +26,7 @@ _WORDS: Mapping[str, str] = {
     DENSE: "the dense model, for --from-scores",
     PAGE: "the same as a page",
     REPORT: "plan, metrics, costs, timings, versions",
+    RECIPE: "the recipe with this machine's paths, for --from-scores; not published",
     SALIENCY: "scores of all structures",
     "config.json": "configuration",
     "figures": "kept widths, saliency, recovery",

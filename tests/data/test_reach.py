@@ -30,6 +30,13 @@ def test_data_that_is_not_in_the_cache():
         open_data(DataSection(id="somebody/something"), "causal-lm")
 
 
+def test_who_is_offline_already_is_not_told_to_go_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError, match="Unset it") as error:
+        open_data(DataSection(id="somebody/something"), "causal-lm")
+    assert "set HF_HUB_OFFLINE=1" not in str(error.value)
+
+
 def test_errors_that_are_not_the_hubs_pass():
     with pytest.raises(KeyError), reach.reaching_hub("data", "me/mine"):
         raise KeyError("mine")

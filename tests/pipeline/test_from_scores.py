@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sosp_hub
 from sosp_hub import scoring
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.hub.contents import local_files
+from sosp_hub.hub.push import push_to_hub
 from sosp_hub.pipeline import context
 from sosp_hub.prune import main
 from sosp_hub.report.facts import collect
@@ -387,3 +389,29 @@ def test_flipped_bytes_are_a_typed_error_or_scores(run):
             refused += len(str(error)) < 12_000
         file.write_bytes(whole[file])
     assert refused > 100
+
+
+def test_paths_of_this_machine_are_known_to_the_next_run_and_to_nobody_else(tmp_path, capsys):
+    """A published recipe has them without their folders."""
+    data = tmp_path / "somebody" / "digits"
+    data.mkdir(parents=True)
+    for name in ("zero", "one"):
+        (data / name).mkdir()
+        for i in range(24):
+            color = (10 * i, 0, 255) if name == "one" else (0, 10 * i, 0)
+            Image.new("RGB", (32, 32), color).save(data / name / f"{i}.png")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE)
+    keys = ["data.id=null", f"data.path={data}", "data.num_train=null", "data.num_test=null"]
+    output = tmp_path / "out"
+    assert main([str(file), *keys, f"output.dir={output}"]) == 0
+    assert str(data) not in (output / "sosp_report.json").read_text()
+    assert str(data) in (output / "recipe.private.yaml").read_text()
+    assert main(["--from-scores", str(output), "--with-data", "budget.params=0.7"]) == 0
+    assert "recipe.private.yaml" not in push_to_hub(output, "me/mine", dry_run=True).added
+    (output / "recipe.private.yaml").write_text("model: {id: another}")  # not of this report
+    assert main(["--from-scores", str(output), "budget.params=0.8"]) == 0
+    (output / "recipe.private.yaml").unlink()
+    capsys.readouterr()
+    assert main(["--from-scores", str(output), "--with-data", "budget.params=0.9"]) == 2
+    assert "data.path" in capsys.readouterr().err
