@@ -77,7 +77,8 @@ class OwnEmbedding:
         if self.dense is not None:
             other = embedding(dense_outputs(self.dense, targets), targets, self.pooling)
             aim = F.normalize(other, dim=-1).to(mine.device)
-        return squared(mine, aim, weights=torch.tensor(mine.shape[1] / 2, device=mine.device))
+        scale = (mine.shape[1] / 2) ** 0.5  # the mean over the width is then half the sum
+        return squared(scale * mine, scale * aim)
 
 
 def cosine(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ def _collect(model: nn.Module, loss: Loss, batch: Any) -> list[tuple[int, float,
     """Pair, score and embedding of each text."""
     del model
     assert loss.predictions is not None
-    vectors = loss.predictions.values.float().cpu()
+    vectors = F.normalize(loss.predictions.values.float().cpu(), dim=-1)
     pairs, scores = batch["labels"].cpu().unbind(1)
     return [
         (int(pair), float(score), vector)

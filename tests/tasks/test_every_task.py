@@ -11,6 +11,7 @@ import sosp_hub
 from sosp_hub.data.loading import load_split
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import CriterionError
+from sosp_hub.evaluate import evaluate
 from sosp_hub.hub.verify import verify
 from sosp_hub.prune import main
 from sosp_hub.recipe.criteria import CRITERIA
@@ -80,6 +81,8 @@ def test_the_loss_is_the_models_own_and_every_criterion_scores_or_says_why_not(f
         assert_close(loss.value, model(**batches[0]).loss, relative=1e-6)
     if loss.predictions is not None:
         assert_close(loss.predictions.value(), loss.value, relative=1e-5)
+    measured = evaluate(model, [batches[0]], ("loss",), loss_fn=loss_fn)["loss"]
+    assert measured.value == pytest.approx(loss.value.item(), rel=1e-5, abs=1e-7)
     graph = sosp_hub.trace(model, example_inputs(loaded), outputs=task.outputs)
     scored, refused = set(), {}
     for name, criterion in CRITERIA.known().items():

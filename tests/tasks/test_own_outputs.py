@@ -90,6 +90,8 @@ def test_the_loss_of_an_embedding_is_one_minus_the_cosine():
     assert_close(
         batch_loss(model, batch, OwnEmbedding("mean", dense)).value, expected, relative=1e-5
     )
+    measured = evaluate(model, [batch], ("loss",), loss_fn=OwnEmbedding("mean", dense))["loss"]
+    assert measured.value == pytest.approx(float(expected), rel=1e-5)
     pooled = [each(**batch).pooler_output for each in (model, dense)]
     expected = 1 - torch.cosine_similarity(*pooled).mean()
     found = batch_loss(model, batch, OwnEmbedding("pooler", dense))
