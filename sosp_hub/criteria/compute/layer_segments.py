@@ -121,16 +121,18 @@ def partition(
             "sglp: %s cannot be left out (another width, stride or form) and stay",
             ", ".join(stay),
         )
-    if pretrained:
-        norm_of = None
-        norm = gradients.of_layers(model, able)
-    else:
-        nets = [FreshNet(model, able, context.seed + i) for i in range(num_fresh)]
+    seeds = [] if pretrained else range(context.seed, context.seed + num_fresh)
+    nets = [FreshNet(model, able, seed) for seed in seeds]
 
-        def norm_of(layers: Sequence[str]) -> float:
-            return statistics.fmean(gradients.of_fresh(net, layers) for net in nets)
+    def of_fresh(layers: Sequence[str]) -> float:
+        return statistics.fmean(gradients.of_fresh(net, layers) for net in nets)
 
-        norm = {name: norm_of((name,)) for name in able}
+    norm_of = None if pretrained else of_fresh
+    norm = (
+        gradients.of_layers(model, able)
+        if pretrained
+        else {name: of_fresh((name,)) for name in able}
+    )
     removed, tried, stepwise = [], [], []
     for i, (part, num_removed) in enumerate(zip(parts, quota, strict=True)):
         own = [name for name in part if name in loose]
