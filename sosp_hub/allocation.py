@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, isfinite, lcm
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,11 @@ def allocate(
             f"allocate got a {type(graph).__name__} and a {type(saliency).__name__}; expected "
             "allocate(graph, saliency, macs=...), with what trace(...) and score(...) return"
         )
+    if not isinstance(groups, Mapping | None):
+        raise BudgetError(
+            f"groups: a {type(groups).__name__}; write a share for each name, such as "
+            "groups={'*.mlp.*': 0.5}"
+        )
     floors = keep_at_least if isinstance(keep_at_least, Mapping) else {"*": keep_at_least}
     _check(budgets, threshold, groups or {}, floors, round_to, measure)
     allowed = (kinds,) if isinstance(kinds, str) else tuple(kinds or DEFAULT_KINDS)
@@ -212,7 +217,7 @@ def _check(
         raise BudgetError(f"budget: threshold is a score, a finite number; got {threshold!r}")
     shares = [*budgets.items(), *((f"groups: {pattern!r}", n) for pattern, n in groups.items())]
     for name, value in [*shares, *(("keep_at_least", share) for share in floors.values())]:
-        number = isinstance(value, Real)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         least = number and (value >= 0 if name == "keep_at_least" else value > 0)
         if not (least and value <= 1):
             raise BudgetError(f"budget: {name} is the share that is kept, in (0, 1]; got {value!r}")
@@ -243,6 +248,18 @@ def matching(names: Collection[str], pattern: str, key: str) -> list[str]:
     return matches
 
 
+def _patterns(given: Any, key: str) -> list[str]:
+    if isinstance(given, str):
+        return [given]
+    listed = list(given or ()) if isinstance(given, Iterable | None) else [given]
+    if strange := [each for each in listed if not isinstance(each, str)]:
+        raise BudgetError(
+            f"{key}: {strange[0]!r} is no name of a group; write names, or patterns such as "
+            f"{key}=['*.mlp.*']"
+        )
+    return listed
+
+
 def selected(
     names: Collection[str], only: str | Iterable[str] | None, exclude: str | Iterable[str]
 ) -> list[str]:
@@ -251,7 +268,7 @@ def selected(
     Raises:
         BudgetError: A name that is no group's, or nothing is left.
     """
-    patterns = [[each] if isinstance(each, str) else list(each or ()) for each in (only, exclude)]
+    patterns = [_patterns(only, "only"), _patterns(exclude, "exclude")]
     selection = list(names)
     if only is not None:
         named = {name for pattern in patterns[0] for name in matching(names, pattern, "only")}
@@ -260,8 +277,8 @@ def selected(
     selection = [name for name in selection if name not in gone]
     if not selection:
         raise BudgetError(
-            f"nothing to cut: only {patterns[0] or ['*']} without {patterns[1]} leaves none of the "
-            f"{len(names)} groups"
+            f"nothing to cut: only {['*'] if only is None else patterns[0]} without {patterns[1]} "
+            f"leaves none of the {len(names)} groups"
         )
     return selection
 
@@ -314,9 +331,11 @@ def _eligible(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind,
 
 
 def _scores(group: Group, values: "Tensor") -> NDArray[np.float64]:
-    scores = np.asarray(
-        values.detach().cpu().double() if hasattr(values, "detach") else values, dtype=np.float64
-    )
+    is_tensor = hasattr(values, "detach")
+    if is_tensor and values.is_complex():
+        raise BudgetError(f"saliency: group {group.name!r} has complex values; expected scores")
+    given = values.detach().cpu().double() if is_tensor else values
+    scores = np.asarray(given, dtype=np.float64)
     if scores.shape != (group.size,):
         raise BudgetError(
             f"saliency: group {group.name!r} has {group.size} structures, "
