@@ -492,3 +492,27 @@ def test_with_another_way_through_the_code_a_wrong_cut_is_still_noticed(monkeypa
     sabotage_positions(monkeypatch, graph, "up.weight", 0)
     with pytest.raises(VerificationError, match=name):
         apply(model, graph, plan, strict=True)
+
+
+class ChoosesByRounding(Sensitive):
+    """In float32 it is chance which rows are positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 3e7
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x[torch.nonzero(x[:, 0] > 0)[:, 0]]
+
+
+def test_what_rounding_chooses_is_compared_in_float64(monkeypatch):
+    torch.manual_seed(0)
+    model, x = ChoosesByRounding().eval(), torch.randn(32, 64)
+    graph = trace(model, (x,))
+    (name,) = graph.groups
+    plan = plan_of(graph, {name: range(1, 64, 2)})
+    apply(model, graph, plan, strict=True)
+    sabotage_positions(monkeypatch, graph, "two.weight", 1)
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan, strict=True)
