@@ -23,6 +23,9 @@ def explain(error: ValidationError, root: type[Section], data: Any = None) -> It
     """
     for fault in error.errors():
         keys = [str(key) for key in fault["loc"]]
+        if _is_of_other_form(keys, fault["input"]):
+            continue
+        keys = [key for key in keys if not _FORM.fullmatch(key)]
         section, registry = _section(root, keys[:-1], data)
         kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
         if kind == "too_short" and given:
@@ -51,6 +54,17 @@ def explain(error: ValidationError, root: type[Section], data: Any = None) -> It
         else:
             hint = _hint(where, kind, given)
             yield f"{where}: got {_yaml(given)}; expected {_expected(kind, context)}{hint}"
+
+
+_FORM = re.compile(r"constrained-\w+|dict\[.*\]")
+"""What pydantic puts into the path of a value that may be a number or an object of numbers."""
+
+
+def _is_of_other_form(keys: Sequence[str], given: Any) -> bool:
+    """Whether a fault is of the form that the value does not have."""
+    if not keys or not _FORM.fullmatch(keys[-1]):
+        return False
+    return keys[-1].startswith("dict[") != isinstance(given, dict)
 
 
 def _yaml(value: Any) -> str:

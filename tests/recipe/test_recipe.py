@@ -141,6 +141,8 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
         ({"finetune": {"epochs": -1}}, ["finetune.epochs", "-1", "at least 0"]),
         ({"finetune": {"optimizer": "adam"}}, ["finetune.optimizer", "'adam'", "`adamw`"]),
         ({"structure": {"kinds": "head"}}, ["structure.kinds", "'head'", "write [head]"]),
+        ({"budget": {"keep_at_least": "two"}}, ["budget.keep_at_least: got 'two'"]),
+        ({"budget": {"keep_at_least": {"a*": -1}}}, ["budget.keep_at_least.a*: got -1"]),
         ({"structure": {"kinds": ["heads"]}}, ["structure.kinds.0", "'heads'", "`head`"]),
         ({"structure": {"kinds": []}}, ["structure.kinds", "at least one"]),
         ({"model": {"id": 3}}, ["model.id", "got 3", "'3' in quotes"]),
