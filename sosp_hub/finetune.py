@@ -23,6 +23,7 @@ from sosp_hub.compat.torch import BatchNorm
 from sosp_hub.data.loading import make_loader
 from sosp_hub.distillation import StoredOutputs, Teacher
 from sosp_hub.distributed import (
+    from_main,
     logger,
     make_accelerator,
     process_state,
@@ -193,6 +194,9 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
 
     Returns:
         The number of layers that were re-estimated.
+
+    Raises:
+        DataError: There is one sample alone, which has no variance; or another process failed.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not norms:
@@ -201,7 +205,8 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     batches = [as_batch(batch) for batch in batches]
     larger = any(num_samples(batch) > 1 for batch in batches)
     one_is_normal = not process_sum(torch.tensor(float(larger)))
-    done = 0
+    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    done, failure = 0, None
     try:
         for norm in norms:
             norm.reset_running_stats()
@@ -211,10 +216,23 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
             if one_is_normal or num_samples(batch) > 1:
                 forward(model, to_device(batch))
                 done += 1
+    except Exception as error:  # noqa: BLE001 - raised below, where all processes know of it
+        failure = error
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
+    if process_sum(torch.tensor(float(failure is not None))):
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, value in buffers.items():
+                norm.get_buffer(name).copy_(value)
+        if failure is not None and not (one_is_normal and isinstance(failure, ValueError)):
+            raise failure
+        raise DataError(
+            "norms cannot be re-estimated: a process has one sample alone, which has no variance "
+            "over a layer without places, or it failed; give more samples, or set "
+            "finetune.recalibrate_norm: false"
+        ) from failure
     num_batches = torch.tensor(float(done))
     share = num_batches / process_sum(num_batches.clone())
     for norm in norms:
@@ -276,17 +294,22 @@ class _Saved:
 
     def load(self) -> tuple[int, list[dict[str, float]]]:
         """Steps that are done and their history; nothing where there is no state that fits."""
-        states = sorted(self.folder.glob("step-*[0-9]")) if self.folder else []
-        if not states:
+        last, record = from_main(self._last())  # all processes see what one sees
+        if last is None:
             return 0, []
-        record = json.loads((states[-1] / "progress.json").read_text())
         if any(record[key] != value for key, value in self.shape.items()):
-            logger.info("%s was written by a run of another shape: starting again", states[-1])
+            logger.info("%s was written by a run of another shape: starting again", last)
             self._clear()
             return 0, []
-        self.accelerator.load_state(str(states[-1]))
+        self.accelerator.load_state(str(last))
         logger.info("going on from step %d of %d", record["step"], record["total_steps"])
         return record["step"], record["history"]
+
+    def _last(self) -> tuple[Path | None, dict[str, Any]]:
+        states = sorted(self.folder.glob("step-*[0-9]")) if self.folder else []
+        if not states:
+            return None, {}
+        return states[-1], json.loads((states[-1] / "progress.json").read_text())
 
     def save(self, step: int, history: list[dict[str, float]]) -> None:
         """Writes beside and renames, so that a kill at any time leaves the last whole state."""

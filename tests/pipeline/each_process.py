@@ -70,7 +70,7 @@ def scores(rank, world):
     model = nn.Sequential(*layers, nn.Linear(8, 3)).eval()
     graph = trace(model, (torch.randn(2, 4),))
     points: Any = Points(NUM_SAMPLES)
-    batches = calibration_batches(points, 99, 4, rank=rank, num_processes=world)
+    batches = calibration_batches([points], 99, 4, rank=rank, num_processes=world)
     found = {}
     for name, given in SCORED.items():
         options = dict(given)

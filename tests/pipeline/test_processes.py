@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sosp_hub.prune import main
 from tests.compare import assert_close
-from tests.pipeline import each_process
+from tests.pipeline import each_process, few_samples, goes_on
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +44,41 @@ def test_a_killed_process_ends_the_run():
     done = launch(2, "tests.pipeline.one_dies", timeout=60)
     assert done.returncode != 0
     assert "Signal 9 (SIGKILL)" in done.stderr
+
+
+def test_one_sample_for_three_processes_is_one_sample(tmp_path):
+    """Two of them have none: all score, measure and refuse what one would."""
+    done = launch(3, few_samples.__name__, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = few_samples.results()
+    assert expected.pop("training") == "done"  # one sample trains one process
+    for rank in range(3):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found.pop("training") == "DataError"
+        assert_close(found.pop("metrics"), expected["metrics"])
+        assert found["norms"] == "DataError"
+        assert found == {name: each for name, each in expected.items() if name != "metrics"}
+
+
+def test_a_process_that_is_killed_while_it_scores_ends_the_run(tmp_path):
+    keys = ["model.train=null", "data.num_train=64", "data.num_test=16", "criterion.num_samples=32"]
+    keys += [f"output.dir={tmp_path / 'out'}"]
+    done = launch(2, "tests.pipeline.dies_scoring", str(QUICKSTART), *keys, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("Root Cause") == 1
+    assert "Signal 9 (SIGKILL)" in done.stderr.rpartition("Root Cause")[2]
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_goes_on_with_another_number_of_processes(tmp_path):
+    """It starts again and ends as if nothing had been there, on all processes."""
+    with pytest.raises(goes_on.StoppedError):
+        goes_on.train(tmp_path / "of one", stop_at=12)
+    assert list((tmp_path / "of one").glob("step-*"))
+    done = launch(2, goes_on.__name__, str(tmp_path), timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list((tmp_path / "of two").glob("step-*"))
+    assert goes_on.train(tmp_path / "of two") == goes_on.train(None)
 
 
 def test_the_launcher_ends_with_the_cause():
