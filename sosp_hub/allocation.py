@@ -2,8 +2,9 @@
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice, product
 from math import ceil, isfinite, lcm
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from sosp_hub.types import DEFAULT_KINDS, Kind
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+_MOST_TRIED = 4096
 
 MEASURED = ("latency_s", "prefill_s", "decode_s", "serving_bytes")
 """Budgets of what is measured, or told by a table of measurements."""
@@ -403,17 +406,42 @@ class _Candidates:
             else:
                 count = ceil(sum(raw[name] for name in names) / len(names))
             count = max(count, self._floor(names, size))
-            step = lcm(self.round_to, *(self.graph.groups[name].multiple for name in names))
-            count = min(ceil(count / step) * step, size)
-            barred = {n for name in names for n in self.graph.groups[name].barred}
-            allowed = [self.admissible[name] for name in names if name in self.admissible]
-            count = next(
-                n
-                for n in (*range(count, size, step), size)
-                if n == size or (n not in barred and all(n in counts for counts in allowed))
-            )
-            result.update(dict.fromkeys(names, count))
-        return result
+            result.update(dict.fromkeys(names, next(self._numbers(names, count))))
+        return self._plain(result)
+
+    def _numbers(self, names: list[str], least: int) -> Iterator[int]:
+        """What groups that keep equally many may keep, from ``least`` on."""
+        size = len(self.scores[names[0]])
+        step = lcm(self.round_to, *(self.graph.groups[name].multiple for name in names))
+        barred = {n for name in names for n in self.graph.groups[name].barred}
+        allowed = [self.admissible[name] for name in names if name in self.admissible]
+        for n in range(ceil(least / step) * step, size, step):
+            if n not in barred and all(n in counts for counts in allowed):
+                yield n
+        yield size
+
+    def _plain(self, counts: dict[str, int]) -> dict[str, int]:
+        """The next numbers that the model's config takes too, where a plain config is to say them.
+
+        Unchanged where there are none.
+        """
+        plain = self.graph.plain
+        if not self.uniform or plain is None or plain.admits(counts):
+            return counts
+        order = ("residual", "kv_group", "head")
+        sets = {kind: [] for kind in order}
+        for names in self._sets:
+            if kind := next((plain.kinds[name] for name in names if name in plain.kinds), None):
+                sets[kind].append(names)
+        free = [names for kind in order for names in sets[kind]]
+        choices = (self._numbers(names, counts[names[0]]) for names in free)
+        for chosen in islice(product(*choices), _MOST_TRIED):
+            tried = {**counts}
+            for names, count in zip(free, chosen, strict=True):
+                tried.update(dict.fromkeys(names, count))
+            if plain.admits(tried):
+                return tried
+        return counts
 
     def _floor(self, names: list[str], size: int) -> int:
         return max(1, ceil(max(self.keep_at_least[name] for name in names) * size - 1e-9))

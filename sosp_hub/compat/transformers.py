@@ -4,6 +4,7 @@ Copied beside weights that carry their own code (``ship_code``). transformers is
 is used: one of its own modules, while it is being imported, sets off the import of this one.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,19 @@ def attention_of(config: Any) -> str | None:
 def set_attention(config: Any, name: str) -> None:
     """Lets the model of a config run another attention, such as ``eager``."""
     setattr(config, _ATTENTION, name)
+
+
+def is_taken(config: Any, numbers: Mapping[str, int]) -> bool:
+    """Whether a config that is read from a file may hold these numbers, those that it has."""
+    changed = copy.deepcopy(config)
+    try:
+        for name, number in numbers.items():
+            if hasattr(changed, name):
+                setattr(changed, name, number)
+        type(changed).from_dict(changed.to_dict())
+    except Exception:  # noqa: BLE001 - each library has its own words for what it refuses
+        return False
+    return True
 
 
 def find_cache(values: Iterable[Any]) -> Any:

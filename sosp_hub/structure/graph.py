@@ -14,6 +14,7 @@ from sosp_hub.structure.axes import Atom, Axis, atoms, size_of, sources
 from sosp_hub.structure.constraint_solver import Count
 from sosp_hub.structure.groups import Group, Member
 from sosp_hub.structure.inputs import num_tokens, one_sample
+from sosp_hub.structure.plain import PlainSizes
 from sosp_hub.structure.terms import Axes, Constraint, Step
 from sosp_hub.summary import alike, preformatted, span, table
 
@@ -109,6 +110,7 @@ class Graph:
         routes: Other ways to run the model, found when it is first cut.
         of_size: What costs are told for, where that is not the size of the traced inputs.
         advice: Which outputs to name so that more can be cut.
+        plain: Which numbers of heads and channels the model's config takes; None = it counts none.
         unproved: Groups whose cut was seen to differ from the masked model, and how; they stay
             whole in every cut since.
     """
@@ -138,6 +140,7 @@ class Graph:
     advice: str = ""
     routes: Routes = field(default_factory=Routes)
     of_size: Sized | None = None
+    plain: PlainSizes | None = None
     unproved: dict[str, str] = field(default_factory=dict)
 
     def provable(self, plan: PruningPlan) -> PruningPlan:

@@ -22,6 +22,7 @@ from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.inputs import num_samples, one_sample
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
+from sosp_hub.structure.plain import plain_sizes
 from sosp_hub.structure.shadow import shadow
 from sosp_hub.structure.terms import AS_OUTPUT, Axes, Step, Terms
 
@@ -85,6 +86,7 @@ def trace(
     )
     samples = num_samples(example_inputs)
     graph = assemble(twin, terms, (entries, exits), example_inputs, wanted, samples)
+    graph = dataclasses.replace(graph, plain=plain_sizes(model, graph.groups))
     if cost_inputs is None or one_sample(cost_inputs) == one_sample(example_inputs):
         return graph
     sized = trace(model, cost_inputs, outputs, fake=fake, program=program).sized

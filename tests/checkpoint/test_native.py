@@ -1,5 +1,6 @@
 """Checkpoints without a delta: what the files do not hold is never made up."""
 
+import contextlib
 import copy
 import json
 import re
@@ -11,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sosp_hub
-from sosp_hub.errors import CheckpointError
+from sosp_hub.errors import BudgetError, CheckpointError
 from sosp_hub.plan import PruningPlan
 from tests.checkpoint import cuts
 from tests.compare import assert_close
@@ -198,6 +199,40 @@ def test_a_uniform_cut_that_needs_a_delta_is_said(kept, is_plain, tmp_path, capl
             assert "it takes 1, 2, 4, 5." in said
     caplog.clear()
     sosp_hub.save_pretrained(model, tmp_path / "small")  # nobody asked
+    assert "uniform" not in caplog.text
+
+
+HEADS = ("head", "kv_group")
+PLAIN = {
+    "heads that divide the width": (HEADS, FIVE),
+    "queries of shared heads": (HEADS, {"num_attention_heads": 12, "num_key_value_heads": 2}),
+    "more shared heads": (
+        (*HEADS, "residual"), {"num_attention_heads": 12, "num_key_value_heads": 6},
+    ),
+    "an explicit width of heads": ((*HEADS, "residual"), {**FIVE, "head_dim": 6}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_uniform_cut_keeps_numbers_that_a_plain_config_can_say(name, tmp_path, caplog):
+    kinds, changes = PLAIN[name]
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **{**cuts.GQA, **changes, "hidden_size": changes.get("hidden_size", 48)}
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    graph = sosp_hub.trace(model, {"input_ids": TOKENS, "use_cache": False}, "logits")
+    saliency = sosp_hub.score(model, graph, [], criterion="random")
+    how = {"kinds": kinds, "uniform": True}
+    plans = []
+    for share in (0.8, 0.5):
+        with contextlib.suppress(BudgetError):  # heads alone are not half of the model
+            plans.append(sosp_hub.allocate(graph, saliency, params=share, **how))
+    for number, plan in enumerate(plans):
+        pruned = sosp_hub.apply(model, graph, plan, "fast")
+        folder = sosp_hub.save_pretrained(pruned, tmp_path / str(number))
+        assert "sosp_hub" not in json.loads((folder / "config.json").read_text())
+    assert plans
     assert "uniform" not in caplog.text
 
 

@@ -196,7 +196,9 @@ def _suggestions(config: Any, pairs: Counter[_Pair]) -> Iterator[tuple[int, str,
             for (old, new), num in pairs.items():
                 if old == value:
                     support[position, key, new] += 2 * num
-                elif old % value == 0 and (value * new) % old == 0 and value * new // old > 0:
+                elif (
+                    old and old % value == 0 and (value * new) % old == 0 and value * new // old > 0
+                ):
                     support[position, key, value * new // old] += num
     for suggestion, _ in support.most_common():
         yield suggestion

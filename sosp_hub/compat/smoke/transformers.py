@@ -115,6 +115,13 @@ def state_of_configs() -> None:
     expect(vars(config).keys() >= compat.CONFIG_STATE, "names of both moved")
 
 
+@smoke("uniform=True: numbers of heads that a plain config can say")
+def numbers_of_a_config() -> None:
+    config = _llama().config
+    expect(compat.is_taken(config, {"num_attention_heads": 4}), "a Llama's config refuses 4 heads")
+    expect(not compat.is_taken(config, {"num_attention_heads": 3}), "it takes 3 heads for width 8")
+
+
 @smoke("the base model's name in GGUF files")
 def origin_of_configs() -> None:
     with tempfile.TemporaryDirectory() as folder:
