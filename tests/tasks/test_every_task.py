@@ -8,6 +8,7 @@ import transformers
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import sosp_hub
+from sosp_hub.compare import main as compare
 from sosp_hub.data.loading import load_split
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import CriterionError
@@ -83,6 +84,8 @@ def test_the_loss_is_the_models_own_and_every_criterion_scores_or_says_why_not(f
         assert_close(loss.predictions.value(), loss.value, relative=1e-5)
     measured = evaluate(model, [batches[0]], ("loss",), loss_fn=loss_fn)["loss"]
     assert measured.value == pytest.approx(loss.value.item(), rel=1e-5, abs=1e-7)
+    with torch.no_grad():
+        model(**example_inputs(loaded, 1, num_tokens=512))  # as runs ask for by default
     graph = sosp_hub.trace(model, example_inputs(loaded), outputs=task.outputs)
     scored, refused = set(), {}
     for name, criterion in CRITERIA.known().items():
@@ -139,3 +142,18 @@ def test_a_run_reloads_in_a_pipeline_and_is_verified(folders, key, capsys):
             assert_close(other[name], mine[name], relative=1e-6)
     said = pipe(**case.given) if isinstance(case.given, dict) else pipe(case.given)
     assert said is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["time-series-forecasting", "feature-extraction"])
+def test_criteria_are_compared_in_any_task(folders, key, tmp_path):
+    case, folder = CASES[key], folders(key)
+    text = RECIPE.format(folder=folder, task=case.task, data=case.data or "max_length: 32")
+    text = text.replace(f"{folder}/out", str(tmp_path / "out")).replace("epochs: 1", "epochs: 0")
+    text += "compare: {criteria: [sosp_h, magnitude], seeds: [0]}\n"
+    (tmp_path / "study.yaml").write_text(text)
+    assert compare([str(tmp_path / "study.yaml")]) == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "sosp_h" in table
+    assert "magnitude" in table
+    assert find_task(case.task).metrics[0].replace("_", " ") in table

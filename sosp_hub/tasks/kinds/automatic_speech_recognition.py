@@ -87,7 +87,8 @@ class SpeechRecognition(OwnTask):
         inputs = _features(features, noise_audio(batch_size, features.sampling_rate))
         if not processor.config.is_encoder_decoder:
             return inputs
-        tokens = torch.ones(batch_size, num_tokens, dtype=torch.int64)
+        most = getattr(processor.config, "max_target_positions", None) or num_tokens
+        tokens = torch.ones(batch_size, min(num_tokens, most), dtype=torch.int64)
         return {**inputs, "decoder_input_ids": tokens * processor.config.decoder_start_token_id}
 
     def meters(self, info: "DataInfo", processor: Any = None) -> "Mapping[str, OfAll]":
