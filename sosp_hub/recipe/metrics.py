@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _LOWER_IS_BETTER = (
-    *("loss", "perplexity", "wer", "error", "mean_absolute", "root_mean_squared", "divergence"),
-    "relative_error",
+    *("loss", "perplexity", "word_error", "error", "mean_absolute", "root_mean_squared"),
+    *("divergence", "relative_error"),
 )
 _SHARES = (
     *("accuracy", "top", "f1", "precision", "recall", "span_f1", "exact_match", "agreement"),

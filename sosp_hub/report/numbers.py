@@ -59,12 +59,12 @@ def share(value: float, digits: int = 1) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """How much more ``after`` is, in percent; nothing where there was nothing before.
+    """How much more ``after`` is, in percent; nothing where there was nothing before, or as good.
 
-    >>> change(100, 150)
-    '+50.0 %'
+    >>> change(100, 150), change(4e-17, 0.07)
+    ('+50.0 %', '')
     """
-    return f"{signed(100 * (after / before - 1))} %" if before else ""
+    return "" if abs(before) <= 1e-9 * abs(after) else f"{signed(100 * (after / before - 1))} %"
 
 
 def points(before: float, after: float) -> str:

@@ -12,6 +12,7 @@ from sosp_hub.errors import DataError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.hub.verify import verify
 from sosp_hub.prune import main
+from sosp_hub.recipe.metrics import is_share, lower_is_better
 from sosp_hub.recipe.tasks import find_task, known_task, register, tasks
 from sosp_hub.tasks import metrics
 from sosp_hub.tasks.loss import Loss
@@ -236,6 +237,18 @@ def test_the_registry_knows_names_and_aliases():
 
     with pytest.raises(ValueError, match="two tasks are called 'fill-mask'"):
         register(Other)
+
+
+def test_each_metric_says_which_way_is_better():
+    names = {metric for task in tasks().values() for metric in task.metrics}
+    assert {name for name in names if lower_is_better(name)} == {
+        *("loss", "perplexity", "divergence", "word_error_rate", "relative_error"),
+        *("mean_absolute_error", "root_mean_squared_error"),
+    }
+    assert {name for name in names if is_share(name)} == {
+        *("accuracy", "f1", "exact_match", "span_f1", "agreement", "mean_iou"),
+        *("mean_average_precision", "average_precision_50"),
+    }
 
 
 def _ratio(meter, predictions):
