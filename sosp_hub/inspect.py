@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.verify:
             return _verify(options.model, options.revision)
+        if options.draft_for:
+            return _draft(options.model, options.draft_for, options.revision, json_=options.json)
         from sosp_hub.inspection.examine import examine
 
         findings = examine(options.model, revision=options.revision)
@@ -53,7 +55,28 @@ def command_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="download the weights and check what the card says: hashes, sizes, metrics again",
     )
+    parser.add_argument(
+        "--draft-for",
+        metavar="BASE",
+        help="load both models and generate with the pruned one as assistant_model of BASE: tokens "
+        "that each pass of BASE yields, tokens per second, whether the output is identical",
+    )
     return parser
+
+
+def _draft(model: str, base: str, revision: str | None, *, json_: bool) -> int:
+    from transformers import AutoTokenizer
+
+    from sosp_hub.cut import from_pretrained
+    from sosp_hub.drafting import PROMPTS, measure_drafting
+
+    given = {} if revision is None else {"revision": revision}
+    draft, parent = from_pretrained(model, **given), from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
+    found = measure_drafting(parent, draft, prompts)
+    print(json.dumps(dataclasses.asdict(found), indent=1) if json_ else found)
+    return 0 if found.identical else 1
 
 
 def _verify(model: str, revision: str | None) -> int:

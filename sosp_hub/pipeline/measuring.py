@@ -14,6 +14,7 @@ from sosp_hub.data.loading import Split, make_loader
 from sosp_hub.distributed import OnDevice, process_sum, progress, to_device
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import recalibrate_norm
+from sosp_hub.harness import check_harness, harness_metrics
 from sosp_hub.latency import Decoder, LatencyTable, ServingMemory, table_path
 from sosp_hub.pipeline.context import Context
 from sosp_hub.plan import PruningPlan
@@ -29,6 +30,17 @@ def measured(context: Context, model: nn.Module, label: str) -> dict[str, Any]:
     for name, (split, _) in context.others.items():
         found = _measured(context, model, split, f"{label} on {name}")
         metrics |= {f"{key}@{name}": value for key, value in found.items() if "/" not in key}
+    section = context.recipe.evaluate
+    if section.harness:
+        found = harness_metrics(
+            model,
+            context.loaded.tokenizer,
+            section.harness,
+            folder=section.harness_folder,
+            limit=section.harness_limit,
+            batch_size=section.batch_size,
+        )
+        metrics |= {name: dataclasses.asdict(metric) for name, metric in found.items()}
     return metrics
 
 
@@ -119,6 +131,12 @@ def measure_of_plans(context: Context, names: Collection[str]) -> Callable[[Prun
         path = table_path(hardware())
         tables[name] = LatencyTable(run, graph, given, path=path, conditions=conditions)
     return lambda plan: {name: table(plan) for name, table in tables.items()}
+
+
+def check_measuring(context: Context) -> None:
+    """Refuses what cannot be measured, before anything long begins."""
+    if context.recipe.evaluate.harness and context.data is not None:
+        check_harness()
 
 
 def hardware() -> str:

@@ -16,7 +16,7 @@ from sosp_hub.errors import CriterionError, VerificationError
 from sosp_hub.pipeline.compensation import bias_means, held_out_losses, made_up_for, refine
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.curvature import Curvature, calibration_of, curvature_of
-from sosp_hub.pipeline.measuring import cut, measure_of_plans, tried
+from sosp_hub.pipeline.measuring import check_measuring, cut, measure_of_plans, tried
 from sosp_hub.pipeline.promising import check_promise, promised
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense, masked
@@ -77,6 +77,7 @@ def check(context: Context) -> None:
     scoring.check_per(criterion, criterion.per)
     scoring.check_loss(criterion, context.loss_fn(context.model))
     check_promise(context)
+    check_measuring(context)
     kinds = context.recipe.structure.kinds
     able = scoring.scorable_groups(context.graph_of_groups, type(criterion), kinds)
     if criterion.silences and not any(group.rectified for group in able.values()):

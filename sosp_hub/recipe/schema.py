@@ -408,6 +408,13 @@ class EvaluateSection(Section):
     metrics: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None, description="what the task can measure; null = its own"
     )
+    harness: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(),
+        description="tasks of lm-evaluation-harness, where it is installed, such as [arc_easy]; of "
+        "language models",
+    )
+    harness_folder: str | None = Field(default=None, description="with task files of one's own")
+    harness_limit: Count | None = Field(default=None, description="samples of each task, at most")
     batch_size: Count = Field(default=64, description="samples of one step")
     latency: bool = Field(
         default=True, description="measure seconds of a forward pass before and after"
@@ -606,6 +613,10 @@ class Recipe(Section):
                     f"budget.{key}: is of language models that generate, task text-generation; "
                     "write latency_s or memory_bytes"
                 )
+        if self.evaluate.harness and not generates:
+            raise ValueError(
+                "evaluate.harness: is of language models, task text-generation; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

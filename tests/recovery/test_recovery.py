@@ -1,11 +1,14 @@
 """Fine-tuning never ends worse than it began, on samples that it was not trained with."""
 
+import contextlib
 import copy
 import itertools
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sosp_hub.data.split import Split
@@ -204,3 +207,28 @@ def test_a_killed_run_keeps_what_its_probe_found(tmp_path):
 def test_a_probe_needs_held_out_samples():
     with pytest.raises(ValueError, match="probe_steps: the rate is chosen on held-out samples"):
         config(held_out=0, probe_steps=3)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    rate=st.floats(-5, 1).map(lambda power: 10**power),
+    optimizer=st.sampled_from(["adamw", "sgd"]),
+    schedule=st.sampled_from(["cosine", "constant"]),
+    distill=st.sampled_from([0.0, 0.5, 1.0]),
+    epochs=st.integers(1, 2),
+    lora=st.sampled_from([None, {"rank": 2}]),
+    probe=st.sampled_from([None, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_no_setting_ends_worse_than_it_began(
+    rate, optimizer, schedule, distill, epochs, lora, probe, seed
+):
+    points, model, teacher = Points(80), net(), net()
+    with torch.no_grad():
+        teacher[0].weight.mul_(2.0)
+    start = held_out_loss(model.eval(), points, seed)
+    keys = {"learning_rate": rate, "optimizer": optimizer, "schedule": schedule, "epochs": epochs}
+    keys |= {"distill": distill, "lora": lora, "probe_steps": probe, "held_out": 0.25}
+    with contextlib.suppress(ModelError):  # a loss that is not finite stops, and says so
+        recover(model, points, config(**keys), teacher=teacher, seed=seed)
+        assert held_out_loss(model, points, seed) <= start * (1 + 1e-6)
