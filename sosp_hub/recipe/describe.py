@@ -68,6 +68,10 @@ def _blocks(name: str) -> Iterator[list[str]]:
                 "  train:   (the same keys, and more, under finetune)",
                 *_rows(DenseTrainSection),
             ]
+        if section is FinetuneSection:
+            for key in ("lora", "teacher"):
+                if inner := _section(section.model_fields[key].annotation):
+                    yield [f"  {key}:", *_rows(inner)]
     else:
         yield [_row(name, field, indent="")]
 
@@ -84,7 +88,8 @@ def _row(name: str, field: FieldInfo, indent: str = "    ") -> str:
         default = "required"
     else:
         default = f"default: {_yaml(field.get_default(call_default_factory=True))}"
-    head = f"{indent}{name:<22}"
+    head = f"{indent}{name:<21} "
+    head = head if len(name) < 22 else f"{indent}{name}  "
     text = f"{field.description} ({_type(field)}; {default})"
     return textwrap.fill(
         text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False

@@ -293,6 +293,8 @@ def test_help_shows_every_key_with_its_meaning():
                 assert re.search(rf"\b{name}\b", text), name
     for name in CRITERIA.known():
         assert f"name: {name}" in text
+    for key in ("alpha", "rank"):  # of sections in sections
+        assert re.search(rf"\n    {key} ", text), key
 
 
 def test_recipes_and_help_need_no_torch():
