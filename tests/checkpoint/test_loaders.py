@@ -198,6 +198,26 @@ def test_timm_arguments(tmp_path):
     assert larger(torch.zeros(1, 3, 192, 192)).shape == (1, 7)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_timm_models_of_any_number_of_channels(name, tmp_path):
+    """1 to 12: saved, loaded by this package and by timm, equal."""
+    for channels in range(1, 13):
+        model = timm.create_model(name, num_classes=7, in_chans=channels).eval()
+        size = model.pretrained_cfg["input_size"][-1]
+        x = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(channels))
+        graph = sosp_hub.trace(model, (x,))
+        saliency = sosp_hub.score(model, graph, [], criterion="magnitude")
+        plan = sosp_hub.allocate(graph, saliency, structures=0.6)
+        pruned = sosp_hub.apply(model, graph, plan, "fast").eval()
+        folder = sosp_hub.save_pretrained(pruned, tmp_path / str(channels))
+        for loaded in (
+            sosp_hub.from_pretrained(folder),
+            timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
+        ):
+            assert_close(output(loaded, (x,)), output(pruned, (x,)), relative=1e-6)
+
+
 def test_timm_announces_the_channels_that_are_left(tmp_path):
     model = timm.create_model("resnet10t").eval()
     kept = torch.arange(100)

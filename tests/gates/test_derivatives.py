@@ -519,3 +519,35 @@ def test_rows_of_a_process_that_waits_for_others_count_once(monkeypatch):
     protocol = Protocol(F.cross_entropy, process_sum=process_sum)
     found = gauss_newton(toy.model, toy.groups, [toy.batch], protocol).matrix
     assert_close(found, expected, relative=1e-12)
+
+
+def test_one_group_that_does_not_reach_the_loss_is_told():
+    toy = perceptron()
+    name = next(iter(toy.groups))
+    size = toy.groups[name].size
+
+    class Deaf(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.aside = toy.model, torch.nn.Linear(4, size).double()
+
+        def forward(self, x):
+            self.aside(x)
+            return self.inside(x)
+
+    groups = {"aside": group("aside", "neuron", 4, [("aside", -1, None)])}
+    inside = [(f"inside.{site.module}", site.dim, site.index) for site in toy.groups[name].sites]
+    groups["inside"] = group("inside", "neuron", size, inside)
+    with pytest.raises(CriterionError, match="does not depend on the gates of 'aside'"):
+        gate_gradient(Deaf(), groups, [toy.batch], protocol())
+
+
+def test_a_batch_without_a_label_that_counts_changes_nothing():
+    toy = perceptron()
+    x, labels = toy.batch
+    batches = [(x, labels), (x, torch.full_like(labels, -100))]
+    expected = gate_gradient(toy.model, toy.groups, batches[:1], protocol())
+    for order in (batches, batches[::-1]):
+        found = gate_gradient(toy.model, toy.groups, order, protocol())
+        assert_close(found.gradient, expected.gradient, relative=1e-12)
+        assert_close(found.loss, expected.loss, relative=1e-12)

@@ -31,6 +31,9 @@ LANGUAGE = {
 }
 
 
+SHORT = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
 def ids(samples=2, length=9):
     return torch.randint(0, 96, (samples, length), generator=torch.Generator().manual_seed(0))
 
@@ -59,8 +62,7 @@ def test_fewer_heads_for_each_key_head_are_right_in_every_use(name, verify):
             found, expected = run(pruned, other)[0], gated(model, other, plan)[0]
             told = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             assert_close(found[told], expected[told])
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    texts = [pruned.generate(**padded(), use_cache=cache, **options) for cache in (True, False)]
+    texts = [pruned.generate(**padded(), use_cache=cache, **SHORT) for cache in (True, False)]
     assert torch.equal(*texts)
 
 
@@ -294,3 +296,21 @@ def test_inputs_too_short_for_a_way_are_told(caplog):
     assert list(graph.routes.unchecked) == told
     for name in told:
         assert f"{name} is not checked: inputs of 4 tokens; 5 are needed" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_loaded_mixture_with_fewer_heads_is_right_in_every_use(name, tmp_path):
+    torch.manual_seed(0)
+    model = fill(LANGUAGE[name]().eval())
+    graph = trace(model, {"input_ids": ids()}, outputs="logits")
+    pruned = apply(model, graph, half(graph), verify="fast").eval()
+    sosp_hub.save_pretrained(pruned, tmp_path)
+    loaded = sosp_hub.from_pretrained(tmp_path)
+    assert loaded.model.layers[0].self_attn.num_key_value_groups == 2
+    for attention in ("sdpa", "eager"):
+        pruned.set_attn_implementation(attention)
+        loaded.set_attn_implementation(attention)
+        for inputs in (padded(), {"input_ids": ids(3, 7)}):
+            assert_close(loaded(**inputs).logits, pruned(**inputs).logits, relative=1e-6)
+        texts = [each.generate(**padded(), **SHORT) for each in (loaded, pruned)]
+        assert torch.equal(*texts)
