@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from sosp_hub.allocation import allocate
     from sosp_hub.checkpoint.weightless import save_plan
     from sosp_hub.compare import compare
-    from sosp_hub.cut import apply, apply_, apply_plan_file, from_pretrained
+    from sosp_hub.cut import apply, apply_, apply_plan_file
     from sosp_hub.evaluate import evaluate
     from sosp_hub.expand import expand
     from sosp_hub.export import export
     from sosp_hub.gradual import GradualPruning, trainer_callback
     from sosp_hub.hub.push import push_to_hub
+    from sosp_hub.pipeline.any_budget import from_pretrained
     from sosp_hub.plan import PruningPlan
     from sosp_hub.promise.within import allocate_within
     from sosp_hub.prune import prune
@@ -42,7 +43,7 @@ _HOME = {
     "compare": "sosp_hub.compare",
     "evaluate": "sosp_hub.evaluate",
     "expand": "sosp_hub.expand",
-    "from_pretrained": "sosp_hub.cut",
+    "from_pretrained": "sosp_hub.pipeline.any_budget",
     "export": "sosp_hub.export",
     "prune": "sosp_hub.prune",
     "push_to_hub": "sosp_hub.hub.push",

@@ -76,8 +76,8 @@ def allocate(
         threshold: Structures that score below it go, as far as floors and ties allow; with a
             budget, more go until it holds.
         groups: Share that each of some groups keeps of its own structures, whatever the others
-            do: by name, with ``*`` for any text (``{"*.mlp.*": 0.5}``). Alone, without a budget,
-            all other groups stay whole.
+            do: by name, with ``*`` for any text (``{"*.mlp.*": 0.5}``); 0 = nothing of it stays,
+            such as the MLP of a layer. Alone, without a budget, all other groups stay whole.
         keep_at_least: Share of each group that always stays (at least one structure): guards
             against layer collapse. Also by name, ``{"*": 0.1, "layer4.*": 0.5}``; where several
             fit the largest holds, and 0.1 where none does.
@@ -218,10 +218,11 @@ def _check(
         )
     if threshold is not None and not (isinstance(threshold, Real) and isfinite(threshold)):
         raise BudgetError(f"budget: threshold is a score, a finite number; got {threshold!r}")
-    shares = [*budgets.items(), *((f"groups: {pattern!r}", n) for pattern, n in groups.items())]
-    for name, value in [*shares, *(("keep_at_least", share) for share in floors.values())]:
+    free = [(f"groups: {pattern!r}", share) for pattern, share in groups.items()]
+    free += [("keep_at_least", share) for share in floors.values()]
+    for name, value in [*budgets.items(), *free]:
         number = isinstance(value, Real) and not isinstance(value, bool)
-        least = number and (value >= 0 if name == "keep_at_least" else value > 0)
+        least = number and (value > 0 if name in budgets else value >= 0)
         if not (least and value <= 1):
             raise BudgetError(f"budget: {name} is the share that is kept, in (0, 1]; got {value!r}")
     if not isinstance(round_to, Integral) or round_to < 1:
@@ -401,6 +402,9 @@ class _Candidates:
             fixed = [self.fixed[name] for name in names if name in self.fixed]
             if self._frozen(names) or (self.rest_stays and not fixed):
                 count = size
+            elif fixed and max(fixed) == 0:
+                result.update(dict.fromkeys(names, 0))
+                continue
             elif fixed:
                 count = ceil(max(fixed) * size - 1e-9)
             else:

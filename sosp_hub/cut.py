@@ -141,29 +141,11 @@ def apply_plan_file(
 
 
 def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
-    """Loads what ``save_pretrained`` or ``save_plan`` wrote, or any transformers or timm model.
-
-    A model of no library is built by the caller, as it was before the cut:
-    ``from_pretrained(folder, model=Net())`` gives another one that is cut and has the weights.
-
-    The config and the headers of the weight files are read and checked first. No tensor of the
-    model is made up and none of the files is left out, except for a head that is asked for.
+    """Loads a checkpoint as it is: `sosp_hub.from_pretrained` without a budget.
 
     Args:
         path_or_id: A folder or a hub id.
-        **kwargs: ``revision``, ``token``, ``cache_dir``, ``force_download`` and
-            ``local_files_only`` for the hub; ``model_class``, a transformers class to load into,
-            which may have a head that the files do not hold and lack one that they do;
-            ``num_classes``, a new head of that size for a timm model; ``model`` and ``dtype`` for a
-            model of no library (a plan is applied to ``model``, with ``example_inputs``); all else
-            goes to the library.
-
-    Returns:
-        The model in eval mode.
-
-    Raises:
-        CheckpointError: Damaged or hostile files, or weights that are not those of the config.
-        HubError: A hub that cannot be reached, or has no such model.
+        **kwargs: As there.
     """
     tell_newer()
     folder = io.fetch(path_or_id, kwargs)

@@ -182,6 +182,15 @@ def finetune(
 
 
 @torch.no_grad()
+def has_norms(model: nn.Module) -> bool:
+    """Whether ``recalibrate_norm`` would do anything."""
+    return bool(_norms(model))
+
+
+def _norms(model: nn.Module) -> list[BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
+
+
 def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     """Re-estimates the running statistics of every BatchNorm, in place; needs no labels.
 
@@ -198,7 +207,7 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     Raises:
         DataError: There is one sample alone, which has no variance; or another process failed.
     """
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
+    norms = _norms(model)
     if not norms:
         return 0
     momenta = [norm.momentum for norm in norms]

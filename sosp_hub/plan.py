@@ -231,16 +231,12 @@ def _check_indices(name: str, kept: Sequence[int], size: int) -> None:
         raise PlanError(
             f"plan: group {name!r} must list whole numbers, got {list(kept)[:8]} of {size!r}"
         )
-    if not kept:
-        raise PlanError(
-            f"plan: group {name!r} would lose all its {size} structures; keep at least one"
-        )
     if list(kept) != sorted(set(kept)):
         raise PlanError(
             f"plan: kept indices of group {name!r} must be sorted and distinct: "
             f"got {list(kept)[:8]}..."
         )
-    if kept[0] < 0 or kept[-1] >= size:
+    if kept and (kept[0] < 0 or kept[-1] >= size):
         wrong = kept[0] if kept[0] < 0 else kept[-1]
         raise PlanError(
             f"plan: group {name!r} has {size} structures; kept index {wrong} is out of range"

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
 Kind = Literal["channel", "head", "kv_group", "head_dim", "neuron", "residual", "expert", "layer"]
 """What a structure is. ``residual`` is a channel of a stream that a normalisation runs over."""
 
+BlockKind = Literal["attention", "mlp", "layer"]
+"""What can go as a whole: a layer, or what it adds by its attention or its MLP."""
+
 DEFAULT_KINDS: tuple[Kind, ...] = ("channel", "head", "kv_group", "neuron")
 """What may go unless somebody says otherwise."""
 

@@ -95,10 +95,11 @@ def follow_up(
 
     Metrics of ``cut``, ``rebuilt`` where weights were solved again, ``recalibrated`` where there
     was a norm to re-estimate, and ``final`` where there was fine-tuning. Without data nothing is
-    measured, and nothing solved or trained.
+    measured or trained, and solved or re-estimated only with the inputs that an earlier run kept.
     """
     if context.data is None:
-        rebuild(context, decided, pruned)  # says that it is not done
+        if rebuild(context, decided, pruned) and context.recipe.recalibrates():
+            recalibrate_norm(pruned, context.inputs(context.recipe.criterion.num_samples))
         return {"cut": {}}, {}
     metrics = {"cut": cut_metrics(context, pruned)}
     if rebuild(context, decided, pruned):

@@ -26,6 +26,7 @@ from sosp_hub.recipe.training import DenseTrainSection
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
 from sosp_hub.structure.trace import trace
+from sosp_hub.tasks.batches import num_samples as count_samples
 from sosp_hub.zoo.load import Loaded, example_inputs
 from sosp_hub.zoo.load import load_model as load_from_zoo
 
@@ -144,6 +145,8 @@ class Context:
 
     def at_most(self, num_samples: int) -> int:
         """So many calibration samples, or as many as there are."""
+        if self.data is None and self.scores is not None:
+            return sum(count_samples(batch) for batch in self.scores.inputs(num_samples))
         return min(num_samples, most_calibration(self.calibration_splits))
 
     def calibration_batches(self, start: int = 0, stop: int | None = None) -> Sequence[Any]:
@@ -161,6 +164,20 @@ class Context:
                 num_processes=self.accelerator.num_processes,
             )
         return self._batches[start, stop, size]
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether there are inputs to rebuild with: of the data, or of the run that scored."""
+        kept = self.scores and self.scores.calibration_inputs
+        return self.data is not None or bool(kept)
+
+    def inputs(self, num_samples: int) -> Sequence[Any]:
+        """This process's share of so many calibration inputs, of the data or of an earlier run."""
+        if self.data is None:
+            assert self.scores is not None
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            return self.scores.inputs(num_samples)[rank::world]
+        return self.calibration_batches(0, self.at_most(num_samples))
 
     def loss_fn(self, model: nn.Module) -> "LossFn | None":
         """The loss of the dense model or of one that was cut from it; None = the model's own."""

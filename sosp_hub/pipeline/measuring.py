@@ -84,7 +84,7 @@ def cut(
 def rebuild_weights(context: Context, plan: PruningPlan) -> Rebuilt:
     """The dense model with the weights that read what is cut solved again."""
     config = context.recipe.rebuild
-    batches = context.calibration_batches(0, context.at_most(config.num_samples))
+    batches = context.inputs(config.num_samples)
     return rebuilt_weights(
         context.model,
         context.graph,

@@ -1,7 +1,7 @@
 """Steps that decide: saliency, the plan with what makes up for the cut; and the cut by it."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from sosp_hub.allocation import MEASURED, allocate
 from sosp_hub.criteria.compute.compensation import Means
 from sosp_hub.distributed import OnDevice, from_main, logger, process_sum
 from sosp_hub.errors import CriterionError, VerificationError
+from sosp_hub.pipeline.blocks import Block, as_blocks, blocks_of, left_of, removed, shares
 from sosp_hub.pipeline.compensation import bias_means, held_out_losses, made_up_for, refine
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.curvature import Curvature, calibration_of, curvature_of
@@ -21,6 +22,8 @@ from sosp_hub.pipeline.promising import check_promise, promised
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense, masked
 from sosp_hub.plan import PruningPlan
+from sosp_hub.recipe.schema import Recipe
+from sosp_hub.structure.graph import Graph
 
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency
@@ -59,6 +62,7 @@ def plan(
         "criterion": context.recipe.criterion.provenance(),
         "calibration": calibration_of(context),
         **({"not_verified": dict(whole)} if whole else {}),
+        **({"blocks": gone} if (gone := removed(context)) else {}),
     }
     if training := masked.made(context):
         provenance["masks"] = {k: v for k, v in training.items() if k != "history"}
@@ -89,7 +93,9 @@ def check(context: Context) -> None:
     targets = {k: v for k, v in targets.items() if k not in MEASURED}  # these take their time
     if targets or budget.groups:
         equal = {name: torch.ones(group.size) for name, group in able.items()}
-        _allocated(context, equal, targets)
+        allocated(context.recipe, context.graph, equal, targets)
+    if context.recipe.structure.blocks is not None:
+        blocks_of(context.graph, context.recipe.structure.blocks.kinds)
 
 
 def score(context: Context) -> "Saliency":
@@ -257,16 +263,34 @@ def _allocated(
     targets: dict[str, Any],
     measure: Callable[[PruningPlan], Mapping[str, float]] | None = None,
 ) -> PruningPlan:
-    budget = context.recipe.budget
+    return allocated(
+        context.recipe, context.graph, scores, targets, measure, gone=as_blocks(removed(context))
+    )
+
+
+def allocated(
+    recipe: Recipe,
+    graph: Graph,
+    scores: "Saliency",
+    targets: dict[str, Any],
+    measure: Callable[[PruningPlan], Mapping[str, float]] | None = None,
+    *,
+    gone: Sequence[Block] = (),
+) -> PruningPlan:
+    """The plan of a recipe's budget, with other shares, and without whole blocks that go."""
+    budget = recipe.budget
+    inside = tuple(f"{block.layer}." for block in gone if block.kind == "layer")
+    goes = {name: torch.tensor(values) for name, values in left_of(graph, gone).items()}
+    scores = {name: x for name, x in scores.items() if not inside or not name.startswith(inside)}
     return allocate(
-        context.graph,
-        scores,
+        graph,
+        scores | goes,
         measure=measure,
         **targets,
-        groups=budget.groups,
+        groups={**budget.groups, **shares(graph, gone)},
         keep_at_least=budget.keep_at_least,
         round_to=budget.round_to,
         uniform=budget.uniform,
         target=budget.target,
-        kinds=context.recipe.structure.kinds,
+        kinds=(*recipe.structure.kinds, *(graph.groups[block.group].kind for block in gone)),
     )

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from sosp_hub.recipe.tasks import find_task
 from sosp_hub.report.card import render_card
 from sosp_hub.report.facts import scrub
 from sosp_hub.report.licence import copy_licence_files
-from sosp_hub.report.listing import CURVATURE, DENSE, RECIPE, SALIENCY
+from sosp_hub.report.listing import CALIBRATION, CURVATURE, DENSE, RECIPE, SALIENCY
 from sosp_hub.report.page import write_page
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.inputs import one_sample
@@ -57,6 +57,7 @@ def write_result(
     calibration: Mapping[str, Any],
     base: Mapping[str, Any],
     curvature: Path | None,
+    keep_inputs: Callable[[Path], None],
     keep_dense: bool,
     seconds: Mapping[str, float],
     draft: Path,
@@ -86,7 +87,7 @@ def write_result(
                 "exact": group.exact,
             }
             for group in graph.groups.values()
-            if group.kind in recipe.structure.kinds
+            if group.kind in recipe.structure.kinds or group.name in kept
         ],
         "criterion": {"name": criterion.name, "options": criterion.options()},
         "calibration": dict(calibration),
@@ -127,6 +128,7 @@ def write_result(
     for file in (SALIENCY, CURVATURE)[: 1 + (curvature is not None)]:
         mode = (draft / "config.json").stat().st_mode
         (draft / file).chmod(mode)  # safetensors lets only the owner read
+    keep_inputs(draft / CALIBRATION)
     if recipe.model.path is not None:
         copy_licence_files(Path(recipe.model.path).expanduser(), draft)
     render_card(draft, figures=recipe.output.figures)

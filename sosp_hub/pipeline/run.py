@@ -1,6 +1,7 @@
 """A run from its recipe to its output folder: the stages in order."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sosp_hub.pipeline.curvature import calibration_of, stored_curvature
 from sosp_hub.pipeline.output_folder import alone, check_place
 from sosp_hub.pipeline.planning import check, decide_and_cut, score
 from sosp_hub.pipeline.promising import promised
-from sosp_hub.pipeline.rebuilding import rebuild_told
+from sosp_hub.pipeline.rebuilding import keep_inputs, rebuild_told
 from sosp_hub.pipeline.result import check_push, publish, write_result
 from sosp_hub.pipeline.rounds import in_rounds
 from sosp_hub.pipeline.scores import Scores
@@ -98,6 +99,7 @@ def run(
             calibration=calibration_of(rounds.context),
             base=context.base,
             curvature=None if rounds.plans else stored_curvature(context),
+            keep_inputs=partial(keep_inputs, rounds.context, context.model),
             keep_dense=context.made_dense and recipe.output.keep_dense,
             seconds=cache.seconds(),
             draft=cache.folder / "result" / output.name,

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from sosp_hub.distributed import logger
 from sosp_hub.errors import ModelError, OutputExistsError, RecipeError
+from sosp_hub.pipeline.calibration_inputs import read_inputs
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import BUDGETS, ModelSection, Recipe
 from sosp_hub.report.facts import scrub, with_spread
-from sosp_hub.report.listing import CURVATURE, DENSE, RECIPE, REPORT, SALIENCY
+from sosp_hub.report.listing import CALIBRATION, CURVATURE, DENSE, RECIPE, REPORT, SALIENCY
 from sosp_hub.report.schema import read_report
 from sosp_hub.untrusted import MOST_YAML_BYTES, UnreadableError, read_text
 
@@ -37,6 +38,7 @@ class Scores:
         damping: What it compensated with.
         made: The recipe of that run, as it was.
         dense: What that run measured of its dense model.
+        blocks: Which whole blocks it removed, by measured loss.
     """
 
     folder: Path
@@ -47,12 +49,32 @@ class Scores:
     damping: float | None = None
     made: Recipe | None = None
     dense: Mapping[str, Any] = field(default_factory=dict)
+    blocks: Sequence[Mapping[str, Any]] = ()
 
     @property
     def curvature(self) -> Path | None:
         """Where the matrix is that it compensated with, if that was kept."""
         path = self.folder / CURVATURE
         return path if path.is_file() else None
+
+    @property
+    def calibration_inputs(self) -> Path | None:
+        """Where the inputs are that its rebuild was made with, if they were kept."""
+        path = self.folder / CALIBRATION
+        return path if path.is_file() else None
+
+    def inputs(self, num_samples: int) -> list[Any]:
+        """At most so many of those inputs, in batches.
+
+        Raises:
+            OutputExistsError: They were not kept, or are damaged.
+        """
+        if self.calibration_inputs is None:
+            raise OutputExistsError(
+                f"{self.folder} has no {CALIBRATION}, the inputs that another budget is rebuilt "
+                "with; run its recipe with output.any_budget=true"
+            )
+        return read_inputs(self.calibration_inputs, num_samples)
 
     @property
     def has_dense(self) -> bool:
@@ -127,19 +149,7 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
         RecipeError: Overrides that the scores do not allow.
     """
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise OutputExistsError(f"--from-scores: {folder}: no such folder")
-    report = read_report(folder)
-    for name, present in (
-        (REPORT, report is not None),
-        (SALIENCY, (folder / SALIENCY).is_file()),
-    ):
-        if not present:
-            raise OutputExistsError(
-                f"--from-scores: {folder} has no {name}; give the output folder of a run"
-            )
-    report = report or {}
-    source = f"the recipe of {folder}"
+    report, source = _report_of(folder), f"the recipe of {folder}"
     text = _recipe_of(folder, str(report.get("recipe") or ""))
     made = parse_recipe(text, source)
     if made.schedule is not None:
@@ -178,11 +188,21 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
                 f"{tensor.ndim} dimensions, expected one number with a fraction for each structure"
             )
     base = {key: value for key, value in (report.get("base") or {}).items() if value is not None}
-    compensation = (report.get("plan") or {}).get("provenance", {}).get("compensation") or {}
+    provenance = (report.get("plan") or {}).get("provenance") or {}
+    compensation = provenance.get("compensation") or {}
     calibration = report.get("calibration") or {}
     dense = (report.get("metrics") or {}).get("dense") or {}
+    blocks = provenance.get("blocks") or ()
     return Scores(
-        folder, recipe, saliency, calibration, base, compensation.get("damping"), made, dense
+        folder,
+        recipe,
+        saliency,
+        calibration,
+        base,
+        compensation.get("damping"),
+        made,
+        dense,
+        blocks,
     )
 
 
@@ -199,6 +219,31 @@ def _held_out_alike(made: Recipe, recipe: Recipe) -> bool:
     """Whether what a promise is measured on was held out from a dense model that a run made."""
     trained = made.model.train is not None or not made.model.pretrained
     return not trained or made.held_out_key() == recipe.held_out_key()
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a finished run.
+
+    Raises:
+        OutputExistsError: No output of a run, or one without its scores.
+        RecipeError: A recipe that this version does not read.
+    """
+    return parse_recipe(str(_report_of(folder).get("recipe") or ""), f"the recipe of {folder}")
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise OutputExistsError(f"--from-scores: {folder}: no such folder")
+    report = read_report(folder)
+    for name, present in (
+        (REPORT, report is not None),
+        (SALIENCY, (folder / SALIENCY).is_file()),
+    ):
+        if not present:
+            raise OutputExistsError(
+                f"--from-scores: {folder} has no {name}; give the output folder of a run"
+            )
+    return report or {}
 
 
 def _which_data(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sosp_hub.recipe.section import Count, Scalar, Section, Share
 from sosp_hub.recipe.targets import Targets
 from sosp_hub.recipe.tasks import find_task
 from sosp_hub.recipe.training import DenseTrainSection, TrainSection
-from sosp_hub.types import DEFAULT_KINDS, Kind, Library
+from sosp_hub.types import DEFAULT_KINDS, BlockKind, Kind, Library
 
 _SIZE = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(KB|MB|GB|TB)$"
 _REPO_ID = r"^[\w.-]+(/[\w.-]+)?$"
@@ -164,6 +164,22 @@ class DataSection(SourceSection):
         return self.model_copy(update={**other, "calibration": (), "others": ()})
 
 
+class BlocksSection(Section):
+    """Whole blocks go first, by measured loss; the criterion then decides on the width of the rest.
+
+    The block goes whose absence costs least loss for what it saves; measured anew after each.
+    """
+
+    kinds: Annotated[tuple[BlockKind, ...], Field(min_length=1, strict=False)] = Field(
+        default=("attention",),
+        description="attention and mlp of a layer, and whole layers",
+    )
+    most: Count = Field(default=3, description="blocks that go, at most, and within the budget")
+    num_samples: Count = Field(
+        default=32, description="calibration samples that the loss is measured on"
+    )
+
+
 class StructureSection(Section):
     """Which structures may go."""
 
@@ -179,6 +195,9 @@ class StructureSection(Section):
     )
     outputs: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
         default=None, description="outputs that count, where a model returns more; null = all"
+    )
+    blocks: BlocksSection | None = Field(
+        default=None, description="let whole blocks go beside the width; null = none"
     )
     verify: Literal["thorough", "fast"] = Field(
         default="thorough", description="how each cut is proved equal to a mask"
@@ -226,10 +245,10 @@ class BudgetSection(Section):
     probes: Annotated[int, Field(ge=1, le=20)] = Field(
         default=6, description="models that the search for max_drop tries, beside three larger ones"
     )
-    groups: dict[str, Share] = Field(
+    groups: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default_factory=dict,
         description="shares that single groups keep, by name with * for any text, such as "
-        '{"*.mlp.*": 0.5}; alone, all others stay whole',
+        '{"*.mlp.*": 0.5}; 0 = nothing of it stays; alone, all others stay whole',
     )
     keep_at_least: Annotated[float, Field(ge=0, le=1)] | dict[str, Share] = Field(
         default=0.1,
@@ -438,6 +457,12 @@ class OutputSection(Section):
     keep_dense: bool = Field(
         default=True,
         description="keep dense weights that this run made or trained, for --from-scores",
+    )
+    any_budget: bool = Field(
+        default=False,
+        description="keep the rebuild's calibration inputs, so that from_pretrained(FOLDER, "
+        "budget=...) and --from-scores rebuild at any budget without the data; they are published "
+        "with the model",
     )
 
 

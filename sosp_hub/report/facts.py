@@ -125,7 +125,7 @@ def collect(report: Mapping[str, Any]) -> Facts:
             cost, latency, report.get("peak_memory") or {}, known.counted if known else ""
         ),
         metrics=_metrics(metrics, (report.get("calibration") or {}).get("seen") or ()),
-        removed=tuple(_removed(groups)),
+        removed=(*_removed(groups), *_blocks(provenance.get("blocks") or ())),
         made_up=(*_made_up(provenance), *_rebuilt(report.get("rebuild") or {})),
         masks=_masks(provenance.get("masks") or {}),
         compared=compared_with(metrics)[1] if compared_with(metrics)[0] else "",
@@ -335,6 +335,16 @@ def _removed(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         name = {"kv_group": "KV groups", "residual": "residual channels"}.get(kind, f"{kind}s")
         number = "one group" if len(members) == 1 else f"{len(members)} groups"
         yield f"{name.replace('_', ' ')}: {kept:,} of {size:,} remain, in {number}{untouched}"
+
+
+def _blocks(gone: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    if gone:
+        named = [
+            (one["layer"] if one["kind"] == "layer" else f"the {one['kind']} of {one['layer']}")
+            + f" (loss then {one['loss']:.4g})"
+            for one in gone
+        ]
+        yield f"whole blocks, by measured loss on calibration samples: {', '.join(named)}"
 
 
 def _made_up(provenance: Mapping[str, Any]) -> Iterable[str]:

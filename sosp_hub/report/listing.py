@@ -17,10 +17,12 @@ SALIENCY = "saliency.safetensors"
 CURVATURE = "curvature.safetensors"
 RECIPE = "recipe.private.yaml"
 """The recipe with the paths of this machine, for --from-scores; it stays where it is."""
+CALIBRATION = "calibration.safetensors"
 DENSE = "dense"
 """Folder of the dense weights that a run made itself; they stay where they are."""
 
 _WORDS: Mapping[str, str] = {
+    CALIBRATION: "inputs of the rebuild, for any budget",
     CARD: "model card",
     CURVATURE: "correlations of structures",
     DENSE: "the dense model, for --from-scores",

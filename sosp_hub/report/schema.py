@@ -90,7 +90,14 @@ class _Masks(_Part):
     shares: dict[str, float] | None = None
 
 
+class _Block(_Part):
+    kind: str
+    layer: str
+    loss: float
+
+
 class _Provenance(_Part):
+    blocks: list[_Block] | None = None
     floors: list[str] | dict[str, Any] | None = None
     compensation: _Compensation | None = None
     masks: _Masks | None = None

@@ -229,7 +229,7 @@ class Graph:
         axes = self.tensors[tensor]
         inside = {atom.id for axis in axes for atom in atoms(axis)}
         chosen = {
-            self.atoms[name].id: np.asarray(kept)
+            self.atoms[name].id: np.asarray(kept, dtype=np.int64)
             for name, kept in plan.kept.items()
             if name in self.atoms and self.atoms[name].id in inside
         }

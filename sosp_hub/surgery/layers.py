@@ -86,10 +86,11 @@ def bypassed(model: nn.Module, graph: Graph, plan: Plan) -> None:
         group = graph.groups[name]
         for i, layer in enumerate(group.layers):
             if i not in kept:
-                model.get_submodule(layer).register_forward_hook(_hand_on)
+                model.get_submodule(layer).register_forward_hook(hand_on)
 
 
-def _hand_on(_: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+def hand_on(_: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+    """A forward hook that makes a layer give what it was given."""
     return args[0] if isinstance(result, Tensor) else type(result)((args[0], *result[1:]))
 
 

@@ -70,14 +70,15 @@ def resnet(args):
     model = train(model, images, labels, 2)
     test = images_of(args.folder, "t10k", 2000)
     print(f"dense {accuracy(model, *test):.1f}", flush=True)
-    calibration = list(zip(images[:512].split(64), labels[:512].split(64), strict=True))
+    num = args.num_images
+    calibration = list(zip(images[:num].split(64), labels[:num].split(64), strict=True))
     graph = sosp_hub.trace(model, (images[:2],))
     inner = {n: g for n, g in graph.groups.items() if ".conv1:" in n and n.startswith("layer")}
     for name in args.criteria:
         options = {"selection": "surgeon"} if name == "surgeon" else {}
         start = time.process_time()
         saliency = sosp_hub.score(
-            model, graph, calibration, "sosp_i" if name == "surgeon" else name, **options
+            model, graph, calibration[:8], "sosp_i" if name == "surgeon" else name, **options
         )
         scoring = time.process_time() - start
         for kept in args.kept:
@@ -116,7 +117,7 @@ def perplexity(model, tokens):
     losses = []
     with torch.no_grad():
         for part in tokens.split(4):
-            logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+            logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
             losses.append(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()))
     return torch.stack(losses).mean().exp().item()
 
@@ -126,7 +127,7 @@ def text(args):
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.model_max_length = 10**9
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
     files = [path.read_text("utf8", "ignore") for path in sorted(args.texts.glob("*.txt"))]
     others = [path.read_text("utf8", "ignore") for path in sorted(args.others.glob("*.txt"))]
     length = args.length
@@ -169,6 +170,7 @@ def main():
     one.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.3])
     one.add_argument("--criteria", nargs="+", default=["surgeon", "fisher", "magnitude"])
     one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--num-images", type=int, default=512, help="to rebuild with (512)")
     one.set_defaults(run=resnet)
     two = verbs.add_parser("text")
     for name in ("model", "texts", "others"):
@@ -178,6 +180,7 @@ def main():
     two.add_argument("--num-scored", type=int, default=32)
     two.add_argument("--num-test", type=int, default=16)
     two.add_argument("--length", type=int, default=128)
+    two.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     two.set_defaults(run=text)
     for verb in (one, two):
         verb.add_argument(

@@ -105,5 +105,5 @@ def test_growth_that_the_file_does_not_declare_is_refused(tmp_path):
     config = json.loads(path.read_text())
     assert config["sosp_hub"]["base"].pop("growth") == 4
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="expected sizes from 1 to the skeleton's"):
+    with pytest.raises(CheckpointError, match="expected sizes from 0 to the skeleton's"):
         sosp_hub.from_pretrained(tmp_path)

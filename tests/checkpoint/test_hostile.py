@@ -68,7 +68,6 @@ HOSTILE = {
     "10^12": (UP, 10**12, "1000000000000"),
     "10^5000": (UP, 10**5000, "bits"),
     "negative": (UP, -1, "-1"),
-    "zero": (UP, 0, "sizes from 1"),
     "float": (UP, 3.5, "3.5"),
     "bool": (UP, True, "True"),
     "NaN": ((*MLP, "intermediate_size"), float("nan"), "nan"),

@@ -247,7 +247,7 @@ def test_adapters_have_to_be_merged(tmp_path):
 
 CONV = ("base", "modules", "conv")
 HOSTILE = {
-    "grows": ((*CONV, "out_channels"), 25, "sizes from 1 to the skeleton's"),
+    "grows": ((*CONV, "out_channels"), 25, "sizes from 0 to the skeleton's"),
     "10^12": ((*CONV, "out_channels"), 10**12, "1000000000000"),
     "another size than the files": ((*CONV, "out_channels"), 3, "the cut model"),
     "method": ((*CONV, "forward"), 3, "forward"),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import sosp_hub
 from sosp_hub import scoring
 from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.errors import BudgetError, ModelError, OutputExistsError
 from sosp_hub.hub.contents import local_files
 from sosp_hub.hub.push import push_to_hub
 from sosp_hub.pipeline import context
@@ -98,6 +99,78 @@ def test_with_its_data_it_is_measured_and_trained(run, monkeypatch):
     assert report["metrics"]["dense"] == before["metrics"]["dense"]
     assert report["metrics"]["final"]["accuracy"]["n"] == 50
     assert report["history"]
+
+
+# Any budget from one folder, with the rebuild ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def any_budget(tmp_path_factory):
+    """A run that keeps the inputs of its rebuild; nothing is trained after the cut."""
+    folder = tmp_path_factory.mktemp("any_budget")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    given = ["output.any_budget=true", "finetune={epochs: 0}", f"output.dir={folder / 'out'}"]
+    assert main([str(folder / "recipe.yaml"), *given]) == 0
+    return folder / "out"
+
+
+def test_any_budget_is_what_a_run_at_that_budget_makes(any_budget, tmp_path, monkeypatch, caplog):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    alone = ["budget.params=0.4", "finetune={epochs: 0}", f"output.dir={tmp_path / 'alone'}"]
+    assert main([str(tmp_path / "recipe.yaml"), *alone]) == 0
+    expected = sosp_hub.from_pretrained(tmp_path / "alone").state_dict()
+    monkeypatch.setattr(context, "open_data", unreachable)
+    monkeypatch.setattr(scoring, "score", unreachable)
+    state = torch.get_rng_state()
+    for budget in (0.4, {"params": 0.4}):
+        found = sosp_hub.from_pretrained(any_budget, budget=budget)
+        assert not found.training
+        assert_close(found.state_dict(), expected, relative=1e-4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert main(["--from-scores", str(any_budget), "budget.params=0.4"]) == 0
+    output = any_budget.with_name("out-params-0.4")
+    found = sosp_hub.from_pretrained(output).state_dict()
+    assert_close(found, expected, relative=1e-4)
+    report = json.loads((output / "sosp_report.json").read_text())
+    assert report["rebuild"]["num_samples"] == 96
+    again = sosp_hub.from_pretrained(output, budget=0.4).state_dict()  # it is as good a source
+    assert_close(again, expected, relative=1e-4)
+
+
+def test_kept_inputs_hold_no_labels_and_are_published(any_budget):
+    inputs = load_file(any_budget / "calibration.safetensors")
+    assert {name.partition(".")[2] for name in inputs} == {"0"}
+    assert sum(len(tensor) for tensor in inputs.values()) == 96
+    assert "calibration.safetensors" in local_files(any_budget)
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (1.5, "params=1.5"),
+        (0, "params=0"),
+        ({"parms": 0.5}, "parms=0.5"),
+        ({"threshold": 0.5}, "threshold"),
+        (True, "params=True"),
+        (0.001, "least that can be reached"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused(any_budget, budget, words):
+    with pytest.raises(BudgetError, match=words):
+        sosp_hub.from_pretrained(any_budget, budget=budget)
+
+
+def test_a_budget_needs_what_its_run_kept(run):
+    with pytest.raises(OutputExistsError, match=r"output\.any_budget=true"):
+        sosp_hub.from_pretrained(run, budget=0.5)
+    with pytest.raises(ModelError, match="dtype"):
+        sosp_hub.from_pretrained(run, budget=0.5, dtype="float16")
+    (run / "calibration.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(OutputExistsError, match="damaged"):
+        sosp_hub.from_pretrained(run, budget=0.5)
+    save_file({"x": torch.zeros(3)}, run / "calibration.safetensors")
+    with pytest.raises(OutputExistsError, match="no input of a batch"):
+        sosp_hub.from_pretrained(run, budget=0.5)
 
 
 def test_the_dense_weights_stay_at_home(finished):

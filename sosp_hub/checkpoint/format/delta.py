@@ -421,10 +421,10 @@ def _growth(now: tuple[int, ...], was: tuple[int, ...], where: str) -> int:
 
 
 def _check_size(now: tuple[int, ...], was: tuple[int, ...], growth: int, where: str) -> None:
-    if len(now) != len(was) or any(not 0 < n <= w * growth for n, w in zip(now, was, strict=True)):
+    if len(now) != len(was) or any(not 0 <= n <= w * growth for n, w in zip(now, was, strict=True)):
         times = f" times its growth of {growth}" if growth > 1 else ""
         raise CheckpointError(
-            f"{where}: {list(now)}, expected sizes from 1 to the skeleton's {list(was)}{times}"
+            f"{where}: {list(now)}, expected sizes from 0 to the skeleton's {list(was)}{times}"
         )
 
 

@@ -194,6 +194,8 @@ def _suggestions(config: Any, pairs: Counter[_Pair]) -> Iterator[tuple[int, str,
             if type(value) is not int or value < 2 or key.startswith("_") or key.endswith("_id"):
                 continue
             for (old, new), num in pairs.items():
+                if not new:  # a block that was cut whole
+                    continue
                 if old == value:
                     support[position, key, new] += 2 * num
                 elif (
