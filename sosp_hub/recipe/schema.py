@@ -609,6 +609,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _at_one_budget(self) -> Self:
+        for key, many in (
+            ("schedule", self.schedule),
+            ("budget.max_drop", self.budget.max_drop),
+            ("expand", self.expand),
+        ):
+            if many and self.structure.blocks is not None:
+                raise ValueError(
+                    f"structure.blocks: blocks are chosen for one budget, and {key} cuts at "
+                    "several; leave one of them out"
+                )
+            if many and self.output.any_budget and key != "budget.max_drop":
+                raise ValueError(
+                    f"output.any_budget: needs scores of the dense model alone; leave out {key}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _fits_expansion(self) -> Self:
         if self.expand is None:
             return self

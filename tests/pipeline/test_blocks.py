@@ -200,6 +200,8 @@ def test_blocks_and_width_in_one_recipe_and_once_more_at_another_budget(tmp_path
         ("structure.blocks={kinds: [attentions]}", "structure.blocks.kinds"),
         ("structure.blocks={most: 0}", "structure.blocks.most"),
         ("structure.blocks={kinds: []}", "structure.blocks.kinds"),
+        ("budget={max_drop: {loss: 5%}}", "structure.blocks"),
+        ("schedule={rounds: 2}", "structure.blocks"),
     ],
 )
 def test_what_is_no_block_is_refused(given, told, tmp_path, capsys):
