@@ -151,13 +151,13 @@ def removed(context: Context) -> list[dict[str, Any]]:
     if context.recipe.structure.blocks is None:
         return []
     if context.scores is not None:
-        return list(context.scores.blocks)
+        return [dict(block) for block in context.scores.blocks]
     return blocks(context)["removed"]
 
 
 def as_blocks(told: Sequence[Mapping[str, Any]]) -> list[Block]:
     """What a plan says of them."""
-    return [Block(*(str(one[key]) for key in ("name", "kind", "group", "layer"))) for one in told]
+    return [Block(one["name"], one["kind"], one["group"], one["layer"]) for one in told]
 
 
 @contextmanager

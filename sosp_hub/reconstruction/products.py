@@ -106,7 +106,7 @@ class Products(TorchFunctionMode):
                 self._gathered_product(*args, **kwargs)
         result = func(*args, **kwargs)
         if name == "__getitem__":
-            self._note_gathered(*args, result)
+            self._note_gathered(args[0], args[1], result)
         return result
 
     def _note_gathered(self, parameter: Any, numbers: Any, result: Any) -> None:
