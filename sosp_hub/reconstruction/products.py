@@ -102,8 +102,9 @@ class Products(TorchFunctionMode):
                 if tensor is not None:
                     with torch.no_grad():
                         self._product(tensor, name, given)
-            if name == "bmm":
-                self._gathered_product(*args, **kwargs)
+            if name == "bmm" and self._gathered:
+                first, second = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+                self._gathered_product(first, second)
         result = func(*args, **kwargs)
         if name == "__getitem__":
             self._note_gathered(args[0], args[1], result)
