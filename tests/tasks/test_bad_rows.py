@@ -13,6 +13,7 @@ from sosp_hub.data.loading import load_split
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import DataError, ModelError, SospHubError
 from sosp_hub.recipe.schema import DataSection, ModelSection
+from sosp_hub.recipe.tasks import find_task
 from sosp_hub.zoo.load import load_model
 from tests.tasks.made import CASES, make
 
@@ -264,3 +265,30 @@ def test_parts_of_columns_have_a_dot(tmp_path):
     assert data.train.columns["target"][0] == "ein Sack"
     with pytest.raises(SospHubError, match=r"data.target: .*no column 'translation.fr'"):
         open_data(section.model_copy(update={"target": "translation.fr"}), "translation")
+
+
+def test_classes_of_objects_have_the_names_that_the_table_lists(folders, tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+
+    names = ["bag", "boot", "coat"]
+    features = Features(
+        {
+            "image": Image(),
+            "objects": {
+                "bbox": Sequence(Sequence(Value("float32"))),
+                "category": Sequence(ClassLabel(names=names)),
+            },
+        }
+    )
+    rows = [{"image": picture(), "objects": things((2, 2, 9, 9), classes=[1])}] * 4
+    Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "rows.parquet"))
+    section = DataSection(path=str(tmp_path / "rows.parquet"), test=None)
+    data = open_data(section, "object-detection")
+    assert data.info.class_names == tuple(names)
+    task, rows = find_task("object-detection"), Dataset.from_list(rows, features=features)
+    assert task.rows(rows, section, "rows").class_names == tuple(names)
+    lists = [{"bbox": [2.0, 2.0, 9.0, 9.0], "category": "boot"}]
+    as_lists = Dataset.from_list([{"image": picture(), "objects": lists}] * 4)
+    listed = task.rows(as_lists, section, "rows")
+    assert listed.columns["classes"] == [["boot"]] * 4
+    assert listed.columns["boxes"][0] == [[2.0, 2.0, 9.0, 9.0]]

@@ -138,7 +138,7 @@ def _names(feature: Any) -> tuple[str, ...]:
     while hasattr(feature, "feature"):
         feature = feature.feature
     for key in _CLASSES:
-        inner = feature.get(key) if isinstance(feature, dict) else None
+        inner: Any = feature.get(key) if isinstance(feature, dict) else None
         while hasattr(inner, "feature"):
             inner = inner.feature
         if isinstance(inner, ClassLabel):
