@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torchvision.ops import box_convert, box_iou
 from sosp_hub.tasks.loss import Loss
 from sosp_hub.tasks.metrics import OfAll
 
-THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))
+THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())  # as pycocotools has them, to the last bit
 _MOST = 100  # detections of one class in an image
 _RECALLS = 101  # points of the precision curve
 
@@ -81,7 +82,7 @@ def average_precision(images: Sequence[Detections], thresholds: slice = slice(No
         num = torch.arange(1, len(hits) + 1, dtype=torch.float64).unsqueeze(1)
         recall = hits / (there == label).sum()
         best = (hits / num).flip(0).cummax(0).values.flip(0) if len(hits) else hits
-        at = torch.linspace(0, 1, _RECALLS, dtype=torch.float64)
+        at = torch.from_numpy(np.linspace(0, 1, _RECALLS))
         at = at.expand(recall.shape[1], -1).contiguous()
         place = torch.searchsorted(recall.T.contiguous(), at)
         padded = torch.cat([best, best.new_zeros(1, best.shape[1])]).T

@@ -5,6 +5,7 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -50,8 +51,8 @@ def precision_by_hand(images, label, threshold):
     for last in range(1, len(hits) + 1):
         right = sum(hit for _, hit in hits[:last])
         points.append((right / num, right / last))
-    steps = [step / 100 for step in range(101)]
-    return sum(max((p for r, p in points if r >= at - 1e-12), default=0.0) for at in steps) / 101
+    steps = np.linspace(0, 1, 101).tolist()
+    return sum(max((p for r, p in points if r >= at), default=0.0) for at in steps) / 101
 
 
 def boxes_of(chance, num):
