@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import TraceError
 from sosp_hub.structure import rules
 from sosp_hub.structure import traced_int as ints
-from sosp_hub.structure.axes import Sum, fixed, free, pin
+from sosp_hub.structure.axes import Axis, Sum, atoms, fixed, free, pin
 from sosp_hub.structure.build_graph import assemble
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
@@ -244,7 +244,7 @@ def _watch(
             if unused:
                 with dispatch.pause():
                     again = copy_inputs(inputs, fake)
-                _follow_training(twin, again, terms, (entries, exits), unused)
+                _follow_training(twin, again, terms, (entries, exits), unused, wanted)
     finally:
         _FAKE_LOG.disabled = False
         for handle in handles:
@@ -284,6 +284,7 @@ def _follow_training(
     terms: Terms,
     borders: tuple[dict[str, Axes], dict[str, Axes]],
     unused: dict[str, str],
+    wanted: Wanted,
 ) -> None:
     """Lets modules that run in training only (auxiliary heads) be cut with what they read.
 
@@ -295,8 +296,21 @@ def _follow_training(
     reason = "training does not use it either"
     try:
         result = call(model.train(), inputs)
-        for tensor in output_tensors(result):
-            pin(Sum(terms.of(tensor)), "an output of the model in training has this size")
+        needed: list[Axis] = [Sum(terms.of(each)) for each in output_tensors(result)]
+        with suppress(TraceError):  # in training it may give others than those that matter
+            matter = output_tensors(wanted_outputs(result, wanted))
+            needed = [Sum(terms.of(tensor)) for tensor in matter]
+        evaluated = {
+            atom.id
+            for name, parameter in model.named_parameters()
+            if name not in unused
+            for axis in terms.of(parameter)
+            for atom in atoms(axis)
+        }
+        for tensor in output_tensors(result):  # such as the classes of an auxiliary head
+            needed += [a for a in atoms(Sum(terms.of(tensor))) if a.id not in evaluated]
+        for axis in needed:
+            pin(axis, "an output of the model in training has this size")
     except Exception as error:  # noqa: BLE001 - many models want labels, or more samples
         reason = f"training could not be followed ({type(error).__name__}: {error})"
     finally:

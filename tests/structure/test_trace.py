@@ -68,6 +68,29 @@ def test_positional_and_keyword_inputs_are_one():
     assert len(set(texts)) == 1
 
 
+class OnlyInTraining(nn.Module):
+    """A head that training alone uses, and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.extra = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        logits = self.head(hidden)
+        return {
+            "hidden": hidden,
+            "logits": logits,
+            "extra": self.extra(hidden) if self.training else 0,
+        }
+
+
+def test_of_a_training_pass_too_the_named_outputs_matter_alone():
+    graph = trace(OnlyInTraining().eval(), (torch.randn(2, 5),), outputs="logits")
+    (group,) = graph.groups.values()
+    assert {member.tensor for member in group.members} >= {"body.weight", "extra.weight"}
+
+
 class Responses(nn.Module):
     """Channels inside a block that are set against each other, as ConvNeXt V2 does."""
 
