@@ -40,7 +40,8 @@ def hold_out(
             f"{key}: {share} of {len(train)} samples leaves none to train with; raise "
             "data.num_train"
         )
-    return Part(train, order[:number]), Part(augmented, order[number:])
+    # calibration takes its samples from the front of this order: what judges is from its end
+    return Part(train, order[-number:]), Part(augmented, order[:-number])
 
 
 def held_out_loader(part: Part, batch_size: int, accelerator: Any, num_workers: int = 0) -> Any:

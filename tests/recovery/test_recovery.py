@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sosp_hub.data.loading import calibration_batches
 from sosp_hub.data.split import Split
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.evaluate import evaluate
@@ -232,3 +233,15 @@ def test_no_setting_ends_worse_than_it_began(
     with contextlib.suppress(ModelError):  # a loss that is not finite stops, and says so
         recover(model, points, config(**keys), teacher=teacher, seed=seed)
         assert held_out_loss(model, points, seed) <= start * (1 + 1e-6)
+
+
+def test_what_judges_has_not_calibrated():
+    """A cut is scored and rebuilt with the samples at the front of the same random order."""
+    points = Points(80)
+    calibration = calibration_batches(points, 60, 20, seed=5)
+    list(calibration)
+    seen, points.seen = set(points.seen), []
+    part, rest = hold_out(points, points, 0.25, 5, key="share")
+    assert len(seen) == 60
+    assert not seen & set(part.indices)
+    assert seen == set(rest.indices)
