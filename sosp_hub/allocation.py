@@ -255,7 +255,7 @@ def matching(names: Collection[str], pattern: str, key: str) -> list[str]:
 def _patterns(given: Any, key: str) -> list[str]:
     if isinstance(given, str):
         return [given]
-    listed = list(given or ()) if isinstance(given, Iterable | None) else [given]
+    listed: list[Any] = list(given or ()) if isinstance(given, Iterable | None) else [given]
     if strange := [each for each in listed if not isinstance(each, str)]:
         raise BudgetError(
             f"{key}: {strange[0]!r} is no name of a group; write names, or patterns such as "

@@ -17,5 +17,6 @@ def die(*args):
     return measure(*args)
 
 
-average._check = die
-raise SystemExit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    average._check = die
+    raise SystemExit(main(sys.argv[1:]))
