@@ -5,7 +5,7 @@ is used: one of its own modules, while it is being imported, sets off the import
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 ATTENTION_KEY = "_attn_implementation_internal"
@@ -15,6 +15,9 @@ CONFIG_STATE = frozenset({ATTENTION_KEY, EXPERTS_KEY})
 
 _ATTENTION = "_attn_implementation"
 _LOADER = "_load_pretrained_model"
+_SCHEMA = "per_layer_config"
+_LAYERS = "_heterogeneity_spec"
+_GLOBAL_TOO = "allow_global_per_layer_attribute_access"
 
 
 def attention_of(config: Any) -> str | None:
@@ -137,3 +140,70 @@ def auto_classes(cls: Any) -> list[str]:
 def name_of(config: Any) -> str:
     """The folder or hub id that a config was read from; empty where it was made."""
     return getattr(config, "_name_or_path", "") or ""
+
+
+def takes_layers(config: Any) -> bool:
+    """Whether a config has transformers' ``per_layer_config``, and no entries of its own in it."""
+    return getattr(config, "is_heterogeneous", None) is False and hasattr(
+        config, "num_hidden_layers"
+    )
+
+
+def set_layers(
+    config: Any, overrides: Mapping[int, Mapping[str, Any]], heads: Sequence[tuple[int, int]]
+) -> bool:
+    """Sets ``per_layer_config``; whether the config then tells a cache these heads and sizes.
+
+    Otherwise, or where it could not be read from a file again, it is left as it was.
+
+    Args:
+        config: Of the decoder.
+        overrides: By layer, what differs.
+        heads: KV heads and their size in each layer; what has none is not compared.
+    """
+    from transformers.configuration_utils import get_head_shapes
+
+    try:
+        config.allow_global_per_layer_attribute_access = True
+        config.per_layer_config = {i: dict(each) for i, each in overrides.items()}
+        for each in (config, type(config).from_dict(config.to_dict())):
+            told = zip(*_for_layers(get_head_shapes(each), len(heads)), strict=True)
+            if any(sum(own) and own != one for own, one in zip(heads, told, strict=True)):
+                raise ValueError(f"{get_head_shapes(each)} for {heads}")
+    except Exception:  # noqa: BLE001 - a config that cannot say it, for one of many reasons
+        drop_layers(config)
+        return False
+    return True
+
+
+def drop_layers(config: Any) -> None:
+    """Takes out of a config what `set_layers` wrote; entries of its own stay."""
+    if vars(config).pop(_GLOBAL_TOO, False):
+        vars(config).pop(_LAYERS, None)
+
+
+def quiet_layers() -> None:
+    """Lets configs tell their own numbers without a warning where `set_layers` wrote into them."""
+    from transformers import PreTrainedConfig
+
+    if isinstance(inherited := getattr(PreTrainedConfig, _SCHEMA, None), property):
+
+        def set_and_quiet(config: Any, value: Any) -> None:
+            inherited.__set__(config, value)
+            if vars(config).get(_GLOBAL_TOO) and (layers := vars(config).get(_LAYERS)) is not None:
+                layers.per_layer_attributes = set()
+
+        setattr(PreTrainedConfig, _SCHEMA, property(inherited.fget, set_and_quiet))
+
+
+def loud_layers() -> None:
+    """Takes `quiet_layers` back."""
+    from transformers import PreTrainedConfig
+
+    if _SCHEMA in vars(PreTrainedConfig):
+        delattr(PreTrainedConfig, _SCHEMA)
+
+
+def _for_layers(shapes: tuple[Any, Any], number: int) -> Iterator[list[int]]:
+    for each in shapes:
+        yield each if isinstance(each, list) else [each] * number

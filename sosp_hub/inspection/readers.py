@@ -99,8 +99,9 @@ def _vllm(model: Any, dense: nn.Module | None) -> Iterator[Reader]:
 def _gguf(model: nn.Module, dense: nn.Module | None) -> Iterator[Reader]:
     name = "GGUF (llama.cpp)"
     try:
-        gguf.check(model)
-        why = f"arch {gguf.ARCHITECTURE}, one width a layer: sosp_hub.targets.writers.gguf.to_gguf"
+        form = gguf.check(model)
+        how = "one width a layer" if form.per_layer else "zeros fill up to one width"
+        why = f"arch {form.architecture}, {how}: sosp_hub.targets.writers.gguf.to_gguf"
         yield Reader(name, True, why)
     except SospHubError as error:
         why = str(error).removeprefix("GGUF: ")

@@ -44,6 +44,24 @@ def without_attention():
     return model
 
 
+def phi3_with_kv_groups():
+    """One matrix for query, key and value: its heads stay, with two KV heads for four queries."""
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        **cuts.TEXT, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0
+    )
+    model = transformers.Phi3ForCausalLM(config).eval()
+    cuts.phi3(model)
+    return model
+
+
+def qwen3_without_an_attention_and_an_mlp():
+    model = cuts.pruned("qwen3")
+    model.model.layers[0].self_attn = RemovedAttention(layer_idx=0)
+    model.model.layers[2].mlp = RemovedMlp()
+    return model
+
+
 MODELS = {
     "llama": lambda: cuts.pruned("llama"),
     "llama3 positions": with_llama3_positions,
@@ -51,14 +69,19 @@ MODELS = {
     "removed attention": without_attention,
     "mistral": cuts.mistral_without_window,
     "qwen2": lambda: cuts.pruned("qwen2"),  # tied, with biases
+    "phi3": phi3_with_kv_groups,
+    "qwen3": lambda: cuts.pruned("qwen3"),
+    "qwen3, parts taken out": qwen3_without_an_attention_and_an_mlp,
+    "gemma": lambda: cuts.pruned("gemma"),
 }
+PER_LAYER = [name for name in MODELS if not name.startswith(("phi3", "qwen3", "gemma"))]
 
 
 def fields(reader):
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PER_LAYER)
 def test_the_reader_finds_each_layers_own_size_and_every_weight(name, tmp_path):
     model = MODELS[name]()
     reader = gguf.GGUFReader(to_gguf(model, tmp_path / "small.gguf"))
@@ -90,35 +113,46 @@ def test_half_precision_stays(tmp_path):
 
 
 def rotated(x, told, factors):
-    """Pairs of neighbours, turned by the position times a frequency of their own."""
+    """Pairs, turned by the position times a frequency of their own.
+
+    ``deci`` pairs neighbours, ``qwen3`` and ``gemma`` the two halves (llama_model_rope_type).
+    """
     size = x.shape[-1]
-    frequency = told.get("deci.rope.freq_base", 10000.0) ** (-torch.arange(0, size, 2) / size)
-    place = torch.arange(x.shape[0])[:, None, None] / told.get("deci.rope.scaling.factor", 1.0)
+    frequency = told.get("rope.freq_base", 10000.0) ** (-torch.arange(0, size, 2) / size)
+    place = torch.arange(x.shape[0])[:, None, None] / told.get("rope.scaling.factor", 1.0)
     angle = place * frequency / factors
-    even, odd = x[..., ::2], x[..., 1::2]
+    neighbours = told["architecture"] == "deci"
+    even, odd = (x[..., ::2], x[..., 1::2]) if neighbours else x.chunk(2, -1)
     turned = even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()
-    return torch.stack(turned, -1).flatten(-2)
+    return torch.stack(turned, -1).flatten(-2) if neighbours else torch.cat(turned, -1)
 
 
 def read_again(path, tokens):
-    """Logits by llama.cpp's rules for ``deci``, from nothing but the file."""
+    """Logits by llama.cpp's rules (src/models/{deci,qwen3,gemma}.cpp of v0.5.0), from the file."""
     reader = gguf.GGUFReader(path)
     told = fields(reader)
+    kind = told["general.architecture"]
+    told = {name.removeprefix(f"{kind}."): value for name, value in told.items()}
+    told["architecture"] = kind
     held = {tensor.name: torch.from_numpy(tensor.data.copy()).double() for tensor in reader.tensors}
-    if told.get("deci.rope.scaling.type", "linear") != "linear":
+    if told.get("rope.scaling.type", "linear") != "linear":
         raise AssertionError("other positions than this knows")
 
     def norm(x, name):
-        eps = told["deci.attention.layer_norm_rms_epsilon"]
+        eps = told["attention.layer_norm_rms_epsilon"]
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * held[f"{name}.weight"]
 
     def linear(x, name):
         return x @ held[f"{name}.weight"].T + held.get(f"{name}.bias", 0)
 
     x = held["token_embd.weight"][tokens]
+    if kind == "gemma":
+        x = x * told["embedding_length"] ** 0.5
     factors = held.get("rope_freqs.weight", torch.ones(1))
-    size = told["deci.attention.key_length"]
-    counts = (told[f"deci.attention.head_count{kind}"] for kind in ("", "_kv"))
+    size = told["attention.key_length"]
+    counts = [told[f"attention.head_count{which}"] for which in ("", "_kv")]
+    assert {type(count) for count in counts} == {list if kind == "deci" else int}
+    counts = [each if kind == "deci" else [each] * told["block_count"] for each in counts]
     for i, (heads, kv_heads) in enumerate(zip(*counts, strict=True)):
         block = f"blk.{i}"
         if heads:
@@ -126,6 +160,8 @@ def read_again(path, tokens):
             q, k, v = (
                 linear(y, f"{block}.attn_{kind}").unflatten(-1, (-1, size)) for kind in "qkv"
             )
+            if kind == "qwen3":
+                q, k = norm(q, f"{block}.attn_q_norm"), norm(k, f"{block}.attn_k_norm")
             q, k = rotated(q, told, factors), rotated(k, told, factors)
             assert (q.shape[1], k.shape[1], v.shape[1]) == (heads, kv_heads, kv_heads)
             k, v = (each.repeat_interleave(heads // kv_heads, 1) for each in (k, v))
@@ -135,7 +171,9 @@ def read_again(path, tokens):
             x = x + linear(y, f"{block}.attn_output")
         y = norm(x, f"{block}.ffn_norm")
         gate, up = linear(y, f"{block}.ffn_gate"), linear(y, f"{block}.ffn_up")
-        x = x + linear(gate * gate.sigmoid() * up, f"{block}.ffn_down")
+        gelu = torch.nn.functional.gelu(gate, approximate="tanh")
+        gated = gelu if kind == "gemma" else gate * gate.sigmoid()
+        x = x + linear(gated * up, f"{block}.ffn_down")
     table = "output" if "output.weight" in held else "token_embd"
     return linear(norm(x, "output_norm"), table)
 
@@ -276,6 +314,18 @@ def without_mlp():
     return model
 
 
+def untied(family):
+    model = cuts.pruned(family)
+    model.config.tie_word_embeddings = False
+    return model
+
+
+def partly_rotated(family):
+    model = cuts.pruned(family)
+    model.config.rope_parameters["partial_rotary_factor"] = 0.5
+    return model
+
+
 def without_first_attention():
     model = cuts.pruned("llama")
     model.model.layers[0].self_attn = RemovedAttention(layer_idx=0)
@@ -294,7 +344,9 @@ def without_first_attention():
             CheckpointError,
             "positions of type 'yarn'",
         ),
-        (lambda: cuts.pruned("qwen3"), ModelError, "qwen3"),
+        (lambda: cuts.pruned("gemma2"), ModelError, "gemma2"),
+        (lambda: untied("gemma"), CheckpointError, "tie_word_embeddings False"),
+        (lambda: partly_rotated("phi3"), CheckpointError, "partial_rotary_factor 0.5"),
         (lambda: cuts.pruned_timm("test_vit"), ModelError, "VisionTransformer"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -140,6 +141,27 @@ def test_quantised_rows_stay_close_to_the_model(tmp_path):
     weight = model.model.layers[0].mlp.up_proj.weight
     assert (read - weight).abs().max() <= weight.abs().max() / 127
     assert not torch.equal(read, weight)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("q4_k_m", 5), ("q6_k", 6.7)])
+def test_k_quants_are_llama_cpps_own(kind, bits, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    path = sosp_hub.export(llama(hidden_size=256), "gguf", tmp_path / "k.gguf", quantization=kind)
+    tensors = [each for each in gguf.GGUFReader(path).tensors if "ffn" in each.name]
+    matrices = [each for each in tensors if len(each.shape) > 1]
+    assert all(each.tensor_type.name in ("Q4_K", "Q6_K") for each in matrices)
+    size = sum(int(each.n_bytes) for each in matrices)
+    assert 8 * size / sum(int(each.n_elements) for each in matrices) < bits
+    assert [each.name for each in tmp_path.iterdir()] == ["k.gguf"]
+
+
+def test_k_quants_without_llama_cpp_are_refused_by_name(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(CheckpointError, match=r"q4_k_m .*llama-quantize FILE OUT q4_k_m; q8_0"):
+        sosp_hub.export(llama(), "gguf", tmp_path / "k.gguf", quantization="q4_k_m")
+    assert not list(tmp_path.iterdir())
 
 
 RECIPE = """

@@ -157,6 +157,26 @@ def check_cache(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...] | 
         )
 
 
+def cached_sizes(model: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """KV heads and their size in each layer of the cache that one forward pass leaves.
+
+    A layer without keys has ``(0, 0)``; empty where the pass fails or leaves no cache.
+    """
+    with _eval(model), torch.no_grad():
+        try:
+            output = _run(model, {**inputs, "use_cache": True})
+        except Exception:  # noqa: BLE001 - inputs that we made up; the caller does without
+            return []
+    caches = [find_cache([cache]) for cache in cache_in(output).values()]
+    if len(caches) != 1:
+        return []
+    layers = [getattr(layer, "keys", None) for layer in getattr(caches[0], "layers", ())]
+    return [
+        (keys.shape[1], keys.shape[3]) if isinstance(keys, Tensor) and keys.dim() == 4 else (0, 0)
+        for keys in layers
+    ]
+
+
 @contextlib.contextmanager
 def without_data() -> Iterator[None]:
     """Builds modules whose parameters have no data and whose buffers have."""

@@ -29,7 +29,10 @@ from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.compat.torch import child_table
 from sosp_hub.compat.transformers import (
     ATTENTION_KEY,
+    drop_layers,
     get_loader,
+    loud_layers,
+    quiet_layers,
     set_loader,
     takes_other_sizes,
     tied_names,
@@ -48,6 +51,7 @@ _CHECKED: contextvars.ContextVar[bool] = contextvars.ContextVar("checked", defau
 def hook() -> None:
     """Makes every model class look for the delta in its config."""
     if not _ORIGINALS:
+        quiet_layers()
         _ORIGINALS["post_init"] = PreTrainedModel.post_init
         PreTrainedModel.post_init = _post_init
         _ORIGINALS["set_attn_implementation"] = PreTrainedModel.set_attn_implementation
@@ -69,6 +73,7 @@ def hook() -> None:
 def unhook() -> None:
     """Leaves transformers as it comes."""
     if _ORIGINALS:
+        loud_layers()
         PreTrainedModel.post_init = _ORIGINALS["post_init"]
         PreTrainedModel.set_attn_implementation = _ORIGINALS["set_attn_implementation"]
         PreTrainedModel.from_pretrained = _ORIGINALS["from_pretrained"]
@@ -131,9 +136,15 @@ def build(model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
 def plain_config(config: Any) -> Any:
     """A copy of the config without the delta."""
     config = copy.deepcopy(config)
+    forget(config)
+    return config
+
+
+def forget(config: Any) -> None:
+    """Takes the delta out of a config, and what was copied from it."""
     for each in config_tree(config):
         vars(each).pop(KEY, None)
-    return config
+        drop_layers(each)
 
 
 def config_tree(config: Any) -> Iterator[Any]:

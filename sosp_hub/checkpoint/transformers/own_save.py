@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
-from sosp_hub.checkpoint.format.record import KEY
+from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.checkpoint.transformers.load import PENDING
 from sosp_hub.compat.transformers import saves_adapters_only
 from sosp_hub.errors import CheckpointError
@@ -23,7 +23,7 @@ def describe_cut(model: PreTrainedModel) -> None:
     try:
         _attach(model)
     except Exception as error:  # noqa: BLE001 - the cut holds; what it lacks is said at save time
-        vars(model.config).pop(KEY, None)  # of an earlier cut
+        adapter.forget(model.config)  # of an earlier cut
         model.__dict__[PENDING] = str(error)
 
 

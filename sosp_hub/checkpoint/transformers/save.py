@@ -16,6 +16,7 @@ from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.checkpoint.transformers import native
+from sosp_hub.checkpoint.transformers.per_layer import describe_layers
 from sosp_hub.checkpoint.transformers.ship import ship
 from sosp_hub.compat.transformers import no_init_weights
 from sosp_hub.errors import CheckpointError
@@ -55,6 +56,7 @@ def write(
     config.architectures, config.dtype = model.config.architectures, model.config.dtype
     if not delta.empty:
         setattr(config, KEY, delta.to_json())
+        describe_layers(model, config)
     config.save_pretrained(folder)
     if ship_code and not delta.empty:
         ship(model, folder)
@@ -76,9 +78,10 @@ def attach(model: PreTrainedModel) -> None:
     for section, name in ((delta.base, adapter.base_name(model)), (delta.head, "")):
         if section is not None:
             store_in_state(model.get_submodule(name), section)
-    vars(model.config).pop(KEY, None)
+    adapter.forget(model.config)
     if not delta.empty:
         setattr(model.config, KEY, delta.to_json())
+        describe_layers(model, model.config)
 
 
 def describe(model: PreTrainedModel) -> Described:

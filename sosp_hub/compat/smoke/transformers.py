@@ -18,7 +18,7 @@ _SIZES: dict[str, Any] = {
 
 
 def _llama(**changes: Any) -> Any:
-    config = transformers.LlamaConfig(**_SIZES, **changes)
+    config = transformers.LlamaConfig(**{**_SIZES, **changes})
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -120,6 +120,21 @@ def numbers_of_a_config() -> None:
     config = _llama().config
     expect(compat.is_taken(config, {"num_attention_heads": 4}), "a Llama's config refuses 4 heads")
     expect(not compat.is_taken(config, {"num_attention_heads": 3}), "it takes 3 heads for width 8")
+
+
+@smoke("static caches of models whose layers have other numbers of KV heads")
+def layers_of_configs() -> None:
+    config = _llama(num_key_value_heads=2).config
+    if not compat.takes_layers(config):
+        return  # an older library, which asks no config about single layers
+    heads = [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
+    fewer = [(1, config.head_dim), *heads[1:]]
+    wrong = compat.set_layers(config, {0: {"num_key_value_heads": 1}}, heads)
+    expect(not wrong and compat.takes_layers(config), "a config that says other heads is kept")
+    expect(compat.set_layers(config, {0: {"num_key_value_heads": 1}}, fewer), "it does not say it")
+    expect("per_layer_config" in config.to_dict(), "it is not written")
+    compat.drop_layers(config)
+    expect(compat.takes_layers(config), "it cannot be taken out again")
 
 
 @smoke("the base model's name in GGUF files")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sosp_hub.checkpoint.format import proof
 from sosp_hub.checkpoint.format.modules import own_config
+from sosp_hub.checkpoint.format.standins import StandIn
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.compat.transformers import EXPERTS_KEY
 from sosp_hub.errors import CheckpointError, ModelError
@@ -27,7 +28,8 @@ def padded(model: nn.Module) -> nn.Module:
     """The same function in a model that a plain config builds: zeros fill up narrow layers.
 
     Layers become as wide as the widest of their kind, where the config can say that, else as wide
-    as before pruning. Save it with the library's own ``save_pretrained``.
+    as before pruning; what was taken out comes back as zeros. Save it with the library's own
+    ``save_pretrained``.
 
     Args:
         model: A pruned transformers model, cut inside its layers.
@@ -179,7 +181,7 @@ def _wide_configs(model: Any) -> list[Any]:
     for key, value in vars(config).items():
         if type(value) is int and value in largest and counts[value] == 1:
             setattr(narrow, key, largest[value])
-    return [narrow, config]
+    return [narrow, config, adapter.plain_config(model.config)]
 
 
 def _filled(model: Any, config: Any) -> nn.Module | None:
@@ -190,11 +192,23 @@ def _filled(model: Any, config: Any) -> nn.Module | None:
         wide: Any = adapter.build(type(model), adapter.plain_config(config))
     except Exception:  # noqa: BLE001 - a config that makes no sense; the next one is tried
         return None
-    state, given = wide.state_dict(), model.state_dict()
-    if state.keys() != given.keys():
+    removed = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, StandIn)
+    )
+    state = wide.state_dict()
+    given = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (removed and name.startswith(removed))
+    }
+    gone = {name for name in state.keys() - given.keys() if removed and name.startswith(removed)}
+    if state.keys() != given.keys() | gone:
         return None
     with torch.no_grad():
         for name, tensor in state.items():
+            if name in gone:
+                tensor.zero_()
+                continue
             small = given[name]
             if small.dim() != tensor.dim() or any(
                 s > t for s, t in zip(small.shape, tensor.shape, strict=True)

@@ -1,12 +1,16 @@
 """A pruned Llama-like model as a GGUF file, which llama.cpp runs without this package.
 
 The architecture ``deci`` of llama.cpp takes one number of heads, KV heads and neurons for each
-layer (``llama`` takes one for all); otherwise it computes what ``llama`` does.
+layer (``llama`` takes one for all); otherwise it computes what ``llama`` does. What it does not
+compute, such as a norm of the queries, has an architecture with one size for all layers: zeros fill
+up the narrow ones.
 """
 
+import importlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +20,47 @@ from torch import Tensor, nn
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.compat.transformers import name_of
 from sosp_hub.errors import CheckpointError, ModelError
+from sosp_hub.targets.writers.forms import padded
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-ARCHITECTURE = "deci"
-_FAMILIES = ("llama", "mistral", "qwen2")
+
+@dataclass(frozen=True)
+class _Form:
+    """What llama.cpp computes for a family (``src/models/*.cpp``, ``conversion/*.py``, v0.5.0).
+
+    Attributes:
+        architecture: Its name there.
+        activation: Of the gated MLP.
+        in_pairs: Whether a rotation turns neighbours, instead of the two halves of a head.
+        norms_add_one: Whether the model adds 1 to the weights of its norms, and llama.cpp does not.
+    """
+
+    architecture: str = "deci"
+    activation: str = "silu"
+    in_pairs: bool = True
+    norms_add_one: bool = False
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer has sizes of its own."""
+        return self.architecture == "deci"
+
+
+_FORMS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), _Form()),
+    "qwen3": _Form("qwen3", in_pairs=False),
+    "gemma": _Form("gemma", "gelu_pytorch_tanh", in_pairs=False, norms_add_one=True),
+}
 _LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -55,12 +88,14 @@ def to_gguf(
     Matrices keep the model's dtype unless they are quantised, vectors are float32.
 
     Args:
-        model: A pruned causal language model of the families Llama, Mistral and Qwen2.
+        model: A pruned causal language model of the families Llama, Mistral, Qwen2, Qwen3, Gemma
+            and Phi-3.
         path: The file, by convention ``.gguf``.
         tokenizer: The model's fast tokenizer, a byte-level BPE. Without it the file has no
             vocabulary and takes token numbers alone.
         quantization: Type of the matrices, such as ``q8_0``; one whose rows it cannot pack is
-            float16. None = the model's own.
+            float16. K-quants such as ``q4_k_m`` are llama.cpp's own mixtures, which its Python
+            package ``llama_cpp`` makes. None = the model's own.
 
     Raises:
         ModelError: A model of another family.
@@ -70,10 +105,16 @@ def to_gguf(
         import gguf
     except ImportError as error:
         raise CheckpointError(f"GGUF: {error}; pip install gguf") from error
-    check(model)
-    arrays = dict(_tensors(model))
-    writer = gguf.GGUFWriter(str(path), ARCHITECTURE)
-    _describe(writer, model)
+    form = check(model)
+    if quantization is not None and "_k" in quantization:
+        with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+            plain = to_gguf(model, Path(folder) / "plain.gguf", tokenizer)
+            return _quantised_by_llama_cpp(plain, Path(path), quantization)
+    if not form.per_layer:
+        model = padded(model)
+    arrays = dict(_tensors(model, form))
+    writer = gguf.GGUFWriter(str(path), form.architecture)
+    _describe(writer, model, form)
     _add_tokenizer(writer, model, tokenizer)
     for name, tensor in arrays.items():
         kind = gguf.GGMLQuantizationType.F32
@@ -95,8 +136,28 @@ def to_gguf(
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def check(model: Any) -> None:
-    """Refuses what ``deci`` would compute otherwise, or not at all; looks at no weight.
+def _quantised_by_llama_cpp(plain: Path, path: Path, quantization: str) -> Path:
+    """llama.cpp's own mixture of types, such as ``q4_k_m``."""
+    try:
+        llama_cpp: Any = importlib.import_module("llama_cpp")
+    except ImportError as error:
+        raise CheckpointError(
+            f"GGUF: {quantization} is a mixture that llama.cpp makes ({error}): pip install "
+            f"llama-cpp-python, or write the file without it, then llama-quantize FILE OUT "
+            f"{quantization}; q8_0, q5_1, q5_0, q4_1 and q4_0 are written without llama.cpp"
+        ) from error
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
+    if llama_cpp.llama_model_quantize(str(plain).encode(), str(path).encode(), options):
+        raise CheckpointError(f"GGUF: llama.cpp could not make {quantization} of {plain}")
+    return path
+
+
+def check(model: Any) -> _Form:
+    """Refuses what llama.cpp would compute otherwise, or not at all; looks at no weight.
+
+    Returns:
+        What llama.cpp computes for the family.
 
     Raises:
         ModelError: A model of another family.
@@ -104,22 +165,32 @@ def check(model: Any) -> None:
     """
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
-    if family not in _FAMILIES or not hasattr(model, "lm_head"):
+    if (form := _FORMS.get(family)) is None or not hasattr(model, "lm_head"):
         raise ModelError(
-            f"GGUF: one width per layer is written for causal language models of "
-            f"{', '.join(_FAMILIES)}, not {family}; export to ONNX, or pad it "
-            f"(sosp_hub.targets.writers.forms.padded) and convert it with llama.cpp's own script"
+            f"GGUF: written for causal language models of {', '.join(_FORMS)}, not {family}; "
+            f"export to ONNX, or pad it (python -m sosp_hub.export FOLDER --to padded) and convert "
+            f"it with llama.cpp's own script"
         )
-    for key, wanted in (("hidden_act", ("silu",)), ("sliding_window", (None,))):
-        if (given := getattr(config, key, wanted[0])) not in wanted and not (
-            key == "sliding_window" and not getattr(config, "use_sliding_window", True)
-        ):
+    window = getattr(config, "sliding_window", None)
+    window = window if getattr(config, "use_sliding_window", True) else None
+    partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    for what, given, wanted in (
+        ("hidden_act", config.hidden_act, form.activation),
+        ("sliding_window", window, None),
+        ("partial_rotary_factor", partial, 1.0),
+        ("tie_word_embeddings", config.tie_word_embeddings or not form.norms_add_one, True),
+        ("attention_bias", form.per_layer or not getattr(config, "attention_bias", False), True),
+    ):
+        if given != wanted:
+            shown = getattr(config, what, given)
             raise CheckpointError(
-                f"GGUF: {key} {given!r} has no place in llama.cpp's {ARCHITECTURE}"
+                f"GGUF: {what} {shown!r} has no place in llama.cpp's {form.architecture}"
             )
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(f"GGUF: rotary positions of type {kind!r} are not written")
+    if not form.per_layer:
+        return form  # zeros stand for what was taken out
     for i, layer in enumerate(model.model.layers):
         without_attention = not _heads(layer)[0]
         if without_attention and i == 0:
@@ -132,6 +203,7 @@ def check(model: Any) -> None:
                 f"GGUF: llama.cpp leaves out a layer without MLP, attention and all; layer {i} has "
                 f"attention alone"
             )
+    return form
 
 
 def _heads(layer: Any) -> tuple[int, int]:
@@ -139,17 +211,35 @@ def _heads(layer: Any) -> tuple[int, int]:
     if isinstance(layer.self_attn, RemovedAttention):
         return 0, 0
     attention = layer.self_attn
-    size = attention.head_dim
-    return attention.q_proj.out_features // size, attention.k_proj.out_features // size
+    queries = attention.o_proj.in_features // attention.head_dim
+    if fused := getattr(attention, "qkv_proj", None):
+        return queries, (fused.out_features // attention.head_dim - queries) // 2
+    return queries, attention.k_proj.out_features // attention.head_dim
 
 
 def _width(layer: Any) -> int:
-    return 0 if isinstance(layer.mlp, RemovedMlp) else layer.mlp.gate_proj.out_features
+    return 0 if isinstance(layer.mlp, RemovedMlp) else layer.mlp.down_proj.in_features
 
 
-def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+def _split(layer: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The parts of a matrix that Phi-3 has in one, under a Llama's names."""
+    ahead, _, last = name.rpartition(".")
+    if ahead == "self_attn.qkv_proj":
+        size = layer.self_attn.head_dim
+        queries, kv = _heads(layer)
+        parts = zip("qkv", tensor.split([queries * size, kv * size, kv * size]), strict=True)
+        return {f"self_attn.{part}_proj.{last}": each for part, each in parts}
+    if ahead == "mlp.gate_up_proj":
+        parts = zip(("gate", "up"), tensor.chunk(2), strict=True)
+        return {f"mlp.{part}_proj.{last}": each for part, each in parts}
+    return {name: tensor}
+
+
+def _tensors(model: Any, form: _Form) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its name in GGUF."""
     state = dict(model.state_dict())
+    for name in [name for name in state if form.norms_add_one and name.endswith("norm.weight")]:
+        state[name] = state[name].float() + 1
     outer = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -160,15 +250,21 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     for name, new in outer.items():
         yield new, state.pop(name)
     for i, layer in enumerate(model.model.layers):
-        heads = dict(zip(("attn_q", "attn_k"), _heads(layer), strict=True))
+        heads: dict[str, int] = dict(zip(("attn_q", "attn_k"), _heads(layer), strict=True))
+        ahead = f"model.layers.{i}."
+        own: dict[str, Tensor] = {}
+        for name in [name for name in state if name.startswith(ahead)]:
+            own |= _split(layer, name.removeprefix(ahead), state.pop(name))
         for module, new in _LAYER.items():
             if new == "attn_norm" and not heads["attn_q"]:
-                state.pop(f"model.layers.{i}.{module}.weight", None)  # nothing reads it
+                own.pop(f"{module}.weight", None)  # nothing reads it
                 continue
             for part in ("weight", "bias"):
-                if (tensor := state.pop(f"model.layers.{i}.{module}.{part}", None)) is not None:
-                    tensor = _paired(tensor, heads[new]) if new in heads else tensor
+                if (tensor := own.pop(f"{module}.{part}", None)) is not None:
+                    pairs = form.in_pairs and new in heads
+                    tensor = _paired(tensor, heads[new]) if pairs else tensor
                     yield f"blk.{i}.{new}.{part}", tensor
+        state |= own
     if state:
         raise CheckpointError(f"GGUF: the tensor {next(iter(state))!r} has no place in the file")
     if model.config.rope_parameters.get("rope_type") == "llama3":
@@ -183,17 +279,21 @@ def _paired(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
-def _describe(writer: "GGUFWriter", model: Any) -> None:
+def _describe(writer: "GGUFWriter", model: Any, form: _Form) -> None:
     config, layers = model.config, list(model.model.layers)
+
+    def by_layer(counts: Sequence[int]) -> Any:
+        return list(counts) if form.per_layer else counts[0]
+
     rope, size = config.rope_parameters, layers[0].self_attn.head_dim
     heads = [_heads(layer) for layer in layers]
     writer.add_name(Path(name_of(config) or type(model).__name__).name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
-    writer.add_feed_forward_length([_width(layer) for layer in layers])
-    writer.add_head_count([query for query, _ in heads])
-    writer.add_head_count_kv([kv for _, kv in heads])
+    writer.add_feed_forward_length(by_layer([_width(layer) for layer in layers]))
+    writer.add_head_count(by_layer([query for query, _ in heads]))
+    writer.add_head_count_kv(by_layer([kv for _, kv in heads]))
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
