@@ -3,20 +3,29 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from sosp_hub.recipe.targets import TARGETS, Target
 
 
 @TARGETS.declare
 class Onnx(Target):
-    """An ONNX file of one forward pass, for any number of samples."""
+    """An ONNX file of one forward pass, or of one step of generation, for any number of samples."""
 
     reads: ClassVar[str] = "ONNX Runtime, OpenVINO, TensorRT"
     suffix: ClassVar[str] = ".onnx"
 
     name: Literal["onnx"] = "onnx"
+    cache: bool = Field(
+        default=False, description="a step of generation: keys and values go in and come out again"
+    )
 
     def write(self, model: Any, path: Path, tokenizer: Any = None) -> Path:
         """One file."""
+        if self.cache:
+            from sosp_hub.targets.writers.cached import to_onnx_with_cache
+
+            return to_onnx_with_cache(model, path)
         from sosp_hub.targets.writers.forms import to_onnx
 
         return to_onnx(model, path)

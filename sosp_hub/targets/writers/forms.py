@@ -71,25 +71,43 @@ def to_onnx(model: nn.Module, path: str | Path, inputs: Inputs | None = None) ->
     Raises:
         CheckpointError: The packages are missing, or torch cannot export the model.
     """
-    args, kwargs = _arguments(model, inputs)
+    args, kwargs = arguments(model, inputs)
+    return write_onnx(model, path, args, _any_batch(args, kwargs), kwargs=kwargs)
+
+
+def write_onnx(
+    model: nn.Module, path: str | Path, args: tuple[Any, ...], shapes: Any, **options: Any
+) -> Path:
+    """Writes an ONNX file of one call.
+
+    Args:
+        model: What is called.
+        path: The file.
+        args: Positional arguments.
+        shapes: Which of their dimensions may have any size, as ``torch.export`` takes it.
+        **options: Of ``torch.onnx.export``.
+
+    Raises:
+        CheckpointError: The packages are missing, or torch cannot export the model.
+    """
     try:
         with _plain_experts(model):
             torch.onnx.export(
                 model.eval(),
                 args,
                 str(path),
-                kwargs=kwargs,
                 dynamo=True,
-                dynamic_shapes=_any_batch(args, kwargs),
+                dynamic_shapes=shapes,
                 external_data=False,
                 verbose=False,
+                **options,
             )
     except ImportError as error:
         raise CheckpointError(f"ONNX: {error}; pip install onnx onnxscript") from error
     except Exception as error:
         raise CheckpointError(
             f"ONNX: torch cannot export {type(model).__name__} "
-            f"({_last_cause(error)}); export.to_archive writes a torch.export archive, and "
+            f"({last_cause(error)}); export.to_archive writes a torch.export archive, and "
             f"sosp_hub.save_pretrained what transformers and timm load"
         ) from error
     return Path(path)
@@ -106,7 +124,7 @@ def to_archive(model: nn.Module, path: str | Path, inputs: Inputs | None = None)
     Raises:
         CheckpointError: torch cannot export the model.
     """
-    args, kwargs = _arguments(model, inputs)
+    args, kwargs = arguments(model, inputs)
     try:
         program = torch.export.export(
             model.eval(), args, kwargs, dynamic_shapes=_any_batch(args, kwargs), strict=False
@@ -114,13 +132,18 @@ def to_archive(model: nn.Module, path: str | Path, inputs: Inputs | None = None)
         torch.export.save(program, str(path))
     except Exception as error:
         raise CheckpointError(
-            f"torch cannot export {type(model).__name__} ({_last_cause(error)}); "
+            f"torch cannot export {type(model).__name__} ({last_cause(error)}); "
             f"sosp_hub.save_pretrained writes what transformers and timm load"
         ) from error
     return Path(path)
 
 
-def _arguments(model: nn.Module, inputs: Inputs | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(model: nn.Module, inputs: Inputs | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of one forward pass without a cache.
+
+    Raises:
+        CheckpointError: None were given, and the config does not tell how they look.
+    """
     inputs = made_up_inputs(model) if inputs is None else inputs
     if inputs is None:
         raise CheckpointError(f"{type(model).__name__}: pass inputs= of one forward pass")
@@ -149,7 +172,7 @@ def _plain_experts(model: nn.Module) -> Iterator[None]:
             setattr(each, EXPERTS_KEY, was)
 
 
-def _last_cause(error: BaseException) -> str:
+def last_cause(error: BaseException) -> str:
     """First line of what went wrong in the first place; torch's exporter wraps it many times."""
     while (cause := error.__cause__) is not None:
         error = cause

@@ -1,0 +1,160 @@
+"""Whether readers generate the tokens that transformers does, from what was exported for them.
+
+    python -m tests.bench.serving.same_tokens FOLDER [--steps 64] [--converter SCRIPT]
+
+``FOLDER`` is a pruned causal language model with its tokenizer. Tried is what can be imported here:
+llama.cpp (``llama_cpp``) from our own GGUF and, with ``--converter``, from what llama.cpp's own
+script makes of the DeciLM folder; mlx-lm from the DeciLM folder; ONNX Runtime and OpenVINO with a
+cache. ``SCRIPT`` is a ``convert_hf_to_gguf.py`` with its repository around it. All in float32, greedy. Prints how many tokens agree before the first that does not, and the
+seconds of the process that the export took.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+import sosp_hub
+
+PROMPT = "The state of our union"
+
+
+def by_transformers(folder, tokens, steps):
+    model = sosp_hub.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found = model.generate(
+            torch.tensor([tokens]), max_new_tokens=steps, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+    return found[0, len(tokens) :].tolist()
+
+
+def by_llama_cpp(path, tokens, steps):
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(path), n_ctx=len(tokens) + steps, verbose=False, n_threads=1, n_threads_batch=1,
+        flash_attn=False, type_k=0, type_v=0,
+    )  # fmt: skip
+    found = model.generate(tokens, temp=0.0, repeat_penalty=1.0, top_k=1)
+    return [token for _, token in zip(range(steps), found, strict=False)]
+
+
+def by_mlx(folder, tokens, steps):
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    found, seen = [], list(tokens)
+    for _ in range(steps):
+        logits = model(mx.array([seen]))
+        found.append(int(mx.argmax(logits[0, -1]).item()))
+        seen.append(found[-1])
+    return found
+
+
+def by_steps(run, past, tokens, steps):
+    new = seen = np.array([tokens])
+    found = []
+    for _ in range(steps):
+        logits, *present = run({"input_ids": new, "attention_mask": np.ones_like(seen), **past})
+        new = logits[:, -1:].argmax(-1)
+        seen = np.concatenate([seen, new], 1)
+        past = dict(zip(past, present, strict=True))
+        found.append(int(new))
+    return found
+
+
+def by_onnxruntime(path, tokens, steps):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    past = {
+        each.name: np.zeros([1, each.shape[1], 0, each.shape[3]], np.float32)
+        for each in session.get_inputs()[2:]
+    }
+    return by_steps(lambda inputs: session.run(None, inputs), past, tokens, steps)
+
+
+def by_openvino(path, tokens, steps):
+    import openvino
+
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    past = {}
+    for each in compiled.inputs[2:]:
+        _, heads, _, size = each.get_partial_shape()
+        past[each.any_name] = np.zeros([1, heads.get_length(), 0, size.get_length()], np.float32)
+    return by_steps(lambda inputs: list(compiled(inputs).values()), past, tokens, steps)
+
+
+def converted(script, deci, path):
+    """A DeciLM folder as llama.cpp's own script converts it.
+
+    One choice of it is overridden: for a vocabulary of another size than Llama 3's it looks for a
+    SentencePiece file, which a model with a byte-level BPE has not.
+    """
+    roots = [str(script.parent), str(script.parent / "gguf-py")]
+    arguments = [str(script), str(deci), "--outfile", str(path), "--outtype", "f32"]
+    code = (
+        f"import sys, runpy; sys.path[:0], sys.argv = {roots}, {arguments}\n"
+        "from conversion.deci import DeciModel\n"
+        "DeciModel.set_vocab = lambda self: self._set_vocab_gpt2()\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--converter", type=Path)
+    parser.add_argument("--only", nargs="+")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    tokens = tokenizer(PROMPT)["input_ids"]
+    expected = by_transformers(args.folder, tokens, args.steps)
+    print("transformers:", repr(tokenizer.decode(expected))[:100], flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+
+        def show(name, package, target, options, run):
+            if args.only and name not in args.only:
+                return
+            if importlib.util.find_spec(package) is None:
+                print(f"{name}: {package} is not installed", flush=True)
+                return
+            out = place / f"{name}{'' if target == 'deci' else '.' + target}"
+            start = time.process_time()
+            sosp_hub.export(args.folder, target, out, **options)
+            seconds = time.process_time() - start
+            found = run(out, tokens, args.steps)
+            pairs = zip(found, expected, strict=True)
+            same = next((i for i, (a, b) in enumerate(pairs) if a != b), args.steps)
+            print(f"{name}: {same} of {args.steps} tokens, export {seconds:.0f} s", flush=True)
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+
+        show("llama.cpp", "llama_cpp", "gguf", {}, by_llama_cpp)
+        if args.converter:
+            show(
+                "llama.cpp, own converter", "llama_cpp", "deci", {},
+                lambda deci, *rest: by_llama_cpp(
+                    converted(args.converter.resolve(), deci, place / "converted.gguf"), *rest
+                ),
+            )  # fmt: skip
+        show("mlx-lm", "mlx_lm", "deci", {}, by_mlx)
+        show("onnxruntime", "onnxruntime", "onnx", {"cache": True}, by_onnxruntime)
+        show("openvino", "openvino", "openvino", {"cache": True}, by_openvino)
+
+
+if __name__ == "__main__":
+    main()
