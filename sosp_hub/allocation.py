@@ -2,8 +2,9 @@
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from math import ceil, isfinite, lcm
 from numbers import Integral, Real
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_LOG = logging.getLogger("sosp_hub")
 _MOST_TRIED = 4096
 
 MEASURED = ("latency_s", "prefill_s", "decode_s", "serving_bytes")
@@ -140,12 +142,23 @@ def allocate(
     meter = _Meter(graph, candidates, measure)
     dense = meter.of({name: graph.groups[name].size for name in chosen})
 
-    def holds(removed: int) -> bool:
-        found = meter.of(candidates.counts(removed))
-        return all(found[name] <= share * dense[name] for name, share in budgets.items())
+    def least_removals(candidates: _Candidates, meter: _Meter) -> int | None:
+        """The least number of removals that holds every budget; None where even all do not."""
+
+        def holds(removed: int) -> bool:
+            found = meter.of(candidates.counts(removed))
+            return all(found[name] <= share * dense[name] for name, share in budgets.items())
+
+        if not holds(total):
+            return None
+        low, high = candidates.below(threshold), total  # cost falls with every removal
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle + 1, high)
+        return low
 
     total = sum(len(values) for values in scores.values())
-    if not holds(total):
+    if (removals := least_removals(candidates, meter)) is None:
         reach = meter.of(candidates.counts(total))
         limits_in_words = ", ".join(
             f"{name}={share} was asked, "
@@ -159,16 +172,24 @@ def allocate(
             f"budget: {limits_in_words}, with {', '.join(limits)} over {len(chosen)} groups. "
             "Ask for more, loosen one of these, or allow more kinds of structure"
         )
-    low, high = (
-        candidates.below(threshold),
-        total,
-    )  # the least number of removals that holds; cost falls with every removal
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    counts = candidates.counts(low)
+    counts = candidates.counts(removals)
     found = meter.cost(counts)
     plan = candidates.plan(counts)
+    cost = ""
+    if targets and measure is None:
+        free = replace(candidates, uniform=uniform, admissible={})
+        free_meter = _Meter(graph, free, None)
+        if (others := least_removals(free, free_meter)) is not None:
+            freely = free.counts(others)
+            cost = _cost_of_targets(
+                targets,
+                [
+                    each / graph.num_params
+                    for each in (found.params, free_meter.cost(freely).params)
+                ],
+                [each.removed_saliency(n) for each, n in ((candidates, counts), (free, freely))],
+            )
+            _LOG.info(cost)
     return PruningPlan(
         kept=plan.kept,
         sizes=plan.sizes,
@@ -179,7 +200,8 @@ def allocate(
             "round_to": round_to,
             "uniform": uniform,
             **({"target": [each.model_dump(mode="json") for each in targets]} if targets else {}),
-            "floors": candidates.floors(low),
+            **({"target_cost": cost} if cost else {}),
+            "floors": candidates.floors(removals),
             "predicted": {
                 "macs": found.macs,
                 "params": found.params,
@@ -188,6 +210,24 @@ def allocate(
             },
         },
     )
+
+
+def _cost_of_targets(
+    targets: Iterable[Target], params: Sequence[float], removed: Sequence[float]
+) -> str:
+    """What a plan gives up against one that no target limits, in one line.
+
+    Args:
+        targets: Which.
+        params: Share of the parameters that each of both plans keeps.
+        removed: Saliency that each takes out.
+    """
+    line = (
+        f"target {', '.join(each.name for each in targets)}: keeps {params[0]:.1%} of the "
+        f"parameters, a free plan {params[1]:.1%}"
+    )
+    more = removed[0] / removed[1] if min(removed) > 0 else 1.0
+    return f"{line}, and takes out {more:.2f} times as much saliency"
 
 
 def _admissible(
@@ -469,6 +509,13 @@ class _Candidates:
             for n in self._names
             if counts[n] > wanted[n]
         }
+
+    def removed_saliency(self, counts: Mapping[str, int]) -> float:
+        """What goes, in the unit of the scores."""
+        return sum(
+            float(np.sort(scores)[: len(scores) - counts[name]].sum())
+            for name, scores in self.scores.items()
+        )
 
     def plan(self, counts: Mapping[str, int]) -> PruningPlan:
         """The most salient structures of each group; groups that lose nothing are left out."""

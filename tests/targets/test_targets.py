@@ -1,6 +1,7 @@
 """Targets: plans that their readers take, and files that they load."""
 
 import json
+import logging
 import random
 import sys
 
@@ -78,6 +79,27 @@ def test_no_budget_gives_a_plan_that_the_reader_refuses(name, options, takes, tr
             assert takes(kv, width), (kv, width)
             cut += (kv, width) != (4, 1280)
     assert cut > 100
+
+
+def test_what_a_target_costs_is_said_in_one_line(traced, caplog):
+    """One layer of two widths: 3 of 5 steps of 256 where 800 of 1,280 would do."""
+    _, graph = traced
+    (name, *_) = [n for n, g in graph.groups.items() if g.kind == "neuron"]
+    saliency = {name: torch.arange(1.0, 1281)}
+    with caplog.at_level(logging.INFO, "sosp_hub"):
+        params = 1 - 480 * 3 * 64 / graph.num_params
+        plan = sosp_hub.allocate(graph, saliency, params=params, target="deci")
+    assert plan.num_kept() == {name: 768}
+    share = 1 - 512 * 3 * 64 / graph.num_params
+    more = sum(range(513)) / sum(range(481))
+    assert (
+        plan.provenance["target_cost"]
+        == caplog.messages[-1]
+        == (
+            f"target deci: keeps {share:.1%} of the parameters, a free plan {params:.1%}, and takes "
+            f"out {more:.2f} times as much saliency"
+        )
+    )
 
 
 def test_several_targets_must_all_be_met(traced):

@@ -2,10 +2,11 @@
 
     python -m tests.bench.serving.same_tokens FOLDER [--steps 64] [--converter SCRIPT]
 
-``FOLDER`` is a pruned causal language model with its tokenizer. Tried is what can be imported here:
+``FOLDER`` is a pruned causal language model with its tokenizer, ``SCRIPT`` a
+``convert_hf_to_gguf.py`` with its repository around it. Tried is what can be imported here:
 llama.cpp (``llama_cpp``) from our own GGUF and, with ``--converter``, from what llama.cpp's own
 script makes of the DeciLM folder; mlx-lm from the DeciLM folder; ONNX Runtime and OpenVINO with a
-cache. ``SCRIPT`` is a ``convert_hf_to_gguf.py`` with its repository around it. All in float32, greedy. Prints how many tokens agree before the first that does not, and the
+cache. All in float32, greedy. Prints how many tokens agree before the first that does not, and the
 seconds of the process that the export took.
 """
 
