@@ -6,7 +6,9 @@ rows of a matrix in blocks of 32 values, K-quants in blocks of 256, and a row th
 falls back to a larger type. An ONNX file of its own, without others beside it, ends at 2 GiB.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from sosp_hub.targets.writers import deci, gguf
 PARALLEL = (2, 4, 8)
 BLOCKS = {"K-quants": 256, "Q8_0, Q5_0, Q4_0": 32}
 """Values of a row that GGUF's quantised types pack together."""
+_EXPORT = "python -m sosp_hub.export"
 _LARGEST_ONNX = 2**31 - 1
 _FEED_FORWARD = re.compile(r"\b(mlp|ffn?|feed_forward|fc\d|DenseReluDense|experts?)\b")
 
@@ -60,6 +63,9 @@ def readers(
         yield Reader(library, True, "a plain config says all")
     else:
         yield Reader(library, False, "stops at the delta; `import sosp_hub` first")
+        if library == "transformers":
+            why = "zeros fill up to one width for all layers: {:+.1%} parameters: {} --to padded"
+            yield Reader("transformers, padded", None, why.format(evening(model), _EXPORT))
     yield from _exports(num_bytes, obstacle)
     if library != "transformers":
         return
@@ -79,6 +85,10 @@ def _exports(num_bytes: int, obstacle: str | None) -> Iterator[Reader]:
             yield Reader(name, False, f"one file holds 2 GiB at most, the weights are {num_bytes}")
         else:
             yield Reader(name, None, f"whatever the widths: sosp_hub.targets.writers.forms.{made}")
+    for name in ("OpenVINO", "ExecuTorch"):
+        why = f"the model cannot be followed without data: {obstacle}" if obstacle else ""
+        why = why or f"whatever the widths: {_EXPORT} --to {name.lower()}"
+        yield Reader(name, None, why)
 
 
 def _vllm(model: Any, dense: nn.Module | None) -> Iterator[Reader]:
@@ -103,15 +113,23 @@ def _gguf(model: nn.Module, dense: nn.Module | None) -> Iterator[Reader]:
         how = "one width a layer" if form.per_layer else "zeros fill up to one width"
         why = f"arch {form.architecture}, {how}: sosp_hub.targets.writers.gguf.to_gguf"
         yield Reader(name, True, why)
+        loads = True
     except SospHubError as error:
         why = str(error).removeprefix("GGUF: ")
         if dense is not None:
             yield Reader(name, False, why)
             return
         yield Reader(name, None, "a plain config: if llama.cpp's own script knows its family")
+        loads = False
     for kind, block in BLOCKS.items():
         broken = first_ragged(model, block)
         why = broken or f"rows are multiples of {block}"
+        if broken and loads:
+            share, layers = gguf.filling(model, block)
+            if layers:
+                why += f"; fill=true rounds the neurons of {layers} up: {share:+.1%} parameters"
+            else:
+                why += "; such a row stays in 16 bits, or falls back to a larger type"
         yield Reader(f"GGUF {kind}", broken is None, why)
 
 
@@ -127,6 +145,24 @@ def _deci(model: nn.Module) -> Reader:
     if not first:
         return Reader(name, True, f"one width and number of KV heads a layer: {made}")
     return Reader(name, True, f"zeros fill up {first}, ...: {share:+.1%} parameters: {made}")
+
+
+def evening(model: nn.Module) -> float:
+    """The share of its parameters that a model gains where each matrix is as large as any alike."""
+    largest: dict[str, list[int]] = {}
+    layers: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    for name, tensor in model.named_parameters():
+        kind = re.sub(r"\.\d+\.", ".N.", name)
+        sizes = largest.setdefault(kind, list(tensor.shape))
+        largest[kind] = [max(a, b) for a, b in zip(sizes, tensor.shape, strict=True)]
+        kinds[kind] += 1
+        above = kind.rpartition(".N.")[0]
+        layers[above] = max(layers[above], kinds[kind]) if above else 1
+    total = sum(
+        math.prod(each) * layers[kind.rpartition(".N.")[0]] for kind, each in largest.items()
+    )
+    return total / sum(parameter.numel() for parameter in model.parameters()) - 1
 
 
 def first_uneven(model: nn.Module, dense: nn.Module) -> str | None:

@@ -39,6 +39,10 @@ class Gguf(Target):
         "makes, k alone leaves that to llama.cpp's own llama-quantize",
     )
 
+    fill: bool = Field(
+        default=False, description="zeros fill up neurons until the type can pack their rows"
+    )
+
     def counts(self, group: "Group") -> Collection[int] | None:
         """Rows that the type can pack."""
         step = block_of(self.quantization)
@@ -49,4 +53,4 @@ class Gguf(Target):
         from sosp_hub.targets.writers.gguf import to_gguf
 
         kind = None if self.quantization in ("none", "k") else self.quantization
-        return to_gguf(model, path, tokenizer, quantization=kind)
+        return to_gguf(model, path, tokenizer, quantization=kind, fill=self.fill)

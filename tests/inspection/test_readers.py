@@ -11,7 +11,7 @@ import sosp_hub
 from sosp_hub.checkpoint.format.standins import RemovedAttention
 from sosp_hub.errors import SospHubError
 from sosp_hub.inspection.examine import examine
-from sosp_hub.inspection.readers import readers
+from sosp_hub.inspection.readers import evening, readers
 from sosp_hub.targets.writers.gguf import to_gguf
 from tests.checkpoint import cuts
 
@@ -55,7 +55,11 @@ CASES = {
         "vLLM": (False, "model.layers.1.mlp.gate_proj is 480x256, model.layers.0.mlp.gate_proj is"),
         "vLLM, tensor parallel 8": None,
         "GGUF (llama.cpp)": (True, "deci"),
-        "GGUF K-quants": (False, "layers.1.mlp.down_proj have 480 values, no multiple of 256"),
+        "GGUF K-quants": (False, "layers.1.mlp.down_proj have 480 values, no multiple of 256; "
+                          "fill=true rounds the neurons of layer 1 up: +1."),
+        "transformers, padded": (None, "one width for all layers: +1."),
+        "OpenVINO": (None, "--to openvino"),
+        "ExecuTorch": (None, "--to executorch"),
         "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (True, "layer 1: width 480 to 512, ...: +"),
         "GGUF Q8_0, Q5_0, Q4_0": (True, "32"),
     }),
@@ -91,10 +95,11 @@ CASES = {
     }),
     "qwen3 cut": ({"family": "Qwen3"}, lambda m: narrow(m, 480), {
         "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (False, "not qwen3"),
-        "GGUF (llama.cpp)": (False, "not qwen3"),
+        "GGUF (llama.cpp)": (True, "arch qwen3, zeros fill up to one width"),
     }),
-    "qwen3 plain": ({"family": "Qwen3"}, None, {
+    "smollm3 plain": ({"family": "SmolLM3", "pad_token_id": 0}, None, {
         "GGUF (llama.cpp)": (None, "own script"),
+        "transformers, padded": None,
     }),
     "smollm3 cut": ({"family": "SmolLM3", "pad_token_id": 0}, lambda m: narrow(m, 480), {
         "GGUF (llama.cpp)": (False, "not smollm3"),
@@ -131,6 +136,13 @@ def test_the_constraint_and_the_first_layer_where_it_breaks(case):
             assert answer[1] in found[name].why
 
 
+def test_one_width_is_that_of_the_widest_layer():
+    model = cuts.pruned("llama")  # layer 0 has all heads and most neurons
+    own, first = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0]))
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    assert evening(model) == pytest.approx((3 * first - layers) / own)
+
+
 @pytest.mark.parametrize(
     ("given", "name", "loads", "words"),
     [
@@ -162,4 +174,7 @@ def test_gguf_is_promised_where_it_is_written(family, tmp_path):
 def test_what_generates_no_text_has_no_word_on_runtimes_of_text(tmp_path):
     found = examine(sosp_hub.save_pretrained(cuts.pruned("vit"), tmp_path / "small"))
     names = [each.name for each in found.readers]
-    assert names == ["transformers", "torch.export", "ONNX", "vLLM, GGUF"]
+    assert names == [
+        *("transformers", "transformers, padded", "torch.export", "ONNX", "OpenVINO", "ExecuTorch"),
+        "vLLM, GGUF",
+    ]

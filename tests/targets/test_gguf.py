@@ -8,7 +8,7 @@ import transformers
 
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.errors import CheckpointError, ModelError
-from sosp_hub.targets.writers.gguf import to_gguf
+from sosp_hub.targets.writers.gguf import filling, to_gguf, with_whole_blocks
 from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
 from tests.compare import assert_close
@@ -102,6 +102,22 @@ def test_the_reader_finds_each_layers_own_size_and_every_weight(name, tmp_path):
     rows = [head * 8 + half * 4 + i for head in range(2) for i in range(4) for half in range(2)]
     assert_close(tensors["blk.0.attn_k.weight"], expected[rows], relative=0)
     assert ("output.weight" in tensors) == (name != "qwen2")
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma"])
+def test_zeros_fill_up_rows_until_a_type_packs_them(name, tmp_path):
+    """Widths 38, 28 and 19 of 32-value types; a width that is told before it is written."""
+    model = MODELS[name]()
+    path = to_gguf(model, tmp_path / "q8.gguf", quantization="q8_0", fill=True)
+    tensors = {each.name: each for each in gguf.GGUFReader(path).tensors}
+    for i in range(3):
+        assert tensors[f"blk.{i}.ffn_down.weight"].tensor_type.name == "Q8_0"
+    filled = with_whole_blocks(model, 32)
+    tokens = {"input_ids": TOKENS}
+    assert_close(output(filled, tokens), output(model, tokens), relative=1e-5)
+    own, more = (sum(p.numel() for p in each.parameters()) for each in (model, filled))
+    assert filling(model, 32) == (pytest.approx(more / own - 1), "layers 0, 1, 2")
+    assert filling(filled, 32) == (0.0, "")
 
 
 def test_half_precision_stays(tmp_path):

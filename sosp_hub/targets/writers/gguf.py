@@ -6,6 +6,7 @@ compute, such as a norm of the queries, has an architecture with one size for al
 up the narrow ones.
 """
 
+import copy
 import importlib
 import json
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
@@ -82,6 +84,7 @@ def to_gguf(
     tokenizer: Any = None,
     *,
     quantization: str | None = None,
+    fill: bool = False,
 ) -> Path:
     """Writes a GGUF file (needs the package ``gguf``).
 
@@ -96,6 +99,7 @@ def to_gguf(
         quantization: Type of the matrices, such as ``q8_0``; one whose rows it cannot pack is
             float16. K-quants such as ``q4_k_m`` are llama.cpp's own mixtures, which its Python
             package ``llama_cpp`` makes. None = the model's own.
+        fill: Zeros fill up the neurons of each layer until the type can pack their rows.
 
     Raises:
         ModelError: A model of another family.
@@ -108,10 +112,13 @@ def to_gguf(
     form = check(model)
     if quantization is not None and "_k" in quantization:
         with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+            model = with_whole_blocks(model, 256) if fill else model
             plain = to_gguf(model, Path(folder) / "plain.gguf", tokenizer)
             return _quantised_by_llama_cpp(plain, Path(path), quantization)
     if not form.per_layer:
         model = padded(model)
+    if fill and quantization is not None:
+        model = with_whole_blocks(model, 32)
     arrays = dict(_tensors(model, form))
     writer = gguf.GGUFWriter(str(path), form.architecture)
     _describe(writer, model, form)
@@ -131,6 +138,45 @@ def to_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return Path(path)
+
+
+def with_whole_blocks(model: Any, block: int) -> Any:
+    """A copy of which each MLP has a multiple of so many neurons; zeros change no output."""
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        if not (more := -_width(layer) % block):
+            continue
+        for name in ("gate_proj", "up_proj", "gate_up_proj"):
+            if (linear := getattr(layer.mlp, name, None)) is not None:
+                parts = 2 if name == "gate_up_proj" else 1
+                linear.weight = _longer(linear.weight, parts, more)
+                linear.bias = None if linear.bias is None else _longer(linear.bias, parts, more)
+                linear.out_features = linear.weight.shape[0]
+        down = layer.mlp.down_proj
+        down.weight = nn.Parameter(F.pad(down.weight, (0, more)))
+        down.in_features += more
+    return model
+
+
+def _longer(tensor: Tensor, parts: int, more: int) -> nn.Parameter:
+    """Each of the equal parts of the first axis with so many zeros at its end."""
+    zeros = tensor.new_zeros(parts, more, *tensor.shape[1:])
+    return nn.Parameter(torch.cat([tensor.unflatten(0, (parts, -1)), zeros], 1).flatten(0, 1))
+
+
+def filling(model: Any, block: int) -> tuple[float, str]:
+    """What `with_whole_blocks` adds, from shapes alone.
+
+    Returns:
+        The share of the model's parameters, and the layers that are filled up; 0 and an empty text
+        where none is.
+    """
+    layers = list(model.model.layers)
+    more = {i: -_width(layer) % block for i, layer in enumerate(layers) if -_width(layer) % block}
+    added = sum(3 * model.config.hidden_size * number for number in more.values())
+    shown = ", ".join(map(str, list(more)[:4])) + (", ..." if len(more) > 4 else "")
+    said = f"layer{'s' if len(more) > 1 else ''} {shown}" if more else ""
+    return added / sum(parameter.numel() for parameter in model.parameters()), said
 
 
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
