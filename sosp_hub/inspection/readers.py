@@ -66,10 +66,11 @@ def readers(
         if library == "transformers":
             why = "zeros fill up to one width for all layers: {:+.1%} parameters: {} --to padded"
             yield Reader("transformers, padded", None, why.format(evening(model), _EXPORT))
-    yield from _exports(num_bytes, obstacle)
+    generates = getattr(model, "can_generate", lambda: False)()
+    yield from _exports(num_bytes, obstacle, generates_text=generates)
     if library != "transformers":
         return
-    if not model.can_generate():  # pyright: ignore[reportCallIssue] - of transformers
+    if not generates:
         yield Reader("vLLM, GGUF", None, "looked at for models that generate text alone")
         return
     yield from _vllm(model, dense)
@@ -77,7 +78,7 @@ def readers(
     yield _deci(model)
 
 
-def _exports(num_bytes: int, obstacle: str | None) -> Iterator[Reader]:
+def _exports(num_bytes: int, obstacle: str | None, *, generates_text: bool) -> Iterator[Reader]:
     for name, made in (("torch.export", "to_archive"), ("ONNX", "to_onnx")):
         if obstacle:
             yield Reader(name, None, f"the model cannot be followed without data: {obstacle}")
@@ -88,7 +89,9 @@ def _exports(num_bytes: int, obstacle: str | None) -> Iterator[Reader]:
     for name in ("OpenVINO", "ExecuTorch"):
         why = f"the model cannot be followed without data: {obstacle}" if obstacle else ""
         why = why or f"whatever the widths: {_EXPORT} --to {name.lower()}"
-        yield Reader(name, None, why)
+        generates = name == "ExecuTorch" and generates_text
+        yield Reader(name, False if generates else None,
+                     "written for models that generate no text" if generates else why)  # fmt: skip
 
 
 def _vllm(model: Any, dense: nn.Module | None) -> Iterator[Reader]:

@@ -51,8 +51,8 @@ def test_serving(my_model, tmp_path, capsys):
             BudgetSection.model_validate(yaml.safe_load(text)["budget"])
         else:  # commands of engines that are not here
             assert kind == "text"
-    assert kinds.count("bash") == 5
-    assert kinds.count("python") == 3
+    assert kinds.count("bash") == 6
+    assert kinds.count("python") == 4
     padded = transformers.AutoModelForCausalLM.from_pretrained("runs/my-model-padded")
     tokens = torch.arange(3, 13)[None]
     torch.testing.assert_close(padded(tokens).logits, cuts.pruned("llama")(tokens).logits)

@@ -59,7 +59,7 @@ CASES = {
                           "fill=true rounds the neurons of layer 1 up: +1."),
         "transformers, padded": (None, "one width for all layers: +1."),
         "OpenVINO": (None, "--to openvino"),
-        "ExecuTorch": (None, "--to executorch"),
+        "ExecuTorch": (False, "generate no text"),
         "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (True, "layer 1: width 480 to 512, ...: +"),
         "GGUF Q8_0, Q5_0, Q4_0": (True, "32"),
     }),

@@ -129,9 +129,9 @@ def test_a_plan_for_deci_is_written_without_zeros(traced, tmp_path):
     assert numbers == sum(parameter.numel() for parameter in pruned.parameters())
 
 
-@pytest.mark.parametrize("name", sorted(TARGETS.known()))
+@pytest.mark.parametrize("name", sorted(TARGETS.known().keys() - {"executorch"}))
 def test_every_target_is_written_from_a_folder_by_the_command(name, traced, tmp_path, capsys):
-    if name in ("onnx", "gguf", "openvino", "executorch"):
+    if name in ("onnx", "gguf", "openvino"):
         pytest.importorskip(name)
     model, graph = traced
     saliency = {n: torch.arange(g.size) for n, g in graph.groups.items() if g.kind == "neuron"}

@@ -1,6 +1,5 @@
 """Files of runtimes that start from ONNX or ``torch.export``: OpenVINO and ExecuTorch."""
 
-import copy
 import importlib
 import tempfile
 from pathlib import Path
@@ -9,9 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sosp_hub.checkpoint.transformers.load import plain_config
-from sosp_hub.checkpoint.transformers.per_layer import describe_layers
-from sosp_hub.errors import CheckpointError
+from sosp_hub.errors import CheckpointError, ModelError
 from sosp_hub.targets.writers.cached import to_onnx_with_cache
 from sosp_hub.targets.writers.forms import arguments, last_cause, to_onnx
 
@@ -39,58 +36,39 @@ def to_openvino(model: nn.Module, path: str | Path, *, cache: bool = False) -> P
     return Path(path)
 
 
-def to_executorch(model: nn.Module, path: str | Path, *, max_tokens: int = 1024) -> Path:
+def to_executorch(model: nn.Module, path: str | Path) -> Path:
     """Writes an ExecuTorch program for the portable kernels (needs the package ``executorch``).
 
-    A model that generates text takes ``input_ids`` (1, 1) and ``cache_position`` (1) and keeps its
-    cache inside, as transformers' own exportable module does; any other takes its inputs in the
-    shapes of one sample.
-
     Args:
-        model: Any pruned model, left as it was.
-        path: The file, by convention ``.pte``.
-        max_tokens: Room in the cache.
+        model: A pruned model that generates no text.
+        path: The file, by convention ``.pte``; it takes one sample in the shapes of the config.
 
     Raises:
+        ModelError: A model that generates text.
         CheckpointError: The package is missing, or the model cannot be exported.
     """
     exir = _package("executorch.exir", "ExecuTorch")
+    if getattr(model, "can_generate", lambda: False)():
+        raise ModelError(
+            f"ExecuTorch: a program without a cache would be of little use to "
+            f"{type(model).__name__}, and one with a cache is not written; onnx and openvino take "
+            f"cache=true, gguf and mlx keep a cache of their own"
+        )
+    args, kwargs = arguments(model, None)
+    one = tuple(each[:1] for each in args)
+    named = {
+        key: each[:1] if isinstance(each, torch.Tensor) else each for key, each in kwargs.items()
+    }
     try:
-        with torch.no_grad():
-            program = exir.to_edge(_program(model, max_tokens)).to_executorch()
+        program = torch.export.export(model.eval(), one, named, strict=False)
+        written = exir.to_edge(program).to_executorch()
     except Exception as error:
         raise CheckpointError(
             f"ExecuTorch: {type(model).__name__} cannot be exported ({last_cause(error)}); "
             f"the targets onnx and torch_export ask for less"
         ) from error
-    Path(path).write_bytes(program.buffer)
+    Path(path).write_bytes(written.buffer)
     return Path(path)
-
-
-def _program(model: Any, max_tokens: int) -> Any:
-    can_generate = getattr(model, "can_generate", lambda: False)
-    if not can_generate() or model.config.is_encoder_decoder:
-        args, kwargs = arguments(model, None)
-        one = tuple(each[:1] for each in args)
-        kwargs = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-        return torch.export.export(model.eval(), one, kwargs, strict=False)
-    from transformers import GenerationConfig
-    from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
-
-    model = copy.copy(model)  # gets other configs; the weights are shared
-    model.config = plain_config(model.config)
-    describe_layers(model, model.config)
-    model.generation_config = GenerationConfig(
-        use_cache=True, cache_implementation="static",
-        cache_config={"batch_size": 1, "max_cache_len": max_tokens},
-    )  # fmt: skip
-    place = next(model.parameters()).device
-    inputs = {
-        "input_ids": torch.ones(1, 1, dtype=torch.long, device=place),
-        "cache_position": torch.zeros(1, dtype=torch.long, device=place),
-    }
-    step = TorchExportableModuleWithStaticCache(model)
-    return torch.export.export(step, (), inputs, strict=False)
 
 
 def _package(name: str, who: str) -> Any:
