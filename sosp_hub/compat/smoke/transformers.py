@@ -134,11 +134,14 @@ def layers_of_configs() -> None:
     expect(compat.set_layers(config, {0: {"num_key_value_heads": 1}}, fewer), "it does not say it")
     expect("per_layer_config" in config.to_dict(), "it is not written")
     record = config.to_dict()
+    was_quiet = "per_layer_config" in vars(transformers.PreTrainedConfig)
     compat.quiet_layers()
     try:
         layers = vars(type(config).from_dict(record))["_heterogeneity_spec"]
     finally:
         compat.loud_layers()
+        if was_quiet:
+            compat.quiet_layers()
     expect(layers.per_layer_attributes == set(), "a config read from a file warns")
     compat.drop_layers(config)
     expect(compat.takes_layers(config), "it cannot be taken out again")
