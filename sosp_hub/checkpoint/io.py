@@ -17,6 +17,7 @@ from sosp_hub.checkpoint.format.folder import replaced_folder
 from sosp_hub.checkpoint.format.record import Builder, library_in
 from sosp_hub.checkpoint.skeleton import misfits, model_class
 from sosp_hub.checkpoint.weightless import holds_only_a_plan
+from sosp_hub.compat.timm import is_whole
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError, shortened
@@ -209,7 +210,7 @@ def library_of(model: nn.Module) -> Builder:
         )
     if hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "model_type"):
         return "transformers"
-    if isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+    if is_whole(model):
         return "timm"
     return "torch"
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sosp_hub.compat.timm import is_whole
+from sosp_hub.compat.torch import child_table
 from sosp_hub.errors import CheckpointError
 
 
@@ -30,16 +32,29 @@ def describe_cut(model: nn.Module, skeleton: nn.Module | None, inputs: Any) -> N
             builds; None = do not compare.
     """
     with torch.random.fork_rng(devices=[]):  # building a skeleton may draw
-        if skeleton is not None:
-            from sosp_hub.checkpoint.torch.own_save import describe_cut as describe_plain
-
-            describe_plain(model, skeleton, inputs)
+        emptied = [] if skeleton is None else list(_identities(model))
         for part in _outermost(model):
             if _is_transformers(part):
                 from sosp_hub.checkpoint.transformers.own_save import describe_cut as describe
             else:
                 from sosp_hub.checkpoint.timm.own_save import describe_cut as describe
             describe(part)  # type: ignore[arg-type]
+        if skeleton is None:
+            return
+        for children, name, child in emptied:  # of whoever wrote the module around the model
+            children[name] = child
+        from sosp_hub.checkpoint.torch.own_save import describe_cut as describe_plain
+
+        describe_plain(model, skeleton, inputs)
+
+
+def _identities(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
+    """Where there are modules that do nothing, which the description of a part may exchange."""
+    for module in model.modules():
+        children = child_table(module)
+        for name, child in children.items():
+            if type(child) is nn.Identity:
+                yield children, name, child
 
 
 def why_not_plain(model: nn.Module) -> str:
@@ -69,4 +84,4 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 def _is_timm(model: nn.Module) -> bool:
-    return "timm" in sys.modules and isinstance(getattr(model, "pretrained_cfg", None), dict)
+    return "timm" in sys.modules and is_whole(model)

@@ -16,6 +16,12 @@ READ_FOLDER = "load_state_dict_from_path"
 """Functions that timm's builder calls between building a model and giving it its weights."""
 
 
+def is_whole(model: nn.Module) -> bool:
+    """Whether timm builds the model by its architecture alone: ``features_only`` gives another."""
+    has_config = isinstance(getattr(model, "pretrained_cfg", None), dict)
+    return has_config and type(model).__module__ != "timm.models._features"
+
+
 def get_step(name: str) -> Callable[..., Any]:
     """What stands under the name of a loading step (``ADAPT``, ``READ_HUB``, ``READ_FOLDER``)."""
     from timm.models import _builder

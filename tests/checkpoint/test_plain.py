@@ -140,6 +140,41 @@ def test_another_dtype_and_a_model_without_data(folder, small):
     assert half.conv.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_what_timm_makes_with_features_only(name, tmp_path):
+    """No config builds it: it is saved as a model of no library."""
+    timm = pytest.importorskip("timm")
+    images = (torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0)),)
+    small = cut(dense(timm.create_model, model_name=name, features_only=True), images, macs=0.8)
+    saved = sosp_hub.save_pretrained(small, tmp_path / "small")
+    built = timm.create_model(name, features_only=True)
+    loaded = sosp_hub.from_pretrained(saved, model=built)
+    for ours, theirs in zip(loaded(*images), small(*images), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class Backbone(nn.Module):
+    """A library's model with its head taken off, and another head."""
+
+    def __init__(self):
+        super().__init__()
+        timm = pytest.importorskip("timm")
+        self.body = timm.create_model("test_resnet")
+        size, self.body.fc = self.body.fc.in_features, nn.Identity()
+        self.head = nn.Linear(size, 3)
+
+    def forward(self, images):
+        return self.head(self.body(images))
+
+
+def test_a_librarys_model_inside_with_a_part_taken_out(tmp_path):
+    images = (torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)),)
+    small = cut(dense(Backbone), images, macs=0.7)
+    assert type(small.body.fc) is nn.Identity
+    saved = sosp_hub.save_pretrained(small, tmp_path / "small")
+    assert torch.equal(sosp_hub.from_pretrained(saved, model=Backbone())(*images), small(*images))
+
+
 # PyTorchModelHubMixin ---------------------------------------------------------------------------
 
 

@@ -98,3 +98,11 @@ def config_writers() -> None:
             expect((Path(folder) / "model.safetensors").is_file(), "it wrote no weights")
     finally:
         compat.set_config_writer(own)
+
+
+@smoke("saving models that timm made with features_only")
+def models_of_features() -> None:
+    for name in (_MODEL, "test_vit"):
+        expect(compat.is_whole(timm.create_model(name)), f"{name} is not built by its name")
+        features = timm.create_model(name, features_only=True)
+        expect(not compat.is_whole(features), f"a {type(features).__name__} is taken for {name}")
