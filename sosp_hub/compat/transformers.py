@@ -30,6 +30,11 @@ def set_attention(config: Any, name: str) -> None:
     setattr(config, _ATTENTION, name)
 
 
+def takes_sdpa(model: Any) -> bool:
+    """Whether a model can run PyTorch's fused attention beside ``eager``."""
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
 def is_taken(config: Any, numbers: Mapping[str, int]) -> bool:
     """Whether a config that is read from a file may hold these numbers, those that it has."""
     changed = copy.deepcopy(config)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.transformers import attention_of, set_attention
+from sosp_hub.compat.transformers import attention_of, set_attention, takes_sdpa
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.inputs import (
@@ -251,7 +251,7 @@ def _is_fused(model: nn.Module, _: Graph) -> bool:
 
 
 def _could_be_fused(model: nn.Module, graph: Graph) -> bool:
-    takes = getattr(model, "_supports_sdpa", False)
+    takes = takes_sdpa(model)
     return not _is_fused(model, graph) and (
         any(vars(module).get("fused_attn") is False for module in model.modules())
         or any(takes and attention_of(config) == "eager" for config in _configs(model))

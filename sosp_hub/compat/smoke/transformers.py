@@ -110,6 +110,7 @@ def state_of_configs() -> None:
     compat.set_attention(config, "eager")
     expect(compat.attention_of(config) == "eager", "a config's attention is not what was set")
     expect(vars(config).get(compat.ATTENTION_KEY) == "eager", "the choice of attention moved")
+    expect(compat.takes_sdpa(_llama()), "a Llama no longer says that it takes fused attention")
     config._experts_implementation = "batched_mm"
     expect(vars(config).get(compat.EXPERTS_KEY) == "batched_mm", "the choice of experts moved")
     expect(vars(config).keys() >= compat.CONFIG_STATE, "names of both moved")
