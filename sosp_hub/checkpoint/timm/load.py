@@ -10,7 +10,7 @@ import contextvars
 import copy
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ _NO_ARGS = ("cache_dir", "pretrained_cfg_overlay", "pretrained_model_args")
 _PENDING: contextvars.ContextVar[list[Delta] | None] = contextvars.ContextVar(
     "pending", default=None
 )
+_READ: contextvars.ContextVar[dict[str, Tensor] | None] = contextvars.ContextVar(
+    "read", default=None
+)
+"""Tensors of the files, as they are before the architecture's own filter."""
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
 
 
@@ -86,7 +90,7 @@ def sosp_hub_pruned(
         own = ("base_architecture", "delta")
         kwargs["pretrained_model_args"] = {k: v for k, v in source_args.items() if k not in own}
     pending = [record]
-    token = _PENDING.set(pending)
+    token, reading = _PENDING.set(pending), _READ.set({})
     own_args = {key: kwargs[key] for key in kwargs if key not in _NO_ARGS}
     all_read = pretrained and own_args == kwargs.get("pretrained_model_args")
     try:
@@ -96,6 +100,7 @@ def sosp_hub_pruned(
             )
     finally:
         _PENDING.reset(token)
+        _READ.reset(reading)
     if pending:
         raise CheckpointError(
             f"timm {timm.__version__} builds {base_architecture!r} without room for a delta"
@@ -238,15 +243,40 @@ def _adapting(timms_own: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         with versions_said(delta, timm.__version__):
             apply_section(model, delta.base, f"{_WHERE}.base")
         announce(model, delta.feature_channels)
+        if names := delta.base.buffers:
+            _put_back(model, names)
         return model
 
     return adapt
 
 
+def _put_back(model: nn.Module, names: Collection[str]) -> None:
+    """Has the first load find the buffers of the delta, which filters of timm may leave out."""
+
+    def put_back(_: nn.Module, state: dict[str, Tensor], *__: Any) -> None:
+        handle.remove()
+        read = _READ.get() or {}
+        state.update({name: read[name] for name in names if name in read and name not in state})
+
+    handle = model.register_load_state_dict_pre_hook(put_back)
+
+
+def _noting(reader: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that reads weights, and has them noted while a pruned model is built."""
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        state = reader(*args, **kwargs)
+        if (noted := _READ.get()) is not None:
+            noted.update(state)
+        return state
+
+    return read
+
+
 _STAND_INS: dict[str, Callable[..., Any]] = {
     ADAPT: _adapting,
-    READ_HUB: timm_shards.from_hub,
-    READ_FOLDER: timm_shards.from_folder,
+    READ_HUB: lambda timms_own: _noting(timm_shards.from_hub(timms_own)),
+    READ_FOLDER: lambda timms_own: _noting(timm_shards.from_folder(timms_own)),
 }
 
 hooks.complete("timm")
