@@ -26,6 +26,7 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+napoleon_use_ivar = True  # attributes of docstrings are not described twice
 napoleon_custom_sections = [("Differs from the paper", "notes")]
 nitpicky = False
 suppress_warnings = ["myst.xref_missing"]  # links to files of the repository, checked by a test

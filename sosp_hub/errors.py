@@ -6,7 +6,7 @@ from collections.abc import Sequence
 _LONGEST = 10_000  # characters of an error; beyond, nobody reads it
 _LONGEST_FAULT = 600
 _LONGEST_VALUE = 120
-_MOST_FAULTS = 20
+_MOST_FAULTS = 18
 _CONTROL = re.compile(
     # What moves a cursor, hides text, ends a line or turns the direction of reading.
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"

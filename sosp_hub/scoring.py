@@ -143,6 +143,8 @@ def score(
     else:
         method = criterion
     check_per(method, per)
+    _check_batches(batches)
+    kind = type(batches).__name__
     if method.needs == "labels" and curvature is None:
         batches, loss_fn = _own_outputs_where_alone(batches, loss_fn)
     check_loss(method, loss_fn)
@@ -153,7 +155,7 @@ def score(
     context = Context(
         model=model,
         groups=groups,
-        batches=_copies(batches),
+        batches=_copies(batches, kind),
         loss_fn=loss_fn,
         seed=seed,
         process_sum=process_sum,
@@ -180,10 +182,19 @@ def _shown(names: Iterable[str]) -> str:
     return ", ".join(first[:4]) + ", ..." * (len(first) > 4)
 
 
-def _copies(batches: "Batches") -> "Batches":
-    """Batches that a model may write to; an iterator still goes through them once."""
+def _check_batches(batches: "Batches") -> None:
+    """Refuses one batch where a list of them is meant."""
+    if isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
+        raise CriterionError(
+            "score got one batch: in it a batch is a Tensor; write [(inputs, labels)], a list of "
+            "batches"
+        )
+
+
+def _copies(batches: "Batches", kind: str) -> "Batches":
+    """Batches that a model may write to; an iterator (of this kind) still passes them once."""
     if isinstance(batches, Iterator):
-        return _CopiesOnce(batches, type(batches).__name__)
+        return _CopiesOnce(batches, kind)
     return _Copies(batches)
 
 

@@ -32,7 +32,7 @@ CASES = {
         lambda m, g, s, p: sosp_hub.score(m, g, [(np.ones((4, 3)), Y)], criterion="activation"),
         r"inputs as ndarray.*from_numpy",
     ),
-    "allocate": (lambda m, g, s, p: sosp_hub.allocate(s, g, macs=0.5), "a dict and a Graph"),
+    "allocate": (lambda m, g, s, p: sosp_hub.allocate(s, g, macs=0.5), "a Scores and a Graph"),
     "apply": (lambda m, g, s, p: sosp_hub.apply(g, m, p), "model: got a Graph"),
     "plan first": (lambda m, g, s, p: sosp_hub.apply(m, p, g), "graph: got a PruningPlan"),
     "save": (lambda m, g, s, p: sosp_hub.save_pretrained("out", m), r"a str and a Sequential"),

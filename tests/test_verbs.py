@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 import sosp_hub
+from sosp_hub.compat.accelerate import process_state_kept
 from sosp_hub.errors import RecipeError
 from sosp_hub.prune import main
 from sosp_hub.recipe.load import as_recipe, load_recipe
@@ -29,9 +30,10 @@ def random_states():
 def test_prune_gives_the_report_and_leaves_the_process_as_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = random_states()
-    report = sosp_hub.prune("quickstart", *SMALL)
-    assert random_states() == before
-    assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"  # the caller's own first
+    with process_state_kept():  # of the tests before
+        report = sosp_hub.prune("quickstart", *SMALL)
+        assert random_states() == before
+        assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"  # the caller's first
     assert capsys.readouterr().out == ""
     stored = json.loads((tmp_path / "runs/quickstart/sosp_report.json").read_text())
     assert stored["metrics"] == report["metrics"]

@@ -15,12 +15,13 @@ def is_spread(model: nn.Module) -> bool:
 
 @contextmanager
 def process_state_kept() -> Iterator[None]:
-    """What accelerators of one process share is afterwards as it was.
+    """Accelerators in between are free in their precision; what they share is then as it was.
 
     Else the first ``Accelerator()`` of a caller, made after a run, would refuse another precision.
     """
     states = (PartialState, AcceleratorState, GradientState)
     before = [dict(state._shared_state) for state in states]
+    AcceleratorState._shared_state.clear()
     try:
         yield
     finally:

@@ -96,8 +96,8 @@ def _offline_advice(section: str, name: str) -> str:
     other = "`model.path=FOLDER`" if section == "model" else "`data.path=FOLDER_OR_FILE`"
     if hub_is_off():
         return (
-            f"{section}.id: {name!r} is not in the cache in {cache}, and HF_HUB_OFFLINE keeps the "
-            f"hub from being asked. Unset it, or give a local copy ({other})."
+            f"{section}.id: {name!r} is not in the cache in {cache}, and offline mode keeps the "
+            f"hub from being asked: unset HF_HUB_OFFLINE, or give a local copy ({other})."
         )
     return (
         f"{section}.id: {name!r} is not on this disk and the hub cannot be reached. Offline, "

@@ -196,8 +196,9 @@ def test_what_is_predicted_is_written_down():
     plan = allocate(graph, random_saliency(graph), macs=0.5)
     found = CostModel(graph)(plan.num_kept())
     assert plan.provenance["predicted"] == {
-        "macs": found.macs, "params": found.params, "bytes": found.bytes,
-    }  # fmt: skip
+        **{"macs": found.macs, "params": found.params, "bytes": found.bytes},
+        "of_one": graph.sized.sample,
+    }
     assert plan.provenance["budget"] == {"macs": 0.5}
 
 

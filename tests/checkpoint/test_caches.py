@@ -22,7 +22,7 @@ STATIC = {"cache_implementation": "static", "prefill_chunk_size": 2, "disable_co
 _WITHOUT = {
     "one KV head, which stays": ("llama_mqa", "gemma", "gpt_bigcode_mqa"),
     "one matrix for query, key and value, whose heads stay": ("phi3",),
-    "no heads to cut": ("bloom",),
+    "no heads to cut": ("bloom", "reformer"),
     "static caches that transformers makes wrong or not at all, dense too": (
         *("falcon_mqa", "mpt", "mamba", "mamba2", "falcon_mamba", "recurrent_gemma"),
     ),

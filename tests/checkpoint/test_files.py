@@ -68,7 +68,10 @@ def test_a_save_takes_away_exactly_the_old_weights(model, tmp_path):
     for name in {*WEIGHTS, *beside} - {"model.safetensors"}:
         (folder / name).write_bytes(b"{}")
     sosp_hub.save_pretrained(model, folder)
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", *beside}
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "config.json", "model.safetensors"),
+        *beside,
+    }
 
 
 # ----------------------------------------------------------------------------------------- writing

@@ -121,9 +121,9 @@ def test_damping_is_chosen_on_samples_that_are_held_out(recipe, tmp_path, monkey
         seen["matrix"] |= ids(batches)
         return measure(self, model, groups, batches)
 
-    def evaluated(model, batches, metrics):
+    def evaluated(model, batches, metrics, **options):
         seen["loss"] |= ids(batches)
-        return evaluate(model, batches, metrics)
+        return evaluate(model, batches, metrics, **options)
 
     monkeypatch.setattr(CurvatureMeasure, "measure", measured)
     monkeypatch.setattr(compensation, "evaluate", evaluated)

@@ -200,10 +200,10 @@ budget: {params: 0.8, target: TARGET}
     [
         ("deci", [("deci", {"tensor_parallel": 1})]),
         ("torch-export", [("torch_export", {})]),
-        ("{name: gguf, quantization: k}", [("gguf", {"quantization": "k"})]),
+        ("{name: gguf, quantization: k}", [("gguf", {"quantization": "k", "fill": False})]),
         (
             "[deci, {name: gguf}]",
-            [("deci", {"tensor_parallel": 1}), ("gguf", {"quantization": "none"})],
+            [("deci", {"tensor_parallel": 1}), ("gguf", {"quantization": "none", "fill": False})],
         ),
         ("null", []),
     ],
