@@ -26,6 +26,7 @@ from sosp_hub.distributed import (
     wait_for_everyone,
 )
 from sosp_hub.errors import DataError, ModelError
+from sosp_hub.modes import evaluating
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.predictions import Predictions, at_least_float32
@@ -259,15 +260,13 @@ class StoredOutputs:
         """
         paths = [folder / "teacher_logs.npy", folder / "teacher_classes.npy"]
         if not all(path.is_file() for path in paths) and is_main():
-            was_training = teacher.training
-            teacher.eval()
             batches = [
                 list(range(start, min(start + config.batch_size, len(split))))
                 for start in range(0, len(split), config.batch_size)
             ]
             files: list[Any] = []
             drafts = [path.with_suffix(".draft") for path in paths]
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(teacher):
                 for numbers in progress(batches, "teacher"):
                     batch = to_device(split.__getitems__(numbers))
                     read = _read(batch_loss(teacher, batch, loss_fn))
@@ -295,7 +294,6 @@ class StoredOutputs:
             for file, draft, path in zip(files, drafts, paths, strict=True):
                 file.flush()
                 draft.replace(path)
-            teacher.train(was_training)
             size = sum(path.stat().st_size for path in paths)
             logger.info("teacher: the outputs of %d samples take %.3g GB", len(split), size / 1e9)
         wait_for_everyone()
@@ -353,13 +351,10 @@ def check_teacher(
     """
     batch = to_device(batch)
     shapes = []
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(student, teacher):
         for model in (student, teacher):
-            was_training = model.training
-            model.eval()
             predictions = batch_loss(model, batch, loss_fn).predictions
             shapes.append(None if predictions is None else tuple(predictions.values.shape))
-            model.train(was_training)
     if shapes[0] != shapes[1]:
         raise ModelError(
             f"finetune.teacher: its outputs have the shape {shapes[1]}, those of the model "

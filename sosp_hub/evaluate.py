@@ -1,5 +1,6 @@
 """What a model is worth: accuracy, loss, perplexity, each with its standard error."""
 
+import difflib
 import math
 import statistics
 import time
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from sosp_hub.callable_module import make_callable
 from sosp_hub.distributed import process_rows, process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
+from sosp_hub.modes import evaluating
 from sosp_hub.recipe.metrics import DIVERGENCE
 from sosp_hub.tasks.batches import as_batch
 from sosp_hub.tasks.loss import Loss, batch_loss
@@ -25,6 +27,7 @@ from sosp_hub.tasks.predictions import Predictions
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
 
+_OWN = ("accuracy", "loss", "perplexity", "per_class_accuracy")
 _LOSS, _CORRECT, _METERS = 0, 1, 2  # rows of the sums; then one for each meter and class
 _PARTS = 20  # that a metric of all samples is computed without in turn, for its standard error
 
@@ -57,20 +60,18 @@ def evaluate(
     """Measures a model on the batches of all processes; each sample counts once.
 
     Args:
-        model: In eval mode while it is measured; its mode is restored.
+        model: In eval mode while it is measured; afterwards as it was.
         batches: This process's batches; processes may have different numbers of them.
         metrics: ``accuracy``, ``loss``, ``perplexity``, ``per_class_accuracy`` (``accuracy/NAME``
             for each class that occurs).
         class_names: Names for ``per_class_accuracy``; the class's number where none is given.
-
         meters: What else can be measured, of a task's own.
         loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
 
     Raises:
         DataError: No batches at all, or a metric that this loss has not.
     """
-    was_training = model.training
-    model.eval()
+    metrics = _known(metrics, meters)
     of_all, own_meters = dict[str, tuple[OfAll, list[Any]]](), dict[str, Meter]()
     for name in metrics:
         meter = meters.get(name)
@@ -81,7 +82,7 @@ def evaluate(
     used = list(own_meters)
     first_class = _METERS + len(used)
     sums = torch.zeros(first_class, 6, dtype=torch.float64)
-    try:
+    with evaluating(model):
         for batch in batches:
             batch = to_device(as_batch(batch))
             loss = batch_loss(model, batch, loss_fn)
@@ -91,12 +92,10 @@ def evaluate(
             rows = _sums(loss).cpu()
             new = torch.cat([rows[:_METERS], *own, rows[_METERS:]])
             sums = new + F.pad(sums, (0, 0, 0, len(new) - len(sums)))
-    finally:
-        model.train(was_training)
     sums = _over_processes(sums, first_class)
     if sums[_LOSS, 0] == 0:
         raise DataError(
-            "nothing to evaluate on: the test split gives no batch; raise data.num_test"
+            "nothing to evaluate on: there is no batch; in a recipe raise data.num_test"
         )
     metrics_by_name: dict[str, Metric] = {}
     for name in metrics:
@@ -129,6 +128,22 @@ def evaluate(
     return metrics_by_name
 
 
+def _known(metrics: Sequence[str], meters: Mapping[str, Any]) -> Sequence[str]:
+    """The metrics, if each can be measured.
+
+    Raises:
+        DataError: One that cannot; names the nearest.
+    """
+    metrics = [metrics] if isinstance(metrics, str) else metrics
+    known = [*_OWN, *meters]
+    for name in metrics:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise DataError(f"no metric {name!r}{hint}; there are {', '.join(known)}")
+    return metrics
+
+
 @torch.no_grad()
 def metrics_of_samples(
     model: nn.Module,
@@ -145,7 +160,7 @@ def metrics_of_samples(
     be compared sample by sample. Of ``perplexity`` it is the loss, of root mean squares the square.
 
     Args:
-        model: In eval mode while it is measured; its mode is restored.
+        model: In eval mode while it is measured; afterwards as it was.
         batches: This process's batches.
         metrics: As for `evaluate`, without ``per_class_accuracy``; also ``divergence`` from the
             outputs of ``dense``.
@@ -159,11 +174,8 @@ def metrics_of_samples(
     for name in metrics:
         if isinstance(meters.get(name), OfAll):
             raise DataError(f"{name}: is of all samples together, and no mean over them")
-    modes = [(each, each.training) for each in (model, dense) if each is not None]
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    try:
-        for each, _ in modes:
-            each.eval()
+    with evaluating(model, *([] if dense is None else [dense])):
         for batch in batches:
             batch = to_device(as_batch(batch))
             loss = batch_loss(model, batch, loss_fn)
@@ -177,9 +189,6 @@ def metrics_of_samples(
                 else:
                     pair = _pair(loss, name)
                 rows[name].append(torch.stack([x.double().cpu() for x in pair], dim=1))
-    finally:
-        for each, was_training in modes:
-            each.train(was_training)
     found = {
         name: process_rows(torch.cat(parts) if parts else torch.zeros(0, 2, dtype=torch.float64))
         for name, parts in rows.items()

@@ -19,6 +19,7 @@ from sosp_hub.compat.accelerate import running_device
 from sosp_hub.compat.torch import parameter_table
 from sosp_hub.double_backward.pieces import pieces
 from sosp_hub.errors import CriterionError
+from sosp_hub.modes import evaluating
 from sosp_hub.structure.groups import Group, Groups, Site
 from sosp_hub.types import GateKind
 
@@ -100,19 +101,15 @@ def _precision(dtype: torch.dtype) -> float:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if any(modes.values()):
+    if any(module.training for module in model.modules()):
         logger.info("the model is in train mode; it is scored in eval mode and then set back")
     try:
-        for module in modes:
-            module.training = False
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
 

@@ -20,6 +20,7 @@ from sosp_hub.cost import Cost, cost
 from sosp_hub.cut import apply_
 from sosp_hub.errors import BudgetError, PlanError
 from sosp_hub.finetune import recalibrate_norm
+from sosp_hub.modes import evaluating
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schedule import kept_after
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
@@ -127,9 +128,7 @@ class GradualPruning:
         """
         if self.rounds_done == self._rounds:
             raise BudgetError(f"GradualPruning: all {self._rounds} rounds are done")
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with evaluating(self._model):
             graph = trace(self._model, self._inputs)
             kept = kept_after(self._kept, self.rounds_done + 1, self._rounds, self._share)
             share = min(1.0, kept * self._dense / self._value(cost(graph)))
@@ -139,8 +138,6 @@ class GradualPruning:
             budget: dict[str, Any] = {**self._limits, self._name: share}
             plan = allocate(graph, saliency, **budget)
             self._apply(graph, plan)
-        finally:
-            self._model.train(was_training)
         self.plans.append(plan)
         return plan
 
@@ -179,13 +176,11 @@ class GradualPruning:
         """
         if self.plans:
             raise PlanError("GradualPruning: this one has cut its model already; make a new one")
-        was_training = self._model.training
-        self._model.eval()
-        for text in state["plans"]:
-            plan = PruningPlan.from_json(text)
-            self._apply(trace(self._model, self._inputs), plan, solve=False)
-            self.plans.append(plan)
-        self._model.train(was_training)
+        with evaluating(self._model):
+            for text in state["plans"]:
+                plan = PruningPlan.from_json(text)
+                self._apply(trace(self._model, self._inputs), plan, solve=False)
+                self.plans.append(plan)
         self._steps, self._dense = state["steps"], state["dense"]
 
     def save(self, folder: str | Path) -> None:

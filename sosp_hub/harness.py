@@ -12,6 +12,7 @@ from torch import nn
 
 from sosp_hub.errors import DataError
 from sosp_hub.evaluate import Metric
+from sosp_hub.modes import evaluating
 
 _NAMES = {"acc": "accuracy", "acc_norm": "accuracy_norm"}
 """Of the harness, and of this package, where shares are known by them."""
@@ -64,20 +65,16 @@ def harness_metrics(
             f"evaluate.harness: the harness has no task {unknown[0]!r}; `lm_eval ls tasks` lists "
             "what there is, and evaluate.harness_folder names a folder with more"
         )
-    was_training = model.training
-    with _own_generators():
-        try:
-            found = simple_evaluate(
-                model=HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(tasks),
-                limit=limit,
-                task_manager=manager,
-                bootstrap_iters=100,
-                log_samples=False,
-                verbosity="ERROR",
-            )
-        finally:
-            model.train(was_training)
+    with _own_generators(), evaluating(model):
+        found = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=100,
+            log_samples=False,
+            verbosity="ERROR",
+        )
     metrics = {}
     for task, results in (found or {})["results"].items():
         number = (found or {})["n-samples"].get(task, {}).get("effective", 0)

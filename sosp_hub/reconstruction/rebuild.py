@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.cut import apply
 from sosp_hub.errors import DataError, PlanError
+from sosp_hub.modes import evaluating
 from sosp_hub.plan import PruningPlan
 from sosp_hub.reconstruction.gram import Gram, ProcessSum
 from sosp_hub.reconstruction.products import Product, Watched, from_matrices, to_matrices
@@ -141,19 +142,18 @@ def rebuilt_weights(
     result = copy_model(model)
     if plan.gates or plan.shifts:
         fold(result, graph, plan)
-    training = result.training
     partly = partly_cut(copy_model(result).eval().requires_grad_(False), graph, plan)
     rest = replace(plan, gates={}, shifts={})
     layers: list[RebuiltLayer] = []
     left = dict(partly.left)
     if partly.readers:
-        with isolated(partly.model):
+        with isolated(partly.model), evaluating(result):
             options = _Options(damping, dense_share, process_sum)
             work = _Work(model, result, graph, partly, kept_batches, options)
             layers += work.run()
             left |= work.left
     _tell(layers, left)
-    return Rebuilt(result.train(training), rest, tuple(layers), left)
+    return Rebuilt(result, rest, tuple(layers), left)
 
 
 def _check(model: Any, graph: Any, plan: Any, damping: Any, dense_share: Any) -> None:

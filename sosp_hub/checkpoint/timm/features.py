@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.compat.torch import FakeMode
+from sosp_hub.modes import evaluating
 
 _Shapes = dict[str, tuple[int, ...]]
 
@@ -82,16 +83,14 @@ def _shapes(model: nn.Module, entries: Sequence[Mapping[str, Any]]) -> _Shapes:
         before = entry.get("hook_type") == "forward_pre"
         place = module.register_forward_pre_hook if before else module.register_forward_hook
         handles.append(place(keep(str(i))))
-    was_training = model.training
-    runs: Any = model.eval()
+    runs: Any = model
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             features = runs.forward_features(*inputs)
             shapes["num_features"] = tuple(features.shape)
             hidden = runs.forward_head(features, pre_logits=True)
             shapes["head_hidden_size"] = tuple(hidden.shape)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return shapes
