@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sosp_hub.command_name import command_name
-from sosp_hub.errors import SospHubError
+from sosp_hub.errors import SospHubError, printable
 
 if TYPE_CHECKING:
     from sosp_hub.inspection.examine import Findings, Layer
 
-_WIDTH = 160
 _SIZES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
@@ -83,17 +82,20 @@ def _verify(model: str, revision: str | None) -> int:
     from sosp_hub.hub.verify import verify
 
     result = verify(model, revision=revision)
-    print(result)
+    print(printable(str(result)))
     return 0 if result.holds else 1
 
 
 def _show(findings: "Findings", *, whole: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    from sosp_hub.report.listing import new_console
+
+    console = new_console()
     console.print(
-        f"{findings.source}: {findings.architecture} ({findings.library}), {findings.tier}",
+        printable(
+            f"{findings.source}: {findings.architecture} ({findings.library}), {findings.tier}"
+        ),
         highlight=False,
     )
     cut = [
@@ -105,21 +107,21 @@ def _show(findings: "Findings", *, whole: bool) -> None:
         table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
     for layer in rows:
         sizes = (_short(layer.params), _short(layer.macs), _short(layer.bytes))
-        table.add_row(layer.name, _shapes(layer), *sizes)
+        table.add_row(printable(layer.name), _shapes(layer), *sizes)
     totals = findings.totals
     table.add_section()
     table.add_row("all", "", *(_change(totals, key) for key in ("params", "macs", "bytes")))
     if rows:
-        console.print(table, highlight=False)
+        console.print(table)
     if len(rows) < len(findings.layers):
         console.print(f"{len(findings.layers) - len(rows)} more layers are whole (--all)")
     if findings.sample:
-        console.print(f"MACs for one sample: {findings.sample}", highlight=False)
+        console.print(printable(f"MACs for one sample: {findings.sample}"))
     for reader in findings.readers:
         says = {True: "yes", False: "no", None: "perhaps"}[reader.loads]
-        console.print(f"{reader.name}: {says}; {reader.why}", highlight=False)
+        console.print(printable(f"{reader.name}: {says}; {reader.why}"))
     for fault in findings.faults:
-        console.print(f"DISAGREES: {fault}", highlight=False, style="bold")
+        console.print(printable(f"DISAGREES: {fault}"), style="bold")
     if not findings.faults and findings.layers:
         console.print(
             "config, delta and weights agree"

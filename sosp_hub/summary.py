@@ -4,6 +4,8 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+from sosp_hub.errors import printable
+
 _NUMBER = re.compile(r"(?<![^.:])\d+(?![^.:])")
 _MOST_ROWS = 40
 
@@ -31,7 +33,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], more: str = "")
         rows: As many cells each; more than a screen holds are left out.
         more: Where the rest is found.
     """
-    shown = [[str(cell) for cell in row] for row in rows[:_MOST_ROWS]]
+    shown = [[_cell(cell) for cell in row] for row in rows[:_MOST_ROWS]]
     widths = [max(map(len, column)) for column in zip(head, *shown, strict=True)]
     lines = [
         "  ".join(
@@ -43,6 +45,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], more: str = "")
     if len(rows) > len(shown):
         lines.append(f"and {len(rows) - len(shown)} more rows{more}")
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """One line of it, in which a terminal finds no orders."""
+    return printable(str(value)).replace("\n", "\\n")
 
 
 def span(values: Sequence[float | int]) -> str:

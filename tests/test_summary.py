@@ -80,3 +80,15 @@ def test_a_notebook_gets_the_same_text_and_no_markup_of_a_stranger():
     page = plan._repr_html_()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_names_of_strangers_give_a_terminal_no_orders():
+    name = "a\x1b]0;owned\x07\x1b[2J\n:neuron"
+    text = str(PruningPlan(kept={name: (0,)}, sizes={name: 2}))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
+    assert len(text.splitlines()) == 3
+
+
+def test_nothing_is_printed_as_nothing():
+    assert str(Scores({})).startswith("0 scores")
+    assert str(PruningPlan(kept={}, sizes={})).startswith("plan: 0 of 0 structures")
