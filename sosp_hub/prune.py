@@ -10,6 +10,7 @@ from sosp_hub.callable_module import make_callable
 from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_command, shown_as
 from sosp_hub.recipe.load import as_recipe, load_recipe
 from sosp_hub.recipe.schema import Recipe
+from sosp_hub.recipe.shipped import find_recipe
 
 if TYPE_CHECKING:
     from sosp_hub.report.terminal import Report
@@ -52,12 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--with-data belongs to --from-scores; a recipe always has its data")
         if not options.given and not options.from_scores:
             parser.error("the name or path of a recipe is missing, such as quickstart")
+        made = _of_a_model(options)
+        if made and (options.from_scores or find_recipe(options.given[0]).is_file()):
+            keys = "budget.params=0.8, model.task=..., data.path=..."
+            parser.error(f"--{made[0]} is for a model without a recipe; write keys, such as {keys}")
         scores = None
         if options.from_scores:
             from sosp_hub.pipeline.scores import read_scores
 
             scores = read_scores(options.from_scores, options.given)
-        recipe = scores.recipe if scores else _recipe(options)
+        if scores:
+            recipe = scores.recipe
+        elif made:
+            recipe = _made_recipe(options)
+        else:
+            recipe = load_recipe(options.given[0], options.given[1:], "prune")
         log_to_terminal(quiet=options.quiet)
         from sosp_hub.pipeline.run import run  # torch, which a faulty recipe need not wait for
 
@@ -69,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with_data=scores is None or options.with_data,
             **shown_as(options),
         )
+        if made:
+            _leave_recipe(recipe, options.overwrite)
 
     return run_command(parser, do, arguments)
 
@@ -104,25 +116,37 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe that is named, or one made of the options for a model."""
-    name, *overrides = options.given
-    if all(getattr(options, option) is None for option in _OF_A_MODEL):
-        return load_recipe(name, overrides, "prune")
-    from sosp_hub.recipe.quick import quick_recipe, write_recipe
+def _of_a_model(options: argparse.Namespace) -> list[str]:
+    """The options for a model without a recipe that were given."""
+    return [name for name in _OF_A_MODEL if getattr(options, name) is not None]
+
+
+def _leave_recipe(recipe: Recipe, overwrite: bool) -> None:
+    """Writes a recipe that was made, once its run is done: a command that failed leaves none."""
+    from sosp_hub.distributed import is_main
+    from sosp_hub.recipe.quick import write_recipe
+
+    if is_main():
+        path = write_recipe(recipe, overwrite=overwrite)
+        print(f"the recipe of this run, to change and run again: {path}", file=sys.stderr)
+
+
+def _made_recipe(options: argparse.Namespace) -> Recipe:
+    """A recipe of the options for a model."""
+    from sosp_hub.recipe.quick import place_of_recipe, quick_recipe
     from sosp_hub.zoo.library import library_of_id
 
-    budget = {key: value for key in ("macs", "params") if (value := getattr(options, key))}
+    name, *overrides = options.given
+    shares = {"macs": options.macs, "params": options.params}
     recipe = quick_recipe(
         name,
         library=options.library or library_of_id(name),
         task=options.task,
         data=options.data,
-        budget=budget,
+        budget={key: share for key, share in shares.items() if share is not None},
         overrides=overrides,
     )
-    path = write_recipe(recipe, overwrite=options.overwrite)
-    print(f"the recipe of this run, to change and run again: {path}", file=sys.stderr)
+    place_of_recipe(recipe, overwrite=options.overwrite)
     return recipe
 
 

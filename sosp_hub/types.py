@@ -12,6 +12,9 @@ Kind = Literal["channel", "head", "kv_group", "head_dim", "neuron", "residual", 
 BlockKind = Literal["attention", "mlp", "layer"]
 """What can go as a whole: a layer, or what it adds by its attention or its MLP."""
 
+TABLE_SUFFIXES = {".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
+"""Files of texts and tables that are read as data."""
+
 DEFAULT_KINDS: tuple[Kind, ...] = ("channel", "head", "kv_group", "neuron")
 """What may go unless somebody says otherwise."""
 

@@ -200,3 +200,31 @@ def test_a_trained_head_is_not_trained_again_unasked(train, new_head, trains):
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"train": train})})
     context = SimpleNamespace(recipe=recipe, has_random_weights=new_head)
     assert (Context.dense_training.fget(context) is not None) == trains
+
+
+TASK = ("--task", "text-classification")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("a/b", *TASK, "--data", "x/y", "--params", "0"), "budget.params: got 0"),
+        (("a/b", *TASK, "--data", "nofile.csv"), "nofile.csv"),
+        (("quickstart", "--params", "0.3"), "write keys, such as budget.params=0.8"),
+        (("--from-scores", "out", "--params", "0.3"), "write keys, such as budget.params=0.8"),
+    ],
+)
+def test_a_wrong_option_is_told_and_leaves_nothing(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = called(capsys, "prune", *arguments)
+    assert code == 2
+    assert words in err
+    assert not list(tmp_path.glob("runs/*.yaml"))  # it would stand in the way of the next try
+
+
+def test_a_misspelled_file_is_no_id_of_the_hub():
+    made = {"library": "transformers", "task": "text-generation", "budget": {}}
+    for name in ("nofile.csv", "./texts", "/no/texts", "~/texts"):
+        assert quick_recipe("a/b", **made, data=name).data.path == name
+    for name in ("org/data", "org/data-v1.0", "sklearn/digits"):
+        assert quick_recipe("a/b", **made, data=name).data.id == name

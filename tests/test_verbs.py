@@ -83,11 +83,12 @@ def test_a_recipe_is_a_name_a_path_sections_or_a_recipe(tmp_path):
     ("given", "verb", "words"),
     [
         ({"model": {}}, "prune", "data"),
+        (3, "prune", "type int.*expected a path"),
         ({**SECTIONS, "data": {"id": object()}}, "prune", "no YAML file could"),
         (SECTIONS, "compare", "compare: missing"),
         ({**SECTIONS, "compare": {"criteria": ["random"]}}, "prune", "not for prune"),
     ],
 )
 def test_what_is_wrong_with_sections_is_said_in_words(given, verb, words):
-    with pytest.raises(RecipeError, match=words):
+    with pytest.raises(RecipeError, match=f"(?s){words}"):
         as_recipe(given, [], verb)

@@ -13,10 +13,11 @@ from sosp_hub.data.idx import is_idx_folder, read_digits, read_idx_split
 from sosp_hub.data.labels import Problem, code_labels, number_values, several_classes
 from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
 from sosp_hub.data.rows import IMAGE_SUFFIXES, ImageRows, PixelRows, Rows, image_folder
-from sosp_hub.data.tables import TABLE_SUFFIXES, files_of_split, read_table, table_files
+from sosp_hub.data.tables import files_of_split, read_table, table_files
 from sosp_hub.errors import DataError
 from sosp_hub.recipe.schema import DataSection
 from sosp_hub.recipe.tasks import Inputs, Task, find_task, tasks
+from sosp_hub.types import TABLE_SUFFIXES
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sosp_hub.errors import DataError, shortened
+from sosp_hub.types import TABLE_SUFFIXES
 from sosp_hub.untrusted import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-TABLE_SUFFIXES = {".txt", ".md", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
 _ENCODING = "utf-8-sig"  # without the mark that some editors write at the start
 
 

@@ -59,6 +59,9 @@ def as_recipe(
     """
     if isinstance(given, str | Path):
         return load_recipe(given, overrides, verb)
+    if not isinstance(given, Mapping | Recipe):
+        fault = "expected a path, a name, sections as dictionaries or a Recipe"
+        raise RecipeError(f"a recipe of type {type(given).__name__}", [fault])
     text = dump_recipe(given, whole=False) if isinstance(given, Recipe) else _as_yaml(given)
     recipe = parse_recipe(text, "the recipe", overrides, output_dir=f"runs/{verb}")
     if faults := list(_misplaced(recipe, verb)):

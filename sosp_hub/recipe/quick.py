@@ -12,7 +12,7 @@ from sosp_hub.errors import RecipeError
 from sosp_hub.recipe.load import dump_recipe, parse_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import tasks
-from sosp_hub.types import Library
+from sosp_hub.types import TABLE_SUFFIXES, Library
 
 
 def quick_recipe(
@@ -52,7 +52,7 @@ def quick_recipe(
             **{"library": library, "id": model, "task": task},
             "train": {"epochs": 3, "when": "new_head"},
         },
-        "data": {"path" if Path(data).exists() else "id": data},
+        "data": {"path" if Path(data).exists() or _is_file_name(data) else "id": data},
         "budget": dict(budget),
         "finetune": {"epochs": 1},
     }
@@ -63,11 +63,13 @@ def quick_recipe(
     )
 
 
-def write_recipe(recipe: Recipe, *, overwrite: bool = False) -> Path:
-    """Writes a recipe beside its output folder, where it can be read, changed and run again.
+def _is_file_name(name: str) -> bool:
+    """Whether a name can only be meant as a local file or folder, which may be misspelled."""
+    return name.startswith(("/", ".", "~")) or Path(name).suffix in TABLE_SUFFIXES
 
-    Returns:
-        The file.
+
+def place_of_recipe(recipe: Recipe, *, overwrite: bool = False) -> Path:
+    """Where a run without a recipe leaves one: beside its output folder.
 
     Raises:
         RecipeError: Another recipe is there.
@@ -75,9 +77,22 @@ def write_recipe(recipe: Recipe, *, overwrite: bool = False) -> Path:
     output = Path(recipe.output.dir or "")
     path = output.with_name(f"{output.name}.yaml")
     text = dump_recipe(recipe, whole=False)
-    if path.exists() and path.read_text() != text and not overwrite:
+    if path.exists() and path.read_text(errors="replace") != text and not overwrite:
         fault = "holds another recipe; give output.dir=FOLDER, or --overwrite to replace it"
         raise RecipeError(str(path), [fault])
+    return path
+
+
+def write_recipe(recipe: Recipe, *, overwrite: bool = False) -> Path:
+    """Writes it there, to be read, changed and run again.
+
+    Returns:
+        The file.
+
+    Raises:
+        RecipeError: Another recipe is there.
+    """
+    path = place_of_recipe(recipe, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    write_text(path, dump_recipe(recipe, whole=False))
     return path

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sosp_hub.data.tables import TABLE_SUFFIXES
 from sosp_hub.errors import without_secrets
 from sosp_hub.recipe.metrics import Drop, is_share
 from sosp_hub.recipe.tasks import known_task
 from sosp_hub.report import numbers
 from sosp_hub.report.grid import Grid
 from sosp_hub.report.schema import check_report
+from sosp_hub.types import TABLE_SUFFIXES
 from sosp_hub.untrusted import UnreadableError, parse_yaml
 
 STAGES = (
