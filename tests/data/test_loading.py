@@ -6,6 +6,7 @@ from sosp_hub.data.labels import label_order
 from sosp_hub.data.loading import calibration_batches, load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.data.split import Part
+from sosp_hub.errors import DataError
 from sosp_hub.recipe.schema import DataSection
 from tests.compare import assert_close
 
@@ -98,3 +99,19 @@ def test_classes_of_the_same_name_meet(data, model, order):
 
 def test_tensors_stay_small(split):
     assert split._pixels.dtype == torch.uint8
+
+
+def test_each_split_has_as_many_samples_as_were_asked_for(idx_folder):
+    for num_train, num_test in ((7, 3), (2, 5), (None, 1), (4, None)):
+        section = DataSection(path=str(idx_folder), num_train=num_train, num_test=num_test)
+        data = open_data(section, "image-classification")
+        assert (len(data.train), len(data.test)) == (num_train or 12, num_test or 5)
+
+
+@pytest.mark.parametrize("stem", ["train", "t10k"])
+def test_a_split_without_samples_is_told_when_the_data_is_opened(idx_folder, write_idx, stem):
+    write_idx(idx_folder / f"{stem}-images-idx3-ubyte.gz", torch.zeros(0, 8, 8))
+    write_idx(idx_folder / f"{stem}-labels-idx1-ubyte", torch.zeros(0))
+    split = {"train": "train", "t10k": "test"}[stem]
+    with pytest.raises(DataError, match=f"the {split} split of idx is empty"):
+        open_data(DataSection(path=str(idx_folder)), "image-classification")

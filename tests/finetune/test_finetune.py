@@ -137,6 +137,21 @@ def test_each_epoch_has_an_order_of_its_own():
     assert len(set(epochs)) == 3
 
 
+def test_the_order_of_samples_is_the_seeds():
+    orders = {}
+
+    class Noted(Points):
+        def __getitems__(self, indices):
+            orders[run].extend(indices)
+            return super().__getitems__(indices)
+
+    for run in ((3, "once"), (3, "again"), (4, "once")):
+        orders[run] = []
+        finetune(net(), Noted(64), config(epochs=1), seed=run[0])
+        assert sorted(orders[run]) == list(range(64))
+    assert orders[3, "once"] == orders[3, "again"] != orders[4, "once"]
+
+
 def test_dropout_is_another_one_for_another_seed():
     """All samples are alike, so that their order decides nothing."""
     weights = []

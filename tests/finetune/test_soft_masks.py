@@ -158,6 +158,40 @@ def test_only_channels_that_every_reader_sees_behind_a_pair_have_masks():
     assert off_probability(torch.tensor(-1.0), torch.tensor(0.0), 0.05) == 1
 
 
+class HalfBehindAPair(nn.Module):
+    """One BatchNorm over the channels of two convolutions, of which one is read past it too."""
+
+    def __init__(self):
+        super().__init__()
+        self.behind, self.past = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 3, 1)
+        self.norm, self.head, self.side = nn.BatchNorm2d(7), nn.Conv2d(7, 2, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x, masks=None):
+        past = self.past(x)
+        y = self.norm(torch.cat([self.behind(x), past], 1))
+        y = y if masks is None else y * masks.view(1, -1, 1, 1)
+        return (self.head(y.relu()) + self.side(past)).mean((2, 3))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["hard", "sampled"])
+def test_channels_beside_those_with_masks_are_left_as_they_are(training):
+    model, x = HalfBehindAPair().train(training), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        model.norm.bias.copy_(torch.tensor([-0.2, 9.0, -9.0, 9.0, -0.2, 9.0, -0.2]))
+        model.norm.running_mean.copy_(torch.randn(7))
+    norm = copy.deepcopy(model.norm.state_dict())
+    masks = masks_of(model, x, c0=0.55, k=1000.0)
+    with torch.no_grad():
+        expected = model(x, masks=torch.tensor([0.0, 1, 0, 1, 1, 1, 1]))
+        model.norm.load_state_dict(norm)
+        with masks.installed():
+            masked = model(x)
+    assert_close(masked, expected, relative=1e-6)
+    assert masks.harden_() == 2
+    assert model.norm.bias.tolist() == pytest.approx([0, 9, 0, 9, -0.2, 9, -0.2])
+    assert (model.norm.weight == 0).tolist() == [True, False, True, *[False] * 4]
+
+
 def resnet_without_a_layer():
     """ResNet-20 one of whose blocks has no channel that is on; its branch still adds a constant."""
     model = spread(timm.create_model("cifar_resnet20"))
