@@ -8,6 +8,7 @@
 The smallest architecture of every timm module, tiny models of many layouts of transformers
 families, a small model of every other family that can be built from its shrunk default config,
 models of torchvision, with random weights, each in its own process with limits of time and memory.
+Models that are unlike come first; a stopped run goes on with the model that it was at.
 
 Three plans are cut by ``apply(strict=True)``, which verifies against the masked model, also padded,
 with other batch sizes and lengths, eager and from a cache: the exact groups, the kinds that are
@@ -21,24 +22,26 @@ follows operations. Results other than ok:
     wrong     verification lets it through and it differs from the dense model with gates
     gates     the cut is right (zeros where the structures are made), but the gates are not
     cost      predicted and measured cost differ
+    train     in training mode, with dropout off, the cut model differs from the gated one
+    save      the cut model (default kinds) cannot be saved, or what is loaded differs from it
+    time, memory, crash   a limit was reached, or the process ended
 """
 
 import argparse
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
-import multiprocessing
 import re
-import resource
-import signal
+import subprocess
+import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -46,6 +49,8 @@ import torchvision
 import transformers
 from torch import Tensor, nn
 
+import sosp_hub
+from sosp_hub.checkpoint.io import library_of
 from sosp_hub.cost import cost
 from sosp_hub.errors import SospHubError
 from sosp_hub.plan import PruningPlan
@@ -56,17 +61,19 @@ from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply, cut
 from sosp_hub.types import DEFAULT_KINDS
 from tests.bench import tiny
+from tests.bench.bounded import Record, in_own_process, short
 from tests.bench.families import FAMILIES
 from tests.bench.timm_smallest import SMALLEST
+from tests.plain import nets
 from tests.structure.oracles import difference, fill, gated, half, run, unmade
 
 ALLOWED = 1e-5
 """Largest error relative to the largest output; above it the comparison is repeated in float64."""
 
-MOST_BYTES = 12 * 2**30
-"""Address space of one model's process, libraries included."""
+MOST_BYTES = int(2.5 * 2**30)
+"""Memory that one model's process may hold, libraries included."""
 
-Record = dict[str, Any]
+Item = TypeVar("Item")
 Built = tuple[nn.Module, Any, str | tuple[str, ...] | None]
 
 
@@ -117,29 +124,60 @@ _TORCHVISION = (
 )  # fmt: skip
 _OPTIONS = {
     name: {"weights_backbone": None, "num_classes": 4}
+    | ({"min_size": 64, "max_size": 64} if "_fpn" in name else {})
     for name in _TORCHVISION
-    if (name.endswith(("_fpn", "_320", "_large")) and name[-9:] != "_v3_large") or "ssd" in name
+    if "_fpn" in name or "ssd" in name
 } | {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": True}}
 
 
+def plain_model(name: str) -> Built:
+    """A module of no library."""
+    image, noise = torch.randn(2, 3, 64, 64), torch.randn(2, 4, 4, 4)
+    inputs: Any = {
+        "Yolo": (image,),
+        "UNet": (torch.randn(2, 3, 32, 32),),
+        "Denoiser": {
+            "sample": noise,
+            "timestep": torch.tensor([3, 50]),
+            "encoder_hidden_states": torch.randn(2, 5, 12),
+        },
+        "TwoTowers": (torch.randn(2, 3, 8, 8), torch.randint(40, (2, 5))),
+    }
+    return getattr(nets, name)().eval(), inputs[name], None
+
+
+_PLAIN = ("Yolo", "UNet", "Denoiser", "TwoTowers")
+
+
 def models() -> dict[str, tuple[str, Callable[[], Built]]]:
-    """Library and builder by the name that records use."""
+    """Library and builder by the name that records use; those that are unlike come first."""
     found: dict[str, tuple[str, Callable[[], Built]]] = {}
-    for module, name in SMALLEST.items():
-        found[f"timm/{module}/{name}"] = ("timm", lambda name=name: timm_model(name))
+    for model_type, name in by_turns(tiny.model_types(), lambda each: tiny.head_of(each[1])):
+        found[f"transformers/{model_type}/{name}"] = (
+            "transformers",
+            lambda name=name: tiny_model(name),
+        )
     for family in FAMILIES:
         found[f"transformers/{family.name}"] = (
             "transformers",
             lambda family=family: (family.build(), family.inputs(), family.outputs),
         )
+    for module, name in SMALLEST.items():
+        found[f"timm/{module}/{name}"] = ("timm", lambda name=name: timm_model(name))
     for name in _TORCHVISION:
         found[f"torchvision/{name}"] = ("torchvision", lambda name=name: torchvision_model(name))
-    for model_type, name in tiny.model_types():
-        found[f"transformers/{model_type}/{name}"] = (
-            "transformers",
-            lambda name=name: tiny_model(name),
-        )
+    for name in _PLAIN:
+        found[f"plain/{name}"] = ("plain", lambda name=name: plain_model(name))
     return found
+
+
+def by_turns(items: Iterable[Item], kind: Callable[[Item], str]) -> list[Item]:
+    """The first of each kind, the second of each, and so on."""
+    by_kind: dict[str, list[Item]] = {}
+    for item in items:
+        by_kind.setdefault(kind(item), []).append(item)
+    rows = itertools.zip_longest(*by_kind.values())
+    return [item for row in rows for item in row if item is not None]
 
 
 # --- references ---
@@ -208,14 +246,21 @@ def measure(name: str) -> Record:
             f"{label}_{key}": value
             for key, value in check(model, graph, half(graph, chosen), label).items()
         }
-    states = [record[f"{label}_state"] for label in _PLANS]
+    uses = {"train": in_training, "save": saved_and_loaded}
+    for label, use in uses.items():
+        with contextlib.redirect_stdout(None):
+            record |= {f"{label}_{key}": value for key, value in use(model, graph, build).items()}
+    checks = (*_PLANS, *uses)
+    states = [record[f"{label}_state"] for label in checks]
     record["status"] = next((state for state in states if state != "ok"), "ok")
-    messages = [record.get(f"{label}_message") for label in _PLANS]
+    messages = [record.get(f"{label}_message") for label in checks]
     record["message"] = next(filter(None, messages), "")
     record["unchecked"] = graph.routes.unchecked
     record["total_s"] = round(time.perf_counter() - start, 1)
     return record
 
+
+DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 _PLANS: dict[str, Callable[[Group], bool]] = {
     "exact": lambda group: group.exact,
@@ -251,13 +296,62 @@ def check(model: nn.Module, graph: Graph, plan: PruningPlan, label: str) -> Reco
     return found | {"state": "ok"}
 
 
-def short(error: BaseException, *, with_place: bool = False) -> str:
-    """One line about an error, with the innermost places of the package and of the model's code."""
-    text = f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
-    if with_place:
-        frames = traceback.extract_tb(error.__traceback__)[-3:]
-        text += " @ " + " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)
-    return text
+def in_training(model: nn.Module, graph: Graph, _: Callable[[], Built]) -> Record:
+    """The cut of exact groups in training mode, where the model itself repeats its outputs."""
+    plan = half(graph, _PLANS["exact"])
+    dense = copy.deepcopy(model)
+    for module in dense.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or isinstance(module, DROPOUTS)):
+                vars(module)[name] = 0.0
+
+    def trained(reference: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
+        twin = copy.deepcopy(dense).train()
+        return reference(twin, *args)
+
+    try:
+        torch.manual_seed(1)
+        first = trained(run, graph)
+        torch.manual_seed(2)
+        repeats = difference(trained(run, graph), first) == 0
+    except Exception:  # noqa: BLE001 - training wants labels, or more samples
+        repeats = False
+    if not repeats:
+        return {"state": "ok", "checked": False}
+    try:
+        small = cut(copy.deepcopy(dense), graph, plan).train()
+        found = run(small, graph)
+    except Exception as error:  # noqa: BLE001 - the benchmark is about failures
+        return {"state": "train", "message": short(error, with_place=True)}
+    try:
+        error = min(difference(found, trained(gated, graph, plan)), 1e9)
+        if error > ALLOWED:
+            error = min(error, difference(found, trained(unmade, graph, plan)))
+    except Exception as why:  # noqa: BLE001 - gates change what is normalised, or shapes
+        return {"state": "ok", "checked": False, "message": short(why)}
+    if not error <= 100 * ALLOWED:  # statistics of two samples magnify what is rounding
+        return {"state": "train", "error": error, "message": f"differs by {error:.1e} in training"}
+    return {"state": "ok", "checked": True, "error": error}
+
+
+def saved_and_loaded(model: nn.Module, graph: Graph, build: Callable[[], Built]) -> Record:
+    """The cut of default kinds, written to files and read again."""
+    plan = half(graph, _PLANS["default"])
+    if not plan.kept:
+        return {"state": "ok", "checked": False}
+    try:
+        pruned = sosp_hub.apply(model, graph, plan, verify="fast")
+        expected = run(pruned, graph)
+        with tempfile.TemporaryDirectory() as folder:
+            place = sosp_hub.save_pretrained(pruned, Path(folder) / "cut")
+            own = library_of(model) == "torch"
+            loaded = sosp_hub.from_pretrained(place, **({"model": build()[0]} if own else {}))
+        error = difference(run(loaded, graph), expected)
+    except Exception as error:  # noqa: BLE001 - the benchmark is about failures
+        return {"state": "save", "message": short(error, with_place=True)}
+    if error:
+        return {"state": "save", "error": error, "message": f"loaded differs by {error:.1e}"}
+    return {"state": "ok", "checked": True}
 
 
 def reasons(graph: Graph, model: nn.Module) -> dict[str, float]:
@@ -267,8 +361,8 @@ def reasons(graph: Graph, model: nn.Module) -> dict[str, float]:
     shares: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if name not in cuttable:
-            reason = why.get(name, "not used in the forward pass")
-            shares[re.sub(r" in [\w.]+(?= |$)", "", reason)] += parameter.numel()
+            reason = re.sub(r" in [\w.]+(?= |$)", "", why.get(name, ""))
+            shares[reason or "not used in the forward pass"] += parameter.numel()
     return {reason: round(n / max(graph.num_params, 1), 4) for reason, n in shares.most_common(6)}
 
 
@@ -284,41 +378,6 @@ def measure_other(name: str) -> Record:
     fill(model)
     found = measure_peer(model, inputs, outputs)
     return {"model": name, "status": found["peer"], **found}
-
-
-def in_own_process(name: str, limit_s: float, work_on: Callable[[str], Record]) -> Record:
-    """Runs ``work_on`` in a fork, so that a crash, a hang or a patched library stays there.
-
-    Its time is that of the processor; what sleeps is stopped after ten times as long.
-    """
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def work() -> None:
-        torch.set_num_threads(1)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s), int(limit_s) + 5))
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-        try:
-            sender.send(work_on(name))
-        except Exception as error:  # noqa: BLE001 - the benchmark is about failures
-            sender.send(
-                {"model": name, "status": "build", "message": short(error, with_place=True)}
-            )
-
-    process = context.Process(target=work)
-    process.start()
-    sender.close()
-    try:
-        record = receiver.recv() if receiver.poll(10 * limit_s) else None
-    except EOFError:
-        record = None
-        process.join()
-    slow = process.exitcode in (None, -signal.SIGXCPU)
-    if record is None:
-        process.kill()
-    process.join()
-    told = "time" if slow else "crash"
-    return record or {"model": name, "status": told, "message": f"after {limit_s:.0f} s"}
 
 
 def read(path: Path) -> dict[str, Record]:
@@ -375,6 +434,14 @@ def row(record: Record, peer: Record) -> str:
     )
 
 
+def commit() -> str:
+    """The commit of the project, with a + where files differ from it."""
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip()
+
+
 def main() -> None:
     """Parses, runs what is missing, prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -382,7 +449,8 @@ def main() -> None:
     parser.add_argument("--peer-records", type=Path, default=Path("coverage_peer.jsonl"))
     parser.add_argument("--only", nargs="+", help="names or parts of names")
     parser.add_argument("--again", action="store_true", help="also models whose record is not ok")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
+    parser.add_argument("--limit", type=float, default=120, help="processor seconds for one model")
+    parser.add_argument("--memory", type=float, default=MOST_BYTES / 2**30, help="GiB for one")
     parser.add_argument("--table", action="store_true", help="print the records, run nothing")
     parser.add_argument("--peer", action="store_true", help="run Torch-Pruning, not the engine")
     args = parser.parse_args()
@@ -396,7 +464,8 @@ def main() -> None:
         else:
             wanted = name not in known or (args.again and known[name]["status"] != "ok")
         if wanted:
-            known[name] = in_own_process(name, args.limit, work_on)
+            known[name] = in_own_process(name, work_on, args.limit, int(args.memory * 2**30))
+            known[name]["commit"] = commit()
             with path.open("a") as file:
                 file.write(json.dumps(known[name]) + "\n")
             print(name, known[name]["status"], known[name].get("message", "")[:160], flush=True)

@@ -5,6 +5,7 @@ Nothing here knows a family: names of config values say what they are, and the s
 """
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,6 +119,11 @@ def model_types() -> Iterator[tuple[str, str]]:
                     seen.add(name)
                     yield model_type, name
                 break
+
+
+def head_of(name: str) -> str:
+    """What the class of a model is for: what its name says after the model type."""
+    return re.split(r"For(?=[A-Z])|(?=LMHead|Model$)", name)[-1]
 
 
 def shrunk(config: Any) -> dict[str, Any]:
