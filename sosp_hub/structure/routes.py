@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sosp_hub.compat.transformers import attention_of, set_attention, takes_sdpa
+from sosp_hub.errors import SospHubError, TraceError
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.inputs import (
@@ -174,7 +175,8 @@ def _try(
 
 def _first_line(error: BaseException) -> str:
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+    said = str(cause).strip().partition("\n")[0]
+    return said if isinstance(cause, SospHubError) else f"{type(cause).__name__}: {said}"
 
 
 @dataclass
@@ -345,15 +347,32 @@ _CACHES = ("past_key_values", "cache")
 
 
 def _has_cache(model: nn.Module, graph: Graph) -> bool:
+    return _keeps_cache(model, graph) and not _decodes(graph) and _is_text(model, graph)
+
+
+def _has_decoder_cache(model: nn.Module, graph: Graph) -> bool:
+    return _keeps_cache(model, graph) and _decodes(graph)
+
+
+def _keeps_cache(model: nn.Module, graph: Graph) -> bool:
     config = vars(model).get("config")
+    texts = config.get_text_config() if hasattr(config, "get_text_config") else config
     return (
         isinstance(graph.example_inputs, Mapping)
-        and _is_text(model, graph)
         and any(_takes(model, name) for name in _CACHES)
         and not any(name in graph.example_inputs for name in _CACHES)
-        and bool(getattr(config, "use_cache", False))
-        and not getattr(config, "is_encoder_decoder", False)
+        and any(getattr(each, "use_cache", False) for each in (config, texts))
+        and (_decodes(graph) or not getattr(config, "is_encoder_decoder", False))
     )
+
+
+def _decodes(graph: Graph) -> bool:
+    """Whether tokens for a decoder are given beside what an encoder reads."""
+    ids = graph.example_inputs.get(_DECODED) if isinstance(graph.example_inputs, Mapping) else None
+    return isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1
+
+
+_DECODED = "decoder_input_ids"
 
 
 def _step_by_step(run: Run) -> None:
@@ -364,10 +383,23 @@ def _step_by_step(run: Run) -> None:
 
 def _two_calls(kept: str, model: nn.Module, inputs: Any) -> Any:
     """All tokens but one, then the last one with what the first call kept."""
-    first = call(model, {**_cut_tokens(inputs, slice(-1)), "use_cache": True})
-    rest = _cut_tokens(inputs, slice(-1, None), but=(_MASK,))
+    first = call(model, {**_some_tokens(inputs, slice(-1)), "use_cache": True})
+    if not isinstance(first, Mapping) or first.get(kept) is None:
+        raise TraceError(f"the model returns no {kept!r} for use_cache=True")
+    rest = _some_tokens(inputs, slice(-1, None), but=(_MASK,))
     last = call(model, {**rest, kept: first[kept], "use_cache": True})
-    return {name: _each(first[name], last[name]) for name in first if name in last and name != kept}
+    ahead = (kept, "encoder") if _DECODED in inputs else (kept,)  # what encoders give is whole
+    return {
+        name: _each(first[name], last[name])
+        for name in first
+        if name in last and not name.startswith(ahead)
+    }
+
+
+def _some_tokens(inputs: Any, part: slice, but: Iterable[str] = ()) -> Any:
+    if _DECODED in inputs:
+        return {**inputs, _DECODED: inputs[_DECODED][:, part]}
+    return _cut_tokens(inputs, part, but)
 
 
 def _each(first: Any, last: Any) -> Any:
@@ -409,5 +441,6 @@ _WAYS = (
     _Way("another length", _is_text, _other_length, takes_tokens=True),
     _Way("a padded batch", _can_be_padded, _padded, takes_tokens=True),
     _Way("a cached step", _has_cache, _step_by_step, takes_tokens=True, several_calls=True),
+    _Way("a cached step of the decoder", _has_decoder_cache, _step_by_step, several_calls=True),
     _Way("training", _has_training, _training),
 )

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -296,6 +297,45 @@ def test_inputs_too_short_for_a_way_are_told(caplog):
     assert list(graph.routes.unchecked) == told
     for name in told:
         assert f"{name} is not checked: inputs of 4 tokens; 5 are needed" in caplog.text
+
+
+class Decoder(nn.Module):
+    """From a cache it reads the number of heads, else their width."""
+
+    def __init__(self, keeps=True):
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True, is_encoder_decoder=True)
+        self.keeps = keeps
+        self.words = nn.Embedding(9, 5)
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 5)
+        self.dim, self.heads = 4, 12 // 4
+
+    def forward(self, input_ids, decoder_input_ids, cache=None, use_cache=False):
+        read = self.words(input_ids)
+        h = self.up(self.words(decoder_input_ids) + read.mean(1, keepdim=True))
+        sizes = (-1, self.dim) if cache is None else (self.heads, -1)
+        logits = self.down(h.view(*h.shape[:-1], *sizes).softmax(-1).flatten(-2))
+        kept = {"cache": (read,)} if use_cache and self.keeps else {}
+        return {"logits": logits, "encoder_states": read, **kept}
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_a_decoder_continues_from_its_cache(verify):
+    model = fill(Decoder().eval())
+    given = {"input_ids": ids(length=3) % 9, "decoder_input_ids": ids(length=4) % 9}
+    graph = trace(model, given, outputs="logits")
+    pruned = apply(model, graph, plan_of(graph, {heads_of(graph): (0, 2)}), verify=verify)
+    assert pruned.heads == 2
+    assert "a cached step of the decoder" not in graph.routes.unchecked
+
+
+def test_that_a_model_keeps_no_cache_is_said_in_words():
+    model = fill(Decoder(keeps=False).eval())
+    given = {"input_ids": ids(length=3) % 9, "decoder_input_ids": ids(length=4) % 9}
+    graph = trace(model, given, outputs="logits")
+    apply(model, graph, plan_of(graph, {heads_of(graph): (0, 2)}))
+    told = graph.routes.unchecked["a cached step of the decoder"]
+    assert told == "the model returns no 'cache' for use_cache=True"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
