@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sosp_hub.errors import ModelError
+from sosp_hub.modes import evaluating
 
 PROMPTS = (
     "The weather today is",
@@ -64,7 +65,7 @@ def measure_drafting(
         draft: The smaller model, with the same vocabulary.
         prompts: Tokens of each, ``(1, length)``.
         num_tokens: New tokens of each.
-        names: Of the prompts, for what differs.
+        names: Of the prompts, for what differs; one without a name is told by its number.
 
     Raises:
         ModelError: Models of different vocabularies, or that do not generate.
@@ -80,21 +81,21 @@ def measure_drafting(
     def count(*_: Any) -> None:
         passes[0] += 1
 
-    parent, draft = parent.eval(), draft.eval()
-    _generate(parent, prompts[0], 2, None)  # warms up
-    _generate(parent, prompts[0], 4, draft)
     alone, drafted, seconds = list[Tensor](), list[Tensor](), [0.0, 0.0]
-    for prompt in prompts:
-        start = time.perf_counter()
-        alone.append(_generate(parent, prompt, num_tokens, None))
-        seconds[0] += time.perf_counter() - start
-        handle = parent.register_forward_pre_hook(count)
-        try:
+    with evaluating(parent, draft):
+        _generate(parent, prompts[0], 2, None)  # warms up
+        _generate(parent, prompts[0], 4, draft)
+        for prompt in prompts:
             start = time.perf_counter()
-            drafted.append(_generate(parent, prompt, num_tokens, draft))
-            seconds[1] += time.perf_counter() - start
-        finally:
-            handle.remove()
+            alone.append(_generate(parent, prompt, num_tokens, None))
+            seconds[0] += time.perf_counter() - start
+            handle = parent.register_forward_pre_hook(count)
+            try:
+                start = time.perf_counter()
+                drafted.append(_generate(parent, prompt, num_tokens, draft))
+                seconds[1] += time.perf_counter() - start
+            finally:
+                handle.remove()
     new = [sum(len(out) for out in outs) for outs in (alone, drafted)]
     differs = next(
         (i for i, pair in enumerate(zip(alone, drafted, strict=True)) if not torch.equal(*pair)),
@@ -106,8 +107,12 @@ def measure_drafting(
         alone_tokens_per_s=new[0] / seconds[0],
         drafted_tokens_per_s=new[1] / seconds[1],
         identical=differs is None,
-        differs_at=None if differs is None else names[differs],
+        differs_at=None if differs is None else _name(differs, names),
     )
+
+
+def _name(number: int, names: Sequence[str]) -> str:
+    return names[number] if number < len(names) else f"prompt {number}"
 
 
 def _generate(parent: Any, prompt: Tensor, num_tokens: int, draft: nn.Module | None) -> Tensor:

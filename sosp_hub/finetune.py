@@ -32,6 +32,7 @@ from sosp_hub.distributed import (
     to_device,
 )
 from sosp_hub.errors import DataError, ModelError
+from sosp_hub.modes import evaluating
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.tasks.batches import as_batch, num_samples
@@ -197,7 +198,7 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     The statistics become the mean over the batches of all processes.
 
     Args:
-        model: A model in eval mode; all but the statistics is left as it is.
+        model: Runs in eval mode but for these layers; all but the statistics is left as it is.
         batches: Calibration batches of this process, none where the data did not reach it. A
             batch of one sample has no variance and is left out where any process has another.
 
@@ -217,20 +218,20 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     done, failure = 0, None
     try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over the batches
-            norm.train()
-        for batch in batches:
-            if one_is_normal or num_samples(batch) > 1:
-                forward(model, to_device(batch))
-                done += 1
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean over the batches
+                norm.train()
+            for batch in batches:
+                if one_is_normal or num_samples(batch) > 1:
+                    forward(model, to_device(batch))
+                    done += 1
     except Exception as error:  # noqa: BLE001 - raised below, where all processes know of it
         failure = error
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            norm.eval()
     if process_sum(torch.tensor(float(failure is not None))):
         for norm, buffers in zip(norms, before, strict=True):
             for name, value in buffers.items():

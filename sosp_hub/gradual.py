@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -139,19 +138,21 @@ class GradualPruning:
             plan = allocate(graph, saliency, **budget)
             self._apply(graph, plan)
         self.plans.append(plan)
+        recalibrate_norm(self._model, self._batches)
         return plan
 
     def _apply(self, graph: Any, plan: PruningPlan, *, solve: bool = True) -> None:
+        other = None
         if solve and self._rebuild and plan.kept:
             rebuilt = rebuilt_weights(self._model, graph, plan, self._batches)
-            with torch.no_grad():
-                new = dict(rebuilt.model.named_parameters())
-                for name, parameter in self._model.named_parameters():
-                    parameter.copy_(new[name])
-            plan = rebuilt.plan
-        apply_(self._model, graph, plan, verify="fast", strict=True)
-        if solve:
-            recalibrate_norm(self._model, self._batches)
+            other, plan = rebuilt.model, rebuilt.plan
+            _exchange(self._model, other)
+        try:
+            apply_(self._model, graph, plan, verify="fast", strict=True)
+        except BaseException:
+            if other is not None:
+                _exchange(self._model, other)
+            raise
         if self._optimizer is not None:
             carry(self._optimizer, self._model, graph, plan)
         for average in self._averages:
@@ -203,6 +204,13 @@ class GradualPruning:
 
     def _value(self, found: Cost) -> float:
         return getattr(found, _COSTS[self._name])
+
+
+def _exchange(model: nn.Module, other: nn.Module) -> None:
+    """Each gets the other's weights; the parameters themselves stay where they are."""
+    theirs = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data, theirs[name].data = theirs[name].data, parameter.data
 
 
 def trainer_callback(make: Callable[[nn.Module, Optimizer], GradualPruning]) -> Any:

@@ -55,6 +55,15 @@ def test_a_pruned_draft_leaves_the_output_as_it_is():
     assert not parent._forward_pre_hooks
 
 
+def test_both_models_come_back_in_their_modes_and_prompts_need_no_names():
+    parent, draft = llama().train(), llama(seed=1).train()
+    parent.model.layers[0].eval()
+    before = [[each.training for each in model.modules()] for model in (parent, draft)]
+    found = measure_drafting(parent, draft, [*PROMPTS] * 3, num_tokens=4, names=())
+    assert found.num_tokens == 24
+    assert [[each.training for each in model.modules()] for model in (parent, draft)] == before
+
+
 def test_another_vocabulary_is_refused():
     with pytest.raises(ModelError, match="the draft has 50 tokens, its parent 60"):
         measure_drafting(llama(), llama(vocabulary=50), PROMPTS)

@@ -77,6 +77,11 @@ def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def forward_hook_table(module: nn.Module) -> dict[int, Any]:
+    """What is called after a module's forward pass, by the number of its handle."""
+    return module._forward_hooks
+
+
 def save_buffer(module: nn.Module, name: str) -> None:
     """Makes a buffer part of the state dict."""
     module._non_persistent_buffers_set.discard(name)

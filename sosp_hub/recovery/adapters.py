@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sosp_hub.compat.torch import forward_hook_table
 from sosp_hub.errors import ModelError
 from sosp_hub.recipe.schema import LoraSection
 
@@ -92,7 +93,7 @@ def _targets(model: nn.Module, config: LoraSection) -> list[str]:
 
 @contextmanager
 def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, activations are computed again in the backward pass.
+    """Inside, activations are computed again in the backward pass; afterwards as before.
 
     Raises:
         ModelError: A model that cannot.
@@ -100,6 +101,9 @@ def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
+    before = [
+        (module, _switches(module), set(forward_hook_table(module))) for module in model.modules()
+    ]
     stop = _checkpointing(model)
     if stop is None:
         raise ModelError(
@@ -110,6 +114,19 @@ def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
     finally:
         stop()
+        for module, switches, hooks in before:
+            for name in _switches(module).keys() - switches.keys():
+                del vars(module)[name]
+            vars(module).update(switches)
+            table = forward_hook_table(module)
+            for number in table.keys() - hooks:
+                del table[number]
+
+
+def _switches(module: nn.Module) -> dict[str, Any]:
+    """What a module says of checkpointed gradients, and of inputs that need some for them."""
+    own = vars(module).items()
+    return {k: v for k, v in own if "checkpointing" in k or "require_grads" in k}
 
 
 def _checkpointing(model: Any) -> Callable[[], Any] | None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from sosp_hub.atomic import write_text
 from sosp_hub.data.loading import make_loader
 from sosp_hub.data.split import Part, Split
 from sosp_hub.distributed import is_main, wait_for_everyone
@@ -68,13 +69,16 @@ class Selected:
 class BestState:
     """The weights of least held-out loss so far, in a file: a training that goes on finds them.
 
+    The record names the file of its weights, and takes its place as a whole: after a kill there is
+    the state before an offer or the one after it.
+
     Args:
         model: Whose weights are kept.
         folder: Where; exists.
     """
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
-        self.model, self.weights = model, folder / "best.safetensors"
+        self.model, self.folder = model, folder
         self.record = folder / "best.json"
 
     @property
@@ -82,9 +86,12 @@ class BestState:
         """The best so far; None where none was offered."""
         if not self.record.exists():
             return None
-        record = json.loads(self.record.read_text())
+        record = self._read()
         losses = tuple((epoch, loss) for epoch, loss in record["losses"])
         return Selected(record["epoch"], record["loss"], losses)
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.record.read_text())
 
     def offer(self, epoch: float, loss: float) -> bool:
         """Keeps the model's weights if there are no better ones; whether it did."""
@@ -96,11 +103,14 @@ class BestState:
         losses = [each for each in (known.losses if known else ()) if each[0] < epoch]
         best = (epoch, loss) if stays is None or is_best else (stays.epoch, stays.loss)
         if is_main():
-            self.record.unlink(missing_ok=True)
+            old = self._read()["weights"] if known else ""
+            new = ("best-1" if old.startswith("best-0") else "best-0") + ".safetensors"
             if is_best:
-                save_model(self.model, str(self.weights))
+                save_model(self.model, str(self.folder / new))
             record = {"epoch": best[0], "loss": best[1], "losses": [*losses, (epoch, loss)]}
-            self.record.write_text(json.dumps(record))
+            write_text(self.record, json.dumps({**record, "weights": new if is_best else old}))
+            if is_best and old:
+                (self.folder / old).unlink(missing_ok=True)
         wait_for_everyone()
         return is_best
 
@@ -108,5 +118,5 @@ class BestState:
         """Gives the model the best weights."""
         selected = self.selected
         assert selected is not None
-        load_model(self.model, self.weights)
+        load_model(self.model, self.folder / self._read()["weights"])
         return selected

@@ -10,7 +10,7 @@ from torch import nn
 
 import sosp_hub
 from sosp_hub.cost import cost
-from sosp_hub.errors import BudgetError, PlanError
+from sosp_hub.errors import BudgetError, PlanError, VerificationError
 from sosp_hub.gradual import GradualPruning
 from sosp_hub.recipe.schedule import kept_after
 from tests.compare import assert_close
@@ -61,6 +61,25 @@ def test_each_round_leaves_its_share_of_the_dense_model(share):
     assert found.rounds_done == 3
     with pytest.raises(BudgetError, match="all 3 rounds are done"):
         found.cut()
+
+
+@pytest.mark.parametrize("at", ["apply_", "rebuilt_weights"])
+def test_a_cut_that_fails_leaves_the_model_as_it_was(at, monkeypatch):
+    model, inputs = net(), X.clone()
+    parameters, expected = list(model.parameters()), model(inputs).detach()
+
+    def fails(*given, **keys):
+        raise VerificationError("no")
+
+    found = pruning(model)
+    with monkeypatch.context() as patch, pytest.raises(VerificationError):
+        patch.setattr(f"sosp_hub.gradual.{at}", fails)
+        found.cut()
+    assert_close(model(inputs), expected, relative=0)
+    assert all(old is new for old, new in zip(parameters, model.parameters(), strict=True))
+    assert found.rounds_done == 0
+    found.cut()
+    assert found.rounds_done == 1
 
 
 def test_optimizer_and_averages_follow_every_cut():

@@ -49,6 +49,26 @@ def config(**keys):
     )
 
 
+def state_of(model):
+    """Attributes and hooks of all modules."""
+    modules = list(model.modules())
+    return [vars(each).copy() for each in modules], [dict(each._forward_hooks) for each in modules]
+
+
+def test_a_model_that_computes_activations_again_goes_on_so():
+    for model in (llama(), timm.create_model("resnet18")):
+        for on in (False, True):
+            if on and hasattr(model, "set_grad_checkpointing"):
+                model.set_grad_checkpointing(True)
+            elif on:
+                enable = getattr(model, "activation_checkpointing_enable", None)  # from 5.24 on
+                (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            before = state_of(model)
+            with checkpointed(model, True):
+                assert state_of(model) != before or on
+            assert state_of(model) == before
+
+
 def test_merged_adapters_compute_what_adapters_computed():
     model, ids = cut_llama(), torch.arange(24).reshape(3, 8)
     shapes = {name: p.shape for name, p in model.named_parameters()}

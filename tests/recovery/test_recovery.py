@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +153,35 @@ def test_the_best_state_survives_a_kill(tmp_path):
     assert BestState(model, tmp_path).selected.losses == ((5, 2.0), (6, 5.0), (7, 4.0), (8, 4.5))
     assert offer((9, math.nan)) == 7
     assert offer((4, math.nan), (5, 1.0)) == 5
+
+
+@pytest.mark.parametrize("at", ["safetensors.torch.save_file", "pathlib.Path.replace"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_kill_while_the_best_state_is_written_leaves_the_one_before(
+    at, half, tmp_path, monkeypatch
+):
+    model = nn.Linear(1, 1)
+
+    def offer(epoch, loss):
+        model.weight.data.fill_(float(epoch))
+        BestState(model, tmp_path).offer(epoch, loss)
+
+    def killed(tensors, name, *rest, **more):
+        if half and at.endswith("save_file"):
+            Path(name).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    offer(1, 3.0)
+    offer(2, 2.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(at, killed)
+        offer(3, 1.0)
+    assert BestState(model, tmp_path).load().losses == ((1, 3.0), (2, 2.0))
+    assert model.weight.item() == 2
+    offer(3, 1.0)
+    assert BestState(model, tmp_path).load().epoch == 3
+    assert model.weight.item() == 3
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_too_few_samples_are_refused():
