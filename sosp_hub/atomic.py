@@ -51,17 +51,27 @@ def draft_folder(folder: Path) -> Iterator[Path]:
                 f"{shortened(str(folder))}: is a file, expected a folder to save into"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(
-            tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", suffix=".new", dir=folder.parent)
-        )
-        try:
-            draft.chmod(0o777 & ~_umask())
+        with draft_folder_in(folder.parent, folder.name) as draft:
             yield draft
-            for path in draft.rglob("*"):  # safetensors writes files that only their owner can read
-                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+            as_others_are(draft)
             put_in_place(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def draft_folder_in(parent: Path, name: str) -> Iterator[Path]:
+    """Gives an empty folder in ``parent``, gone afterwards; ``name`` is part of its name."""
+    draft = Path(tempfile.mkdtemp(prefix=f".{name[:40]}.", suffix=".new", dir=parent))
+    try:
+        draft.chmod(0o777 & ~_umask())
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def as_others_are(folder: Path) -> None:
+    """Gives all below a folder the permissions of new files; safetensors' are their owner's."""
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
 def put_in_place(draft: Path, folder: Path) -> None:

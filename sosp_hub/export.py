@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sosp_hub.atomic import as_others_are, draft_folder_in, put_in_place, writing
 from sosp_hub.callable_module import make_callable
 from sosp_hub.command_name import command_name
 from sosp_hub.errors import CheckpointError, SospHubError
@@ -24,10 +25,10 @@ def export(
     tokenizer: Any = None,
     **options: Any,
 ) -> Path:
-    """Writes a pruned model in the form that another reader takes.
+    """Writes a pruned model in the form that another reader takes: as a whole, or not at all.
 
     Args:
-        model: A model, or a folder or hub id that ``from_pretrained`` loads.
+        model: A model, or a folder or hub id that ``from_pretrained`` loads. It stays as it is.
         to: Name of a target, such as ``deci``, ``gguf``, ``onnx``, ``padded``.
         out: File or new folder; None = beside the model's folder, with the target's name.
         tokenizer: Goes into the files; None = the folder's own, where it has one.
@@ -40,6 +41,7 @@ def export(
         CheckpointError: An unknown target or option, a layer that the target has no form for, a
             place that is taken, or a package that is missing.
         ModelError: A model that the target has no form for.
+        OutputError: The place cannot be written.
     """
     target = to if isinstance(to, Target) else make_target(to, CheckpointError, **options)
     folder = None
@@ -52,10 +54,26 @@ def export(
     if out is None and folder is None:
         raise CheckpointError("export: a model in memory has no folder; give out=")
     place = Path(out) if out is not None else _beside(Path(str(folder)), target)
+    _check_free(place)
+    from sosp_hub.modes import evaluating
+    from sosp_hub.structure.isolation import random_numbers_kept
+
+    with writing(place), random_numbers_kept(), evaluating(model):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with draft_folder_in(place.parent, place.name) as draft:
+            target.write(model, draft / place.name, tokenizer)
+            as_others_are(draft)
+            written = sorted(draft.iterdir())
+            for path in written:
+                _check_free(place.with_name(path.name))
+            for path in written:
+                put_in_place(path, place.with_name(path.name))
+    return place
+
+
+def _check_free(place: Path) -> None:
     if place.exists() and (place.is_file() or any(place.iterdir())):
         raise CheckpointError(f"{place}: is there already; give another place, or remove it")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return target.write(model, place, tokenizer)
 
 
 def _beside(folder: Path, target: Target) -> Path:

@@ -1,19 +1,23 @@
 """Targets: plans that their readers take, and files that they load."""
 
+import contextlib
+import copy
 import json
 import logging
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 import sosp_hub
-from sosp_hub.errors import BudgetError, CheckpointError
+from sosp_hub.errors import BudgetError, CheckpointError, ModelError, OutputError
 from sosp_hub.export import main
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.recipe.targets import TARGETS
+from sosp_hub.targets.openvino import OpenVino
 from tests.compare import assert_close
 
 pytestmark = pytest.mark.slow
@@ -151,6 +155,62 @@ def test_every_target_is_written_from_a_folder_by_the_command(name, traced, tmp_
         assert_close(again(tokens).logits, pruned(tokens).logits, relative=1e-5)
     assert main([str(tmp_path / "small"), "--to", name]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def random_states():
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+
+
+class Unsaved:
+    """A tokenizer whose files cannot be written."""
+
+    def save_pretrained(self, folder):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS.known().keys()))
+def test_writing_leaves_the_model_and_the_process_as_they_were(name, tmp_path):
+    if name in ("onnx", "gguf", "openvino", "executorch"):
+        pytest.importorskip(name)
+    model = llama().train()
+    model.model.layers[1].eval()
+    modes, before = [each.training for each in model.modules()], random_states()
+    config = copy.deepcopy(vars(model.config))
+    place = tmp_path / "new" / f"out{TARGETS.known()[name].suffix}"
+    written = None
+    with contextlib.suppress(ModelError):  # executorch, of a model that generates
+        written = sosp_hub.export(model, name, place)
+    assert [each.training for each in model.modules()] == modes
+    assert random_states() == before
+    assert written in (place, None)
+    left = {path.name for path in place.parent.iterdir()}
+    assert left <= {place.name, place.with_suffix(".bin").name}
+    assert (place.name in left) == (written is not None)
+    if name != "transformers":  # whose own save notes the class and the type
+        assert vars(model.config) == config
+
+
+@pytest.mark.parametrize("name", ["deci", "mlx", "padded", "transformers"])
+def test_what_could_not_be_written_as_a_whole_is_not_there(name, tmp_path):
+    with pytest.raises(OutputError, match="No space left"):
+        sosp_hub.export(llama(), name, tmp_path / "out", tokenizer=Unsaved())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_beside_that_is_somebody_elses_stays(tmp_path, monkeypatch):
+    """OpenVINO has two files; the one that is not named counts too."""
+
+    def write(self, model, path, tokenizer=None):
+        path.write_text("xml")
+        path.with_suffix(".bin").write_text("bin")
+        return path
+
+    monkeypatch.setattr(OpenVino, "write", write)
+    (tmp_path / "out.bin").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"out\.bin: is there already"):
+        sosp_hub.export(llama(), "openvino", tmp_path / "out.xml")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.bin"]
+    assert (tmp_path / "out.bin").read_text() == "mine"
 
 
 def test_quantised_rows_stay_close_to_the_model(tmp_path):
