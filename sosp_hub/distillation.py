@@ -21,12 +21,12 @@ from sosp_hub.distributed import (
     is_main,
     logger,
     process_state,
-    progress,
     to_device,
     wait_for_everyone,
 )
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.modes import evaluating
+from sosp_hub.progress import progress
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.predictions import Predictions, at_least_float32

@@ -1,8 +1,7 @@
-"""Processes, devices, log lines and progress bars: the only file that knows Accelerate's state."""
+"""Processes and devices: the only file that knows Accelerate's state."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from accelerate.utils import (
     reduce,
     send_to_device,
 )
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-console = Console(stderr=True)
+from sosp_hub.progress import progress
+
 logger = logging.getLogger("sosp_hub")
 
 
@@ -87,51 +85,12 @@ def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accel
     )
 
 
-@contextmanager
-def progress_bar(
-    description: str, total: int | None, start: int = 0
-) -> Iterator[Callable[..., None]]:
-    """A bar of one long stage, shown by the main process alone.
-
-    Yields:
-        A function that moves the bar on by one; its argument, if any, is shown behind the bar.
-    """
-    columns = (
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(
-        *columns, console=console, disable=not is_main() or logger.level > logging.INFO
-    ) as bar:
-        task = bar.add_task(description, total=total, completed=start, note="")
-
-        def advance(note: str | None = None) -> None:
-            bar.update(task, advance=1)
-            if note is not None:
-                bar.update(task, note=note)
-
-        yield advance
-
-
-def progress(iterable: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
-    """What is iterated over, with a bar."""
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)  # pyright: ignore[reportArgumentType]
-    with progress_bar(description, total) as advance:
-        for item in iterable:
-            yield item
-            advance()
-
-
 def from_main(value: Any) -> Any:
     """The main process's value, on all processes."""
     return broadcast_object_list([value])[0]
 
 
-class OnDevice:
+class OnDevice(Sequence[Any]):
     """Batches that go to the device one by one, with a bar for each pass that is described."""
 
     def __init__(self, batches: Sequence[Any], description: str | None = None) -> None:
@@ -139,6 +98,9 @@ class OnDevice:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return to_device(self._batches[index])
 
     def __iter__(self) -> Iterator[Any]:
         moved = map(to_device, self._batches)

@@ -28,11 +28,11 @@ from sosp_hub.distributed import (
     make_accelerator,
     process_state,
     process_sum,
-    progress_bar,
     to_device,
 )
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.modes import evaluating
+from sosp_hub.progress import progress_bar
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.tasks.batches import as_batch, num_samples
@@ -124,7 +124,7 @@ def finetune(
     losses: list[Tensor] = []
     last: Any = None
     model.train()
-    with progress_bar(description, total, step) as advance:
+    with progress_bar(description, total, step, unit="steps") as advance:
         for epoch in range(step // steps_per_epoch, epochs):
             loader.set_epoch(epoch)
             done = (step - epoch * steps_per_epoch) * config.gradient_accumulation

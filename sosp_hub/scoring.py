@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, get_args
@@ -258,6 +258,8 @@ def _own_outputs_where_alone(
     if isinstance(batches, Iterator):
         first = next(batches, None)
         batches = batches if first is None else chain([first], batches)
+    elif isinstance(batches, Sequence):  # a pass of its own would be shown as one
+        first = batches[0] if batches else None
     else:
         first = next(iter(batches), None)
     first = as_batch(first)

@@ -8,7 +8,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from sosp_hub.distributed import logger
-from sosp_hub.finetune import recalibrate_norm
+from sosp_hub.finetune import has_norms, recalibrate_norm
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.measuring import measured
 from sosp_hub.pipeline.planning import plan
@@ -104,9 +104,9 @@ def follow_up(
     metrics = {"cut": cut_metrics(context, pruned)}
     if rebuild(context, decided, pruned):
         metrics["rebuilt"] = rebuilt_metrics(context, pruned)
-    with context.cache.timed("recalibration"):
-        num_norms = 0
-        if context.recipe.recalibrates():
+    num_norms = 0
+    if context.recipe.recalibrates() and has_norms(pruned):
+        with context.cache.timed("recalibration", "re-estimate norms"):
             num_norms = recalibrate_norm(pruned, context.calibration_batches())
     if num_norms:
         metrics["recalibrated"] = recalibrated_metrics(context, pruned)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sosp_hub.command_name import command_name
 from sosp_hub.errors import SospHubError
+from sosp_hub.progress import TerminalHandler, show_at_once
 from sosp_hub.recipe.schema import Verb
 
 
@@ -89,7 +90,15 @@ def run_command(
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
+    _repeat_warnings()
     return 0
+
+
+def _repeat_warnings() -> None:
+    """Says at the end what may have scrolled by."""
+    for handler in logging.getLogger("sosp_hub").handlers:
+        if isinstance(handler, TerminalHandler):
+            handler.repeat_warnings()
 
 
 def _help(program: str, topics: Sequence[str]) -> str:
@@ -128,10 +137,9 @@ def log_to_terminal(*, quiet: bool = False) -> None:
     Args:
         quiet: Warnings alone; bars are not shown either.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("sosp_hub")
-    log.handlers[:] = [handler]
+    log.handlers[:] = [TerminalHandler()]
+    show_at_once()
     level = logging.WARNING if quiet else logging.INFO
     log.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     from sosp_hub.zoo.transformers import silence  # torch, which a faulty recipe need not wait for

@@ -23,6 +23,7 @@ from sosp_hub.pipeline.measuring import cut
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense
 from sosp_hub.plan import PruningPlan
+from sosp_hub.progress import progress
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Groups
 
@@ -45,11 +46,11 @@ def held_out_losses(
     """
     measured_on, held_out = parts_of_calibration(context, hold_out=True)
     losses = {}
-    for damping in DAMPINGS:
+    for damping in progress(DAMPINGS, "choose damping", unit="dampings"):
         pruned = cut(context, plan_with(damping), "fast")
         if context.recipe.recalibrates():
             recalibrate_norm(pruned, measured_on)
-        batches = OnDevice(held_out, f"damping {damping:g}")
+        batches = OnDevice(held_out)
         measured = evaluate(pruned, batches, ("loss",), loss_fn=context.loss_fn(pruned))
         losses[f"{damping:g}"] = measured["loss"].value
     return losses
@@ -92,7 +93,7 @@ def refine(context: Context, plan: PruningPlan, groups: Groups) -> PruningPlan:
     return refined(
         plan,
         groups,
-        lambda at: measure.measure(model, groups, OnDevice(batches, "step"), at),
+        lambda at: measure.measure(model, groups, OnDevice(batches, "compensate"), at),
         lambda at: measure.divergence(model, groups, OnDevice(held_out), at),
         num_steps,
         DAMPINGS,

@@ -273,7 +273,7 @@ def open_context(
     """
     if scores is not None:
         recipe = recipe.model_copy(update={"model": scores.model()})
-    with cache.timed("load"):
+    with cache.timed("load", "load model and data"):
         accelerator = make_accelerator(recipe.finetune.mixed_precision, recipe.seed)
         set_seed(recipe.seed)
         data = open_data(recipe.data, recipe.model.task, seed=recipe.seed) if with_data else None
@@ -297,7 +297,7 @@ def open_context(
                     wanted,
                     num_train,
                 )
-    with cache.timed("trace"):
+    with cache.timed("trace", "find groups"):
         graph = _traced(loaded, recipe, accelerator)
     return Context(recipe, cache, accelerator, loaded, graph, data, scores, sources, _splits=splits)
 
@@ -308,6 +308,6 @@ def _traced(loaded: Loaded, recipe: Recipe, accelerator: Accelerator) -> Graph:
     length = recipe.data.max_length if recipe.data else None
     sized = None if length is None else example_inputs(loaded, num_tokens=length)
     graph = trace(loaded.model, example_inputs(loaded), outputs=outputs, cost_inputs=sized)
-    logger.info("costs are those of one input: %s", graph.sized.sample)
+    logger.info("costs are for one input of %s", graph.sized.sample)
     loaded.model.to(accelerator.device)
     return graph

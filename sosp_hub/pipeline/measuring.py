@@ -11,13 +11,14 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from sosp_hub.data.loading import Split, make_loader
-from sosp_hub.distributed import OnDevice, process_sum, progress, to_device
+from sosp_hub.distributed import OnDevice, process_sum, to_device
 from sosp_hub.evaluate import evaluate
 from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.harness import check_harness, harness_metrics
 from sosp_hub.latency import Decoder, LatencyTable, ServingMemory, table_path
 from sosp_hub.pipeline.context import Context
 from sosp_hub.plan import PruningPlan
+from sosp_hub.progress import progress
 from sosp_hub.recipe.tasks import find_task, metric_names
 from sosp_hub.reconstruction.rebuild import Rebuilt, rebuilt_weights
 from sosp_hub.surgery.apply import apply
@@ -89,7 +90,7 @@ def rebuild_weights(context: Context, plan: PruningPlan) -> Rebuilt:
         context.model,
         context.graph,
         plan,
-        OnDevice(batches, "rebuild"),
+        OnDevice(batches),
         damping=config.damping,
         dense_share=config.dense_share,
         process_sum=process_sum,

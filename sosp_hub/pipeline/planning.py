@@ -40,7 +40,7 @@ def saliency(
     return {}
 
 
-@step("plan", dense, "structure", "criterion", "budget")
+@step("plan", dense, "structure", "criterion", "budget", says="allocate")
 def plan(
     context: Context,
     scores: "Saliency",
@@ -159,7 +159,7 @@ def decide_and_cut(context: Context, scores: "Saliency") -> tuple[PruningPlan, n
     while True:
         try:
             decided = decide(context, left, whole)
-            with context.cache.timed("cut"):
+            with context.cache.timed("cut", "cut and verify"):
                 return decided, cut(context, decided)
         except VerificationError as failure:
             unproved = [name for name in failure.groups if left.pop(name, None) is not None]

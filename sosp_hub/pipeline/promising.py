@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from sosp_hub.atomic import put_in_place
 from sosp_hub.data.loading import make_loader
-from sosp_hub.distributed import from_main, logger, progress
+from sosp_hub.distributed import from_main, logger
 from sosp_hub.errors import BudgetError
 from sosp_hub.evaluate import metrics_of_samples
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense
 from sosp_hub.plan import PruningPlan
+from sosp_hub.progress import progress
 from sosp_hub.promise.bound import Lost
 from sosp_hub.promise.search import check_samples, proof_of
 from sosp_hub.promise.within import rows_of_dense, search

@@ -1,5 +1,6 @@
 """A run from its recipe to its output folder: the stages in order."""
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from sosp_hub.pipeline.rounds import in_rounds
 from sosp_hub.pipeline.scores import Scores
 from sosp_hub.pipeline.stage_cache import StageCache
 from sosp_hub.pipeline.training import measure_dense, train_dense, train_masks
+from sosp_hub.progress import clock, progress_bar
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.report.facts import overall_metrics
 from sosp_hub.report.numbers import is_worse, metric_value
@@ -59,13 +61,14 @@ def run(
     Raises:
         SospHubError: Anything that the user has to change.
     """
-    output = Path(str(recipe.output.dir)).expanduser()
+    start, output = time.monotonic(), Path(str(recipe.output.dir)).expanduser()
     check_place(output, "sosp_report.json", overwrite)
     if recipe.push:
         fault = from_main(check_push(recipe.push) if is_main() else None)
         if fault:
             raise HubError(fault)
     cache = StageCache(output.with_name(f"{output.name}.partial"), recipe)
+    _introduce(recipe, output)
     _say_what_is_kept(cache)
     context = open_context(recipe, cache, scores, with_data=with_data)
     check(context)
@@ -84,35 +87,52 @@ def run(
     _warn_of_recovery(measured)
     report: dict[str, Any] = {}
     if is_main():
-        report = write_result(
-            recipe=recipe,
-            loaded=context.loaded,
-            pruned=pruned,
-            graph=context.graph,
-            plan=rounds.whole(plan),
-            saliency={} if rounds.plans else saliency,  # which is of a model that was cut before
-            metrics=metrics if with_data else {},
-            rebuild=rebuild_told(rounds.context),
-            rounds=rounds.record,
-            recovery=recovery,
-            promise=promised.made(context) or {},
-            calibration=calibration_of(rounds.context),
-            base=context.base,
-            curvature=None if rounds.plans else stored_curvature(context),
-            keep_inputs=partial(keep_inputs, rounds.context, context.model),
-            keep_dense=context.made_dense and recipe.output.keep_dense,
-            seconds=cache.seconds(),
-            draft=cache.folder / "result" / output.name,
-            output=output,
-            command=command,
-        )
+        with progress_bar("measure speed, write"):
+            report = write_result(
+                recipe=recipe,
+                loaded=context.loaded,
+                pruned=pruned,
+                graph=context.graph,
+                plan=rounds.whole(plan),
+                saliency={} if rounds.plans else saliency,  # of a model that was cut before
+                metrics=metrics if with_data else {},
+                rebuild=rebuild_told(rounds.context),
+                rounds=rounds.record,
+                recovery=recovery,
+                promise=promised.made(context) or {},
+                calibration=calibration_of(rounds.context),
+                base=context.base,
+                curvature=None if rounds.plans else stored_curvature(context),
+                keep_inputs=partial(keep_inputs, rounds.context, context.model),
+                keep_dense=context.made_dense and recipe.output.keep_dense,
+                seconds=cache.seconds(),
+                draft=cache.folder / "result" / output.name,
+                output=output,
+                command=command,
+            )
         cache.remove()
+        logger.info("done in %s", clock(time.monotonic() - start))
         if show is not None:
             show(report, output)
         if recipe.push:
             publish(output, recipe.push)
     wait_for_everyone()
     return Report(report)
+
+
+def _introduce(recipe: Recipe, output: Path) -> None:
+    """The first line: what is done to which model, and where it goes."""
+    asked = [f"{name} {share}" for name, share in recipe.budget.targets().items()]
+    asked += [f"{name} within {drop}" for name, drop in recipe.budget.max_drop.items()]
+    logger.info(
+        "%s on %s: %s by %s, keep %s, to %s",
+        recipe.model.id or recipe.model.path,
+        recipe.data.id or recipe.data.path,
+        recipe.model.task,
+        recipe.criterion.name,
+        ", ".join(asked) or "what the criterion decides",
+        output,
+    )
 
 
 def _warn_of_recovery(metrics: Mapping[str, Any]) -> None:

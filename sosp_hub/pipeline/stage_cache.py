@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
@@ -24,6 +24,7 @@ from sosp_hub.atomic import write_text
 from sosp_hub.distributed import is_main, wait_for_everyone
 from sosp_hub.errors import OutputExistsError
 from sosp_hub.pipeline.memory import PeakMemory
+from sosp_hub.progress import progress_bar
 from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.schema import Recipe
 
@@ -58,6 +59,7 @@ class Step(Generic[C, P]):
         needs: The parts of a recipe that its result depends on (`recipe_parts`).
         make: The function.
         with_peak: Note the memory that it took.
+        says: What a person is told that is done; empty where the function shows what it does.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Step(Generic[C, P]):
         make: Callable[Concatenate[C, P], dict[str, Any]],
         *,
         with_peak: bool,
+        says: str,
     ) -> None:
         self.name, self.needs, self._make, self._with_peak = name, needs, make, with_peak
+        self._says = says
 
     def __call__(self, context: C, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
         """What the function made, now unless it is there."""
@@ -77,7 +81,8 @@ class Step(Generic[C, P]):
             set_seed(context.recipe.seed)
             peak = PeakMemory() if self._with_peak else None
             start = time.perf_counter()
-            made = self._make(context, *args, **kwargs)
+            with progress_bar(self._says) if self._says else nullcontext():
+                made = self._make(context, *args, **kwargs)
             seconds = time.perf_counter() - start
             peak_bytes = peak.grown_bytes() if peak else None
             record = context.cache.write(self, made, seconds, peak_bytes)
@@ -94,7 +99,7 @@ class Step(Generic[C, P]):
 
 
 def step(
-    name: str, *needs: "str | Step[Any, ...]", with_peak: bool = False
+    name: str, *needs: "str | Step[Any, ...]", with_peak: bool = False, says: str = ""
 ) -> Callable[[Callable[Concatenate[C, P], dict[str, Any]]], Step[C, P]]:
     """Declares a step; a decorator of its function, which takes the context first.
 
@@ -102,6 +107,7 @@ def step(
         name: Of its files.
         needs: Parts of a recipe (`recipe_parts`), and steps whose needs it has as well.
         with_peak: Note the memory that it takes.
+        says: What a person is told that is done; empty where the function shows what it does.
 
     Raises:
         ValueError: A name that is taken.
@@ -111,7 +117,7 @@ def step(
     parts = [part for need in needs for part in (need.needs if isinstance(need, Step) else (need,))]
 
     def declare(make: Callable[Concatenate[C, P], dict[str, Any]]) -> Step[C, P]:
-        declared = Step(name, tuple(dict.fromkeys(parts)), make, with_peak=with_peak)
+        declared = Step(name, tuple(dict.fromkeys(parts)), make, with_peak=with_peak, says=says)
         STEPS[name] = declared
         return declared
 
@@ -246,10 +252,11 @@ class StageCache:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Notes how long something takes that leaves no result of its own."""
+    def timed(self, name: str, says: str) -> Iterator[None]:
+        """Notes how long something takes that leaves no result of its own, and shows it."""
         start = time.perf_counter()
-        yield
+        with progress_bar(says):
+            yield
         self._seconds[name] = time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:

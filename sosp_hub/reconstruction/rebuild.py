@@ -14,6 +14,7 @@ from sosp_hub.cut import apply
 from sosp_hub.errors import DataError, PlanError
 from sosp_hub.modes import evaluating
 from sosp_hub.plan import PruningPlan
+from sosp_hub.progress import progress
 from sosp_hub.reconstruction.gram import Gram, ProcessSum
 from sosp_hub.reconstruction.products import Product, Watched, from_matrices, to_matrices
 from sosp_hub.reconstruction.readers import PartlyCut, Reader, partly_cut
@@ -226,7 +227,7 @@ class _Work:
             "the largest take %.2g GB, and each result kept between passes about %.2g GB",
             len(order), largest / 1e9, self._stream.num_bytes / 1e9,
         )  # fmt: skip
-        return [self._layer(name) for name in order]
+        return [self._layer(name) for name in progress(order, "rebuild", unit="weights")]
 
     def _num_bytes(self, name: str) -> int:
         slots, _, inputs = self._matrices(self._partly.model, name).shape

@@ -25,10 +25,10 @@ _WORDS: Mapping[str, str] = {
     CALIBRATION: "inputs of the rebuild, for any budget",
     CARD: "model card",
     CURVATURE: "correlations of structures",
-    DENSE: "the dense model, for --from-scores",
+    DENSE: "dense model, for --from-scores",
     PAGE: "the same as a page",
     REPORT: "plan, metrics, costs, timings, versions",
-    RECIPE: "the recipe with this machine's paths, for --from-scores; not published",
+    RECIPE: "recipe with local paths; not published",
     SALIENCY: "scores of all structures",
     "config.json": "configuration",
     "figures": "kept widths, saliency, recovery",
@@ -38,7 +38,7 @@ _WORDS: Mapping[str, str] = {
     "tokenizer.json": "tokenizer",
 }
 _NAME_WIDTH = 24
-_WIDTH = 160  # of what is not shown in a terminal
+_WIDTH = 120  # of what is not shown in a terminal
 
 
 def new_console(file: IO[str] | None = None) -> Console:

@@ -5,6 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from sosp_hub.report import numbers
 from sosp_hub.report.facts import STAGES, collect, compared_with, overall_metrics, with_spread
 from sosp_hub.report.grid import Grid
@@ -18,19 +21,24 @@ class Report(dict[str, Any]):
     def __str__(self) -> str:
         """Cost, quality and what was made up for, before and after."""
         console = new_console(io.StringIO())
-        for part in _parts(self):
-            console.print(part)
-        return console.file.getvalue().rstrip()  # pyright: ignore[reportAttributeAccessIssue]
+        _print(console, self)
+        return console.file.getvalue().strip("\n").rstrip()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def show_result(report: Mapping[str, Any], output: Path) -> None:
     """Prints the before/after tables and the files of a finished run."""
     console = new_console()
-    for part in _parts(report):
-        console.print(part)
+    _print(console, report)
     show_files(console, output)
     place = escaped(str(output), "terminal")
     console.out(f'\nLoad it: sosp_hub.from_pretrained("{place}")', highlight=False)
+
+
+def _print(console: Console, report: Mapping[str, Any]) -> None:
+    for part in _parts(report):
+        if isinstance(part, Table):
+            console.print()
+        console.print(part)
 
 
 def _parts(report: Mapping[str, Any]) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sosp_hub.derivatives import LowRank, Matrix
+from sosp_hub.progress import progress, progress_bar
 
 BLOCK = 64  # eliminations between two updates of a whole inverse
 ROWS = 1024  # of a matrix of low rank, computed at once
@@ -116,22 +117,24 @@ def _eliminate(state: _State, left: _Open, most: int | None = None) -> list[int]
     """
     removed, num = list[int](), left.num if most is None else min(left.num, most)
     everything = torch.arange(len(left.places))
-    while len(removed) < num:
-        cost = left.per_unit(state.costs(), everything)
-        some, bound = (cost < torch.inf).nonzero()[:, 0], torch.inf
-        if len(some) > CANDIDATES:
-            bound = cost.kthvalue(CANDIDATES + 1).values.item()
-            least, ties = (cost < bound).nonzero()[:, 0], (cost == bound).nonzero()[:, 0]
-            some = torch.cat([least, ties[: CANDIDATES - len(least)]]).sort().values
-        view, taken = state.close_up(some), list[int]()
-        while len(taken) < min(REMOVALS, num - len(removed)):
-            chosen = left.take_cheapest(view.costs(), some, bound if taken else torch.inf)
-            if chosen is None:
-                break
-            view.remove(torch.tensor([chosen]))
-            taken.append(int(some[chosen]))
-        state.remove(torch.tensor(taken))
-        removed += taken
+    with progress_bar("eliminate", num, unit="structures") as advance:
+        while len(removed) < num:
+            cost = left.per_unit(state.costs(), everything)
+            some, bound = (cost < torch.inf).nonzero()[:, 0], torch.inf
+            if len(some) > CANDIDATES:
+                bound = cost.kthvalue(CANDIDATES + 1).values.item()
+                least, ties = (cost < bound).nonzero()[:, 0], (cost == bound).nonzero()[:, 0]
+                some = torch.cat([least, ties[: CANDIDATES - len(least)]]).sort().values
+            view, taken = state.close_up(some), list[int]()
+            while len(taken) < min(REMOVALS, num - len(removed)):
+                chosen = left.take_cheapest(view.costs(), some, bound if taken else torch.inf)
+                if chosen is None:
+                    break
+                view.remove(torch.tensor([chosen]))
+                taken.append(int(some[chosen]))
+            state.remove(torch.tensor(taken))
+            removed += taken
+            advance(steps=len(taken))
     return removed
 
 
@@ -242,7 +245,8 @@ def _operate_whole(
     """One removal after the other, of a matrix that is held whole; moves ``gates``."""
     inverse, everything, removed = _Inverse(matrix, damping), torch.arange(len(matrix)), list[int]()
     diagonal = inverse.diagonal()
-    for _ in range(left.num if most is None else min(left.num, most)):
+    num = left.num if most is None else min(left.num, most)
+    for _ in progress(range(num), "eliminate", unit="structures"):
         s = left.take_cheapest(gates.square() / diagonal, everything)
         assert s is not None  # `left.num` may go
         column = inverse.remove(s)
