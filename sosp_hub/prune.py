@@ -1,6 +1,7 @@
 """``python -m sosp_hub.prune RECIPE [key.path=value ...]``: the whole job."""
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,10 +46,15 @@ def prune(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a recipe; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
+    """Runs a recipe; the exit code: 0 done, 2 something for the user to change, 130 stopped.
+
+    With ``--plan-only`` 1 where the run would be refused or would not fit into memory.
+    """
     parser = command_parser()
 
-    def do(options: argparse.Namespace, command: str) -> None:
+    def do(options: argparse.Namespace, command: str) -> int:
+        if options.plan_only and (options.from_scores or options.overwrite):
+            parser.error("--plan-only runs nothing; leave out --from-scores and --overwrite")
         if options.with_data and not options.from_scores:
             parser.error("--with-data belongs to --from-scores; a recipe always has its data")
         if not options.given and not options.from_scores:
@@ -68,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recipe = _made_recipe(options)
         else:
             recipe = load_recipe(options.given[0], options.given[1:], "prune")
+        if options.plan_only:
+            return _tell_forecast(recipe, options)
         log_to_terminal(quiet=options.quiet)
         from sosp_hub.pipeline.run import run  # torch, which a faulty recipe need not wait for
 
@@ -81,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if made:
             _leave_recipe(recipe, options.overwrite)
+        return 0
 
     return run_command(parser, do, arguments)
 
@@ -91,7 +100,14 @@ def command_parser() -> argparse.ArgumentParser:
         "prune",
         "Prunes a model as a recipe says: score, cut, rebuild, fine-tune, measure, save.",
         "MODEL_ID --task TASK --data FILE [--params 0.8] [key.path=value ...]",
+        "RECIPE [key.path=value ...] --plan-only",
         "--from-scores FOLDER budget.macs=0.3 [--with-data] [--overwrite]",
+    )
+    parser.add_argument(
+        "--plan-only",
+        action="store_true",
+        help="run nothing: tell from the model's config what may go, which budgets can be reached, "
+        "and what time and memory each stage takes here; opens neither weights nor data",
     )
     model = parser.add_argument_group("a model without a recipe (the recipe is written for you)")
     model.add_argument("--task", help="what the model does: the hub's pipeline tag")
@@ -114,6 +130,20 @@ def command_parser() -> argparse.ArgumentParser:
         help="with --from-scores: also measure, re-estimate norms and fine-tune",
     )
     return parser
+
+
+def _tell_forecast(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Prints what a run would need; 1 where it would be refused or would not fit."""
+    from sosp_hub.pipeline.forecast import (
+        forecast,
+    )  # torch, which a faulty recipe need not wait for
+
+    told = forecast(recipe)
+    if options.json:
+        print(json.dumps(told.as_json()))
+    elif not options.quiet:
+        print(told)
+    return 0 if told.fits else 1
 
 
 def _of_a_model(options: argparse.Namespace) -> list[str]:

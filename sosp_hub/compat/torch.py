@@ -128,6 +128,15 @@ def eagerly() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+def operation(name: str) -> Any:
+    """The operation that a dispatch mode names so, such as ``aten.view.default``; None if none."""
+    space, *path = name.split(".")
+    found: Any = getattr(torch.ops, space, None) if path else None
+    for part in path:
+        found = getattr(found, part, None)
+    return found
+
+
 def result_aliases(func: Any) -> list[Any]:
     """How each result of an operation shares memory with its arguments; None where it does not."""
     schema = getattr(func, "_schema", None)

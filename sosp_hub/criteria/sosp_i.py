@@ -81,6 +81,11 @@ class SospI(GateCriterion, PerSampleCriterion, CurvatureSection):
         """As this section says."""
         return self.model_dump(include=set(CurvatureSection.model_fields))
 
+    def training_passes(self, num_outputs: int | None = None) -> float:
+        """A forward pass, and a backward pass for each output or drawn label."""
+        few = num_outputs is not None and num_outputs <= self.max_classes
+        return (1 + 2 * (num_outputs if few and num_outputs else self.num_draws)) / 3
+
     def conflicts(self) -> "Iterator[tuple[str, str]]":
         """What only the surgeon does."""
         if self.rescore_every and self.selection != "surgeon":

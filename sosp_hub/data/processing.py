@@ -39,7 +39,7 @@ class TextProcessing:
     """How text becomes a batch.
 
     Attributes:
-        tokenizer: A transformers tokenizer.
+        tokenizer: A transformers tokenizer; None where the model has no weights either.
         max_positions: Tokens that the model can take at most; None = no limit known.
         label_order: As in `ImageProcessing`.
     """

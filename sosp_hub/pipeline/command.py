@@ -63,25 +63,25 @@ def shown_as(options: argparse.Namespace) -> Mapping[str, Any]:
 
 def run_command(
     parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace, str], object],
+    run: Callable[[argparse.Namespace, str], int | None],
     arguments: Sequence[str] | None,
 ) -> int:
     """Runs a verb and explains what went wrong.
 
     Args:
         parser: Of its command line.
-        run: Takes the options, and the command as it was typed.
+        run: Takes the options, and the command as it was typed; may give an exit code.
         arguments: Of the command line; None = those of this process.
 
     Returns:
-        The exit code: 0 done, 2 something for the user to change, 130 stopped.
+        The exit code: what was given, 0 done, 2 something for the user to change, 130 stopped.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if asked := {"-h", "--help"} & set(given):
         parser.epilog = _help(parser.prog, given[given.index(asked.pop()) + 1 :])
     options = parser.parse_intermixed_args(given)
     try:
-        run(options, shlex.join([*parser.prog.split(), *given]))
+        code = run(options, shlex.join([*parser.prog.split(), *given])) or 0
     except SospHubError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -91,7 +91,7 @@ def run_command(
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     _repeat_warnings()
-    return 0
+    return code
 
 
 def _repeat_warnings() -> None:

@@ -14,6 +14,7 @@ structures.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -203,7 +204,14 @@ def _refine(ones: list[Axis], twos: list[Axis], why: str) -> None:
 
 
 def _align(ones: list[Axis], twos: list[Axis], why: str) -> None:
-    """Unifies two piece lists of equal length, cutting the longer leading piece each time."""
+    """Unifies two piece lists of equal length, cutting the longer leading piece each time.
+
+    Where borders differ and nothing on either side may be cut, there is nothing to learn: positions
+    of a text beside the same ones shifted by one would become pieces of length one.
+    """
+    borders = [list(accumulate(map(size_of, parts))) for parts in (ones, twos)]
+    if borders[0] != borders[1] and is_fixed(Sum(tuple(ones))) and is_fixed(Sum(tuple(twos))):
+        return
     _match(ones, twos, cut_at, Sum, why)
 
 

@@ -50,6 +50,9 @@ networks, wrong cuts 1e-2.
 _ROUNDING = 1e-2
 """A smaller error in float32 may be rounding; it is computed again in float64."""
 
+PEAK_OF_A_CUT = 4.6
+"""Memory at the height of a thorough cut, over that of the weights, the model's own among them."""
+
 Cut = Callable[[nn.Module, Graph, PruningPlan], nn.Module]
 Grow = Callable[[nn.Module, Graph, GrowthPlan], nn.Module]
 _Shapes = list[list[int]]

@@ -14,7 +14,7 @@ def image_inputs(loaded: Any, batch_size: int) -> tuple[Tensor, ...] | dict[str,
     parameter = next(loaded.model.parameters())
     processor: ImageProcessing = loaded.processor
     images = torch.randn(batch_size, *processor.shape, generator=chance)
-    images = images.to(parameter.device, parameter.dtype)
+    images = images.to(_place(loaded.model), parameter.dtype)
     return (images,) if processor.key is None else {processor.key: images}
 
 
@@ -30,9 +30,11 @@ def text_inputs(loaded: Any, batch_size: int, num_tokens: int) -> dict[str, Any]
     processor = loaded.processor
     num_tokens = min(num_tokens, processor.max_positions or num_tokens)
     config: Any = loaded.model.config
-    vocabulary = min(len(processor.tokenizer), config.get_text_config().vocab_size)
+    vocabulary = config.get_text_config().vocab_size
+    if processor.tokenizer is not None:
+        vocabulary = min(len(processor.tokenizer), vocabulary)
     tokens = torch.randint(vocabulary, (batch_size, num_tokens), generator=chance)
-    tokens = tokens.to(next(loaded.model.parameters()).device)
+    tokens = tokens.to(_place(loaded.model))
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
@@ -40,12 +42,18 @@ def for_model(loaded: Any, inputs: Any) -> dict[str, Any]:
     """Inputs on the device of a model, in the dtype of its weights."""
     parameter = next(loaded.model.parameters())
     return {
-        name: value.to(parameter.device, parameter.dtype)
+        name: value.to(_place(loaded.model), parameter.dtype)
         if value.is_floating_point()
-        else value.to(parameter.device)
+        else value.to(_place(loaded.model))
         for name, value in inputs.items()
         if isinstance(value, Tensor)
     }
+
+
+def _place(model: Any) -> torch.device:
+    """Where inputs of a model go; those of one without weights have values all the same."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def noise_images(num: int, size: tuple[int, int]) -> list[Any]:

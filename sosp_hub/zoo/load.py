@@ -18,8 +18,16 @@ __all__ = ["Loaded", "example_inputs", "load_model"]
 _EXAMPLE_TOKENS = 16
 
 
-def load_model(section: ModelSection, *, data: DataInfo | None = None) -> Loaded:
+def load_model(
+    section: ModelSection, *, data: DataInfo | None = None, weights: bool = True
+) -> Loaded:
     """The model of a recipe, with a head that fits the data.
+
+    Args:
+        section: Which.
+        data: What the head has to fit, where known.
+        weights: Load them; without, the model has its config's shapes and no data, and texts have
+            no tokenizer.
 
     Raises:
         ModelError: An unknown name, a folder that holds no such model, a task it cannot do.
@@ -27,7 +35,7 @@ def load_model(section: ModelSection, *, data: DataInfo | None = None) -> Loaded
         HubError: The hub cannot be reached.
     """
     if section.path is not None:
-        return _local_copy(section, section.path, data)
+        return _local_copy(section, section.path, data, weights=weights)
     for key in ("num_classes", "num_labels"):
         if key in section.kwargs:
             raise ModelError(f"model.kwargs: write model.num_labels instead of {key!r} here")
@@ -39,13 +47,15 @@ def load_model(section: ModelSection, *, data: DataInfo | None = None) -> Loaded
             )
         from sosp_hub.zoo.timm import load_timm
 
-        return load_timm(section, data)
+        return load_timm(section, data, weights=weights)
     from sosp_hub.zoo.transformers import load_transformers
 
-    return load_transformers(section, data)
+    return load_transformers(section, data, weights=weights)
 
 
-def _local_copy(section: ModelSection, path: str, data: DataInfo | None) -> Loaded:
+def _local_copy(
+    section: ModelSection, path: str, data: DataInfo | None, *, weights: bool
+) -> Loaded:
     """The model in a folder, under the name that the recipe gives it."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -54,7 +64,7 @@ def _local_copy(section: ModelSection, path: str, data: DataInfo | None) -> Load
             f"{nearest_existing(folder)}"
         )
     unnamed = {"id": str(folder), "path": None, "revision": None}
-    loaded = load_model(section.model_copy(update=unnamed), data=data)
+    loaded = load_model(section.model_copy(update=unnamed), data=data, weights=weights)
     if "/" not in section.id:  # a name of timm's, which is no hub id
         return loaded
     if loaded.base_model not in (None, section.id):

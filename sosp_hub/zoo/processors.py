@@ -27,9 +27,9 @@ _USUAL_SIZE = 224
 def text_processing(
     config: Any, tokenizer: Any, order: tuple[int, ...] | None = None
 ) -> TextProcessing:
-    """The tokenizer, and how many tokens both it and the model take."""
+    """The tokenizer, if there is one, and how many tokens both it and the model take."""
     limits = [
-        tokenizer.model_max_length,
+        getattr(tokenizer, "model_max_length", None),
         getattr(config.get_text_config(), "max_position_embeddings", None),
     ]
     most = min((int(limit) for limit in limits if limit), default=_UNLIMITED)

@@ -44,10 +44,17 @@ _ERRORS = (
 _ORIGIN_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "tag")
 
 
-def load_timm(section: ModelSection, data: DataInfo | None = None) -> Loaded:
+def load_timm(
+    section: ModelSection, data: DataInfo | None = None, *, weights: bool = True
+) -> Loaded:
     """A timm model with a head, input channels and input size that fit the data.
 
     Pretrained weights keep their own normalisation; a model that starts at random takes the data's.
+
+    Args:
+        section: Which.
+        data: What it has to fit, where known.
+        weights: Load them; without, the model is on the meta device, where its code allows.
 
     Raises:
         ModelError: An unknown name, a folder or file that holds no such model, no pretrained
@@ -58,7 +65,7 @@ def load_timm(section: ModelSection, data: DataInfo | None = None) -> Loaded:
     name, config = _describe(section)
     kwargs: dict[str, Any] = dict(section.kwargs)
     overlay: dict[str, Any] = {}
-    if (file := kwargs.pop("checkpoint_path", None)) is not None:
+    if (file := kwargs.pop("checkpoint_path", None)) is not None and weights:
         overlay = _weights_of_file(Path(str(file)), config)
     own = {**config, **overlay}
     num_labels, new_head = fit_head(
@@ -67,8 +74,10 @@ def load_timm(section: ModelSection, data: DataInfo | None = None) -> Loaded:
     kwargs |= _input_kwargs(section, own, data)
     if section.revision and ":" not in name and own.get("hf_hub_id") and not overlay:
         overlay = {"hf_hub_id": f"{own['hf_hub_id']}@{section.revision}"}
-    model = _create(section, name, num_classes=num_labels, overlay=overlay, **kwargs)
-    origin = _origin(section, model, file)
+    model = _create(
+        section, name, num_classes=num_labels, overlay=overlay, weights=weights, **kwargs
+    )
+    origin = _origin(section, model, file) if weights else Origin()
     processor = _processor(section, model, kwargs, data)
     _describe_weights(model, section, processor, data if new_head else None)
     return Loaded(
@@ -197,17 +206,20 @@ def _input_kwargs(
 
 
 def _create(
-    section: ModelSection, name: str, *, overlay: dict[str, Any], **kwargs: Any
+    section: ModelSection, name: str, *, overlay: dict[str, Any], weights: bool, **kwargs: Any
 ) -> "nn.Module":
-    create = partial(timm.create_model, name, pretrained=section.pretrained, **kwargs)
+    pretrained = section.pretrained and weights
+    create = partial(timm.create_model, name, pretrained=pretrained, **kwargs)
     if overlay:
         create = partial(create, pretrained_cfg_overlay=overlay)
     try:
-        if (
-            section.pretrained
-            and not overlay.get("state_dict")
-            and not name.startswith("local-dir:")
-        ):
+        if not weights:
+            try:
+                with torch.device("meta"):
+                    return create()
+            except (RuntimeError, NotImplementedError):  # code that reads values while it builds
+                return create()
+        if pretrained and not overlay.get("state_dict") and not name.startswith("local-dir:"):
             with reaching_hub("model", section.id):
                 return create()
         return create()

@@ -36,8 +36,16 @@ _ERRORS = (
 )
 
 
-def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Loaded:
+def load_transformers(
+    section: ModelSection, data: DataInfo | None = None, *, weights: bool = True
+) -> Loaded:
     """A transformers model with a head that fits the data, and its tokenizer or image processor.
+
+    Args:
+        section: Which.
+        data: What the head has to fit, where known.
+        weights: Load them; without, the model is on the meta device, and of texts no tokenizer is
+            read, so that ``config.json`` is enough.
 
     Raises:
         ModelError: A folder that holds no such model, a task its architecture cannot do, unknown
@@ -55,9 +63,9 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
             _set_labels(config, num_labels, data if new_head else None)
         if new_head or not task.head:
             task.configure(config, data)
-        model = _model(section, source, config, outputs)
+        model = _model(section, source, config, outputs) if weights else _bare(section, config)
         inputs = (data.inputs if data else None) or task.inputs
-        tokenizer = _tokenizer(section, source) if inputs == "texts" else None
+        tokenizer = _tokenizer(section, source) if inputs == "texts" and weights else None
         images = _image_processor(section, source) if inputs == "images" else None
         if inputs == "own":
             images = _own_processor(section, source, task, data)
@@ -68,10 +76,10 @@ def load_transformers(section: ModelSection, data: DataInfo | None = None) -> Lo
     origin = Origin()
     if isinstance(source, Path):
         origin = origin_of_folder(source)
-    elif section.pretrained:
+    elif section.pretrained and weights:
         origin = origin_on_hub(source, section.revision)
     order = None if num_labels is None or new_head else _order(data, config)
-    if tokenizer is not None:
+    if inputs == "texts":
         processor = text_processing(model.config, tokenizer, order)
     elif inputs == "own":
         size = {"image_size": data.first_size} if data and data.first_size else {}
@@ -251,6 +259,13 @@ def _model(
             ", ".join(sorted(lacking)[:5]),
         )
     return model
+
+
+def _bare(section: ModelSection, config: Any) -> "PreTrainedModel":
+    """The same model without data."""
+    auto, dtype = _builders(find_task(section.task), config)[0], getattr(torch, section.dtype)
+    with torch.device("meta"):
+        return build(auto, config, dtype)
 
 
 @torch.no_grad()

@@ -99,6 +99,7 @@ def aliases_of_results() -> None:
         (compat.aten.add.Tensor, [None]),
     ):
         expect(kinds(func) == expected, f"{func} gives {kinds(func)}")
+        expect(compat.operation(str(func)) is func, f"{func} is not found by its name")
 
 
 @smoke("leaving tensors that a model shares with others as they were")
