@@ -134,9 +134,7 @@ def command_parser() -> argparse.ArgumentParser:
 
 def _tell_forecast(recipe: Recipe, options: argparse.Namespace) -> int:
     """Prints what a run would need; 1 where it would be refused or would not fit."""
-    from sosp_hub.pipeline.forecast import (
-        forecast,
-    )  # torch, which a faulty recipe need not wait for
+    from sosp_hub.pipeline.forecast import forecast  # torch: a faulty recipe need not wait
 
     told = forecast(recipe)
     if options.json:

@@ -190,7 +190,7 @@ def forecast(recipe: Recipe) -> Forecast:
         kind["groups"] += 1
         kind["structures"] += group.size
     least, kept, faults = _budgets(recipe, graph)
-    device = process_state().device
+    device = process_state().device or torch.device("cpu")
     rate = _matmul_rate(device, getattr(torch, recipe.model.dtype))
     free = {"cpu": _free_ram()}
     if device.type != "cpu":
@@ -400,10 +400,10 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float | None:
     clock = time.process_time if on_cpu else time.perf_counter
     try:
         one = torch.ones(size, size, device=device, dtype=dtype)
-        one @ one  # what is made once is not counted
+        torch.mm(one, one)  # what is made once is not counted
         for _ in range(50):
             start = clock()
-            one @ one
+            torch.mm(one, one)
             if not on_cpu:
                 torch.accelerator.synchronize()
             best = min(best, (clock() - start) / threads)
