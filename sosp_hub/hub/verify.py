@@ -23,7 +23,7 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import find_task
-from sosp_hub.report.facts import own_metrics
+from sosp_hub.report.facts import own_metrics, own_recipe
 from sosp_hub.report.listing import DENSE
 from sosp_hub.report.markers import read_card
 from sosp_hub.report.numbers import is_share, metric_value
@@ -219,7 +219,8 @@ def _measure(
     if not names or not report.get("recipe"):
         return [Check("metrics", None, "the report publishes none, or no recipe to repeat them")]
     try:
-        recipe = parse_recipe(str(report["recipe"]), "the published recipe", overrides)
+        text = own_recipe(folder, str(report["recipe"]))
+        recipe = parse_recipe(text, "the published recipe", overrides)
         measured = _evaluate(folder, model, recipe, names, num_samples)
     except SospHubError as error:
         return [Check("metrics", None, f"could not be measured: {error}")]

@@ -13,10 +13,9 @@ from sosp_hub.errors import ModelError, OutputExistsError, RecipeError
 from sosp_hub.pipeline.calibration_inputs import read_inputs
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import BUDGETS, ModelSection, Recipe
-from sosp_hub.report.facts import scrub, with_spread
-from sosp_hub.report.listing import CALIBRATION, CURVATURE, DENSE, RECIPE, REPORT, SALIENCY
+from sosp_hub.report.facts import own_recipe, with_spread
+from sosp_hub.report.listing import CALIBRATION, CURVATURE, DENSE, REPORT, SALIENCY
 from sosp_hub.report.schema import read_report
-from sosp_hub.untrusted import MOST_YAML_BYTES, UnreadableError, read_text
 
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency
@@ -150,7 +149,7 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
     """
     folder = Path(folder).expanduser()
     report, source = _report_of(folder), f"the recipe of {folder}"
-    text = _recipe_of(folder, str(report.get("recipe") or ""))
+    text = own_recipe(folder, str(report.get("recipe") or ""))
     made = parse_recipe(text, source)
     if made.schedule is not None:
         fault = "schedule: its scores are of models that were cut before; run the recipe again"
@@ -204,15 +203,6 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
         dense,
         blocks,
     )
-
-
-def _recipe_of(folder: Path, published: str) -> str:
-    """The text of a run's recipe: the private file with all paths, where it is of this report."""
-    try:
-        private = read_text(folder / RECIPE, MOST_YAML_BYTES)
-    except UnreadableError:  # a folder that was published, or made before there was such a file
-        return published
-    return private if scrub(private) == published else published
 
 
 def _held_out_alike(made: Recipe, recipe: Recipe) -> bool:

@@ -16,9 +16,10 @@ from sosp_hub.recipe.metrics import Drop, is_share
 from sosp_hub.recipe.tasks import known_task
 from sosp_hub.report import numbers
 from sosp_hub.report.grid import Grid
+from sosp_hub.report.listing import RECIPE
 from sosp_hub.report.schema import check_report
 from sosp_hub.types import TABLE_SUFFIXES
-from sosp_hub.untrusted import UnreadableError, parse_yaml
+from sosp_hub.untrusted import MOST_YAML_BYTES, UnreadableError, parse_yaml, read_text
 
 STAGES = (
     ("dense", "dense"),
@@ -154,6 +155,15 @@ def collect(report: Mapping[str, Any]) -> Facts:
         and bool(model.get("train") or not provenance.get("masks")),
         local_base=is_path(str(base.get("model") or model.get("id") or "")),
     )
+
+
+def own_recipe(folder: Path, published: str) -> str:
+    """The text of a run's recipe: the private file with all paths, where it is of this report."""
+    try:
+        private = read_text(folder / RECIPE, MOST_YAML_BYTES)
+    except UnreadableError:  # a folder that was published, or made before there was such a file
+        return published
+    return private if scrub(private) == published else published
 
 
 def scrub(text: str) -> str:

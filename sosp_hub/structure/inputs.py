@@ -36,6 +36,23 @@ def num_samples(inputs: Any) -> int:
     return 1
 
 
+def plain_inputs(inputs: Any) -> Any:
+    """The same nesting with plain dicts for mappings, such as what a tokenizer returns.
+
+    What has none of them is returned itself.
+    """
+    if isinstance(inputs, Mapping):
+        parts = {key: plain_inputs(value) for key, value in inputs.items()}
+        same = isinstance(inputs, dict) and all(parts[key] is inputs[key] for key in parts)
+        return inputs if same else parts
+    if isinstance(inputs, tuple | list):
+        values = [plain_inputs(value) for value in inputs]
+        if all(value is before for value, before in zip(values, inputs, strict=True)):
+            return inputs
+        return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
+    return inputs
+
+
 def num_tokens(inputs: Any) -> int:
     """Length of the first tensor, where it holds token numbers; else 0."""
     first = first_tensor(inputs)

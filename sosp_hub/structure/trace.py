@@ -19,7 +19,7 @@ from sosp_hub.structure.axes import Axis, Sum, atoms, fixed, free, pin
 from sosp_hub.structure.build_graph import assemble
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
-from sosp_hub.structure.inputs import num_samples, one_sample
+from sosp_hub.structure.inputs import num_samples, one_sample, plain_inputs
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
 from sosp_hub.structure.plain import plain_sizes
@@ -81,6 +81,7 @@ def trace(
     if isinstance(outputs, str | int):
         outputs = (outputs,)
     wanted = None if outputs is None else tuple(outputs)
+    example_inputs, cost_inputs = plain_inputs(example_inputs), plain_inputs(cost_inputs)
     twin, terms, entries, exits = _run(
         model, example_inputs, wanted, fake, program or call, training=True
     )

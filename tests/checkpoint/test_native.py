@@ -247,3 +247,22 @@ def test_a_uniform_cut_of_heads_that_no_config_can_say_is_said(caplog):
     )
     sosp_hub.apply(model, graph, plan)
     assert "uniform=True was asked, but no plain config describes the model" in caplog.text
+
+
+def test_a_config_that_a_model_refuses_by_an_assertion_is_no_native_one(tmp_path):
+    """SqueezeBERT asserts that two numbers agree; a width that is only one of them was tried."""
+    config = transformers.SqueezeBertConfig(
+        vocab_size=32,
+        hidden_size=32,
+        embedding_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    model = transformers.SqueezeBertForSequenceClassification(config).eval()
+    inputs = {"input_ids": torch.arange(8)[None]}
+    graph = sosp_hub.trace(model, inputs)
+    saliency = sosp_hub.score(model, graph, [], "magnitude", kinds=["residual", "neuron"])
+    pruned = sosp_hub.apply(model, graph, sosp_hub.allocate(graph, saliency, params=0.7))
+    loaded = sosp_hub.from_pretrained(sosp_hub.save_pretrained(pruned, tmp_path / "small"))
+    assert_close(loaded(**inputs).logits, pruned(**inputs).logits, relative=1e-6)

@@ -1,5 +1,7 @@
 """Inputs of any nesting: how large a sample is, how many there are, one less."""
 
+from collections import UserDict
+
 import pytest
 import torch
 import transformers
@@ -60,3 +62,26 @@ def test_costs_of_another_size_than_the_traced_one():
     assert cost(graph, plan) == cost(plainly, plan)
     assert cost(graph, plan).macs < cost(graph).macs
     assert graph.example_inputs is small
+
+
+class Wrapped(torch.nn.Module):
+    """A model that takes what its tokenizer returns as one argument."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, encoding):
+        return UserDict(logits=self.inner(encoding["input_ids"]).logits)
+
+
+def test_mappings_that_are_no_dicts_are_traced_as_dicts():
+    """What a tokenizer returns is a UserDict: its tensors were not seen."""
+    model, inputs = LLAMA.model(), {"input_ids": TOKENS}
+    encoding = transformers.BatchEncoding(inputs)
+    found = trace(model, encoding, outputs="logits", cost_inputs=encoding)
+    assert type(found.example_inputs) is dict
+    nested = trace(Wrapped(model), (encoding,), outputs="logits")
+    for graph in (found, nested):
+        sizes = sorted(group.size for group in graph.groups.values())
+        assert sizes == [2, 2, 2, 2, 2, 64, 96, 96]

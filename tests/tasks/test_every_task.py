@@ -127,8 +127,9 @@ def test_a_run_reloads_in_a_pipeline_and_is_verified(folders, key, capsys):
 
     model = sosp_hub.from_pretrained(out)
     places = [f"data.path={folder / 'data'}", f"model.id={folder / 'model'}"]
-    published = verify(str(out), overrides=places)
-    assert published.holds, str(published)
+    for words in ([], places):  # where it was made, its own recipe knows the places
+        published = verify(str(out), overrides=words)
+        assert published.holds, str(published)
 
     if not task.has_pipeline:
         return

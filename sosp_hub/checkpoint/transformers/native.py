@@ -27,8 +27,8 @@ _MOST_NUMBERS = 16
 _NO_NUMBER = "its config has no numbers for these sizes"
 
 _REFUSALS = (
-    *(ArithmeticError, AttributeError, CheckpointError, LookupError, RuntimeError),
-    *(StrictDataclassError, TypeError, ValueError),
+    *(ArithmeticError, AssertionError, AttributeError, CheckpointError, ImportError),
+    *(LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError),
 )
 """What building a model from a config that makes no sense can raise."""
 

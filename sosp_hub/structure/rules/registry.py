@@ -4,7 +4,7 @@ A rule runs after the operation, unifies what must be cut alike and sets the out
 operation without a rule pins everything it touches: correctness stays, only coverage is lost.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ def tensors(values: Any) -> Iterable[Tensor]:
     elif isinstance(values, tuple | list):
         for value in values:
             yield from tensors(value)
-    elif isinstance(values, dict):
+    elif isinstance(values, Mapping):
         yield from tensors(tuple(values.values()))
 
 
