@@ -42,6 +42,11 @@ class Prod:
     """Row-major product: the first factor varies slowest."""
 
     factors: tuple["Axis", ...]
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """What an atom is found to be made of is as long as it, so that this size stays."""
+        object.__setattr__(self, "size", prod(factor.size for factor in self.factors))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,6 +54,11 @@ class Sum:
     """Concatenation of pieces."""
 
     parts: tuple["Axis", ...]
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """As long as its parts together."""
+        object.__setattr__(self, "size", sum(part.size for part in self.parts))
 
 
 Axis = Atom | Prod | Sum
@@ -67,11 +77,8 @@ def free(size: int) -> Axis:
 
 def size_of(axis: Axis, count: Callable[[Atom], int] | None = None) -> int:
     """Length of an axis: dense, or with ``count`` structures left of each root atom."""
-    if count is None:  # what an atom is found to be made of is as long as it
-        if isinstance(axis, Atom):
-            return axis.size
-        sizes = map(size_of, axis.factors if isinstance(axis, Prod) else axis.parts)
-        return prod(sizes) if isinstance(axis, Prod) else sum(sizes)
+    if count is None:
+        return axis.size
     axis = resolve(axis)
     if isinstance(axis, Atom):
         return count(axis)

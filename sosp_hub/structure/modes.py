@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from sosp_hub.compat.torch import DispatchMode
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import Axis, size_of
-from sosp_hub.structure.size_constraints import note_demands
+from sosp_hub.structure.size_constraints import has_demands, note_demands
 from sosp_hub.structure.terms import Step, Terms
 from sosp_hub.structure.traced_int import TracedInt, deaf
 
@@ -103,8 +103,9 @@ class FunctionWatch(TorchFunctionMode):
             with self:
                 return body_of(func)(*args, **kwargs)
         out = func(*args, **kwargs)
-        with deaf(), self.dispatch.pause():
-            note_demands(self.terms, rules.Operation(name, args, kwargs, out))
+        if has_demands(name):
+            with deaf(), self.dispatch.pause():
+                note_demands(self.terms, rules.Operation(name, args, kwargs, out))
         return out
 
     def _sizes(self, tensor: Tensor) -> torch.Size:

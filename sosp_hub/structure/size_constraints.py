@@ -18,13 +18,15 @@ Demand = Callable[[Terms, Operation], None]
 _DEMANDS: dict[str, Demand] = {}
 
 
+def has_demands(name: str) -> bool:
+    """Whether calls of a function of this name have size arguments."""
+    return name in _DEMANDS
+
+
 def note_demands(terms: Terms, op: Operation) -> None:
     """Collects constraints from a call's size arguments; unreadable ones pin the result."""
-    demand = _DEMANDS.get(op.name)
-    if demand is None:
-        return
     try:
-        demand(terms, op)
+        _DEMANDS[op.name](terms, op)
     except (AssertionError, IndexError, KeyError, TypeError, ValueError):
         for tensor in [op.out] if isinstance(op.out, Tensor) else op.out:
             for axis in terms.of(tensor):

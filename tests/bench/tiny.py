@@ -109,12 +109,13 @@ _WAVES_WITH_CHANNEL = (
 def model_types() -> Iterator[tuple[str, str]]:
     """Model types, and the class of each that has the head that is used most."""
     seen: set[str] = set()
+    there = set(dir(transformers))  # nothing is imported for it
     heads = [getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in _AUTO]
     for model_type in CONFIG_MAPPING:
         for mapping in (*heads, modeling_auto.MODEL_MAPPING_NAMES):
             name = mapping.get(model_type)
             name = name[0] if isinstance(name, tuple | list) else name
-            if name and hasattr(transformers, name):
+            if name in there:
                 if name not in seen:
                     seen.add(name)
                     yield model_type, name
