@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sosp_hub.promise.within import allocate_within
     from sosp_hub.prune import prune
     from sosp_hub.reconstruction.rebuild import rebuild
+    from sosp_hub.report.plot import plot
     from sosp_hub.report.saved import save_pretrained
     from sosp_hub.scoring import score
     from sosp_hub.structure.trace import trace
@@ -45,6 +46,7 @@ _HOME = {
     "expand": "sosp_hub.expand",
     "from_pretrained": "sosp_hub.pipeline.any_budget",
     "export": "sosp_hub.export",
+    "plot": "sosp_hub.report.plot",
     "prune": "sosp_hub.prune",
     "push_to_hub": "sosp_hub.hub.push",
     "save_plan": "sosp_hub.checkpoint.weightless",
@@ -70,6 +72,7 @@ __all__ = [
     "expand",
     "export",
     "from_pretrained",
+    "plot",
     "prune",
     "push_to_hub",
     "rebuild",

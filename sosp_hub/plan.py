@@ -7,14 +7,14 @@ from math import isfinite
 from typing import Any
 
 from sosp_hub.errors import PlanError, shortened
-from sosp_hub.summary import alike, preformatted, span, table
+from sosp_hub.summary import Summarised, Summary, alike, span
 from sosp_hub.untrusted import UnreadableError, parse_json
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class PruningPlan:
+class PruningPlan(Summarised):
     """Kept indices per group.
 
     Attributes:
@@ -57,7 +57,7 @@ class PruningPlan:
         for name, values in self.shifts.items():
             _check_finite(f"the shift of {name!r}", values)
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         """A row for the groups that are alike: how many structures they keep."""
         kept, sizes = self.num_kept(), self.sizes
         head = f"plan: {sum(kept.values()):,} of {sum(sizes.values()):,} structures kept in "
@@ -72,8 +72,8 @@ class PruningPlan:
             )
             for pattern, names in alike(kept).items()
         ]
-        text = f"{head}\n{table(('group', 'groups', 'size', 'kept', 'share'), rows)}"
-        return f"{text}\n{costs}" if (costs := self._costs()) else text
+        columns = ("group", "groups", "size", "kept", "share")
+        return Summary((head,), columns, rows, (costs,) if (costs := self._costs()) else ())
 
     def _costs(self) -> str:
         """What it was predicted to cost, for an input of which size."""
@@ -85,9 +85,6 @@ class PruningPlan:
             f"leaves {cost['macs']:,} multiply-accumulates{size}, {cost['params']:,} parameters, "
             f"{cost['bytes']:,} bytes"
         )
-
-    def _repr_html_(self) -> str:
-        return preformatted(str(self))
 
     def num_kept(self) -> dict[str, int]:
         """Number of kept structures of each listed group."""

@@ -23,7 +23,7 @@ from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
 from sosp_hub.structure.isolation import isolated
-from sosp_hub.summary import alike, preformatted, table
+from sosp_hub.summary import Summarised, Summary, alike
 from sosp_hub.tasks.batches import as_batch, has_targets
 from sosp_hub.tasks.own_outputs import OwnOutputs
 from sosp_hub.types import DEFAULT_KINDS, GateKind, Kind
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sosp_hub")
 
 
-class Scores(dict[str, Tensor]):
+class Scores(Summarised, dict[str, Tensor]):
     """A score for each structure of each group; a dictionary that prints as a table."""
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         """A row for the groups that are alike: their least, middle and greatest score."""
         rows = []
         for pattern, names in alike(self).items():
@@ -46,12 +46,9 @@ class Scores(dict[str, Tensor]):
             rows.append((pattern, len(names), scores.numel(), *(f"{n:.3g}" for n in numbers)))
         head = ("group", "groups", "structures", "least", "median", "greatest")
         total = sum(scores.numel() for scores in self.values())
-        return f"{total:,} scores; higher = keep\n{table(head, rows)}"
+        return Summary((f"{total:,} scores; higher = keep",), head, rows)
 
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return preformatted(str(self))
+    __repr__ = Summarised.__str__
 
 
 class HasGroups(Protocol):

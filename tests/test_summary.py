@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import sosp_hub
 from sosp_hub.plan import PruningPlan
 from sosp_hub.scoring import Scores
-from sosp_hub.summary import alike, span, table
+from sosp_hub.summary import Summary, alike, span, table
 from tests.cases import CASES
 
 NAMES = st.lists(st.from_regex(r"[a-c]?(\.?[0-9]{1,2}){0,3}\.[a-c]", fullmatch=True), unique=True)
@@ -29,9 +29,14 @@ def test_every_name_is_in_one_row_which_stands_for_names_that_differ_in_numbers(
 
 
 def test_one_screen_says_how_much_it_leaves_out():
-    text = table(("name", "size"), [(f"g{i}", i) for i in range(100)], ": see there")
+    rows = [(f"g{i}", i) for i in range(100)]
+    text = table(("name", "size"), rows)
     assert len(text.splitlines()) == 42
-    assert text.endswith("and 60 more rows: see there")
+    assert text.endswith("and 60 more rows")
+    page = Summary(("above",), ("name", "size"), rows, ("below",)).html()
+    assert page.startswith("<p>above</p><table>")
+    assert page.endswith("</table><p>and 60 more rows</p><p>below</p>")
+    assert page.count("<tr>") == 41
     widths = {len(line) for line in text.splitlines()[:-1]}
     assert len(widths) == 1  # numbers end under one another
 
@@ -75,11 +80,12 @@ def test_scores_are_the_dictionary_that_they_were():
     assert "graph.describe()" in str(graph)
 
 
-def test_a_notebook_gets_the_same_text_and_no_markup_of_a_stranger():
+def test_a_notebook_gets_a_table_and_no_markup_of_a_stranger():
     plan = PruningPlan(kept={"<script>": (0,)}, sizes={"<script>": 2})
     page = plan._repr_html_()
     assert "<script>" not in page
-    assert "&lt;script&gt;" in page
+    assert '<td style="text-align:left">&lt;script&gt;</td>' in page
+    assert page.count("<table>") == 1
 
 
 def test_names_of_strangers_give_a_terminal_no_orders():

@@ -1,6 +1,8 @@
 """What all pictures share: colours, empty figures, and a picture that can be saved."""
 
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -56,13 +58,29 @@ class Picture:
     def save(self, file: Path | BinaryIO, kind: str = "png") -> None:
         """Draws the figure into a file (``png`` or ``svg``); the same data gives the same bytes."""
         metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-        with rc_context(_STYLE):
+        with drawing_style():
             self.draw().savefig(file, format=kind, dpi=160, metadata=metadata)
 
 
-def new_figure(width: float, height: float) -> Figure:
+class NotebookFigure(Figure):
+    """A figure that a notebook shows as it is, without pyplot; ``savefig`` writes it to a file."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
+def new_figure(width: float, height: float) -> NotebookFigure:
     """An empty one; inches."""
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return NotebookFigure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+@contextmanager
+def drawing_style() -> Iterator[None]:
+    """The style of all pictures, while they are drawn."""
+    with rc_context(_STYLE):
+        yield
 
 
 def kind_words(kind: str) -> str:

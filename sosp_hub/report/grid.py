@@ -1,6 +1,7 @@
 """A table, and the forms it is shown in."""
 
 import csv
+import html
 import io
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sosp_hub.report.markup import Markdown, escaped, markdown
+from sosp_hub.summary import html_table
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Grid:
         marks = ["---" if i < self.num_left else "---:" for i in range(len(self.head))]
         lines = [_line(self.head), f"|{'|'.join(marks)}|", *map(_line, self.rows)]
         return Markdown("\n".join(lines))
+
+    def html(self) -> str:
+        """With title and note, for notebooks."""
+        words = [f"<p><b>{html.escape(self.title)}</b></p>"] if self.title else []
+        note = [f"<p>{html.escape(self.note)}</p>"] if self.note else []
+        return "".join([*words, html_table(self.head, self.rows, self.num_left), *note])
 
     def csv(self) -> str:
         """Head and rows."""

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from sosp_hub.report import numbers
 from sosp_hub.report.facts import STAGES, collect, compared_with, overall_metrics, with_spread
 from sosp_hub.report.grid import Grid
 from sosp_hub.report.listing import new_console, show_files
-from sosp_hub.report.markup import escaped
+from sosp_hub.report.markup import escaped, html
 
 
 class Report(dict[str, Any]):
@@ -23,6 +22,12 @@ class Report(dict[str, Any]):
         console = new_console(io.StringIO())
         _print(console, self)
         return console.file.getvalue().strip("\n").rstrip()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            part.html() if isinstance(part, Grid) else f"<p>{html(part)}</p>"
+            for part in _parts(self)
+        )
 
 
 def show_result(report: Mapping[str, Any], output: Path) -> None:
@@ -35,26 +40,26 @@ def show_result(report: Mapping[str, Any], output: Path) -> None:
 
 
 def _print(console: Console, report: Mapping[str, Any]) -> None:
+    after_table = True
     for part in _parts(report):
-        if isinstance(part, Table):
+        if isinstance(part, Grid) or after_table:
             console.print()
-        console.print(part)
+        after_table = isinstance(part, Grid)
+        console.print(part.terminal() if isinstance(part, Grid) else escaped(part, "terminal"))
+    console.print()
 
 
-def _parts(report: Mapping[str, Any]) -> Iterator[Any]:
+def _parts(report: Mapping[str, Any]) -> Iterator[Grid | str]:
     facts = collect(report)
-    yield facts.costs.terminal()
+    yield facts.costs
     if overall_metrics(report["metrics"]):  # cut from stored scores, nothing may be measured
-        yield _quality(report["metrics"]).terminal()
+        yield _quality(report["metrics"])
     if facts.drops.rows:
-        yield facts.drops.terminal()
-    yield from (escaped(line, "terminal") for line in facts.promise)
+        yield facts.drops
+    yield from facts.promise
     if facts.curve.rows:
-        yield facts.curve.terminal()
-    lines = [line for line in (facts.masks, *facts.made_up) if line]
-    yield from (escaped(line, "terminal") for line in lines)
-    if lines:
-        yield ""
+        yield facts.curve
+    yield from (line for line in (facts.masks, *facts.made_up) if line)
 
 
 def _quality(metrics: Mapping[str, Any]) -> Grid:

@@ -16,7 +16,7 @@ from sosp_hub.structure.groups import Group, Member
 from sosp_hub.structure.inputs import num_tokens, one_sample
 from sosp_hub.structure.plain import PlainSizes
 from sosp_hub.structure.terms import Axes, Constraint, Step
-from sosp_hub.summary import alike, preformatted, span, table
+from sosp_hub.summary import Summarised, Summary, alike, span
 
 _MOST_NOTES = 8  # lines of reasons in what print(graph) shows
 
@@ -81,7 +81,7 @@ class Sized:
 
 
 @dataclass(frozen=True, eq=False)
-class Graph:
+class Graph(Summarised):
     """What belongs together in one model. ``print(graph)`` is a screen of it.
 
     Attributes:
@@ -241,7 +241,7 @@ class Graph:
             None if np.array_equal(*pair) else pair[0] for pair in zip(kept, dense, strict=True)
         )
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         """A row for the groups that are alike, and the reasons why something stays whole."""
         rows = [
             (
@@ -257,10 +257,7 @@ class Graph:
             notes = [*notes[:_MOST_NOTES], f"and {len(notes) - _MOST_NOTES} more reasons"]
         head = ("group", "groups", "size", "tensor axes")
         whole = "print(graph.describe()) shows every axis and reason"
-        return "\n".join([_share_in_words(self), table(head, rows), *notes, whole])
-
-    def _repr_html_(self) -> str:
-        return preformatted(str(self))
+        return Summary(_share_in_words(self).splitlines(), head, rows, (*notes, whole))
 
     def describe(self) -> str:
         """Stable, reviewable text: groups and their axes, what is tied, what stays and why."""
