@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sosp_hub.gradual import GradualPruning, trainer_callback
     from sosp_hub.hub.push import push_to_hub
     from sosp_hub.pipeline.any_budget import from_pretrained
+    from sosp_hub.pipeline.finetuning import finetune, finetune_
     from sosp_hub.plan import PruningPlan
     from sosp_hub.promise.within import allocate_within
     from sosp_hub.prune import prune
@@ -44,6 +45,8 @@ _HOME = {
     "compare": "sosp_hub.compare",
     "evaluate": "sosp_hub.evaluate",
     "expand": "sosp_hub.expand",
+    "finetune": "sosp_hub.pipeline.finetuning",
+    "finetune_": "sosp_hub.pipeline.finetuning",
     "from_pretrained": "sosp_hub.pipeline.any_budget",
     "export": "sosp_hub.export",
     "plot": "sosp_hub.report.plot",
@@ -71,6 +74,8 @@ __all__ = [
     "evaluate",
     "expand",
     "export",
+    "finetune",
+    "finetune_",
     "from_pretrained",
     "plot",
     "prune",

@@ -18,7 +18,6 @@ from sosp_hub.atomic import write_text
 from sosp_hub.cost import Cost, cost
 from sosp_hub.cut import apply_
 from sosp_hub.errors import BudgetError, PlanError
-from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.modes import evaluating
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schedule import kept_after
@@ -26,6 +25,7 @@ from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.carry import carry
+from sosp_hub.training import recalibrate_norm
 from sosp_hub.untrusted import UnreadableError, read_json
 
 if TYPE_CHECKING:

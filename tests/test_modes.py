@@ -7,8 +7,8 @@ from torch import nn
 import sosp_hub
 from sosp_hub.errors import DataError
 from sosp_hub.evaluate import metrics_of_samples
-from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.modes import evaluating
+from sosp_hub.training import recalibrate_norm
 from tests.compare import assert_close
 
 X, Y = torch.randn(8, 3, 6, 6), torch.randint(3, (8,))

@@ -8,7 +8,6 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from sosp_hub.distributed import logger
-from sosp_hub.finetune import has_norms, recalibrate_norm
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.measuring import measured
 from sosp_hub.pipeline.planning import plan
@@ -19,6 +18,7 @@ from sosp_hub.pipeline.teaching import teacher_of
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recovery.recover import recover
 from sosp_hub.report.facts import scrub
+from sosp_hub.training import has_norms, recalibrate_norm
 
 
 @step("cut_metrics", plan, "evaluate")

@@ -92,11 +92,11 @@ def _shares(folder: Path, budget: Any) -> "list[tuple[str, float]]":
 
 def _at_budget(scores: "Scores") -> "nn.Module":
     from sosp_hub.data.source import DataInfo
-    from sosp_hub.finetune import recalibrate_norm
     from sosp_hub.pipeline.blocks import as_blocks
     from sosp_hub.pipeline.planning import allocated
     from sosp_hub.reconstruction.rebuild import rebuild
     from sosp_hub.structure.trace import trace
+    from sosp_hub.training import recalibrate_norm
     from sosp_hub.zoo.load import example_inputs, load_model
 
     recipe = scores.recipe

@@ -11,7 +11,6 @@ from sosp_hub.criteria.compute.compensation import (
 )
 from sosp_hub.distributed import OnDevice, logger, process_sum
 from sosp_hub.evaluate import evaluate
-from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.curvature import (
     Curvature,
@@ -26,6 +25,7 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.progress import progress
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Groups
+from sosp_hub.training import recalibrate_norm
 
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)
 """What ``damping: auto`` tries, and each of ``compensate_steps``."""

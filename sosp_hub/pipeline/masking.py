@@ -14,12 +14,12 @@ from sosp_hub.atomic import write_text
 from sosp_hub.data.split import Part, Split
 from sosp_hub.distributed import is_main, logger
 from sosp_hub.evaluate import evaluate
-from sosp_hub.finetune import finetune
 from sosp_hub.recipe.training import MaskTrainSection
 from sosp_hub.recovery.best import BestState, Selected, held_out_loader, hold_out
 from sosp_hub.report.numbers import share
 from sosp_hub.soft_masks import PenaltyControl, SoftMasks
 from sosp_hub.structure.graph import Graph
+from sosp_hub.training import train_model
 
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
@@ -147,7 +147,7 @@ class MaskTraining:
                 measured = evaluate(model, loader, ("loss",), loss_fn=self.loss_fn)
                 best.offer(epoch, measured["loss"].value)
 
-        history = finetune(
+        history = train_model(
             model,
             rest,
             config,

@@ -13,7 +13,6 @@ from torch import nn
 from sosp_hub.data.loading import Split, make_loader
 from sosp_hub.distributed import OnDevice, process_sum, to_device
 from sosp_hub.evaluate import evaluate
-from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.harness import check_harness, harness_metrics
 from sosp_hub.latency import Decoder, LatencyTable, ServingMemory, table_path
 from sosp_hub.pipeline.context import Context
@@ -22,6 +21,7 @@ from sosp_hub.progress import progress
 from sosp_hub.recipe.tasks import find_task, metric_names
 from sosp_hub.reconstruction.rebuild import Rebuilt, rebuilt_weights
 from sosp_hub.surgery.apply import apply
+from sosp_hub.training import recalibrate_norm
 from sosp_hub.zoo.load import example_inputs
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from sosp_hub.data.loading import calibration_batches
 from sosp_hub.distributed import logger
-from sosp_hub.finetune import has_norms
 from sosp_hub.pipeline.calibration_inputs import write_inputs
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.measuring import rebuild_weights
@@ -19,6 +18,7 @@ from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.plan import PruningPlan
 from sosp_hub.report.numbers import size
 from sosp_hub.surgery.apply import apply
+from sosp_hub.training import has_norms
 
 
 @step("rebuilt", plan, "rebuild", with_peak=True)

@@ -6,7 +6,6 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from sosp_hub.distributed import logger
-from sosp_hub.finetune import finetune
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.masking import STEERING, MaskTraining
 from sosp_hub.pipeline.measuring import measured
@@ -16,12 +15,13 @@ from sosp_hub.recipe.training import TrainSection
 from sosp_hub.scoring import scorable_groups
 from sosp_hub.soft_masks import SoftMasks
 from sosp_hub.structure.copies import copy_model
+from sosp_hub.training import train_model
 
 
 @step("dense", "model", "data", "seed")
 def dense(context: Context, config: TrainSection) -> dict[str, Any]:
     """Trains the dense model."""
-    history = finetune(
+    history = train_model(
         context.model,
         context.augmented if config.augment else context.train,
         config,

@@ -14,13 +14,13 @@ from sosp_hub.cost import CostModel
 from sosp_hub.cut import apply
 from sosp_hub.errors import BudgetError
 from sosp_hub.evaluate import metrics_of_samples
-from sosp_hub.finetune import recalibrate_norm
 from sosp_hub.plan import PruningPlan
 from sosp_hub.promise.search import Promise, not_met, smallest
 from sosp_hub.recipe.metrics import DIVERGENCE, Drop, read_drops
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.structure.graph import Graph
 from sosp_hub.tasks.metrics import Meter
+from sosp_hub.training import recalibrate_norm
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches, LossFn

@@ -16,11 +16,11 @@ from sosp_hub.data.split import Split
 from sosp_hub.distillation import Numbered, StoredOutputs
 from sosp_hub.distributed import logger, make_accelerator
 from sosp_hub.evaluate import evaluate
-from sosp_hub.finetune import finetune, samples_per_step, tokens_of_sample
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recovery.adapters import adapted, checkpointed
 from sosp_hub.recovery.best import BestState, Selected, held_out_loader, hold_out
 from sosp_hub.recovery.probe import Rates, best_rate, probe_rates
+from sosp_hub.training import samples_per_step, tokens_of_sample, train_model
 
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
@@ -33,7 +33,7 @@ class Recovery:
     """What a fine-tuning did.
 
     Attributes:
-        history: The loss curve, as ``finetune`` returns it.
+        history: The loss curve, as `train_model` returns it.
         selected: The state that was kept; None where nothing was held out.
         num_held_out: Samples of the train split that selected it.
         rates: Learning rates that were probed, and the held-out loss after each.
@@ -109,7 +109,7 @@ def recover(
         stack.enter_context(checkpointed(model, config.gradient_checkpointing))
         stack.enter_context(adapted(model, config.lora, seed))
         train_with = partial(
-            finetune,
+            train_model,
             model,
             rest,
             loss_fn=loss_fn,

@@ -1,7 +1,6 @@
 """A table, and the forms it is shown in."""
 
 import csv
-import html
 import io
 from dataclasses import dataclass
 
@@ -39,8 +38,8 @@ class Grid:
 
     def html(self) -> str:
         """With title and note, for notebooks."""
-        words = [f"<p><b>{html.escape(self.title)}</b></p>"] if self.title else []
-        note = [f"<p>{html.escape(self.note)}</p>"] if self.note else []
+        words = [f"<p><b>{escaped(self.title, 'html')}</b></p>"] if self.title else []
+        note = [f"<p>{escaped(self.note, 'html')}</p>"] if self.note else []
         return "".join([*words, html_table(self.head, self.rows, self.num_left), *note])
 
     def csv(self) -> str:

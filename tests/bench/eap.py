@@ -26,10 +26,10 @@ import sosp_hub
 import sosp_hub.zoo.timm
 from sosp_hub.data.loading import calibration_batches, load_split
 from sosp_hub.data.source import open_data
-from sosp_hub.finetune import finetune
 from sosp_hub.recipe.schema import DataSection, ModelSection
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.scoring import score
+from sosp_hub.training import train_model
 from sosp_hub.zoo.load import load_model
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
@@ -53,7 +53,7 @@ def stability(num_samples: int, seeds: int, batch_size: int) -> dict[str, dict[f
     torch.manual_seed(0)
     loaded = load_model(section, data=data.info)
     train = load_split(data, "train", loaded.processor)
-    finetune(loaded.model, train, TrainSection(epochs=6, learning_rate=3e-3))
+    train_model(loaded.model, train, TrainSection(epochs=6, learning_rate=3e-3))
     batches = calibration_batches(train, 2, 2)
     graph = sosp_hub.trace(loaded.model, (batches[0][0],))
     found: dict[str, dict[float, list[float]]] = {

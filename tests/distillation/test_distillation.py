@@ -10,10 +10,10 @@ from torch import nn
 from sosp_hub.data.split import Split
 from sosp_hub.distillation import Numbered, StoredOutputs, Teacher, layer_pairs
 from sosp_hub.errors import DataError, ModelError
-from sosp_hub.finetune import finetune
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recovery.recover import recover
 from sosp_hub.tasks.loss import batch_loss
+from sosp_hub.training import train_model
 from tests.compare import assert_close
 
 
@@ -143,7 +143,7 @@ def test_hidden_states_come_nearer_in_training():
         for parameter in student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     settings = config(hidden=1.0, distill=1.0, epochs=6)
-    history = finetune(student, points, settings, teacher=teacher)
+    history = train_model(student, points, settings, teacher=teacher)
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert_close(teacher.state_dict(), frozen, relative=0)
 
@@ -152,7 +152,7 @@ def test_hidden_states_come_nearer_in_training():
 def test_a_killed_training_finds_its_projections(tmp_path):
     settings = config(hidden=1.0, distill=0.5, epochs=4, save_every_steps=2)
     expected, again = Net(width=4), Net(width=4)
-    finetune(expected, Points(), settings, teacher=Net(seed=1))
+    train_model(expected, Points(), settings, teacher=Net(seed=1))
     stop = {"left": 5}
 
     class Dying(Points):
@@ -163,9 +163,9 @@ def test_a_killed_training_finds_its_projections(tmp_path):
             return super().__getitems__(indices)
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(again, Dying(), settings, teacher=Net(seed=1), checkpoint_dir=tmp_path)
+        train_model(again, Dying(), settings, teacher=Net(seed=1), checkpoint_dir=tmp_path)
     again = Net(width=4)
-    finetune(again, Points(), settings, teacher=Net(seed=1), checkpoint_dir=tmp_path)
+    train_model(again, Points(), settings, teacher=Net(seed=1), checkpoint_dir=tmp_path)
     assert_close(again.state_dict(), expected.state_dict(), relative=0)
 
 
@@ -207,7 +207,7 @@ def test_a_layer_map_that_does_not_fit_is_refused():
 
 def test_a_teacher_of_other_classes_is_refused():
     with pytest.raises(ModelError, match=r"finetune.teacher: its outputs .* \(16, 1, 7\)"):
-        finetune(Net(), Points(), config(distill=0.5), teacher=Net(classes=7))
+        train_model(Net(), Points(), config(distill=0.5), teacher=Net(classes=7))
 
 
 def test_places_that_differ_are_refused(tmp_path):

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from sosp_hub.errors import DataError, ModelError
-from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
+from sosp_hub.training import recalibrate_norm, train_model
 from tests.compare import assert_close
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def config(**keys):
 
 def test_it_learns_and_leaves_the_model_in_eval_mode():
     model, points = net(), Points(64)
-    history = finetune(model, points, config(epochs=10))
+    history = train_model(model, points, config(epochs=10))
     assert history[-1]["loss"] < 0.3 < history[0]["loss"]
     assert history[-1]["step"] == 80
     assert not model.training
@@ -67,11 +67,11 @@ def test_a_part_of_the_samples_is_the_same_part_in_each_epoch_and_another_for_ea
             return super().__getitems__(indices)
 
     for seed in (0, 1):
-        history = finetune(net(), Noted(64), config(num_samples=24), seed=seed)
+        history = train_model(net(), Noted(64), config(num_samples=24), seed=seed)
         assert history[-1]["step"] == 2 * 3
     assert {len(set(indices)) for indices in seen.values()} == {24}
     assert set(seen[0]) != set(seen[1])
-    history = finetune(net(), Points(8), config(num_samples=24))
+    history = train_model(net(), Points(8), config(num_samples=24))
     assert history[-1]["step"] == 2
 
 
@@ -87,30 +87,30 @@ def test_a_part_of_the_samples_is_the_same_part_in_each_epoch_and_another_for_ea
 def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tmp_path, keys):
     settings = config(epochs=4, **keys)
     whole = net(dropout=0.5)
-    history = finetune(whole, Points(60, noise=1.0), settings, seed=7)
+    history = train_model(whole, Points(60, noise=1.0), settings, seed=7)
     for stop_after in (12, 10):  # twice, the second time after it went on
         broken, points = net(dropout=0.5), Points(60, 1.0, stop_after)
         with pytest.raises(KeyboardInterrupt):
-            finetune(broken, points, settings, seed=7, checkpoint_dir=tmp_path)
+            train_model(broken, points, settings, seed=7, checkpoint_dir=tmp_path)
         assert any(tmp_path.glob("step-*"))
     continued = net(dropout=0.5)
     torch.manual_seed(99)  # whatever else is drawn in between
     points = Points(60, 1.0, stop_after=28 - 6)  # fewer batches than the whole run needs
-    resumed = finetune(continued, points, settings, seed=7, checkpoint_dir=tmp_path)
+    resumed = train_model(continued, points, settings, seed=7, checkpoint_dir=tmp_path)
     assert_close(continued.state_dict(), whole.state_dict(), relative=0)
     assert resumed == history
     other = net(dropout=0.5)
-    finetune(other, Points(60, noise=1.0), settings, seed=8)
+    train_model(other, Points(60, noise=1.0), settings, seed=8)
     with pytest.raises(AssertionError):  # the comparison can fail
         assert_close(other.state_dict(), whole.state_dict(), relative=1e-3)
 
 
 def test_state_of_a_run_of_another_length_is_not_used(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        finetune(net(), Points(64, stop_after=12), config(), checkpoint_dir=tmp_path)
+        train_model(net(), Points(64, stop_after=12), config(), checkpoint_dir=tmp_path)
     model, expected = net(), net()
-    finetune(model, Points(64), config(epochs=3), checkpoint_dir=tmp_path)
-    finetune(expected, Points(64), config(epochs=3))
+    train_model(model, Points(64), config(epochs=3), checkpoint_dir=tmp_path)
+    train_model(expected, Points(64), config(epochs=3))
     assert_close(model.state_dict(), expected.state_dict(), relative=0)
 
 
@@ -118,8 +118,8 @@ def test_accumulated_batches_are_one_large_batch():
     torch.manual_seed(0)
     large = nn.Linear(2, 2)
     small = copy.deepcopy(large)
-    finetune(large, Points(64), config(batch_size=32))
-    finetune(small, Points(64), config(batch_size=8, gradient_accumulation=4))
+    train_model(large, Points(64), config(batch_size=32))
+    train_model(small, Points(64), config(batch_size=8, gradient_accumulation=4))
     assert_close(small.state_dict(), large.state_dict(), relative=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_each_epoch_has_an_order_of_its_own():
             seen.extend(indices)
             return super().__getitems__(indices)
 
-    finetune(net(), Noted(32), config(epochs=3))
+    train_model(net(), Noted(32), config(epochs=3))
     epochs = [tuple(seen[start : start + 32]) for start in (0, 32, 64)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(32))] * 3
     assert len(set(epochs)) == 3
@@ -147,7 +147,7 @@ def test_the_order_of_samples_is_the_seeds():
 
     for run in ((3, "once"), (3, "again"), (4, "once")):
         orders[run] = []
-        finetune(net(), Noted(64), config(epochs=1), seed=run[0])
+        train_model(net(), Noted(64), config(epochs=1), seed=run[0])
         assert sorted(orders[run]) == list(range(64))
     assert orders[3, "once"] == orders[3, "again"] != orders[4, "once"]
 
@@ -158,7 +158,7 @@ def test_dropout_is_another_one_for_another_seed():
     for seed in (0, 0, 1):
         model, points = net(dropout=0.5), Points(32)
         points.points[:], points.labels[:] = points.points[0], 0
-        finetune(model, points, config(), seed=seed)
+        train_model(model, points, config(), seed=seed)
         weights.append(model[4].weight.detach())
     assert_close(weights[1], weights[0], relative=0)
     assert (weights[2] - weights[0]).abs().max() > 1e-4
@@ -179,18 +179,18 @@ def test_no_step_is_longer_than_the_largest_gradient_norm(parts):
         learning_rate=1.0, schedule="constant", warmup_share=0.0, weight_decay=0.0,
         max_grad_norm=0.01,
     )  # fmt: skip
-    finetune(model, points, settings)
+    train_model(model, points, settings)
     moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
     assert_close(moved, -wanted * 0.01 / wanted.norm(), relative=1e-3)
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     settings = config(epochs=10, warmup_share=0.1, learning_rate=0.5, optimizer="sgd")
-    rates = [point["learning_rate"] for point in finetune(net(), Points(80), settings)]
+    rates = [point["learning_rate"] for point in train_model(net(), Points(80), settings)]
     warm = [0.5 * (i + 1) / 11 for i in range(10)]
     cosine = [0.25 * (1 + math.cos(math.pi * i / 90)) for i in range(90)]
     assert_close(rates, warm + cosine)
-    flat = finetune(net(), Points(80), config(schedule="constant", warmup_share=0.0))
+    flat = train_model(net(), Points(80), config(schedule="constant", warmup_share=0.0))
     assert {point["learning_rate"] for point in flat} == {0.01}
 
 
@@ -200,7 +200,7 @@ def test_weight_decay_spares_biases_and_norms():
     for parameter in model.parameters():
         parameter.register_hook(torch.zeros_like)  # decay alone moves anything
     settings = config(epochs=1, weight_decay=1.0, schedule="constant", max_grad_norm=None)
-    finetune(model, Points(8), settings)
+    train_model(model, Points(8), settings)
     decayed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert decayed == {"0.weight", "4.weight"}
 
@@ -209,7 +209,7 @@ def test_label_smoothing_is_that_of_cross_entropy():
     torch.manual_seed(0)
     model, points = nn.Linear(2, 2), Points(8)
     expected = F.cross_entropy(model(points.points), points.labels, label_smoothing=0.2)
-    (point,) = finetune(model, points, config(epochs=1, label_smoothing=0.2))
+    (point,) = train_model(model, points, config(epochs=1, label_smoothing=0.2))
     assert_close(point["loss"], expected)
 
 
@@ -222,7 +222,7 @@ def test_distillation_mixes_in_the_teachers_divergence():
     divergence = (p * (p.log() - F.log_softmax(logits / 3, dim=1))).sum(1).mean() * 9
     expected = 0.25 * F.cross_entropy(logits, points.labels) + 0.75 * divergence
     settings = FinetuneSection(epochs=1, batch_size=8, distill=0.75, temperature=3.0)
-    (point,) = finetune(student, points, settings, teacher=teacher)
+    (point,) = train_model(student, points, settings, teacher=teacher)
     assert_close(point["loss"], expected.detach())
     assert_close(teacher.state_dict(), frozen, relative=0)
 
@@ -231,19 +231,19 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_do(tmp_path):
     points = Points(64)
     points.points[5] = float("nan")
     with pytest.raises(ModelError, match=r"nan at step \d+.*learning rate \(now"):
-        finetune(net(), points, config(), checkpoint_dir=tmp_path)
+        train_model(net(), points, config(), checkpoint_dir=tmp_path)
     assert not list(tmp_path.iterdir())  # and no state that would continue it
 
 
 def test_a_last_step_that_ruins_the_model_is_told():
     settings = config(epochs=1, learning_rate=1e30, optimizer="sgd", max_grad_norm=None)
     with pytest.raises(ModelError, match=r"training loss is (nan|inf) at step 1.*1e\+30"):
-        finetune(net(), Points(8), settings)
+        train_model(net(), Points(8), settings)
 
 
 def test_no_samples_at_all_are_refused():
     with pytest.raises(DataError, match="0 training samples"):
-        finetune(net(), Points(0), config())
+        train_model(net(), Points(0), config())
 
 
 def test_recalibrated_statistics_are_means_over_the_batches():

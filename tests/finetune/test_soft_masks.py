@@ -14,13 +14,13 @@ from torch.nn import functional as F
 import sosp_hub.zoo.timm
 from sosp_hub.allocation import allocate
 from sosp_hub.cost import CostModel
-from sosp_hub.finetune import finetune
 from sosp_hub.prune import main
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.scoring import score
 from sosp_hub.soft_masks import PenaltyControl, SoftMasks, off_probability
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
+from sosp_hub.training import train_model
 from tests.compare import assert_close
 from tests.criteria.test_scp_score import Dense, normal, stack
 from tests.finetune.test_finetune import Points
@@ -267,7 +267,7 @@ def test_the_penalty_is_trained_and_epochs_are_told():
     torch.manual_seed(0)
     model, told = nn.Linear(2, 2), []
     config = TrainSection(epochs=3, batch_size=8, learning_rate=0.1, optimizer="sgd")
-    history = finetune(
+    history = train_model(
         model, Points(16), config,
         penalty=lambda: 50 * model.bias.square().sum(),
         after_part=lambda epoch: told.append((epoch, model.training)) or model.eval(),
@@ -276,7 +276,7 @@ def test_the_penalty_is_trained_and_epochs_are_told():
     assert history[0]["loss"] < 5  # without the penalty
     torch.manual_seed(0)
     plain = nn.Linear(2, 2)
-    finetune(plain, Points(16), config)
+    train_model(plain, Points(16), config)
     assert (plain.bias - model.bias).abs().max() > 1e-3
 
 

@@ -23,11 +23,11 @@ WRONG_IMPORTS = (
     ("sosp_hub.data.source", "sosp_hub.distributed"),
     ("sosp_hub.structure.groups", "sosp_hub.cost"),
     ("sosp_hub.allocation", "sosp_hub.criteria"),
-    ("sosp_hub.evaluate", "sosp_hub.finetune"),
+    ("sosp_hub.evaluate", "sosp_hub.training"),
     ("sosp_hub.push", "sosp_hub.prune"),
     # What cuts, trains and publishes never asks what decides
     ("sosp_hub.report.card", "sosp_hub.criteria"),
-    ("sosp_hub.finetune", "sosp_hub.gates"),
+    ("sosp_hub.training", "sosp_hub.gates"),
     # Only the zoo and the checkpoints know timm and transformers
     ("sosp_hub.surgery.apply", "timm"),
     ("sosp_hub.gates", "transformers"),

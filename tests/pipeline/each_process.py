@@ -22,10 +22,10 @@ from sosp_hub.distributed import (
     process_sum,
 )
 from sosp_hub.evaluate import evaluate
-from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.scoring import make_criterion, score
 from sosp_hub.structure.trace import trace
+from sosp_hub.training import recalibrate_norm, train_model
 
 NUM_SAMPLES = 23
 DRAWN = {"max_classes": 2, "num_draws": 2, "seed": 5}
@@ -108,7 +108,7 @@ def results():
     recalibrate_norm(model, (batches[:1] if rank == 0 else []) + last)
     linear = nn.Linear(4, 3)
     settings = TrainSection(epochs=2, batch_size=6 // world, optimizer="sgd", learning_rate=0.1)
-    finetune(linear, Points(24), settings, accelerator=accelerator, seed=3)
+    train_model(linear, Points(24), settings, accelerator=accelerator, seed=3)
     return {
         "metrics": {name: [m.value, m.n, m.stderr] for name, m in found.items()},
         "only rank 0 has data": [one["loss"].value, one["loss"].n, one["loss"].stderr],

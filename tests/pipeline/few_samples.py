@@ -13,10 +13,10 @@ from sosp_hub.data.loading import calibration_batches, make_loader
 from sosp_hub.distributed import make_accelerator, process_rows, process_state, process_sum
 from sosp_hub.errors import SospHubError
 from sosp_hub.evaluate import evaluate
-from sosp_hub.finetune import finetune, recalibrate_norm
 from sosp_hub.recipe.training import TrainSection
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
+from sosp_hub.training import recalibrate_norm, train_model
 from tests.pipeline.each_process import Points
 
 CRITERIA = ("taylor", "fisher", "activation", "sosp_h", "sosp_i", "magnitude")
@@ -43,7 +43,7 @@ def results() -> dict[str, Any]:
         found[name] = {group: list(kept) for group, kept in plan.kept.items()}
     for name, action in {
         "norms": lambda: recalibrate_norm(model, batches),
-        "training": lambda: finetune(
+        "training": lambda: train_model(
             nn.Linear(4, 3), points, TrainSection(epochs=1, batch_size=1), accelerator=accelerator
         ),
     }.items():

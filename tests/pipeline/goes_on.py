@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sosp_hub.distributed import make_accelerator, process_state
-from sosp_hub.finetune import finetune
 from sosp_hub.recipe.training import TrainSection
+from sosp_hub.training import train_model
 from tests.pipeline.each_process import Points
 
 
@@ -33,7 +33,7 @@ def train(folder: Path | None, stop_at: int = 0) -> list[list[float]]:
     config = TrainSection(
         epochs=2, batch_size=3, save_every_steps=1, optimizer="sgd", learning_rate=0.1
     )
-    finetune(
+    train_model(
         model, points, config, accelerator=accelerator, seed=3, checkpoint_dir=folder,
         penalty=penalty,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from sosp_hub.report.markers import BEGIN, END, readdress
 from sosp_hub.report.markup import Markdown, block, code, escaped
 from sosp_hub.report.page import render_page, write_page
 from sosp_hub.report.study import write_comparison
-from sosp_hub.report.terminal import show_result
+from sosp_hub.report.terminal import Report, show_result
 from tests.hub.conftest import make_folder
 from tests.report import reports
 from tests.report.test_compared import results
@@ -217,6 +217,16 @@ def test_a_terminal_shows_words_and_obeys_none(tmp_path, capsys, harm):
     assert not [c for c in shown if not (c.isprintable() or c == "\n")]
     if len(harm) < 40 and "\n" not in harm and harm:
         assert escaped(harm, "terminal").split()[0] in shown
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_notebook_shows_words_and_obeys_none(harm):
+    report, _ = reports.image_report()
+    page = Report(hostile(report, harm))._repr_html_()
+    usual = Report(report)._repr_html_()
+    assert usual.count("<table>") == 3  # cost, quality, classes
+    assert set(tags_of(page)) <= set(tags_of(usual))
+    assert not [c for c in page if not (c.isprintable() or c == "\n")]
 
 
 def test_names_of_files_do_not_move_the_cursor(tmp_path, capsys):

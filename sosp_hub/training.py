@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _POINTS = 100  # of the loss curve, at most
 
 
-def finetune(
+def train_model(
     model: nn.Module,
     train: Dataset[Any],
     config: TrainSection,
