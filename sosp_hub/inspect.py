@@ -116,7 +116,7 @@ def _show(findings: "Findings", *, whole: bool) -> None:
     if len(rows) < len(findings.layers):
         console.print(f"{len(findings.layers) - len(rows)} more layers are whole (--all)")
     if findings.sample:
-        console.print(printable(f"MACs for one sample: {findings.sample}"))
+        console.print(printable(f"MACs are for one sample of {findings.sample}"))
     for reader in findings.readers:
         says = {True: "yes", False: "no", None: "perhaps"}[reader.loads]
         console.print(printable(f"{reader.name}: {says}; {reader.why}"))

@@ -10,8 +10,15 @@ from sosp_hub.compat.accelerate import is_spread
 from sosp_hub.compat.timm import built_with
 
 
-def made_up_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...] | None:
-    """Example inputs of one forward pass; None if the config does not determine their form."""
+def made_up_inputs(
+    model: nn.Module, *, num_tokens: int = 5
+) -> dict[str, Any] | tuple[Tensor, ...] | None:
+    """Example inputs of one forward pass; None if the config does not determine their form.
+
+    Args:
+        model: The model.
+        num_tokens: Length of texts; no more than the config has positions for.
+    """
     place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if place.type == "meta" or is_spread(model):
         return None
@@ -25,26 +32,30 @@ def made_up_inputs(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...] | No
     parts = [getattr(config, name, None) for name in ("text_config", "vision_config")]
     if all(parts):
         inputs = {
-            "input_ids": _tokens(parts[0], place),
+            "input_ids": _tokens(parts[0], place, num_tokens),
             "pixel_values": _image(parts[1], place, dtype),
         }
     elif main == "input_ids":
-        inputs = {main: _tokens(config, place)}
+        inputs = {main: _tokens(config, place, num_tokens)}
     elif main == "pixel_values":
         inputs = {main: _image(config, place, dtype)}
     elif main == "input_features" and (bins := getattr(config, "num_mel_bins", None)):
         frames = 2 * getattr(config, "max_source_positions", 50)
         inputs = {main: _noise((1, bins, frames), place, dtype)}
     if getattr(config, "is_encoder_decoder", False) and inputs:
-        inputs["decoder_input_ids"] = _tokens(config, place)
+        inputs["decoder_input_ids"] = _tokens(config, place, num_tokens)
     return inputs if inputs and all(value is not None for value in inputs.values()) else None
 
 
-def _tokens(config: Any, place: torch.device) -> Tensor | None:
+def _tokens(config: Any, place: torch.device, num_tokens: int) -> Tensor | None:
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 2:
         return None
-    return torch.arange(3, 13, device=place).reshape(2, 5) % vocabulary
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 2:  # RoBERTa counts from 2
+        num_tokens = min(num_tokens, positions - 2)
+    values = torch.arange(3, 3 + 2 * num_tokens, device=place).reshape(2, num_tokens)
+    return values % vocabulary
 
 
 def _image(config: Any, place: torch.device, dtype: torch.dtype) -> Tensor | None:

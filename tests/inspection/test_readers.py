@@ -10,6 +10,7 @@ from torch import nn
 import sosp_hub
 from sosp_hub.checkpoint.format.standins import RemovedAttention
 from sosp_hub.errors import SospHubError
+from sosp_hub.inspect import main
 from sosp_hub.inspection.examine import examine
 from sosp_hub.inspection.readers import evening, readers
 from sosp_hub.targets.writers.gguf import to_gguf
@@ -178,3 +179,20 @@ def test_what_generates_no_text_has_no_word_on_runtimes_of_text(tmp_path):
         *("transformers", "transformers, padded", "torch.export", "ONNX", "OpenVINO", "ExecuTorch"),
         "vLLM, GGUF",
     ]
+
+
+@pytest.mark.parametrize(("positions", "tokens"), [(2048, 128), (66, 64)])
+def test_costs_are_those_of_a_text_of_usual_length(positions, tokens, tmp_path, capsys):
+    small = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 4, "max_position_embeddings": positions}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, **small}))
+    model.save_pretrained(tmp_path)
+    found = examine(tmp_path)
+    assert found.sample == f"{tokens} tokens"
+    weights = sum(
+        p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n
+    )
+    attention = 2 * 2 * 32 * tokens  # scores and values, of two layers, a token
+    assert found.totals["macs"] == tokens * (weights + attention)
+    assert main([str(tmp_path)]) == 0
+    assert f"MACs are for one sample of {tokens} tokens" in capsys.readouterr().out
