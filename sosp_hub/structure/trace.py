@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
 from sosp_hub.structure.plain import plain_sizes
 from sosp_hub.structure.shadow import shadow
-from sosp_hub.structure.terms import AS_OUTPUT, Axes, Step, Terms
+from sosp_hub.structure.terms import AS_OUTPUT, Axes, Terms
 
 Program = Callable[[nn.Module, Any], Any]
 Wanted = tuple[str | int, ...] | None
@@ -82,9 +82,7 @@ def trace(
         outputs = (outputs,)
     wanted = None if outputs is None else tuple(outputs)
     example_inputs, cost_inputs = plain_inputs(example_inputs), plain_inputs(cost_inputs)
-    twin, terms, entries, exits = _run(
-        model, example_inputs, wanted, fake, program or call, training=True
-    )
+    twin, terms, entries, exits = _run(model, example_inputs, wanted, fake, program or call)
     samples = num_samples(example_inputs)
     graph = assemble(twin, terms, (entries, exits), example_inputs, wanted, samples)
     graph = dataclasses.replace(graph, plain=plain_sizes(model, graph.groups))
@@ -94,11 +92,14 @@ def trace(
     return dataclasses.replace(graph, of_size=sized)
 
 
-def retrace(
-    model: nn.Module, example_inputs: Any, program: "Program | None" = None
-) -> tuple[Step, ...]:
-    """The operations of a model's forward pass and their shapes, without data where possible."""
-    return tuple(_run(model, example_inputs, None, True, program or call, training=False)[1].steps)
+@contextmanager
+def without_fake_log() -> Iterator[None]:
+    """Torch prints what is reported here as an error, or tried with data."""
+    _FAKE_LOG.disabled = True
+    try:
+        yield
+    finally:
+        _FAKE_LOG.disabled = False
 
 
 def _run(
@@ -107,7 +108,6 @@ def _run(
     wanted: Wanted,
     fake: bool,
     program: "Program",
-    training: bool,
 ) -> Run:
     """One watched forward pass: without data where the code allows it, else with."""
     if not any(True for _ in rules.tensors(inputs)):
@@ -115,7 +115,7 @@ def _run(
     has_data = not any(tensor.is_meta for tensor in model.parameters())
     if fake or not has_data:
         try:
-            return _watch(model, inputs, wanted, FakeMode(), program, training)
+            return _watch(model, inputs, wanted, FakeMode(), program)
         except TraceError:
             raise
         except Exception as error:
@@ -126,7 +126,7 @@ def _run(
                     f"({type(error).__name__}: {error}); load the weights first"
                 ) from error
     try:
-        return _watch(model, inputs, wanted, None, program, training)
+        return _watch(model, inputs, wanted, None, program)
     except TraceError:
         raise
     except Exception as error:
@@ -209,7 +209,6 @@ def _watch(
     wanted: Wanted,
     fake: FakeMode | None,
     program: "Program",
-    training: bool,
 ) -> Run:
     twin = shadow(model, fake).eval()
     twin_inputs = copy_inputs(inputs, fake)
@@ -234,20 +233,23 @@ def _watch(
     handles = list(_watch_modules(twin, terms, entries, exits))
     dispatch = DispatchWatch(terms)
     listener = ints.Listener(terms.leak, terms.compare, terms.hold, terms.lose)
-    _FAKE_LOG.disabled = True  # it prints what is reported here as an error, or tried with data
     try:
-        with isolated(model), torch.no_grad(), ints.listening(listener), ExitStack() as modes:
+        with (
+            isolated(model),
+            torch.no_grad(),
+            without_fake_log(),
+            ints.listening(listener),
+            ExitStack() as modes,
+        ):
             for mode in (fake, dispatch, FunctionWatch(terms, dispatch)):
                 if mode is not None:
                     modes.enter_context(mode)
             result = program(twin, twin_inputs)
-            unused = _unused(twin, terms) if training else {}
-            if unused:
+            if unused := _unused(twin, terms):
                 with dispatch.pause():
                     again = copy_inputs(inputs, fake)
                 _follow_training(twin, again, terms, (entries, exits), unused, wanted)
     finally:
-        _FAKE_LOG.disabled = False
         for handle in handles:
             handle.remove()
     terms.refilled = {n for n, b in twin.named_buffers() if b.shape != shapes.get(n)}

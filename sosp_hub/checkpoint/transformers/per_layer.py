@@ -20,7 +20,11 @@ from sosp_hub.structure.isolation import isolated
 Overrides = dict[int, dict[str, Any]]
 
 
-def describe_layers(model: Any, config: Any) -> None:
+Held = list[tuple[int, int]]
+"""KV heads and their size as each layer writes them to a cache; ``(0, 0)`` where it has no keys."""
+
+
+def describe_layers(model: Any, config: Any, held: Held | None) -> None:
     """Writes into a config which layers of a model differ from it, where a cache has to know.
 
     Nothing is written for a config that has such entries of its own, a model that keeps no cache of
@@ -29,13 +33,10 @@ def describe_layers(model: Any, config: Any) -> None:
     Args:
         model: A pruned model, left as it was.
         config: Its config, or the plain one that will be written.
+        held: Of `held_in_cache`.
     """
     text = config.get_text_config(decoder=True)
-    caches = hasattr(text, "use_cache") and not config.is_encoder_decoder
-    if not caches or not library.takes_layers(text):
-        return
-    held = _cached_sizes(model)
-    if not any(map(sum, held)) or len(held) != text.num_hidden_layers:
+    if held is None or not any(map(sum, held)) or len(held) != text.num_hidden_layers:
         return
     heads = _head_overrides(text, held)
     for overrides in (_with_others(model, text, heads), heads):
@@ -43,19 +44,20 @@ def describe_layers(model: Any, config: Any) -> None:
             return
 
 
-def _cached_sizes(model: Any) -> list[tuple[int, int]]:
-    """KV heads and their size as each layer writes them to a cache; empty where it keeps none.
-
-    A layer without keys has ``(0, 0)``.
-    """
+def held_in_cache(model: Any, config: Any) -> Held | None:
+    """What each layer of a model writes to a cache; None where nothing is to be said of it."""
+    text = config.get_text_config(decoder=True)
+    caches = hasattr(text, "use_cache") and not config.is_encoder_decoder
+    if not caches or not library.takes_layers(text):
+        return None
     inputs = made_up_inputs(model)
     if not isinstance(inputs, dict) or "input_ids" not in inputs:
-        return []
+        return None
     with isolated(model), torch.no_grad():
         return cached_sizes(model, {"input_ids": inputs["input_ids"]})
 
 
-def _head_overrides(text: Any, held: list[tuple[int, int]]) -> Overrides:
+def _head_overrides(text: Any, held: Held) -> Overrides:
     """What the config says otherwise of the keys of a layer.
 
     What it does not say at all has to be said for every layer.

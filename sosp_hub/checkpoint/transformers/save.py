@@ -16,7 +16,7 @@ from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.checkpoint.transformers import native
-from sosp_hub.checkpoint.transformers.per_layer import describe_layers
+from sosp_hub.checkpoint.transformers.per_layer import describe_layers, held_in_cache
 from sosp_hub.checkpoint.transformers.ship import ship
 from sosp_hub.compat.transformers import no_init_weights
 from sosp_hub.errors import CheckpointError
@@ -56,7 +56,7 @@ def write(
     config.architectures, config.dtype = model.config.architectures, model.config.dtype
     if not delta.empty:
         setattr(config, KEY, delta.to_json())
-        describe_layers(model, config)
+        describe_layers(model, config, held_in_cache(model, config))
     config.save_pretrained(folder)
     if ship_code and not delta.empty:
         ship(model, folder)
@@ -72,16 +72,18 @@ def attach(model: PreTrainedModel) -> None:
     Raises:
         CheckpointError: What the delta builds differs from the model, which is then left as it was.
     """
-    config = adapter.plain_config(model.config)
-    delta = _proved(model, config, adapter.delta_of(model, config), made_up_inputs(model))
-    _check_loud(model, config, delta, _state(model, delta))
+    with isolated(model, type(model)):  # once for all that is run and built within
+        config = adapter.plain_config(model.config)
+        delta = _proved(model, config, adapter.delta_of(model, config), made_up_inputs(model))
+        _check_loud(model, config, delta, _state(model, delta))
+        held = None if delta.empty else held_in_cache(model, model.config)
     for section, name in ((delta.base, adapter.base_name(model)), (delta.head, "")):
         if section is not None:
             store_in_state(model.get_submodule(name), section)
     adapter.forget(model.config)
     if not delta.empty:
         setattr(model.config, KEY, delta.to_json())
-        describe_layers(model, model.config)
+        describe_layers(model, model.config, held)
 
 
 def describe(model: PreTrainedModel) -> Described:
