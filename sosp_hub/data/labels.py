@@ -1,5 +1,6 @@
 """Class labels as numbers from 0, whatever the source writes."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -7,6 +8,8 @@ from typing import Any, Literal
 
 from sosp_hub.data.rows import Label, Rows
 from sosp_hub.errors import DataError, shortened
+
+log = logging.getLogger(__name__)
 
 Problem = Literal["single_label", "multi_label", "regression"]
 
@@ -143,14 +146,28 @@ def code_labels(train: Rows, test: Rows, where: str) -> tuple[tuple[str, ...], R
 
 
 def label_order(data: Sequence[str], model: Sequence[str]) -> tuple[int, ...] | None:
-    """For each class of the data the head output of that name; None unless all have one."""
+    """For each class of the data the head output of that name; None = its own number.
+
+    Names of the data that are other than the model's say nothing of their order; then a warning
+    says what is taken for what. Numbers are those of outputs.
+    """
     outputs = {name.casefold(): number for number, name in enumerate(model)}
     folded = [name.casefold() for name in data]
-    if set(folded) != set(outputs) or len(folded) != len(outputs) or folded == list(outputs):
-        return None
-    return tuple(outputs[name] for name in folded)
+    if set(folded) <= set(outputs) and len(set(folded)) == len(folded):
+        order = tuple(outputs[name] for name in folded)
+        return None if order == tuple(range(len(order))) else order
+    if not all(name.isdecimal() for name in data):
+        pairs = [f"{name} = {given}" for given, name in zip(data, model, strict=False)]
+        shown = ", ".join(pairs[:_MOST_SHOWN]) + (", ..." if len(pairs) > _MOST_SHOWN else "")
+        log.warning(
+            "data: the model's classes have other names than the data's; taken one after the "
+            "other: %s. If that is not so, write numbers of the model's outputs as labels",
+            shortened(shown, 300),
+        )
+    return None
 
 
+_MOST_SHOWN = 5
 _MOST_ABSENT = 1000  # classes between 0 and the largest number that no sample has
 
 
@@ -174,6 +191,16 @@ def _class_names(labels: Sequence[Label], where: str) -> tuple[str, ...]:
         raise DataError(
             f"data.label: {where} has the label {largest}, and {len(classes)} classes in all; "
             "expected numbers from 0 without such gaps, or names"
+        )
+    if absent := sorted(set(range(largest)) - classes):
+        shown = ", ".join(map(str, absent[:_MOST_SHOWN]))
+        log.warning(
+            "data.label: %s has labels up to %d, so %d classes, and no sample of %s%s",
+            where,
+            largest,
+            largest + 1,
+            shown,
+            ", ..." if len(absent) > _MOST_SHOWN else "",
         )
     return tuple(str(number) for number in range(largest + 1))
 

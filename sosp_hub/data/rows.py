@@ -164,11 +164,12 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True, eq=False)
 class TextRows:
-    """Texts; without labels for a language model."""
+    """Texts; without labels for a language model. ``pairs`` are second texts, where there are."""
 
     texts: Sequence[str]
     labels: Sequence[Label] | None = None
     class_names: tuple[str, ...] = ()
+    pairs: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -176,7 +177,8 @@ class TextRows:
     def take(self, indices: Sequence[int]) -> Self:
         """These samples, in this order."""
         labels = None if self.labels is None else [self.labels[i] for i in indices]
-        return replace(self, texts=[self.texts[i] for i in indices], labels=labels)
+        pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
+        return replace(self, texts=[self.texts[i] for i in indices], labels=labels, pairs=pairs)
 
 
 @dataclass(frozen=True, eq=False)

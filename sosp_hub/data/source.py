@@ -13,7 +13,13 @@ from sosp_hub.data.idx import is_idx_folder, read_digits, read_idx_split
 from sosp_hub.data.labels import Problem, code_labels, number_values, several_classes
 from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
 from sosp_hub.data.rows import IMAGE_SUFFIXES, ImageRows, PixelRows, Rows, image_folder
-from sosp_hub.data.tables import files_of_split, read_table, table_files
+from sosp_hub.data.tables import (
+    files_of_split,
+    is_saved_dataset,
+    read_saved,
+    read_table,
+    table_files,
+)
 from sosp_hub.errors import DataError
 from sosp_hub.recipe.schema import DataSection
 from sosp_hub.recipe.tasks import Inputs, Task, find_task, tasks
@@ -220,6 +226,8 @@ def _local(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
                 "can be read, and folders"
             )
         return _columns(read_table([path]), section, task, str(path)), None
+    if is_saved_dataset(path):
+        return _saved(path, section, task)
     if is_idx_folder(path):
         _need_pixels(task, str(path))
         test = None if section.test is None else read_idx_split(path, section.test)
@@ -244,6 +252,22 @@ def _local(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
             raise _no_split(section, key, str(path), listed)
     read = partial(_columns, section=section, task=task, where=str(path))
     return read(read_table(train)), read(read_table(test)) if test else None
+
+
+def _saved(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | None]:
+    """What ``save_to_disk`` of `datasets` left: one table, or one for each split."""
+    tables = read_saved(path)
+    if not isinstance(tables, dict):
+        return _columns(tables, section, task, str(path)), None
+    splits: list[Rows] = []
+    for key in ("train", "test"):
+        split = getattr(section, key)
+        if split is None:
+            continue
+        if split not in tables:
+            raise _no_split(section, key, str(path), ", ".join(tables))
+        splits.append(_columns(tables[split], section, task, str(path)))
+    return splits[0], splits[1] if len(splits) > 1 else None
 
 
 def _split_folders(path: Path, section: DataSection) -> tuple[Rows, Rows | None]:

@@ -57,6 +57,27 @@ def read_table(files: Sequence[Path]) -> "Dataset":
         ) from error
 
 
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets` left the folder by ``save_to_disk``."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def read_saved(folder: Path) -> "Dataset | dict[str, Dataset]":
+    """A folder of ``save_to_disk``: one table, or one for each split.
+
+    Raises:
+        DataError: It is incomplete or damaged.
+    """
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(folder))
+    except Exception as error:  # a library meets damaged files with whatever error comes first
+        raise DataError(
+            f"data.path: cannot read {folder}, which save_to_disk wrote ({error}); save it again"
+        ) from error
+
+
 def _read_one(file: Path) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.csv

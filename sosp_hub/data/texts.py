@@ -135,14 +135,16 @@ def encode(
     processing: TextProcessing,
     max_length: int,
     labels: Sequence[Any] | None = None,
+    pairs: Sequence[str] | None = None,
 ) -> Any:
-    """What the tokenizer makes of texts, cut at the longest length allowed.
+    """What the tokenizer makes of texts, or of pairs, cut at the longest length allowed.
 
     Raises:
         DataError: A text without a token; its label is named where there is one.
     """
     length = allowed_length(processing, max_length)
-    encoded = processing.tokenizer(list(texts), truncation=True, max_length=length)
+    both = (list(texts),) if pairs is None else (list(texts), list(pairs))
+    encoded = processing.tokenizer(*both, truncation=True, max_length=length)
     empty = next((i for i, ids in enumerate(encoded["input_ids"]) if not ids), None)
     if empty is not None:
         label = "" if labels is None else f" (label {labels[empty]})"
@@ -164,7 +166,7 @@ class LabelledTextSplit(EncodedSplit):
         max_length: int,
         problem: Problem = "single_label",
     ) -> None:
-        encoded = encode(rows.texts, processing, max_length, rows.labels)
+        encoded = encode(rows.texts, processing, max_length, rows.labels, rows.pairs)
         dtype = torch.int64 if problem == "single_label" else torch.float32
         labels = torch.as_tensor(rows.labels, dtype=dtype)
         if (order := processing.label_order) is not None:

@@ -19,7 +19,7 @@ from sosp_hub.promise.search import Promise, not_met, smallest
 from sosp_hub.recipe.metrics import DIVERGENCE, Drop, read_drops
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.structure.graph import Graph
-from sosp_hub.tasks.metrics import Meter
+from sosp_hub.tasks.metrics import Meter, OfAll
 from sosp_hub.training import recalibrate_norm
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ def allocate_within(
         DataError: Too few samples to prove it; says how many are needed.
     """
     names = ("accuracy", "loss", "perplexity", *meters)
+    of_all = [name for name, meter in meters.items() if isinstance(meter, OfAll)]
     try:
-        drops = read_drops(max_drop, names)
+        drops = read_drops(max_drop, names, of_all)
     except ValueError as error:
         raise BudgetError(f"budget.{error}") from None
     metrics = [drop.metric for drop in drops]

@@ -50,6 +50,7 @@ def explain(error: ValidationError, root: type[Section], data: Any = None) -> It
             yield f"{where}: got {given!r}; {_nearest(str(given), names, registry.noun)}"
         elif kind == "literal_error":
             choices = [choice.strip("'") for choice in re.split(r", | or ", context["expected"])]
+            choices += ["null"] * _takes_null(section, keys[-1])
             yield f"{where}: got {given!r}; {_nearest(str(given), choices, 'value')}"
         else:
             hint = _hint(where, kind, given)
@@ -91,6 +92,11 @@ def _section(
         elif inner := next(_models(field.annotation), None):
             section, registry = inner, None
     return section, registry
+
+
+def _takes_null(section: type[Section], key: str) -> bool:
+    field = section.model_fields.get(key)
+    return field is not None and type(None) in typing.get_args(field.annotation)
 
 
 def _models(annotation: Any) -> Iterator[type[Section]]:
@@ -159,6 +165,8 @@ def _hint(where: str, kind: str, given: Any) -> str:
         return "; a budget is the fraction that is kept, write 0.5 for one half"
     if where == "finetune" and given is None:
         return "; for no fine-tuning write finetune: {epochs: 0}"
+    if where == "rebuild" and given is None:
+        return "; for no rebuild write rebuild: {method: null}"
     if kind == "model_type" and given is None:
         return "; leave the section out for its defaults"
     if kind in {"int_type", "float_type"} and isinstance(given, str):

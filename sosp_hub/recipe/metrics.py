@@ -56,18 +56,29 @@ class Drop:
         return f"{self.metric} by {points:g} point{'s' * (points != 1)}"
 
 
-def read_drops(given: Mapping[str, float | str], metrics: Sequence[str]) -> tuple[Drop, ...]:
+def read_drops(
+    given: Mapping[str, float | str], metrics: Sequence[str], of_all: Sequence[str] = ()
+) -> tuple[Drop, ...]:
     """Drops as recipes write them: ``{accuracy: 1.0}`` in points, ``{perplexity: 5%}``.
 
     Args:
         given: By metric: points for shares, else the metric's unit; or a percentage of the dense
             model's value.
         metrics: What can be measured.
+        of_all: What is of all samples together: no model is compared by it sample by sample.
 
     Raises:
-        ValueError: An unknown metric, or an amount that is none; says what to write.
+        ValueError: An unknown metric, one that is no mean over samples, or an amount that is none;
+            says what to write.
     """
-    known = (*(name for name in metrics if name != "per_class_accuracy"), DIVERGENCE)
+    closed = {"per_class_accuracy", *of_all}
+    known = tuple(dict.fromkeys([*(name for name in metrics if name not in closed), DIVERGENCE]))
+    for metric in given:
+        if metric in of_all:
+            raise ValueError(
+                f"max_drop.{metric}: is of all samples together, so that no bound can be tested "
+                f"sample by sample; there are {', '.join(known)}"
+            )
     return tuple(_read_drop(metric, amount, known) for metric, amount in given.items())
 
 

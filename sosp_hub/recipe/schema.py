@@ -11,7 +11,7 @@ from sosp_hub.recipe.metrics import Drop, read_drops
 from sosp_hub.recipe.schedule import ScheduleSection
 from sosp_hub.recipe.section import Count, Scalar, Section, Share
 from sosp_hub.recipe.targets import Targets
-from sosp_hub.recipe.tasks import find_task
+from sosp_hub.recipe.tasks import find_task, tasks
 from sosp_hub.recipe.training import DenseTrainSection, TrainSection
 from sosp_hub.types import DEFAULT_KINDS, BlockKind, Kind, Library
 
@@ -78,11 +78,16 @@ class SourceSection(Section):
         default="test", description="name of the test split; null = held out from train"
     )
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.2, description="share of train held out where `test` is null or not there"
+        default=0.2,
+        description="share of train held out where `test` is null, or no split has a name",
     )
     image: str = Field(default="image", description="column of the images")
     label: str = Field(default="label", description="column of the classes")
     text: str = Field(default="text", description="column of the texts")
+    text_pair: str | None = Field(
+        default=None,
+        description="column of the second text, for text-classification of pairs; null = one text",
+    )
     problem: Literal["single_label", "multi_label", "regression"] | None = Field(
         default=None,
         description="what a label of text-classification is; null = a class, several where the "
@@ -684,7 +689,7 @@ class Recipe(Section):
         if not self.budget.max_drop:
             return self
         try:
-            read_drops(self.budget.max_drop, find_task(self.model.task).metrics)
+            self.drops()
         except ValueError as error:
             raise ValueError(f"budget.{error}") from None
         if self.expand or self.compare:
@@ -694,6 +699,20 @@ class Recipe(Section):
             raise ValueError(
                 "criterion.damping: auto is chosen at one budget, and max_drop tries many; write a "
                 "number"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reads_the_columns(self) -> Self:
+        task = find_task(self.model.task)
+        every = {key for each in tasks().values() for key in (*each.columns, *each.more_columns)}
+        read = (*task.columns, *task.more_columns)
+        fields = type(self.data).model_fields
+        odd = [k for k in sorted(every - {*read}) if getattr(self.data, k) != fields[k].default]
+        if odd:
+            raise ValueError(
+                f"data.{odd[0]}: {task.name} does not read it; its columns are named by "
+                f"{', '.join(f'data.{key}' for key in read)}"
             )
         return self
 
@@ -733,7 +752,8 @@ class Recipe(Section):
 
     def drops(self) -> tuple[Drop, ...]:
         """What may be lost of the dense model's quality."""
-        return read_drops(self.budget.max_drop, find_task(self.model.task).metrics)
+        task = find_task(self.model.task)
+        return read_drops(self.budget.max_drop, task.metrics, task.of_all)
 
     def held_out_key(self) -> int | str | None:
         """What decides how many training samples nothing is fitted to."""

@@ -26,10 +26,12 @@ class Task(ABC):
         inputs: What a sample is; ``own`` = what the model's own processor makes of a row.
         auto_processor: Class of transformers that loads it, for ``own``; None = there is none.
         columns: Keys of the recipe's section ``data`` whose columns are read.
+        more_columns: Keys of columns that are read where the data has them.
         pixels: Whether images in memory with a class each will do (idx files, digits).
         outputs: Names of the outputs that count, where not all do.
         head: Whether the model's head has an output for each label of the data.
         metrics: What can be measured; the first is measured where a recipe says nothing.
+        of_all: Those that are of all samples together, and no means over them.
         counted: What metrics are means over.
         learns: Whether there is something to train a model with; else only to follow another.
         pretrained_rate: Peak learning rate of weights that were trained.
@@ -46,10 +48,12 @@ class Task(ABC):
     inputs: ClassVar[Inputs]
     auto_processor: ClassVar[str | None] = None
     columns: ClassVar[tuple[str, ...]]
+    more_columns: ClassVar[tuple[str, ...]] = ()
     pixels: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...] | None] = None
     head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]]
+    of_all: ClassVar[tuple[str, ...]] = ()
     counted: ClassVar[str] = "samples"
     learns: ClassVar[bool] = True
     pretrained_rate: ClassVar[float] = 5e-5

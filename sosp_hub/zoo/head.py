@@ -43,5 +43,8 @@ def fit_head(
     wanted = asked or labels
     if wanted is not None and section.pretrained:
         trained = "" if section.train else "; it stays random, since model.train is not given"
-        log.info("%s gets a new head with %d outputs%s", section.id, wanted, trained)
+        lost = "" if checkpoint is None else f", in place of its trained one with {checkpoint}"
+        level = logging.INFO if checkpoint is None or asked else logging.WARNING
+        told = "%s gets a new head with %d outputs%s%s"
+        log.log(level, told, section.id, wanted, lost, trained)
     return wanted, True

@@ -102,6 +102,43 @@ def test_texts_longer_than_the_context_are_cut(tmp_path, letters):
     assert split.__getitems__(range(4))["input_ids"].shape == (4, 12)
 
 
+def test_numbers_of_classes_that_no_sample_has_are_told(tmp_path, caplog):
+    """Labels 3 and 7 make eight classes, six of them of nothing."""
+    path = tmp_path / "data.csv"
+    path.write_text(table(["x,3", "y,7"]))
+    assert opened(path).info.num_labels == 8
+    assert "8 classes, and no sample of 0, 1, 2, 4, 5, ..." in caplog.text
+    caplog.clear()
+    path.write_text(table(["x,0", "y,1"]))
+    assert opened(path).info.num_labels == 2
+    assert not caplog.text
+
+
+# ------------------------------------------------------------------- what datasets left on disk
+def saved(folder, **splits):
+    from datasets import Dataset, DatasetDict
+
+    tables = {name: Dataset.from_list(rows) for name, rows in splits.items()}
+    (tables["all"] if list(tables) == ["all"] else DatasetDict(tables)).save_to_disk(folder)
+    return folder
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    """Its json files were taken for rows."""
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 5
+    both = open_data(
+        DataSection(path=str(saved(tmp_path / "two", train=rows, test=rows[:2]))), TEXT
+    )
+    assert (len(both.train), len(both.test), both.info.class_names) == (10, 2, ("x", "y"))
+    one = open_data(DataSection(path=str(saved(tmp_path / "one", all=rows))), TEXT)
+    assert len(one.train) + len(one.test) == 10
+    with pytest.raises(DataError, match="no split 'test'; it has train, valid"):
+        open_data(DataSection(path=str(saved(tmp_path / "odd", train=rows, valid=rows))), TEXT)
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="save_to_disk wrote"):
+        opened(tmp_path / "one")
+
+
 # ------------------------------------------------------------------------------------- images
 def folder_of(folder, save, number=12):
     for label in "ab":

@@ -91,10 +91,28 @@ def test_calibration_can_be_read_twice_and_depends_on_the_seed(split):
         (("neg", "pos"), ("LABEL_0", "LABEL_1"), None),
         (("a", "b", "c"), ("c", "a", "b"), (1, 2, 0)),
         (("a", "A"), ("A", "b"), None),
+        (("cat", "ant"), ("ant", "bee", "cat"), (2, 0)),
+        (("0", "1"), ("neg", "pos"), None),
     ],
 )
 def test_classes_of_the_same_name_meet(data, model, order):
     assert label_order(data, model) == order
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (("good", "schlecht ☹"), "neg = good, pos = schlecht ☹"),
+        (("neg", "other"), "neg = neg, pos = other"),
+        (("neg", "pos"), None),
+        (("pos", "neg"), None),
+        (("0", "1"), None),
+    ],
+)
+def test_classes_of_other_names_are_told(data, told, caplog):
+    """They were taken for the model's one after the other, without a word."""
+    label_order(data, ("neg", "pos"))
+    assert (told in caplog.text) if told else not caplog.text
 
 
 def test_tensors_stay_small(split):

@@ -50,6 +50,26 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert list(data.test.labels) == [1, 0]
 
 
+def test_pairs_of_texts(tmp_path, letters):
+    rows = [{"premise": "ab", "hypothesis": "c", "label": "x"},
+            {"premise": "a", "hypothesis": "bcd", "label": "y"}] * 4  # fmt: skip
+    file = write(tmp_path / "rows.jsonl", rows)
+    keys = {"path": str(file), "test": None, "text": "premise"}
+    data = open_data(DataSection(**keys, text_pair="hypothesis"), CLASSES)
+    processing = letters()
+    split = load_split(data, "train", processing)
+    batch = split.__getitems__(range(len(split)))
+    for row, first, second in zip(
+        batch["input_ids"], data.train.texts, data.train.pairs, strict=True
+    ):
+        ids = processing.tokenizer(first, second)["input_ids"]
+        assert row[: len(ids)].tolist() == ids
+    alone = load_split(open_data(DataSection(**keys), CLASSES), "train", processing)
+    assert alone.__getitems__([0])["input_ids"].shape[1] < batch["input_ids"].shape[1]
+    with pytest.raises(DataError, match=r"data.text_pair: .* no column 'second'"):
+        open_data(DataSection(**keys, text_pair="second"), CLASSES)
+
+
 @pytest.mark.parametrize(
     "name", ["train/a.jsonl", "data/train-00000-of-00002.jsonl", "train_b.jsonl"]
 )

@@ -64,6 +64,26 @@ def test_a_recipe_is_frozen():
         recipe.seed = 1
 
 
+@pytest.mark.parametrize(
+    ("task", "override", "told"),
+    [
+        ("text-classification", "data.second=b", "data.second: .*does not read it.*data.text_pair"),
+        ("image-classification", "data.text=b", "data.text: .*data.image, data.label"),
+        ("sentence-similarity", "budget.max_drop={spearman: 1}", "spearman: is of all samples"),
+        ("object-detection", "budget.max_drop={mean_average_precision: 1}", "there are loss, div"),
+        ("image-classification", "rebuild.method=none", "known values: ridge, null"),
+        ("image-classification", "rebuild=null", "write rebuild: {method: null}"),
+    ],
+)
+def test_what_a_task_cannot_do_is_refused_before_anything_runs(tmp_path, task, override, told):
+    model = {"library": "transformers", "id": "me/model", "task": task}
+    path = write(tmp_path, {"model": model, "data": {"path": "somewhere"}})
+    assert load_recipe(path)
+    assert load_recipe(write(tmp_path, dump_recipe(load_recipe(path), whole=True)))
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(path, [override])
+
+
 def test_a_given_budget_stands_alone(tmp_path):
     recipe = load_recipe(write(tmp_path, {**MINIMAL, "budget": {"params": 0.3}}))
     assert recipe.budget.targets() == {"params": 0.3}

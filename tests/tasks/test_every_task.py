@@ -20,6 +20,7 @@ from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.tasks import find_task, tasks
 from sosp_hub.tasks.batches import num_samples
 from sosp_hub.tasks.loss import batch_loss
+from sosp_hub.tasks.metrics import OfAll
 from sosp_hub.zoo.load import example_inputs, load_model
 from tests.compare import assert_close
 from tests.tasks.made import CASES, make
@@ -62,6 +63,16 @@ def test_every_task_has_a_case():
     assert {case.task for case in CASES.values()} == set(tasks())
     with_pipeline = {name for name, task in tasks().items() if task.has_pipeline}
     assert with_pipeline <= PIPELINE_REGISTRY.supported_tasks.keys()
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_metrics_of_all_samples_are_declared(folders, key):
+    """A recipe is refused by what a task declares, before there is data to make meters for."""
+    _, data, loaded = opened(folders(key), CASES[key])
+    task = find_task(CASES[key].task)
+    meters = task.meters(data.info, loaded.processor)
+    of_all = {name for name, meter in meters.items() if isinstance(meter, OfAll)}
+    assert {*task.of_all} == of_all
 
 
 @pytest.mark.slow

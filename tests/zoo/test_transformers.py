@@ -196,6 +196,13 @@ def test_hub_id_from_the_cache(save, load, in_cache, card):
     assert_close(loaded.model.lm_head.weight, model.lm_head.weight, relative=0)
 
 
+def test_a_trained_head_that_is_replaced_is_told_loudly(save, load, caplog):
+    folder, _ = save("BertForSequenceClassification", num_labels=5)
+    with caplog.at_level("WARNING", "sosp_hub"):
+        load(folder, CLASSES, THREE, train=TRAIN)
+    assert "new head with 3 outputs, in place of its trained one with 5" in caplog.text
+
+
 def test_new_head_is_a_new_pipeline(save, load, card):
     folder, _ = save("BertModel")
     (folder / "README.md").write_text(card)

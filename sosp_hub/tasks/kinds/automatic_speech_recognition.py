@@ -30,6 +30,7 @@ class SpeechRecognition(OwnTask):
     outputs: ClassVar[tuple[str, ...] | None] = ("logits",)
     head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("word_error_rate", "exact_match", "loss")
+    of_all: ClassVar[tuple[str, ...]] = ("word_error_rate", "exact_match")
     counted: ClassVar[str] = "recordings"
     sample: ClassVar[tuple[str, ...]] = ("import numpy", "numpy.zeros(16_000)")
 

@@ -28,6 +28,7 @@ class ImageSegmentation(OwnTask):
     columns: ClassVar[tuple[str, ...]] = ("image", "mask")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits",)
     metrics: ClassVar[tuple[str, ...]] = ("mean_iou", "accuracy", "loss")
+    of_all: ClassVar[tuple[str, ...]] = ("mean_iou",)
     counted: ClassVar[str] = "pixels"
     sample: ClassVar[tuple[str, ...]] = (
         "from PIL import Image",

@@ -29,6 +29,7 @@ class ObjectDetection(OwnTask):
     columns: ClassVar[tuple[str, ...]] = ("image", "objects")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits", "pred_boxes")
     metrics: ClassVar[tuple[str, ...]] = ("mean_average_precision", "average_precision_50", "loss")
+    of_all: ClassVar[tuple[str, ...]] = ("mean_average_precision", "average_precision_50")
     pretrained_rate: ClassVar[float] = 5e-5
     random_rate: ClassVar[float] = 5e-4
     sample: ClassVar[tuple[str, ...]] = (

@@ -27,6 +27,7 @@ class Self(Task):
     auto_class: ClassVar[str] = ""
     inputs: ClassVar[Inputs] = "texts"
     columns: ClassVar[tuple[str, ...]] = ()
+    more_columns: ClassVar[tuple[str, ...]] = ("image", "text")
     pixels: ClassVar[bool] = True
     head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("divergence", "agreement", "loss")

@@ -25,6 +25,7 @@ class SentenceSimilarity(FeatureExtraction):
     name: ClassVar[str] = "sentence-similarity"
     columns: ClassVar[tuple[str, ...]] = ("first", "second", "score")
     metrics: ClassVar[tuple[str, ...]] = ("spearman", "cosine", "loss")
+    of_all: ClassVar[tuple[str, ...]] = ("spearman",)
     counted: ClassVar[str] = "texts"
     has_pipeline: ClassVar[bool] = False
 

@@ -27,6 +27,7 @@ class Text2Text(TextTask):
     metrics: ClassVar[tuple[str, ...]] = (
         *("perplexity", "accuracy", "word_error_rate", "exact_match", "loss"),
     )
+    of_all: ClassVar[tuple[str, ...]] = ("word_error_rate", "exact_match")
     counted: ClassVar[str] = "tokens"
     has_pipeline: ClassVar[bool] = False
 

@@ -23,11 +23,12 @@ _IN_CONFIG = {
 
 @register
 class TextClassification(TextTask):
-    """Texts with a label each: a class, a list of classes, or a number."""
+    """Texts, or pairs of them, with a label each: a class, a list of classes, or a number."""
 
     name: ClassVar[str] = "text-classification"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
+    more_columns: ClassVar[tuple[str, ...]] = ("text_pair",)
     metrics: ClassVar[tuple[str, ...]] = (
         *("accuracy", "loss", "per_class_accuracy", "perplexity"),
         *("f1", "mean_absolute_error", "root_mean_squared_error"),
@@ -35,11 +36,15 @@ class TextClassification(TextTask):
 
     def rows(self, table: Any, section: Any, where: str) -> "Rows":
         """Texts and labels as the table has them."""
-        from sosp_hub.data.columns import labels_of, texts_of
+        from sosp_hub.data.columns import check_columns, labels_of, texts_of
         from sosp_hub.data.rows import TextRows
 
+        pairs = None
+        if section.text_pair is not None:
+            check_columns(table, section, ("text_pair",), where)
+            pairs = texts_of(table, section, "text_pair", where)
         labels, names = labels_of(table, section.label)
-        return TextRows(texts_of(table, section, "text", where), labels, names)
+        return TextRows(texts_of(table, section, "text", where), labels, names, pairs)
 
     def prepare(self, data: "OpenData") -> "OpenData":
         """What the labels say: lists are of several classes, fractions are numbers to meet."""

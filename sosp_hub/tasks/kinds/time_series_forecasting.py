@@ -36,6 +36,7 @@ class TimeSeriesForecasting(OwnTask):
     metrics: ClassVar[tuple[str, ...]] = (
         *("mean_absolute_error", "root_mean_squared_error", "loss"),
     )
+    of_all: ClassVar[tuple[str, ...]] = ("mean_absolute_error", "root_mean_squared_error")
     counted: ClassVar[str] = "windows"
     pretrained_rate: ClassVar[float] = 1e-4
     has_pipeline: ClassVar[bool] = False

@@ -30,9 +30,11 @@ class ZeroShotImageClassification(OwnTask):
     auto_class: ClassVar[str] = "AutoModelForZeroShotImageClassification"
     auto_processor: ClassVar[str | None] = "AutoProcessor"
     columns: ClassVar[tuple[str, ...]] = ("image",)
+    more_columns: ClassVar[tuple[str, ...]] = ("text", "label")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits_per_image", "image_embeds", "text_embeds")
     head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
+    of_all: ClassVar[tuple[str, ...]] = ("accuracy",)
     counted: ClassVar[str] = "images"
     pretrained_rate: ClassVar[float] = 1e-5
     sample: ClassVar[tuple[str, ...]] = (
