@@ -102,6 +102,15 @@ def allocate(
         BudgetError: No budget or one outside (0, 1], saliency that does not fit its group, nothing
             to cut, or a budget
             that the floors do not allow (says what they allow).
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, structures=0.5)
+        >>> plan.num_kept()
+        {'0:neuron': 4}
     """
     budgets = {
         name: value

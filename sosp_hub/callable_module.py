@@ -1,5 +1,6 @@
 """Modules that are run as a command and called as a function under one name."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -18,6 +19,8 @@ def make_callable(name: str, function: Callable[..., Any]) -> None:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return function(*args, **kwargs)
 
-    CallableModule.__doc__ = function.__doc__
     if name in sys.modules and name != "__main__":
-        sys.modules[name].__class__ = CallableModule
+        module: Any = sys.modules[name]
+        module.__class__ = CallableModule
+        module.__doc__ = function.__doc__  # what help() and notebooks show
+        module.__signature__ = inspect.signature(function)

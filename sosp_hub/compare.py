@@ -40,6 +40,9 @@ def compare(
     Raises:
         RecipeError: What is not valid in the recipe, all faults at once.
         SospHubError: Anything else that the user has to change.
+
+    Example:
+        >>> results = sosp_hub.compare("studies/resnet20_steps")  # doctest: +SKIP
     """
     checked = as_recipe(recipe, overrides, "compare")
     from sosp_hub.pipeline.guest import as_guest  # torch, which a faulty recipe need not wait for

@@ -52,6 +52,16 @@ def apply(
         VerificationError: The cut model does not compute what the masked model computes, and no
             group was found that can be left whole, or ``strict``; its ``groups`` are those where
             it goes wrong.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, structures=0.5)
+        >>> small = sosp_hub.apply(net, graph, plan)
+        >>> small[0].out_features, net[0].out_features
+        (4, 8)
     """
     model = unwrapped(model)
     pruned = surgery.apply(model, graph, plan, verify, strict=strict)
@@ -81,6 +91,17 @@ def apply_(
         plan: Kept indices per group.
         verify: How much is compared.
         strict: Whether a group whose cut goes wrong is an error.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, structures=0.5)
+        >>> sosp_hub.apply_(net, graph, plan) is net
+        True
+        >>> net[0].out_features
+        4
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise PlanError(
@@ -123,6 +144,19 @@ def apply_plan_file(
             up.
         PlanError: The plan was made for another model.
         HubError: The base cannot be fetched.
+
+    Example:
+        >>> import sosp_hub, tempfile, timm, torch
+        >>> net = timm.create_model("test_resnet", num_classes=5).eval()
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 3, 32, 32),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, params=0.7)
+        >>> small = sosp_hub.apply(net, graph, plan)
+        >>> from dataclasses import replace
+        >>> folder = sosp_hub.save_plan(replace(plan, base_model="me/dense"), tempfile.mkdtemp())
+        >>> again = sosp_hub.apply_plan_file(folder, net)
+        >>> [p.shape for p in again.parameters()] == [p.shape for p in small.parameters()]
+        True
     """
     plan = read_plan(path)
     if not isinstance(base, nn.Module):

@@ -70,6 +70,14 @@ def evaluate(
 
     Raises:
         DataError: No batches at all, or a metric that this loss has not.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Linear(4, 2)
+        >>> batches = [(torch.randn(16, 4), torch.randint(0, 2, (16,))) for _ in range(4)]
+        >>> accuracy = sosp_hub.evaluate(net, batches)["accuracy"]
+        >>> accuracy.n, accuracy.stderr < 0.1
+        (64, True)
     """
     metrics = _known(metrics, meters)
     of_all, own_meters = dict[str, tuple[OfAll, list[Any]]](), dict[str, Meter]()

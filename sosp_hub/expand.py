@@ -41,6 +41,9 @@ def expand(
     Raises:
         RecipeError: What is not valid in the recipe, all faults at once.
         SospHubError: Anything else that the user has to change.
+
+    Example:
+        >>> results = sosp_hub.expand("studies/expand_resnet20_fashion_mnist")  # doctest: +SKIP
     """
     checked = as_recipe(recipe, overrides, "expand")
     from sosp_hub.pipeline.guest import as_guest  # torch, which a faulty recipe need not wait for

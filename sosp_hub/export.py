@@ -42,6 +42,17 @@ def export(
             place that is taken, or a package that is missing.
         ModelError: A model that the target has no form for.
         OutputError: The place cannot be written.
+
+    Example:
+        >>> import sosp_hub, tempfile, timm, torch
+        >>> net = timm.create_model("test_resnet", num_classes=5).eval()
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 3, 32, 32),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, params=0.7)
+        >>> small, folder = sosp_hub.apply(net, graph, plan), tempfile.mkdtemp()
+        >>> program = sosp_hub.export(small, "torch-export", f"{folder}/small.pt2")
+        >>> program.name
+        'small.pt2'
     """
     target = to if isinstance(to, Target) else make_target(to, CheckpointError, **options)
     folder = None

@@ -67,6 +67,23 @@ class GradualPruning:
 
     Raises:
         BudgetError: No such budget, or a schedule that is none.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> batches = [(torch.randn(16, 4), torch.randint(0, 2, (16,)))]
+        >>> pruning = sosp_hub.GradualPruning(
+        ...     net, (batches[0][0],), batches, rounds=2, every=3, params=0.5, optimizer=optimizer
+        ... )
+        >>> for step in range(6):
+        ...     loss = torch.nn.functional.cross_entropy(net(batches[0][0]), batches[0][1])
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     cut = pruning.step()
+        >>> pruning.rounds_done, net[0].out_features < 8
+        (2, True)
     """
 
     def __init__(
@@ -226,6 +243,14 @@ def trainer_callback(make: Callable[[nn.Module, Optimizer], GradualPruning]) -> 
 
     Args:
         make: From the model and the optimizer of the Trainer to the schedule.
+
+    Example:
+        >>> import sosp_hub
+        >>> callback = sosp_hub.trainer_callback(
+        ...     lambda model, optimizer: sosp_hub.GradualPruning(
+        ...         model, inputs, batches, macs=0.5, optimizer=optimizer
+        ...     )
+        ... )  # for Trainer(..., callbacks=[callback])
     """
     from transformers import TrainerCallback  # the package does without
 

@@ -32,6 +32,15 @@ class PruningPlan(Summarised):
     Raises:
         PlanError: Indices that are unsorted, repeated or out of range, a group that is left empty,
             gates that do not fit their group, or numbers that are not finite.
+
+    Example:
+        >>> plan = PruningPlan(kept={"0:neuron": (0, 3)}, sizes={"0:neuron": 4})
+        >>> PruningPlan.from_json(plan.to_json()) == plan
+        True
+        >>> print(plan)
+        plan: 2 of 4 structures kept in 1 groups; all other groups stay whole
+        group     groups  size  kept  share
+        0:neuron       1     4     2    50%
     """
 
     kept: Mapping[str, tuple[int, ...]]

@@ -35,6 +35,10 @@ def prune(
     Raises:
         RecipeError: What is not valid in the recipe, all faults at once.
         SospHubError: Anything else that the user has to change.
+
+    Example:
+        >>> report = sosp_hub.prune("quickstart", "budget.macs=0.3")  # doctest: +SKIP
+        >>> print(report)  # doctest: +SKIP
     """
     checked = as_recipe(recipe, overrides, "prune")
     from sosp_hub.pipeline.guest import as_guest  # torch, which a faulty recipe need not wait for

@@ -123,6 +123,15 @@ def score(
     Raises:
         CriterionError: An unknown criterion or option, data that cannot be scored with, or a group
             that the criterion cannot score.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
+        >>> batches = [(torch.randn(16, 4), torch.randint(0, 2, (16,))) for _ in range(4)]
+        >>> scores = sosp_hub.score(net, graph, batches, criterion="fisher")
+        >>> scores["0:neuron"].shape
+        torch.Size([8])
     """
     if not isinstance(model, nn.Module) or not hasattr(graph, "groups"):
         raise CriterionError(

@@ -26,7 +26,12 @@ _HOOKED = {
 
 
 def enable() -> None:
-    """Makes these libraries read pruned checkpoints, and write what belongs to a cut model."""
+    """Makes these libraries read pruned checkpoints, and write what belongs to a cut model.
+
+    Example:
+        >>> import sosp_hub
+        >>> sosp_hub.enable()  # after a disable(); importing sosp_hub does the same
+    """
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     for name, ours in _HOOKED.items():
@@ -40,7 +45,13 @@ def is_enabled() -> bool:
 
 
 def disable() -> None:
-    """Leaves these libraries as they come. Models that are already loaded keep working."""
+    """Leaves these libraries as they come. Models that are already loaded keep working.
+
+    Example:
+        >>> import sosp_hub
+        >>> sosp_hub.disable()  # AutoModel and timm.create_model read plain checkpoints alone
+        >>> sosp_hub.enable()
+    """
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
     for ours in (name for names in _HOOKED.values() for name in names):

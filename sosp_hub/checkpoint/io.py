@@ -65,6 +65,19 @@ def save_pretrained(
         CheckpointError: A model that the files could not rebuild.
         OutputError: The folder cannot be written; what was there stays.
         ModelError: Adapters that were not merged.
+
+    Example:
+        >>> import sosp_hub, tempfile, timm, torch
+        >>> net = timm.create_model("test_resnet", num_classes=5).eval()
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 3, 32, 32),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, params=0.7)
+        >>> small, folder = sosp_hub.apply(net, graph, plan), tempfile.mkdtemp()
+        >>> path = sosp_hub.save_pretrained(small, folder)
+        >>> again = sosp_hub.from_pretrained(folder)
+        >>> image = torch.randn(1, 3, 32, 32)
+        >>> torch.equal(again(image), small(image))
+        True
     """
     tell_newer()
     for given, kind in ((model, nn.Module), (folder, str | Path)):

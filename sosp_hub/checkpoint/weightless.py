@@ -24,6 +24,14 @@ def save_plan(plan: PruningPlan, folder: str | Path) -> Path:
     Raises:
         CheckpointError: A plan that does not say what it was made for.
         OutputError: The folder cannot be written.
+
+    Example:
+        >>> import sosp_hub, tempfile
+        >>> plan = sosp_hub.PruningPlan(
+        ...     kept={"0:neuron": (0, 3)}, sizes={"0:neuron": 4}, base_model="me/dense"
+        ... )
+        >>> [path.name for path in sosp_hub.save_plan(plan, tempfile.mkdtemp()).iterdir()]
+        ['sosp_plan.json']
     """
     if not plan.base_model:
         raise CheckpointError(

@@ -103,6 +103,9 @@ def push_to_hub(
 
     Raises:
         HubError: With what to do. Unless it says otherwise, the repository is as it was.
+
+    Example:
+        >>> sosp_hub.push_to_hub("runs/quickstart", "me/small-digits")  # doctest: +SKIP
     """
     check_target(repo_id, revision, create_pr)
     check_token(token)

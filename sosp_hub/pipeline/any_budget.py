@@ -47,6 +47,20 @@ def from_pretrained(
         BudgetError: A budget that is none, or that cannot be met.
         OutputExistsError: A budget is given, and the folder lacks what it needs.
         ModelError: A budget is given, and the dense model is not to be had.
+
+    Example:
+        >>> import sosp_hub, tempfile, timm, torch
+        >>> net = timm.create_model("test_resnet", num_classes=5).eval()
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 3, 32, 32),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, params=0.7)
+        >>> small, folder = sosp_hub.apply(net, graph, plan), tempfile.mkdtemp()
+        >>> path = sosp_hub.save_pretrained(small, folder)
+        >>> sum(p.numel() for p in sosp_hub.from_pretrained(folder).parameters()) < sum(
+        ...     p.numel() for p in net.parameters()
+        ... )
+        True
+        >>> half = sosp_hub.from_pretrained("runs/any-budget", budget=0.5)  # doctest: +SKIP
     """
     if budget is None:
         return cut.from_pretrained(path_or_id, **kwargs)

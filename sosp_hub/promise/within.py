@@ -83,6 +83,19 @@ def allocate_within(
         BudgetError: An unknown metric, or a promise that nothing keeps: says what is kept, with
             all that was tried.
         DataError: Too few samples to prove it; says how many are needed.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> images = torch.randn(3000, 4)
+        >>> held_out = [(part, net(part).argmax(-1)) for part in images.split(500)]
+        >>> within = sosp_hub.allocate_within(
+        ...     net, graph, scores, held_out, max_drop={"accuracy": 30.0}, num_probes=2
+        ... )
+        >>> isinstance(within.plan, sosp_hub.PruningPlan)
+        True
     """
     names = ("accuracy", "loss", "perplexity", *meters)
     of_all = [name for name, meter in meters.items() if isinstance(meter, OfAll)]

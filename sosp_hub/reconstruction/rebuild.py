@@ -114,6 +114,17 @@ def rebuild(
         PlanError: A plan that does not fit, or a model without weights.
         DataError: No calibration data, or activations that are not finite.
         VerificationError: As ``apply(strict=True)`` does: the weights were made for the whole plan.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, structures=0.5)
+        >>> batches = [(torch.randn(16, 4), torch.randint(0, 2, (16,))) for _ in range(4)]
+        >>> small = sosp_hub.rebuild(net, graph, plan, batches)
+        >>> small[2].in_features
+        4
     """
     rebuilt = rebuilt_weights(
         unwrapped(model),

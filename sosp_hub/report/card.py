@@ -259,7 +259,7 @@ def _trained_with(recovery: Mapping[str, Any]) -> str:
         return ""
     tokens = recovery.get("num_tokens")
     more = f", {numbers.count(tokens)} tokens" if tokens else ""
-    return f", after {recovery['num_samples']:,} samples{more}"
+    return f", {recovery['num_samples']:,} samples{more} in all"
 
 
 def _probed(rates: Sequence[Sequence[float]]) -> str:

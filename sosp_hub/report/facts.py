@@ -59,7 +59,7 @@ class Facts:
         versions: Package and version.
         base_model: Hub id of the base model; None where there is none.
         inexact: Number of cut groups that a mask can only approximate.
-        trained_here: The dense model came out of the same run.
+        trained_here: How the dense model came out of the same run; empty where it did not.
         local_base: The dense weights came from a folder, so that nobody else can name them.
     """
 
@@ -89,7 +89,7 @@ class Facts:
     test_split: str | None
     command: str
     recipe: str
-    trained_here: bool
+    trained_here: str
     local_base: bool
 
     @property
@@ -151,10 +151,18 @@ def collect(report: Mapping[str, Any]) -> Facts:
         else None,
         command=scrub(str(report.get("command") or "")),
         recipe=scrub(recipe_text).strip(),
-        trained_here=model.get("pretrained") is False
-        and bool(model.get("train") or not provenance.get("masks")),
+        trained_here=_trained_here(model, report),
         local_base=is_path(str(base.get("model") or model.get("id") or "")),
     )
+
+
+def _trained_here(model: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    masks = ((report.get("plan") or {}).get("provenance") or {}).get("masks")
+    if model.get("pretrained") is False and (model.get("train") or not masks):
+        return "The dense model was trained from random weights in the same run."
+    if "dense" in (report.get("timings_s") or {}):
+        return "The dense model was first trained on the same data, in the same run."
+    return ""
 
 
 def own_recipe(folder: Path, published: str) -> str:

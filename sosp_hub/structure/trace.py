@@ -68,6 +68,13 @@ def trace(
     Raises:
         TraceError: Not a module, inputs that do not fit the model, or a forward pass that cannot
             be followed.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
+        >>> graph.groups["0:neuron"].size
+        8
     """
     tell_newer()
     if not isinstance(model, nn.Module):

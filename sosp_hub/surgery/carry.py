@@ -52,6 +52,18 @@ def carry(
     Raises:
         PlanError: A tensor that is none of the model's, or not of its size before the cut; what was
             given is left as it was.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, structures=0.5)
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> small = sosp_hub.apply(net, graph, plan)
+        >>> optimizer = sosp_hub.carry(optimizer, small, graph, plan, dense=net)
+        >>> [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
+        [(4, 4), (4,), (2, 4), (2,)]
     """
     if not isinstance(graph, Graph) or not isinstance(plan, PruningPlan):
         raise PlanError(

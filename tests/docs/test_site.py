@@ -13,6 +13,8 @@ import yaml
 import sosp_hub
 from sosp_hub.__main__ import COMMANDS, main
 from sosp_hub.recipe.load import as_recipe
+from sosp_hub.recipe.shipped import shipped_recipes
+from sosp_hub.recipe.targets import TARGETS
 from tests.test_verbs import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,14 @@ def test_the_site_builds_without_a_warning(tmp_path):
     page = (tmp_path / "api.html").read_text("utf-8")
     missing = [name for name in sosp_hub.__all__ if f'id="sosp_hub.{name}"' not in page]
     assert missing == []
+
+
+@pytest.mark.parametrize("name", sosp_hub.__all__)
+def test_every_public_name_has_an_example(name):
+    """Doctests run them, but for those that train, or need a hub."""
+    words = getattr(sosp_hub, name).__doc__
+    assert "Example:" in words
+    assert ">>> " in words
 
 
 @pytest.mark.slow
@@ -92,6 +102,26 @@ def test_commands_on_a_page_exist_and_so_do_their_options(page, capsys):
             parser = importlib.import_module(f"sosp_hub.{verb}").command_parser()
             known = {name for action in parser._actions for name in action.option_strings}
             assert {word for word in options if word.startswith("--")} <= known, line
+
+
+def test_every_target_has_a_section_and_a_link_from_the_first_page():
+    pages = {name: (DOCS / f"{name}.md").read_text("utf-8") for name in ("serving", "index")}
+    for name in TARGETS.known():
+        anchor = f"to-{name.replace('_', '-')}"
+        assert f"({anchor})=" in pages["serving"], name
+        assert name == "deci" or f"(serving.md#{anchor})" in pages["index"], name  # it is mlx's
+
+
+def test_the_gallery_has_every_card_with_the_recipe_to_start_from(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    tables = importlib.import_module("tables")
+    page = tables.gallery()
+    cards = [path.parent.name for path in (ROOT / "model_cards").glob("*/sosp_report.json")]
+    assert len(cards) >= 5
+    for name in cards:
+        assert f"\n## {name}\n" in page
+        (recipe,) = re.findall(rf"\n## {name}\n.*?`sosp recipes copy (\w+)`", page, re.DOTALL)
+        assert recipe in shipped_recipes()
 
 
 def test_every_page_is_in_a_table_of_contents_and_its_links_are_there():

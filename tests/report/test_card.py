@@ -525,3 +525,9 @@ def test_a_curvature_that_is_not_known_is_said():
         "8 samples with the empirical Fisher in place of the curvature, which is not known (seed 0)"
     )
     assert "curvature" not in _calibration({"num_samples": 8, "curvature": "squared"})
+
+
+def test_a_dense_model_that_was_trained_before_the_cut_is_said_so(text):
+    words = "The dense model was first trained on the same data, in the same run."
+    assert words not in render(text)
+    assert words in render(changed(text, lambda report: report["timings_s"].update(dense=12.0)))
