@@ -66,6 +66,10 @@ def cache_in(output: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in output.items() if find_cache([value]) is not None}
 
 
+FILLED = "_is_hf_initialized"
+"""Set on modules and tensors that hold their weights, so that nothing fills them anew."""
+
+
 def get_loader() -> Callable[..., Any] | None:
     """The function that fills a built model from weight files: gives ``(info, ...)``."""
     from transformers.modeling_utils import PreTrainedModel

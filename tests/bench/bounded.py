@@ -19,8 +19,8 @@ import torch
 
 Record = dict[str, Any]
 
-_STARVED = 6
-"""A process may take so many times its processor time: others may want the machine as well."""
+_ASLEEP_S = 120
+"""So long a process may wait for nothing; one that others keep from running does not wait."""
 
 
 def in_own_process(
@@ -31,7 +31,7 @@ def in_own_process(
     Args:
         name: Of a model.
         work_on: Makes its record.
-        limit_s: Seconds of processor time; what sleeps is stopped after six times as long.
+        limit_s: Seconds of processor time; what sleeps is stopped after two minutes.
         most_bytes: Memory that the process may hold, libraries included.
 
     Returns:
@@ -45,8 +45,11 @@ def in_own_process(
     process.start()
     sender.close()
     sent = b""
+    asleep = 0
     with contextlib.suppress(EOFError):
-        if receiver.poll(_STARVED * limit_s):
+        while not receiver.poll(1) and asleep < _ASLEEP_S:
+            asleep = asleep + 1 if _sleeps(process.pid or 0) else 0
+        if receiver.poll():
             sent = receiver.recv_bytes()
     receiver.close()
     process.join(10)  # it may hang when it ends, too
@@ -79,6 +82,12 @@ def _work(
         record["status"] = "memory"
     record["cpu_s"] = round(time.process_time() - start, 1)
     sender.send_bytes(json.dumps(record).encode())
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether a process waits for something other than a processor."""
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state in "SDT"
 
 
 def wants_memory(message: str) -> bool:

@@ -8,7 +8,7 @@ it again, and both refuse what the closed format cannot say.
 import contextlib
 import copy
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def diff(
     skeleton: nn.Module,
     model: nn.Module,
     *,
-    skip: str = "",
+    belongs: Callable[[str], bool] = lambda _: True,
     shared_configs: frozenset[int] = frozenset(),
     original: nn.Module | None = None,
     rewritten: frozenset[tuple[str, Any]] = frozenset(),
@@ -54,7 +54,7 @@ def diff(
     Args:
         skeleton: What the plain config builds.
         model: The pruned model.
-        skip: Name of a child that has a section of its own.
+        belongs: Whether a module, by its name, is part of this section and of no other.
         shared_configs: ``id`` of the configs that belong to the whole model; a module whose config
             is another object has its own copy, and only such copies are compared.
         original: What the config built before the skeleton's was rewritten. Numbers that are still
@@ -64,8 +64,8 @@ def diff(
     Raises:
         CheckpointError: A difference that the format cannot say; names the module.
     """
-    differences = _Found(original, shared_configs, rewritten)
-    differences.walk(skeleton, model, "", skip)
+    differences = _Found(original, shared_configs, rewritten, belongs)
+    differences.walk(skeleton, model, "")
     return Section(
         cls=type(model).__name__,
         modules=differences.modules,
@@ -137,7 +137,9 @@ class _Found:
         original: nn.Module | None,
         shared: frozenset[int],
         rewritten: frozenset[tuple[str, Any]],
+        belongs: Callable[[str], bool],
     ) -> None:
+        self.belongs = belongs
         self.original, self.shared, self.rewritten = original, shared, rewritten
         self.modules: dict[str, dict[str, Plain]] = {}
         self.configs: dict[str, dict[str, Plain]] = {}
@@ -148,10 +150,25 @@ class _Found:
         self.growth = 1
         self.seen: set[int] = set()
 
-    def walk(self, skeleton: nn.Module, model: nn.Module, name: str, skip: str) -> None:
+    def walk(self, skeleton: nn.Module, model: nn.Module, name: str) -> None:
         if id(model) in self.seen:
             return
         self.seen.add(id(model))
+        if self.belongs(name):
+            self.compare(skeleton, model, name)
+        for child, original in child_table(skeleton).items():
+            if original is None:
+                continue
+            full, theirs = join(name, child), child_table(model).get(child)
+            one = None if theirs is None else describe_standin(theirs, original)
+            if theirs is not None and one is None:
+                self.walk(original, theirs, full)
+            elif self.belongs(full) and one is None:
+                self.dropped.append(full)
+            elif self.belongs(full):
+                self.replaced[full] = one
+
+    def compare(self, skeleton: nn.Module, model: nn.Module, name: str) -> None:
         if type(skeleton) is not type(model) and type(skeleton).__name__ != type(model).__name__:
             raise CheckpointError(
                 f"module {name!r} is a {type(model).__name__} where the config builds a "
@@ -160,22 +177,12 @@ class _Found:
         self.attributes(skeleton, model, name)
         self.config(skeleton, model, name)
         self.sizes(skeleton, model, name)
-        ours = dict(child_table(skeleton))
+        ours = child_table(skeleton)
         for child, theirs in child_table(model).items():
             if theirs is not None and ours.get(child) is None:
                 raise CheckpointError(
                     f"module {join(name, child)!r} is not in what the config builds"
                 )
-        for child, original in ours.items():
-            if original is None or (full := join(name, child)) == skip:
-                continue
-            theirs = child_table(model).get(child)
-            if theirs is None:
-                self.dropped.append(full)
-            elif (one := describe_standin(theirs, original)) is not None:
-                self.replaced[full] = one
-            else:
-                self.walk(original, theirs, full, skip)
 
     def attributes(self, skeleton: nn.Module, model: nn.Module, name: str) -> None:
         before, after = plain_attributes(skeleton), plain_attributes(model)

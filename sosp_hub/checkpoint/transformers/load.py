@@ -29,6 +29,7 @@ from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.compat.torch import child_table
 from sosp_hub.compat.transformers import (
     ATTENTION_KEY,
+    FILLED,
     drop_layers,
     get_loader,
     loud_layers,
@@ -45,6 +46,11 @@ PENDING = "_sosp_hub_delta_pending"
 
 _LOG = logging.getLogger(__name__)
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
+_BUILT: contextvars.ContextVar[dict[int, set[str]] | None] = contextvars.ContextVar(
+    "built", default=None
+)
+"""Names of the modules that each model has when its own class has built it, by id."""
+
 _CHECKED: contextvars.ContextVar[bool] = contextvars.ContextVar("checked", default=False)
 
 
@@ -96,28 +102,44 @@ def delta_of(
     Raises:
         CheckpointError: A difference that the format cannot say.
     """
+    own = config is None or config is model.config
     config = plain_config(model.config if config is None else config)
-    skeleton = build_meta(type(model), config)
+    token = _BUILT.set({})
+    try:
+        skeleton = build_meta(type(model), config)
+        built = _BUILT.get() or {}
+    finally:
+        _BUILT.reset(token)
     first, rewritten = None, frozenset()
     if original is not None:
         first = build_meta(type(model), plain_config(original))
         rewritten = _rewritten(original, config)
-    shared = frozenset(id(each) for each in config_tree(model.config))
+    shared = frozenset(id(each) for each in config_tree(model.config) if own)
     base = base_name(model)
+    inside = skeleton.get_submodule(base)
+    whole = {name for name, _ in inside.named_modules()}
+    later = whole - built.get(id(inside), whole)  # what the outer class puts into its base model
 
-    def section(name: str, skip: str) -> Section:
+    def section(name: str, belongs: Callable[[str], bool]) -> Section:
         return diff(
             skeleton.get_submodule(name),
             model.get_submodule(name),
-            skip=skip,
+            belongs=belongs,
             shared_configs=shared,
             original=first and first.get_submodule(name),
             rewritten=rewritten,
         )
 
-    head = section("", base) if base else None
+    def is_head(name: str) -> bool:
+        within = f"{name}.".startswith(f"{base}.")
+        return not within or name[len(base) + 1 :] in later
+
     return Delta(
-        "transformers", transformers.__version__, sosp_hub.__version__, section(base, ""), head
+        "transformers",
+        transformers.__version__,
+        sosp_hub.__version__,
+        section(base, lambda name: name not in later),
+        section("", is_head) if base else None,
     )
 
 
@@ -207,6 +229,8 @@ def checked() -> Iterator[None]:
 
 
 def _post_init(self: PreTrainedModel) -> None:
+    if (built := _BUILT.get()) is not None:
+        built.setdefault(id(self), {name for name, _ in self.named_modules()})
     shrink(self, parse_delta)
     _ORIGINALS["post_init"](self)
 
@@ -254,7 +278,18 @@ def _load(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     loaded = _ORIGINALS["loader"](model, *args, **kwargs)
     if record is not None or _CHECKED.get():
         _refuse_invented(model, loaded[0])
+    if record is not None:
+        _mark_filled(model, loaded[0])
     return loaded
+
+
+def _mark_filled(model: PreTrainedModel, info: Any) -> None:
+    """Keeps code that fills weights by the numbers of the config from modules that are full."""
+    missing = {name.rpartition(".")[0] for name in info.missing_keys}
+    for name, module in model.named_modules():
+        own = [*module.parameters(recurse=False)]
+        if own and name not in missing and not [*module.buffers(recurse=False)]:
+            setattr(module, FILLED, True)
 
 
 def _from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:

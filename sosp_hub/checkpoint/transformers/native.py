@@ -126,6 +126,26 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
             by_id[id(config)] = config
     for key, _ in others.most_common(2):
         yield by_id[key]
+    yield from _as_modules_say(model)
+
+
+def _as_modules_say(model: PreTrainedModel) -> Iterator[Any]:
+    """The config with words that its model has changed since, such as a kind of attention.
+
+    A model that runs otherwise than it was configured builds other modules for it, and its config
+    does not always follow.
+    """
+    words = {key: value for key, value in vars(model.config).items() if isinstance(value, str)}
+    said: dict[str, set[str]] = defaultdict(set)
+    for module in model.modules():
+        for key in words.keys() & vars(module).keys():
+            if isinstance(vars(module)[key], str):
+                said[key].add(vars(module)[key])
+    changed = {key: value for key, (value, *_) in said.items() if value != words[key]}
+    if changed and all(len(said[key]) == 1 for key in changed):
+        config = copy.deepcopy(model.config)
+        vars(config).update(changed)
+        yield config
 
 
 def _num_entries(delta: Delta) -> int:

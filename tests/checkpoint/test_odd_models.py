@@ -1,0 +1,80 @@
+"""Models whose modules, configs or weights are not where others have them."""
+
+import pytest
+import torch
+import transformers as tf
+
+import sosp_hub
+from sosp_hub.checkpoint.format import proof
+from tests.compare import assert_close
+from tests.structure.oracles import fill, half, run
+
+BACKBONE = {
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 16],
+    "depths": [1, 1, 1, 1], "layer_type": "basic", "out_features": ["stage4"],
+}  # fmt: skip
+
+
+def mask_transformer():
+    """Beside its attention, the model itself reads the number of heads."""
+    config = tf.EomtConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8,
+        num_blocks=1, num_queries=5, num_upscale_blocks=1, mlp_ratio=2,
+    )  # fmt: skip
+    outputs = ("class_queries_logits", "masks_queries_logits")
+    return tf.EomtForUniversalSegmentation(config), {"pixel_values": pixels()}, outputs
+
+
+def detector():
+    """The head puts a part of itself into its base model."""
+    config = tf.DabDetrConfig(
+        backbone_config=BACKBONE, use_timm_backbone=False, backbone=None, hidden_size=32,
+        encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=4, decoder_attention_heads=4, num_queries=5,
+    )  # fmt: skip
+    return tf.DabDetrForObjectDetection(config), {"pixel_values": pixels()}, None
+
+
+def recurrent():
+    """Its code fills weights by the numbers of the config, also where they were loaded."""
+    config = tf.RwkvConfig(
+        vocab_size=40, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2,
+        intermediate_size=48, context_length=16,
+    )  # fmt: skip
+    return tf.RwkvForCausalLM(config), {"input_ids": tokens(), "use_cache": False}, "logits"
+
+
+def sparse():
+    """A short text makes it run, and be built, otherwise than its config says."""
+    config = tf.BigBirdConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=32,
+    )  # fmt: skip
+    model = tf.BigBirdForMaskedLM(config).eval()
+    model(tokens())
+    assert "Sparse" not in type(model.bert.encoder.layer[0].attention.self).__name__
+    return model, {"input_ids": tokens()}, "logits"
+
+
+def pixels():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def tokens():
+    return torch.arange(3, 15).reshape(2, 6)
+
+
+@pytest.mark.parametrize("build", [mask_transformer, detector, recurrent, sparse])
+def test_it_is_saved_and_loads_again(build, tmp_path):
+    torch.manual_seed(0)
+    model, inputs, outputs = build()
+    graph = sosp_hub.trace(fill(model.eval()), inputs, outputs)
+    pruned = sosp_hub.apply(model, graph, half(graph), verify="fast")
+    loaded = sosp_hub.from_pretrained(sosp_hub.save_pretrained(pruned, tmp_path / "small"))
+    for found, expected in zip(run(loaded, graph), run(pruned, graph), strict=True):
+        assert_close(found, expected, relative=1e-6)
+
+
+def test_a_rebuilt_model_that_fails_is_not_the_same():
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(4, 2)
+    assert proof.same_output(other, model, (torch.ones(1, 3),)) is False
