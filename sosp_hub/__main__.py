@@ -11,6 +11,7 @@ COMMANDS = {
     "prune": "score, cut, rebuild, fine-tune, measure and save a model",
     "recipes": "the recipes that come with the package; copy one",
     "inspect": "what a saved model holds, who can load it, whether its card is true",
+    "cut": "cut the weight files of a model by a plan, without loading it",
     "export": "write a pruned model for llama.cpp, vLLM, ONNX and others",
     "push": "publish a saved model on the hub",
     "compare": "criteria, budgets and seeds side by side on one model",

@@ -1,17 +1,22 @@
 """The verbs that cut a model: by a plan in memory, or by one that was published alone."""
 
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
 from sosp_hub.checkpoint import io
+from sosp_hub.checkpoint.cut_files import cut_files
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.own_save import describe_cut, skeleton_before, why_not_plain
 from sosp_hub.checkpoint.weightless import holds_only_a_plan, read_plan
+from sosp_hub.command_name import command_name
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.compat.versions import tell_newer
-from sosp_hub.errors import CheckpointError, PlanError
+from sosp_hub.errors import CheckpointError, PlanError, SospHubError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.trace import trace
@@ -121,29 +126,59 @@ def _shown(graph: Graph, verify: Verify) -> Any:
     return graph.example_inputs if verify == "thorough" else None
 
 
+@overload
 def apply_plan_file(
     path: str | Path,
     base: "nn.Module | str | Path | None" = None,
     *,
+    out: None = None,
     example_inputs: Any = None,
     **kwargs: Any,
-) -> nn.Module:
-    """Cuts a base model by a plan that was published alone.
+) -> nn.Module: ...
+
+
+@overload
+def apply_plan_file(
+    path: str | Path,
+    base: "str | Path | None" = None,
+    *,
+    out: str | Path,
+    example_inputs: Any = None,
+    **kwargs: Any,
+) -> Path: ...
+
+
+def apply_plan_file(
+    path: str | Path,
+    base: "nn.Module | str | Path | None" = None,
+    *,
+    out: str | Path | None = None,
+    example_inputs: Any = None,
+    **kwargs: Any,
+) -> nn.Module | Path:
+    """Cuts a base model by a plan that was published alone: in memory, or from folder to folder.
 
     Args:
         path: The plan, or the folder that holds it.
         base: The base model or its folder; None takes the id and revision that the plan names.
+        out: A folder to write the pruned model to, tensor by tensor: the base is never loaded, so
+            that a model of any size takes less than 4 GB of memory. The files are those that
+            `apply` and `save_pretrained` would write. None = in memory.
         example_inputs: As for ``trace``, where no config tells how the inputs of the base look.
-        **kwargs: For `from_pretrained` of the base.
+        **kwargs: For `from_pretrained` of the base; with ``out`` where to fetch it from, and
+            ``max_shard_size``.
 
     Returns:
-        The pruned model, verified against the masked one, without any fine-tuning.
+        The pruned model, verified against the masked one, without any fine-tuning; or ``out``, of
+        which all shapes and some tensors were verified.
 
     Raises:
-        CheckpointError: No usable plan, or a base that is a plan too or whose inputs cannot be made
-            up.
+        CheckpointError: No usable plan, a base that is a plan too or whose inputs cannot be made
+            up, or with ``out`` one that has no weights in safetensors files or belongs to no
+            library.
         PlanError: The plan was made for another model.
         HubError: The base cannot be fetched.
+        OutputError: ``out`` cannot be written; what was there stays.
 
     Example:
         >>> import sosp_hub, tempfile, timm, torch
@@ -159,6 +194,8 @@ def apply_plan_file(
         True
     """
     plan = read_plan(path)
+    if out is not None:
+        return _cut_files(plan, base, Path(out), example_inputs, kwargs)
     if not isinstance(base, nn.Module):
         base = _load_base(plan, base, kwargs)
     if example_inputs is not None:
@@ -188,10 +225,80 @@ def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
     return io.load(folder, kwargs, str(path_or_id))
 
 
+def _cut_files(
+    plan: PruningPlan,
+    base: "nn.Module | str | Path | None",
+    out: Path,
+    example_inputs: Any,
+    kwargs: dict[str, Any],
+) -> Path:
+    if isinstance(base, nn.Module):
+        raise CheckpointError(
+            "apply_plan_file with out= cuts the files of a folder; give base=FOLDER, or save what "
+            "sosp_hub.apply makes of the model"
+        )
+    size = {key: kwargs.pop(key) for key in ("max_shard_size",) if key in kwargs}
+    folder = io.fetch(base or _name_of_base(plan, kwargs), kwargs)
+    if kwargs:
+        raise CheckpointError(
+            f"apply_plan_file with out= loads nothing: {', '.join(kwargs)} cannot be used"
+        )
+    if holds_only_a_plan(folder):
+        raise CheckpointError(f"{folder}: holds a plan and no weights; give the base it names")
+    return cut_files(plan, folder, out, example_inputs=example_inputs, **size)
+
+
+def _name_of_base(plan: PruningPlan, kwargs: dict[str, Any]) -> str:
+    """The base that a plan names; its revision goes into the arguments for the hub."""
+    if plan.base_model is None:
+        raise CheckpointError("the plan names no base model: pass base=FOLDER")
+    if plan.base_revision and not Path(str(plan.base_model)).is_dir():
+        kwargs.setdefault("revision", plan.base_revision)
+    return str(plan.base_model)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit code: 0 done, 2 something for the user to change."""
+    options = command_parser().parse_args(arguments)
+    given = {"revision": options.revision} if options.revision else {}
+    try:
+        folder = apply_plan_file(
+            options.plan,
+            options.base,
+            out=options.out,
+            max_shard_size=options.max_shard_size,
+            **given,
+        )
+    except SospHubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    written = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    size = sum(path.stat().st_size for path in written)
+    print(f"{folder}: {size / 1e6:.1f} MB of weights, in {len(written)} files")
+    return 0
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The command line of ``cut``."""
+    parser = argparse.ArgumentParser(
+        prog=command_name("cut"),
+        description="Cuts the weight files of a model by a plan, tensor by tensor, into another "
+        "folder: the model is never in memory. Shapes are verified, outputs are not.",
+    )
+    parser.add_argument("plan", metavar="PLAN", help="sosp_plan.json, or the folder that holds it")
+    parser.add_argument("out", metavar="OUT", help="folder to write the pruned model to")
+    parser.add_argument(
+        "--base", metavar="PATH_OR_ID", help="the base model; by default the one the plan names"
+    )
+    parser.add_argument("--revision", help="commit, branch or tag of the base on the hub")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one weight file")
+    return parser
+
+
 def _load_base(plan: PruningPlan, base: "str | Path | None", kwargs: dict[str, Any]) -> nn.Module:
     """The base model with its weights; a base that is a plan itself could go round in circles."""
-    if base is None and plan.base_model is None:
-        raise CheckpointError("the plan names no base model: pass base=FOLDER")
-    if base is None and plan.base_revision and not Path(str(plan.base_model)).is_dir():
-        kwargs = {"revision": plan.base_revision, **kwargs}
-    return io.from_pretrained(base or str(plan.base_model), **kwargs)
+    return io.from_pretrained(base or _name_of_base(plan, kwargs), **kwargs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

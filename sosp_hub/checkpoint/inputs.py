@@ -22,6 +22,22 @@ def made_up_inputs(
     place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if place.type == "meta" or is_spread(model):
         return None
+    return _made_up(model, place)
+
+
+def inputs_without_weights(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...] | None:
+    """The same for a trace of a model without weights; a language model is told to keep no cache.
+
+    Args:
+        model: With its parameters on the meta device.
+    """
+    inputs = _made_up(model, torch.device("cpu"))
+    if isinstance(inputs, dict) and hasattr(getattr(model, "config", None), "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _made_up(model: nn.Module, place: torch.device) -> dict[str, Any] | tuple[Tensor, ...] | None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):

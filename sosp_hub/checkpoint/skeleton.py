@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from sosp_hub.checkpoint.format import headers
+from sosp_hub.checkpoint.format.proof import without_data
 from sosp_hub.checkpoint.format.record import library_in
-from sosp_hub.compat.transformers import as_stored, tied_names
+from sosp_hub.compat.transformers import as_stored, no_init_weights, tied_names
 from sosp_hub.errors import CheckpointError
+from sosp_hub.structure.isolation import isolated
 
 
 def misfits(
@@ -57,6 +59,30 @@ def build_skeleton(
         raise CheckpointError("config.json: architectures: no model class of transformers")
     parsed = transformers.AutoConfig.from_pretrained(folder)
     return build_meta(cls, plain_config(parsed) if dense else parsed)
+
+
+def build_bare(folder: Path, config: Mapping[str, Any], *, is_timm: bool) -> nn.Module:
+    """The model whose parameters have no data and whose buffers have, as far as its code allows.
+
+    A delta in the config is applied.
+    """
+    if is_timm:
+        from sosp_hub.checkpoint.timm.load import build_from_folder
+
+        try:
+            with without_data():
+                return build_from_folder(folder)
+        except (RuntimeError, NotImplementedError):  # code that reads values while it builds
+            return build_from_folder(folder).to("meta")
+    import transformers
+
+    from sosp_hub.checkpoint.transformers.load import build
+
+    if (cls := model_class(config)) is None:
+        raise CheckpointError("config.json: architectures: no model class of transformers")
+    parsed = transformers.AutoConfig.from_pretrained(folder)
+    with isolated(cls), without_data(), no_init_weights():
+        return build(cls, parsed)
 
 
 @contextlib.contextmanager

@@ -95,9 +95,14 @@ def tied_names(model: Any) -> Mapping[str, str]:
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
-def as_stored(model: Any) -> dict[str, Any]:
-    """A model's state under the names of its files: transformers renames some as it loads."""
-    state = dict(model.state_dict())
+def as_stored(model: Any, part: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A model's state under the names of its files: transformers renames some as it loads.
+
+    Args:
+        model: Any module.
+        part: Tensors by their names in the model, which are of its shapes; None = its state.
+    """
+    state = dict(model.state_dict() if part is None else part)
     if not hasattr(model, "all_tied_weights_keys"):  # a model of another library
         return state
     from transformers.core_model_loading import revert_weight_conversion

@@ -49,6 +49,27 @@ def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
 
 def fold_into(get: Callable[[str], Tensor], graph: Graph, plan: PruningPlan) -> None:
     """`fold` for any tensors that are named like the model's."""
+    for name, (scales, shift) in folds(graph, plan).items():
+        tensor = get(name)
+        for dim, scale in scales:
+            shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
+            tensor.mul_(scale.to(tensor).view(shape))
+        if shift is not None:
+            tensor.add_(shift.to(tensor))
+
+
+Fold = tuple[tuple[tuple[int, Tensor], ...], Tensor | None]
+"""Dimensions of a tensor with factors for their positions, and what is added to it."""
+
+
+def folds(graph: Graph, plan: PruningPlan) -> dict[str, Fold]:
+    """What gates and shifts of a plan do to tensors of the model before the cut, by name.
+
+    Raises:
+        PlanError: Gates that no weight of their own reads, or shifts of what is no bias.
+    """
+    scales: dict[str, list[tuple[int, Tensor]]] = {}
+    shifts: dict[str, Tensor] = {}
     for name, gates in plan.gates.items():
         group = graph.groups[name]
         if why := graph.fold_obstacle(name):
@@ -56,11 +77,9 @@ def fold_into(get: Callable[[str], Tensor], graph: Graph, plan: PruningPlan) -> 
         factors = torch.ones(group.size, dtype=torch.float64)
         factors[list(plan.kept[name])] = torch.tensor(gates, dtype=torch.float64)
         for member in graph.readers(name):
-            weight = get(member.tensor)
             index = torch.as_tensor(member.index)
             scale = torch.where(index >= 0, factors[index.clamp(min=0)], 1.0)
-            shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
-            weight.mul_(scale.to(weight).view(shape))
+            scales.setdefault(member.tensor, []).append((member.dim, scale))
     for name, values in plan.shifts.items():
         sizes = [size_of(axis) for axis in graph.tensors.get(name, ())]
         if sizes != [len(values)]:
@@ -68,8 +87,11 @@ def fold_into(get: Callable[[str], Tensor], graph: Graph, plan: PruningPlan) -> 
                 f"plan: a shift of {len(values)} values for {name!r}, which is "
                 f"{sizes if sizes else 'no tensor'} here; it was made for another model"
             )
-        bias = get(name)
-        bias.add_(torch.tensor(values, dtype=torch.float64).to(bias))
+        shifts[name] = torch.tensor(values, dtype=torch.float64)
+    return {
+        name: (tuple(scales.get(name, ())), shifts.get(name))
+        for name in (*scales, *(name for name in shifts if name not in scales))
+    }
 
 
 def apply_(

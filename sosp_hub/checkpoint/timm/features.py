@@ -13,6 +13,7 @@ from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.compat.torch import FakeMode
 from sosp_hub.modes import evaluating
+from sosp_hub.structure.copies import copy_model
 
 _Shapes = dict[str, tuple[int, ...]]
 
@@ -30,9 +31,9 @@ def announced_channels(model: nn.Module, dense: nn.Module) -> tuple[list[int], d
     """
     entries = feature_entries(model)
     try:
-        after = _shapes(model, entries)
-        with FakeMode():
-            before = _shapes(to_fake(dense), entries)
+        bare = any(parameter.is_meta for parameter in model.parameters())
+        after = _fake_shapes(copy_model(model), entries) if bare else _shapes(model, entries)
+        before = _fake_shapes(dense, entries)
     except Exception:  # noqa: BLE001 - a model that only runs on other inputs announces what it did
         return [], {}
     channels = [
@@ -62,6 +63,12 @@ def feature_entries(model: nn.Module) -> list[dict[str, Any]]:
     if not isinstance(info, list) or not all(isinstance(each, Mapping) for each in info):
         return []
     return info
+
+
+def _fake_shapes(model: nn.Module, entries: Sequence[Mapping[str, Any]]) -> _Shapes:
+    """The shapes without data; the model loses its own."""
+    with FakeMode():
+        return _shapes(to_fake(model), entries)
 
 
 def _shapes(model: nn.Module, entries: Sequence[Mapping[str, Any]]) -> _Shapes:

@@ -40,6 +40,24 @@ def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> str:
     return "" if delta.empty else f"{adapter.base_architecture(model)} has no arguments for widths"
 
 
+def write_description(model: nn.Module, folder: Path, inputs: Any) -> dict[str, Tensor]:
+    """Writes the config of a cut model without weights; what goes into its files beside its state.
+
+    Args:
+        model: With its parameters on the meta device.
+        folder: Where to.
+        inputs: Of one forward pass.
+
+    Raises:
+        CheckpointError: The files would not build the model again.
+    """
+    args, delta = describe(model)
+    if not proof.same_steps(_rebuild(model, args, delta), model, inputs):
+        raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
+    _write_config(model, folder, args, delta)
+    return proof.with_data(_state(model, delta))
+
+
 def describe(model: nn.Module) -> tuple[dict[str, Any], Delta]:
     """The arguments of the architecture and the delta that build this model again.
 

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sosp_hub.checkpoint.fake import to_fake
 from sosp_hub.checkpoint.format.proof import cached_sizes
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
-from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.inputs import inputs_without_weights, made_up_inputs
 from sosp_hub.compat import transformers as library
+from sosp_hub.compat.torch import FakeMode
+from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.isolation import isolated
 
 Overrides = dict[int, dict[str, Any]]
@@ -50,6 +53,14 @@ def held_in_cache(model: Any, config: Any) -> Held | None:
     caches = hasattr(text, "use_cache") and not config.is_encoder_decoder
     if not caches or not library.takes_layers(text):
         return None
+    if any(parameter.is_meta for parameter in model.parameters()):
+        inputs = inputs_without_weights(model)
+        if not isinstance(inputs, dict) or "input_ids" not in inputs:
+            return None
+        twin = copy_model(model)
+        with isolated(model), FakeMode():
+            tokens = {"input_ids": torch.empty(inputs["input_ids"].shape, dtype=torch.int64)}
+            return cached_sizes(to_fake(twin), tokens)
     inputs = made_up_inputs(model)
     if not isinstance(inputs, dict) or "input_ids" not in inputs:
         return None

@@ -53,14 +53,37 @@ def write(
     _check_loud(model, config, delta, state)
     with adapter.not_pending(model):
         model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    _write_config(model, folder, config, delta)
+    if ship_code and not delta.empty:
+        ship(model, folder)
+    return obstacle
+
+
+def write_description(model: PreTrainedModel, folder: Path, inputs: Any) -> dict[str, Tensor]:
+    """Writes the config of a cut model without weights; what goes into its files beside its state.
+
+    Args:
+        model: With its parameters on the meta device.
+        folder: Where to.
+        inputs: Of one forward pass.
+
+    Raises:
+        CheckpointError: The files would not build the model again.
+    """
+    config, delta, _ = describe(model, inputs)
+    state = _state(model, delta)
+    _check_loud(model, config, delta, state)
+    _write_config(model, folder, config, delta)
+    own = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in own}
+
+
+def _write_config(model: PreTrainedModel, folder: Path, config: Any, delta: Delta) -> None:
     config.architectures, config.dtype = model.config.architectures, model.config.dtype
     if not delta.empty:
         setattr(config, KEY, delta.to_json())
         describe_layers(model, config, held_in_cache(model, config))
     config.save_pretrained(folder)
-    if ship_code and not delta.empty:
-        ship(model, folder)
-    return obstacle
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -86,14 +109,21 @@ def attach(model: PreTrainedModel) -> None:
         describe_layers(model, model.config, held)
 
 
-def describe(model: PreTrainedModel) -> Described:
+def describe(model: PreTrainedModel, traced: Any = None) -> Described:
     """The config and the delta that build this model again; no delta where a config can say all.
+
+    Args:
+        model: The pruned model.
+        traced: Of a model without weights the inputs of one forward pass: steps are compared, not
+            outputs.
 
     Raises:
         CheckpointError: What they build differs from the model.
     """
     config, delta = native.best_skeleton(model)
     inputs = made_up_inputs(model)
+    compare = proof.same_output if traced is None else proof.same_steps
+    inputs = inputs if traced is None else traced
     obstacle = "its config does not say how its inputs look, so no config could be compared"
     if inputs is not None:
         plain = dataclasses.replace(delta, base=Section(delta.base.cls), head=None)
@@ -101,13 +131,15 @@ def describe(model: PreTrainedModel) -> Described:
         rebuilt = None if native_config is None else _rebuild(model, native_config, plain)
         if rebuilt is not None and not _lasting_buffers(rebuilt, model):
             proof.adopt(rebuilt, model)
-            if proof.same_output(rebuilt, model, inputs):
+            if compare(rebuilt, model, inputs):
                 return Described(native_config, plain, "")
         obstacle = obstacle or "the model that a plain config builds computes something else"
-    return Described(config, _proved(model, config, delta, inputs), obstacle)
+    return Described(config, _proved(model, config, delta, inputs, traced is None), obstacle)
 
 
-def _proved(model: PreTrainedModel, config: Any, delta: Delta, inputs: Any) -> Delta:
+def _proved(
+    model: PreTrainedModel, config: Any, delta: Delta, inputs: Any, has_data: bool = True
+) -> Delta:
     """The delta, with the buffers that have to be stored, after it was seen to build the model."""
     delta = parse_delta(json.loads(json.dumps(delta.to_json())))  # what a reader will see
     rebuilt = _rebuild(model, config, delta)
@@ -116,9 +148,11 @@ def _proved(model: PreTrainedModel, config: Any, delta: Delta, inputs: Any) -> D
         rebuilt = _rebuild(model, config, delta)
     proof.check_tensors(rebuilt, _state(model, delta))
     proof.adopt(rebuilt, model)
-    if inputs is not None and proof.same_output(rebuilt, model, inputs) is False:
+    compare = proof.same_output if has_data else proof.same_steps
+    if inputs is not None and compare(rebuilt, model, inputs) is False:
         raise CheckpointError(proof.OTHER_OUTPUT.format(type(model).__name__))
-    proof.check_cache(rebuilt, inputs)
+    if has_data:
+        proof.check_cache(rebuilt, inputs)
     return delta
 
 
