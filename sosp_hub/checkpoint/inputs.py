@@ -22,7 +22,7 @@ def made_up_inputs(
     place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if place.type == "meta" or is_spread(model):
         return None
-    return _made_up(model, place)
+    return _made_up(model, place, num_tokens)
 
 
 def inputs_without_weights(model: nn.Module) -> dict[str, Any] | tuple[Tensor, ...] | None:
@@ -31,13 +31,15 @@ def inputs_without_weights(model: nn.Module) -> dict[str, Any] | tuple[Tensor, .
     Args:
         model: With its parameters on the meta device.
     """
-    inputs = _made_up(model, torch.device("cpu"))
+    inputs = _made_up(model, torch.device("cpu"), 5)
     if isinstance(inputs, dict) and hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
     return inputs
 
 
-def _made_up(model: nn.Module, place: torch.device) -> dict[str, Any] | tuple[Tensor, ...] | None:
+def _made_up(
+    model: nn.Module, place: torch.device, num_tokens: int
+) -> dict[str, Any] | tuple[Tensor, ...] | None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):

@@ -259,19 +259,26 @@ def _on(route: Route | None) -> Iterator[None]:
 
 def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan, run: Program = call) -> None:
     """Compares the shapes of a pass of the cut model, without data, with the predicted ones."""
-    has_data = not any(parameter.is_meta for parameter in pruned.parameters())
     try:
-        try:
-            taken = _steps_of(pruned, graph.example_inputs, run, FakeMode())
-        except Exception:
-            if not has_data:
-                raise
-            taken = _steps_of(pruned, graph.example_inputs, run, None)  # its code looks at values
+        taken = steps_taken(pruned, graph.example_inputs, run)
     except Exception as error:
         raise VerificationError(
             f"the cut model does not run: {type(error).__name__}: {error}"
         ) from error
     _compare_steps(taken, graph, plan)
+
+
+def steps_taken(model: nn.Module, inputs: Any, run: Program = call) -> "list[_Taken]":
+    """The steps of a pass: without data, or with where the code looks at values.
+
+    Two models with the same weights that take the same steps compute the same.
+    """
+    try:
+        return _steps_of(model, inputs, run, FakeMode())
+    except Exception:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        return _steps_of(model, inputs, run, None)
 
 
 def _steps_of(model: nn.Module, inputs: Any, run: Program, fake: FakeMode | None) -> "list[_Taken]":

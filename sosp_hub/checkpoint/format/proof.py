@@ -11,9 +11,8 @@ from sosp_hub.checkpoint.format.standins import has_standins
 from sosp_hub.compat.torch import buffer_table
 from sosp_hub.compat.transformers import cache_in, find_cache
 from sosp_hub.errors import CheckpointError
-from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.isolation import isolated
-from sosp_hub.structure.trace import retrace
+from sosp_hub.surgery.verify import steps_taken
 
 OTHER_OUTPUT = (
     "{}: the config and the delta build a model of the same shapes that computes something else; "
@@ -117,19 +116,12 @@ def same_steps(rebuilt: nn.Module, model: nn.Module, inputs: Any) -> bool:
         model: The pruned model.
         inputs: Keyword or positional arguments of a forward pass.
     """
-    return _steps(rebuilt, inputs) == _steps(model, inputs)
+    return steps_taken(rebuilt, inputs) == steps_taken(model, inputs)
 
 
 def with_data(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a state that are not on the meta device."""
     return {name: tensor for name, tensor in state.items() if not tensor.is_meta}
-
-
-def _steps(model: nn.Module, inputs: Any) -> list[Any]:
-    return [
-        (step.name, [[size_of(axis) for axis in axes] for axes in step.outputs], step.floats)
-        for step in retrace(model, inputs)
-    ]
 
 
 def check_cache(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...] | None) -> None:
