@@ -12,6 +12,7 @@ from sosp_hub.checkpoint.format import headers
 from sosp_hub.checkpoint.format.delta import store_in_state
 from sosp_hub.checkpoint.format.record import KEY, library_in
 from sosp_hub.checkpoint.format.schema import parse_delta
+from sosp_hub.checkpoint.torch import check
 from sosp_hub.checkpoint.torch.read import fill
 from sosp_hub.checkpoint.torch.save import (
     PENDING,
@@ -46,6 +47,8 @@ def describe_cut(model: nn.Module, skeleton: nn.Module, inputs: Any) -> None:
                 "no number"
             )
         store_in_state(model, delta.base)
+        if inputs is not None:
+            check.remember(model, inputs)
     except Exception as error:  # noqa: BLE001 - the cut holds; what it lacks is said at save time
         vars(model)[PENDING] = str(error)
 
@@ -77,7 +80,7 @@ def _saving(mixins_own: Callable[..., Any]) -> Callable[..., Any]:
         result = mixins_own(self, save_directory, *args, **kwargs)
         path = Path(save_directory) / headers.CONFIG
         written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        write_config(Path(save_directory), written, delta)
+        write_config(Path(save_directory), written, delta, self)
         return result
 
     return save_pretrained
@@ -88,9 +91,11 @@ def _building(mixins_own: Any) -> Callable[..., Any]:
 
     @functools.wraps(mixins_own.__func__)
     def from_pretrained(cls: Any, **kwargs: Any) -> Any:
-        kwargs.pop(KEY, None)
+        ours = (KEY, check.KEY)
+        for key in ours:
+            kwargs.pop(key, None)
         if isinstance(config := kwargs.get("config"), dict):
-            kwargs["config"] = {key: value for key, value in config.items() if key != KEY}
+            kwargs["config"] = {key: value for key, value in config.items() if key not in ours}
         return mixins_own.__get__(None, cls)(**kwargs)
 
     return from_pretrained
@@ -106,7 +111,9 @@ def _loading(mixins_own: Any) -> Callable[..., Any]:
         if library_in(config) != "torch":
             return mixins_own.__get__(None, cls)(model, model_file, map_location, *args)
         delta = parse_delta(config[KEY], f"config.json: {KEY}")
-        return fill(model, delta, folder, headers.read_tensors(folder)).to(map_location).eval()
+        built = fill(model, delta, folder, headers.read_tensors(folder)).to(map_location).eval()
+        check.compare(built, config.get(check.KEY))
+        return built
 
     return load
 

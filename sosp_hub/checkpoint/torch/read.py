@@ -12,6 +12,7 @@ from sosp_hub.checkpoint.format.delta import apply_section, versions_said
 from sosp_hub.checkpoint.format.headers import TensorHeader
 from sosp_hub.checkpoint.format.record import KEY, Delta
 from sosp_hub.checkpoint.format.schema import parse_delta
+from sosp_hub.checkpoint.torch import check
 from sosp_hub.checkpoint.torch.skeleton import SKELETON, outline_of, skeleton_of, torch_version
 from sosp_hub.compat.huggingface_hub import is_mixin
 from sosp_hub.compat.torch import buffer_table, parameter_table, unwrapped
@@ -59,6 +60,7 @@ def read(
             f"    sosp_hub.from_pretrained({name!r}, model={delta.base.cls}(...))"
         )
     loaded = fill(unwrapped(model), delta, folder, tensors).eval()
+    check.compare(loaded, config.get(check.KEY))
     return loaded if dtype is None else loaded.to(dtype)
 
 

@@ -15,6 +15,7 @@ from sosp_hub.checkpoint.format import headers, proof
 from sosp_hub.checkpoint.format.delta import apply_section, diff
 from sosp_hub.checkpoint.format.record import KEY, Delta
 from sosp_hub.checkpoint.format.schema import parse_delta
+from sosp_hub.checkpoint.torch import check
 from sosp_hub.checkpoint.torch.skeleton import outline_of, skeleton_of, torch_version
 from sosp_hub.compat.huggingface_hub import mixin_config
 from sosp_hub.errors import CheckpointError
@@ -42,7 +43,7 @@ def write(model: nn.Module, folder: Path, *, max_shard_size: int | str) -> str:
     state = {name: tensor.contiguous() for name, tensor in _state(model, delta).items()}
     limit = max_shard_size if config is None else _NO_LIMIT
     save_torch_state_dict(state, folder, max_shard_size=limit)
-    write_config(folder, config or {}, delta)
+    write_config(folder, config or {}, delta, model)
     return "" if delta.empty else "no library builds it from a config"
 
 
@@ -56,9 +57,13 @@ def check_saveable(model: nn.Module) -> None:
         raise CheckpointError(f"{type(model).__name__} was cut, and cannot be saved: {reason}")
 
 
-def write_config(folder: Path, config: Mapping[str, Any], delta: Delta) -> None:
-    """Writes ``config.json``: the class's own config, and the delta."""
-    text = json.dumps({**config, KEY: delta.to_json()}, indent=2, sort_keys=True)
+def write_config(folder: Path, config: Mapping[str, Any], delta: Delta, model: nn.Module) -> None:
+    """Writes ``config.json``: the class's own config, the delta, and some of its outputs."""
+    record = {key: value for key, value in config.items() if key != check.KEY}
+    record[KEY] = delta.to_json()
+    if (told := check.check_of(model)) is not None:
+        record[check.KEY] = told
+    text = json.dumps(record, indent=2, sort_keys=True)
     (folder / headers.CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
