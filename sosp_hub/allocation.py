@@ -19,6 +19,7 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.targets import Target, as_targets
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
+from sosp_hub.structure.plain import PlainSizes
 from sosp_hub.types import DEFAULT_KINDS, Kind
 
 if TYPE_CHECKING:
@@ -474,12 +475,16 @@ class _Candidates:
         yield size
 
     def _plain(self, counts: dict[str, int]) -> dict[str, int]:
-        """The next numbers that the model's config takes too, where a plain config is to say them.
+        """The next numbers that the model's configs take too, where plain ones are to say them.
 
         Unchanged where there are none.
         """
-        plain = self.graph.plain
-        if not self.uniform or plain is None or plain.admits(counts):
+        for plain in self.graph.plain if self.uniform else ():
+            counts = self._admitted(plain, counts)
+        return counts
+
+    def _admitted(self, plain: PlainSizes, counts: dict[str, int]) -> dict[str, int]:
+        if plain.admits(counts):
             return counts
         order = ("residual", "kv_group", "head")
         sets = {kind: [] for kind in order}

@@ -110,7 +110,7 @@ class Graph(Summarised):
         routes: Other ways to run the model, found when it is first cut.
         of_size: What costs are told for, where that is not the size of the traced inputs.
         advice: Which outputs to name so that more can be cut.
-        plain: Which numbers of heads and channels the model's config takes; None = it counts none.
+        plain: Which numbers of heads and channels the configs inside the model take.
         unproved: Groups whose cut was seen to differ from the masked model, and how; they stay
             whole in every cut since.
     """
@@ -140,7 +140,7 @@ class Graph(Summarised):
     advice: str = ""
     routes: Routes = field(default_factory=Routes)
     of_size: Sized | None = None
-    plain: PlainSizes | None = None
+    plain: tuple[PlainSizes, ...] = ()
     unproved: dict[str, str] = field(default_factory=dict)
 
     def provable(self, plan: PruningPlan) -> PruningPlan:

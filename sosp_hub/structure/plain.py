@@ -56,11 +56,38 @@ class PlainSizes:
         return self._known[key]
 
 
-def plain_sizes(model: nn.Module, groups: Mapping[str, Group]) -> PlainSizes | None:
-    """What the config of a model says of its groups; None where it does not count them."""
-    config = vars(model).get("config")
-    if not is_config(config):
-        return None
+def plain_sizes(model: nn.Module, groups: Mapping[str, Group]) -> tuple[PlainSizes, ...]:
+    """What configs inside a model say of its groups: its own, and those of models in it.
+
+    A group belongs to the configs of the innermost modules that hold its tensors and have one.
+    """
+    owners = {
+        name: config
+        for name, module in model.named_modules()
+        if is_config(config := vars(module).get("config"))
+    }
+    configs = {id(config): config for config in owners.values()}
+    inside: dict[int, dict[str, Group]] = {number: {} for number in configs}
+    for name, group in groups.items():
+        for member in group.members:
+            if (owner := _innermost(member.tensor, owners)) is not None:
+                inside[id(owners[owner])][name] = group
+    found = (_sizes_of(configs[number], held) for number, held in inside.items())
+    return tuple(sizes for sizes in found if sizes is not None)
+
+
+def _innermost(tensor: str, owners: Mapping[str, Any]) -> str | None:
+    """The deepest of these modules that holds a tensor."""
+    path = tensor
+    while path:
+        path = path.rpartition(".")[0]
+        if path in owners:
+            return path
+    return None
+
+
+def _sizes_of(config: Any, groups: Mapping[str, Group]) -> PlainSizes | None:
+    """What one config says; None where it does not count these groups."""
     by_kind: dict[str, dict[str, int]] = {}
     for name, group in groups.items():
         by_kind.setdefault(group.kind, {})[name] = group.size

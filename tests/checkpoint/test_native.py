@@ -236,6 +236,32 @@ def test_a_uniform_cut_keeps_numbers_that_a_plain_config_can_say(name, tmp_path,
     assert "uniform" not in caplog.text
 
 
+def test_configs_inside_a_config_are_asked_too(caplog):
+    """Of a vision-language model: the text model's heads divide its hidden size."""
+    torch.manual_seed(0)
+    layers = {"num_hidden_layers": 2, "intermediate_size": 32}
+    text = {**FIVE, **layers, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6}
+    vision = {"hidden_size": 24, "num_attention_heads": 3, "image_size": 16, "patch_size": 8}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, **layers),
+        text_config=transformers.LlamaConfig(**text), image_token_id=3, vision_feature_layer=-1,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    tokens = {"input_ids": torch.tensor([[3] * 4 + [5, 6]]), "use_cache": False}
+    graph = sosp_hub.trace(model, {**tokens, "pixel_values": torch.randn(1, 3, 16, 16)})
+    names = [name for name, group in graph.groups.items() if group.kind == "head"]
+    text_heads = [name for name in names if "language_model" in name]
+    assert len(names) == 2 * len(text_heads) == 4
+    scores = {name: torch.rand(graph.groups[name].size) for name in text_heads}
+    counts = []
+    for share in (0.9, 0.84, 0.7, 0.5, 0.2):
+        plan = sosp_hub.allocate(graph, scores, structures=share, uniform=True, kinds=("head",))
+        counts += {plan.num_kept().get(name, 6) for name in text_heads}
+    assert counts == [4, 4, 4, 3, 1]
+    sosp_hub.apply(model, graph, plan)
+    assert "does not run on inputs that its config tells" in caplog.text
+
+
 def test_a_uniform_cut_of_heads_that_no_config_can_say_is_said(caplog):
     cls, config, _ = cuts.FAMILIES["bert"]
     torch.manual_seed(0)

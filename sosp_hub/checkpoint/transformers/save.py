@@ -131,8 +131,12 @@ def describe(model: PreTrainedModel, traced: Any = None) -> Described:
         rebuilt = None if native_config is None else _rebuild(model, native_config, plain)
         if rebuilt is not None and not _lasting_buffers(rebuilt, model):
             proof.adopt(rebuilt, model)
-            if compare(rebuilt, model, inputs):
+            same = compare(rebuilt, model, inputs)
+            if same:
                 return Described(native_config, plain, "")
+            if same is None:
+                obstacle = "it does not run on inputs that its config tells, so no config could be "
+                obstacle += "compared"
         obstacle = obstacle or "the model that a plain config builds computes something else"
     return Described(config, _proved(model, config, delta, inputs, traced is None), obstacle)
 
