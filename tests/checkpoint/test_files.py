@@ -170,6 +170,17 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch):
     assert [each.name for each in tmp_path.iterdir()] == ["file.json"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of Unix")
+def test_what_is_saved_everybody_may_read_who_may_read_other_new_files(model, tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*")} == {0o644}
+
+
 @pytest.mark.parametrize("make", [draft_folder, replaced_folder])
 def test_a_file_in_the_place_of_a_folder_is_refused(make, tmp_path):
     (tmp_path / "file").write_text("")
