@@ -180,6 +180,7 @@ class GradualPruning:
         return {
             "steps": self._steps,
             "dense": self._dense,
+            "params": self._num_params(),
             "plans": [plan.to_json() for plan in self.plans],
         }
 
@@ -209,15 +210,24 @@ class GradualPruning:
         """Reads the state beside a checkpoint whose model was loaded as it was: cut.
 
         Raises:
-            PlanError: No such file.
+            PlanError: No such file, or a model of another size than that of the checkpoint.
         """
         path = Path(folder) / _FILE
         try:
             state = read_json(path)
-            self.plans = [PruningPlan.from_json(text) for text in state["plans"]]
-            self._steps, self._dense = int(state["steps"]), float(state["dense"])
+            plans = [PruningPlan.from_json(text) for text in state["plans"]]
+            steps, dense, params = int(state["steps"]), float(state["dense"]), int(state["params"])
         except (OSError, UnreadableError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path}: no schedule that was saved ({error})") from error
+        if params != self._num_params():
+            raise PlanError(
+                f"{path}: was saved beside a model of {params:,} parameters, this one has "
+                f"{self._num_params():,}; load the checkpoint's with sosp_hub.from_pretrained"
+            )
+        self.plans, self._steps, self._dense = plans, steps, dense
+
+    def _num_params(self) -> int:
+        return sum(parameter.numel() for parameter in self._model.parameters())
 
     def _value(self, found: Cost) -> float:
         return getattr(found, _COSTS[self._name])

@@ -83,6 +83,8 @@ def allocate_within(
         BudgetError: An unknown metric, or a promise that nothing keeps: says what is kept, with
             all that was tried.
         DataError: Too few samples to prove it; says how many are needed.
+        VerificationError: A cut goes wrong; its ``groups`` say where. A model of which a group
+            stayed whole would be another one than the plan's.
 
     Example:
         >>> import sosp_hub, torch
@@ -114,9 +116,9 @@ def allocate_within(
 
     def make(plan: PruningPlan) -> nn.Module:
         if not rebuild_with:
-            return apply(model, graph, plan, verify="fast")
+            return apply(model, graph, plan, verify="fast", strict=True)
         rebuilt = rebuilt_weights(model, graph, plan, rebuild_with)
-        pruned = apply(rebuilt.model, graph, rebuilt.plan, verify="fast")
+        pruned = apply(rebuilt.model, graph, rebuilt.plan, verify="fast", strict=True)
         recalibrate_norm(pruned, rebuild_with)
         return pruned
 

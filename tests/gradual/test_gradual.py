@@ -119,6 +119,33 @@ def test_a_rebuilt_cut_loses_less():
     assert losses[True] < losses[False]
 
 
+def test_norms_of_a_round_are_those_of_the_calibration_data():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 8), nn.BatchNorm1d(8))
+    model.append(nn.Linear(8, 3)).train()
+    pruning(model, rounds=1).step()
+    assert model[2].in_features < 24
+    with torch.no_grad():
+        seen = [model[2](model[1](model[0](x))) for x, _ in BATCHES]
+    assert_close(model[3].running_mean, torch.stack([x.mean(0) for x in seen]).mean(0))
+    assert_close(model[3].running_var, torch.stack([x.var(0) for x in seen]).mean(0))
+    assert model.training
+
+
+def test_a_schedule_goes_on_with_the_model_that_it_was_saved_beside(tmp_path):
+    model = net()
+    found = pruning(model)
+    for _ in range(6):
+        found.step()
+    found.save(tmp_path)
+    with pytest.raises(PlanError, match="this one has 795; load the checkpoint's"):
+        pruning(net()).resume(tmp_path)
+    again = pruning(model)
+    again.resume(tmp_path)
+    assert again.rounds_done == 2
+    assert [again.step() for _ in range(3)] == [False, False, True]  # at 8, from 6 on
+
+
 @pytest.mark.parametrize("stop", [2, 5, 9])
 def test_a_killed_schedule_goes_on_in_the_middle(stop, tmp_path):
     def run(model, optimizer, found, first, last):

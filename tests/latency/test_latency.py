@@ -34,6 +34,15 @@ def by_products(monkeypatch):
     monkeypatch.setattr(latency, "measure_latency", whole)
 
 
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.inner(x).relu()
+
+
 def conv_net():
     torch.manual_seed(0)
     return nn.Sequential(
@@ -58,6 +67,20 @@ def test_between_widths_it_is_what_the_layers_of_the_cut_model_take(by_products,
     rest = table.dense_s - table.layers_s  # what is outside of the layers stays
     assert_close(table(plan), expected.layers_s + rest, relative=1e-6)
     assert_close(table.layers_s, table.dense_s / 1.1, relative=1e-6)
+
+
+def test_layers_that_go_take_no_time(by_products):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residual(12) for _ in range(3)), nn.Linear(12, 5)).eval()
+    inputs = (torch.randn(2, 12),)
+    graph = sosp_hub.trace(model, inputs)
+    (name,) = [name for name, group in graph.groups.items() if group.kind == "layer"]
+    table = LatencyTable(model, graph, inputs)
+    plan = sosp_hub.PruningPlan({name: (0, 2)}, {name: 3})
+    cut = sosp_hub.apply(model, graph, plan)
+    expected = LatencyTable(cut, sosp_hub.trace(cut, inputs), inputs)
+    rest = table.dense_s - table.layers_s
+    assert_close(table(plan), expected.layers_s + rest, relative=1e-6)
 
 
 def test_a_budget_is_planned_without_a_cut(by_products, monkeypatch):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import sosp_hub
-from sosp_hub.errors import BudgetError, DataError
+from sosp_hub.errors import BudgetError, DataError, VerificationError
 from sosp_hub.evaluate import evaluate, metrics_of_samples
+from sosp_hub.surgery import apply as surgery
 from tests.compare import assert_close
 
 
@@ -88,6 +89,38 @@ def test_a_budget_beside_a_promise_must_hold_too(trained, held_out):
     with pytest.raises(BudgetError, match=r"(?s)together with macs=0\.2,.*smallest") as one:
         sosp_hub.allocate_within(model, graph, saliency, held_out, max_drop=drop, macs=0.2)
     assert f"{100 * found.promise.point.cost['macs']:.1f} % of the MACs" in str(one.value)
+
+
+def test_norms_of_what_is_promised_are_re_estimated(held_out):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 8), nn.BatchNorm1d(8))
+    model.append(nn.Linear(8, 4)).eval()
+    batches = [(x, y) for x, y in held_out[:3]]
+    graph = sosp_hub.trace(model, (held_out[0][0][:2],))
+    saliency = sosp_hub.score(model, graph, [], criterion="magnitude")
+    found = sosp_hub.allocate_within(
+        model, graph, saliency, held_out, max_drop={"divergence": 9}, rebuild=batches, num_probes=1
+    )
+    small = found.model
+    with torch.no_grad():
+        seen = [small[:3](x).mean(0) for x, _ in batches]
+    assert_close(small[3].running_mean, torch.stack(seen).mean(0))
+
+
+def test_a_cut_that_goes_wrong_is_no_promise(trained, held_out, monkeypatch):
+    """A group that stays whole would make another model than the plan that is returned."""
+    model, graph, saliency, _ = trained
+    rewrite, wrong = surgery.rewrite, next(iter(graph.groups))
+
+    def failing(pruned, _, part):
+        rewrite(pruned, graph, part)
+        if wrong in part.kept:
+            raise IndexError("no")
+
+    monkeypatch.setattr(surgery, "rewrite", failing)
+    with pytest.raises(VerificationError) as caught:
+        sosp_hub.allocate_within(model, graph, saliency, held_out, max_drop={"accuracy": 20})
+    assert caught.value.groups == (wrong,)
 
 
 def test_what_cannot_be_promised_says_the_best_that_can(trained, held_out):

@@ -1,5 +1,6 @@
 """Adapters that are merged, checkpointed gradients, training by tokens."""
 
+import contextlib
 import copy
 
 import pytest
@@ -117,6 +118,18 @@ def test_after_an_exception_the_model_is_as_it_was():
         raise KeyboardInterrupt
     assert_close(model.state_dict(), before, relative=0)
     assert model(ids).logits.isfinite().all()
+
+
+def test_what_was_frozen_is_so_after_adapters_too():
+    for error in (False, True):
+        model = llama()
+        model.model.layers[0].requires_grad_(False)
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        assert len(set(before.values())) == 2
+        with contextlib.suppress(KeyboardInterrupt), adapted(model, LoraSection(), seed=0):
+            if error:
+                raise KeyboardInterrupt
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 def test_convolutions_have_adapters_too():

@@ -18,6 +18,7 @@ from sosp_hub.errors import DataError, ModelError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recovery.best import BestState, hold_out
+from sosp_hub.recovery.probe import best_rate
 from sosp_hub.recovery.recover import recover
 from tests.compare import assert_close
 
@@ -218,6 +219,12 @@ def test_a_rate_that_diverges_is_not_chosen():
         recover(model, Points(160), config(held_out=0.25, **keys))
     found = recover(net(), Points(160), config(held_out=0.25, **{**keys, "learning_rate": 0.1}))
     assert len(found.rates) == 5
+
+
+def test_of_rates_that_do_alike_the_smaller_is_taken():
+    assert best_rate(((0.1, 2.0), (0.01, 2.0), (1.0, 2.0))) == 0.01
+    assert best_rate(((0.1, math.inf), (1.0, math.inf))) == 0.1
+    assert best_rate(((0.1, math.inf), (1.0, 3.0))) == 1.0
 
 
 def test_a_killed_run_keeps_what_its_probe_found(tmp_path):

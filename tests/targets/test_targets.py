@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import logging
+import os
 import random
 import sys
 
@@ -188,6 +189,18 @@ def test_writing_leaves_the_model_and_the_process_as_they_were(name, tmp_path):
     assert (place.name in left) == (written is not None)
     if name != "transformers":  # whose own save notes the class and the type
         assert vars(model.config) == config
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of Unix")
+@pytest.mark.parametrize("name", ["deci", "padded", "transformers"])
+def test_what_is_written_everybody_may_read_who_may_read_other_new_files(name, tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = sosp_hub.export(llama(), name, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*")} == {0o644}
+    assert folder.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("name", ["deci", "mlx", "padded", "transformers"])
