@@ -22,6 +22,7 @@ exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"
 html_title = f"sosp_hub {version}"
 html_static_path = []
+html_show_copyright = False
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 autodoc_typehints = "description"

@@ -75,7 +75,7 @@ def gallery() -> str:
             f"\n\n![{name}: metrics before the cut, after it, and after recovery]"
             f"(../model_cards/{name}/figures/recovery.png)\n\nStart from it: "
             f"`sosp recipes copy {_recipe_of(report)}`, then change `model.id` and `data`. "
-            f"The whole card: [{name}](../model_cards/{name}/README.md)."
+            f"The whole card is `model_cards/{name}/README.md`."
         )
     return "\n\n".join(["\n".join(rows), *sections])
 
