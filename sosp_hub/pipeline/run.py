@@ -127,7 +127,7 @@ def _introduce(recipe: Recipe, output: Path) -> None:
     logger.info(
         "%s on %s: %s by %s, keep %s, to %s",
         recipe.model.id or recipe.model.path,
-        recipe.data.id or recipe.data.path,
+        recipe.data.path or recipe.data.id,
         recipe.model.task,
         recipe.criterion.name,
         ", ".join(asked) or "what the criterion decides",
