@@ -277,8 +277,8 @@ def _own_outputs_where_alone(
     if inputs is None:
         return batches, None
     logger.info(
-        "the batches hold inputs alone (%s): the loss is the divergence from the model's own "
-        "outputs, as of sosp_hub.tasks.OwnOutputs()",
+        "the batches have inputs but no labels (%s): the loss is the divergence from the model's "
+        "own outputs (sosp_hub.tasks.OwnOutputs)",
         inputs,
     )
     return batches, OwnOutputs(None)

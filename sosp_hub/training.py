@@ -308,11 +308,14 @@ class _Saved:
         if last is None:
             return 0, []
         if any(record[key] != value for key, value in self.shape.items()):
-            logger.info("%s was written by a run of another shape: starting again", last)
+            logger.info(
+                "%s has another number of steps or processes: training starts from the beginning",
+                last,
+            )
             self._clear()
             return 0, []
         self.accelerator.load_state(str(last))
-        logger.info("going on from step %d of %d", record["step"], record["total_steps"])
+        logger.info("resuming from step %d of %d", record["step"], record["total_steps"])
         return record["step"], record["history"]
 
     def _last(self) -> tuple[Path | None, dict[str, Any]]:

@@ -65,7 +65,7 @@ class AudioColumn:
         if own_rate != rate:
             raise DataError(
                 f"data.audio: row {row} of {self.where} has {own_rate} values a second, and the "
-                f"model takes {rate}: it would hear another pitch. Write the data anew after "
+                f"model takes {rate}, so pitch and speed would be wrong. Write the data after "
                 f"dataset.cast_column({self.column!r}, datasets.Audio(sampling_rate={rate}))"
             )
         if not len(values) or not np.isfinite(values).all():

@@ -160,8 +160,8 @@ def label_order(data: Sequence[str], model: Sequence[str]) -> tuple[int, ...] | 
         pairs = [f"{name} = {given}" for given, name in zip(data, model, strict=False)]
         shown = ", ".join(pairs[:_MOST_SHOWN]) + (", ..." if len(pairs) > _MOST_SHOWN else "")
         log.warning(
-            "data: the model's classes have other names than the data's; taken one after the "
-            "other: %s. If that is not so, write numbers of the model's outputs as labels",
+            "data: the model's classes have other names than the data's; matched by position: %s. "
+            "If that is wrong, write the numbers of the model's outputs as labels",
             shortened(shown, 300),
         )
     return None

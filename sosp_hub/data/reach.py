@@ -57,9 +57,9 @@ def reaching_hub(section: str, name: str) -> Iterator[None]:
         kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
         if kinds.intersection(_UNKNOWN):
             raise HubError(
-                f"{section}.id: the hub has no {name!r} (with this revision) that you may read. "
-                f"Check the spelling and `{section}.revision`; for a private or gated repository "
-                "log in with `hf auth login`. No local folder has this name either."
+                f"{section}.id: the hub has no {name!r} (at this revision) that you can "
+                f"access. Check the spelling and `{section}.revision`; for a private or gated "
+                "repository log in with `hf auth login`. No local folder has this name either."
             ) from error
         if kinds.intersection(_UNREACHABLE):
             raise HubError(_offline_advice(section, name)) from error

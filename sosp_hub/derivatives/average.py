@@ -166,7 +166,7 @@ def _run(
                     raise
             if seen is None:  # outside of `except`, which keeps the failed graph alive
                 most = -(-num_samples(pending[0]) // 2)
-                logger.info("memory does not suffice: micro-batches of %d samples", most)
+                logger.info("out of memory: trying micro-batches of %d samples", most)
                 pending = [part for whole in pending for part in split_batch(whole, most)]
             else:
                 yield pending.pop(0), seen

@@ -106,8 +106,8 @@ def gauss_newton(
         if predictions is None:
             if form != "empirical":
                 logger.info(
-                    "the curvature of this loss by the outputs is not known: the matrix is the "
-                    "empirical Fisher, of the samples' own gradients"
+                    "the second derivative of this loss with respect to the outputs is unknown; "
+                    "using the empirical Fisher matrix, from the gradient of each sample"
                 )
             form, rows = "empirical", [own_rows]
         else:

@@ -96,7 +96,7 @@ def hessian_product(
                 "exact second derivatives need all weights at once, and these are spread over "
                 "processes (FSDP2): write mode='differences'"
             )
-        logger.info("differences instead of exact second derivatives: weights are sharded")
+        logger.info("finite differences instead of exact second derivatives: weights are sharded")
         exact = False
 
     def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
@@ -110,7 +110,7 @@ def hessian_product(
                     _lacks_second_derivative(error) or (least and out_of_memory(error))
                 ):
                     raise
-                logger.info("differences instead of exact second derivatives: %s", error)
+                logger.info("finite differences instead of exact second derivatives: %s", error)
                 exact = False
         return _add_differences(model, gates, batch, protocol, vector, eps, totals)
 

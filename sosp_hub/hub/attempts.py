@@ -146,7 +146,7 @@ class Patience:
             asked = given if name == "retry-after" else given.rpartition("t=")[2]
             wait = limited_wait(asked, self.longest_asked_s)
             if wait != limited_wait(asked, math.inf):
-                log.warning("the hub asks to wait %.20s s; %g s are waited", asked, wait)
+                log.warning("the hub asks to wait %.20s s; waiting %g s", asked, wait)
             if name == "ratelimit" and wait != self.longest_asked_s:
                 continue
             response.headers.pop(name, None)
@@ -193,7 +193,7 @@ def _stop_if_given_up(_request: object = None) -> None:
     """Ends a call that nobody waits for any more."""
     given_up = getattr(_CALL, "given_up", None)
     if given_up is not None and given_up.is_set():
-        raise AnswerError("came too late")
+        raise AnswerError("the answer came after the time limit")
 
 
 class AnswerError(Exception):

@@ -68,8 +68,8 @@ def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
         told["promise"] = {"lost": as_record(lost), "undone": not keeps(lost)}
         if not keeps(lost):
             logger.warning(
-                "fine-tune: after it the model is not within budget.max_drop any more, so that the "
-                "cut before it is kept; lower finetune.learning_rate or train on more samples"
+                "fine-tune: the trained model loses more than budget.max_drop allows, so the model "
+                "before it is kept; lower finetune.learning_rate or train on more samples"
             )
             pruned.load_state_dict(cut)
     context.cache.save(lambda: save_model(pruned, str(final.tensors(context))))

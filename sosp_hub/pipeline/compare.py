@@ -64,7 +64,7 @@ def compare(
     cells, _ = cells_of(recipe)
     done = sum(_cache(folder, cell).read(cell_step) is not None for cell in cells)
     if done:
-        logger.info("going on with what %s holds: %d of %d cells", folder, done, len(cells))
+        logger.info("resuming from %s: %d of %d cells are done", folder, done, len(cells))
     for seed in dict.fromkeys(cell.seed for cell in cells):
         mine = [cell for cell in cells if cell.seed == seed]
         if any(_cache(folder, cell).read(cell_step) is None for cell in mine):

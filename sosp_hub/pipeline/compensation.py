@@ -64,7 +64,9 @@ def with_gates(
     for name, why in obstacles.items():
         logger.info("compensation: the gates of %s stay at 1: %s", name, why)
     if alone := plan.kept.keys() - curvature.groups.keys():
-        logger.info("compensation: nothing makes up for what goes from %s", ", ".join(alone))
+        logger.info(
+            "compensation: structures removed from %s are not compensated", ", ".join(alone)
+        )
     matrix = curvature.gauss_newton.matrix
     return compensated(plan, curvature.groups, matrix, damping, fixed=obstacles.keys())
 
@@ -79,12 +81,12 @@ def refine(context: Context, plan: PruningPlan, groups: Groups) -> PruningPlan:
     if not num_steps:
         return plan
     if context.data is None:
-        logger.warning("compensate_steps: there is no data; the gates are those in closed form")
+        logger.warning("compensate_steps: there is no data; using the closed-form gates")
         return plan
     if alone := plan.kept.keys() - groups.keys():
         logger.warning(
-            "compensate_steps: %s lose structures and have no gates; the other gates stay those "
-            "in closed form",
+            "compensate_steps: %s lose structures and have no gates; using the closed-form gates "
+            "of the others",
             ", ".join(alone),
         )
         return plan

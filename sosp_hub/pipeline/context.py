@@ -286,7 +286,7 @@ def open_context(
         loaded = load_from_zoo(recipe.model, data=info)
         splits: dict[_Key, Split] = {}
         if data is None:
-            logger.info("the data is not opened: nothing is measured, and nothing trained")
+            logger.info("the data is not opened: nothing is measured or trained")
         else:
             splits["train", False, None] = load_split(data, "train", loaded.processor)
             splits["test", False, None] = load_split(data, "test", loaded.processor)

@@ -131,7 +131,7 @@ def require_data(context: Context, key: str, why: str = "") -> None:
     """Raises CriterionError where a key of ``criterion`` needs data and there is none."""
     if context.data is None:
         raise CriterionError(
-            f"criterion.{key}: what makes up for another cut is computed from the calibration "
+            f"criterion.{key}: compensation of another cut is computed from the calibration "
             f"data{why}; give the data"
         )
 

@@ -165,7 +165,9 @@ def decide_and_cut(context: Context, scores: "Saliency") -> tuple[PruningPlan, n
             unproved = [name for name in failure.groups if left.pop(name, None) is not None]
             if not unproved or not left:
                 raise
-            logger.warning("%s stays whole, and the plan is made anew: %s", unproved, failure)
+            logger.warning(
+                "%s cannot be verified and stays whole; allocating again: %s", unproved, failure
+            )
             whole |= dict.fromkeys(unproved, str(failure))
             for step in (plan, promised):
                 context.cache.forget(step)

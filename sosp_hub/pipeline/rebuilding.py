@@ -42,7 +42,7 @@ def rebuild(context: Context, decided: PruningPlan, pruned: nn.Module) -> bool:
     if not context.recipe.rebuilds():
         return False
     if not context.has_inputs:
-        logger.info("rebuild: without data the weights that read what was cut stay as they are")
+        logger.info("rebuild: skipped, there is no calibration data")
         return False
     if not rebuilt(context, decided)["layers"]:
         return False
@@ -67,7 +67,7 @@ def keep_inputs(context: Context, model: nn.Module, path: Path) -> None:
         seed=context.recipe.seed,
     )  # fmt: skip
     write_inputs(whole, model, path)
-    logger.info("kept for any budget: %s of inputs", size(path.stat().st_size))
+    logger.info("calibration inputs for other budgets: %s kept", size(path.stat().st_size))
 
 
 def rebuild_told(context: Context) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _warn_of_recovery(metrics: Mapping[str, Any]) -> None:
 def _say_what_is_kept(cache: StageCache) -> None:
     if cache.changes:
         changes = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in cache.changes.items())
-        logger.warning("%s was begun with another recipe: %s", cache.folder, changes)
-        logger.warning("done again because of that: %s", ", ".join(cache.stale))
+        logger.warning("%s was started with another recipe: %s", cache.folder, changes)
+        logger.warning("repeated because of that: %s", ", ".join(cache.stale))
     if cache.kept:
-        logger.info("going on with what %s holds: %s", cache.folder, ", ".join(cache.kept))
+        logger.info("resuming from %s, which holds: %s", cache.folder, ", ".join(cache.kept))

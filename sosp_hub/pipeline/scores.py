@@ -116,7 +116,7 @@ class Scores:
         if not measured or not self.dense or self.made is None:
             return
         if _which_data(self.made) != _which_data(self.recipe):
-            logger.info("measured on other data than %s: nothing is compared", self.folder)
+            logger.info("this data differs from that of %s: metrics are not compared", self.folder)
             return
         for name, now in measured.items():
             stored = self.dense.get(name)

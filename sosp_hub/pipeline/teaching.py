@@ -41,8 +41,8 @@ def _other(context: Context) -> nn.Module:
     loaded = load_model(ModelSection.model_validate({**given, **keys}), data=context.data.info)
     if loaded.new_head:
         raise ModelError(
-            f"finetune.teacher: {section.id} has no head for this data, so that it has nothing to "
-            "teach; write one that was trained for it"
+            f"finetune.teacher: {section.id} has no head for this data; write a model that was "
+            "trained for it"
         )
     if context.loaded.tokenizer is not None:
         theirs = loaded.tokenizer.get_vocab() if loaded.tokenizer is not None else {}

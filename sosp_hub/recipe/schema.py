@@ -416,7 +416,7 @@ class FinetuneSection(TrainSection):
             if getattr(self, key) and not self.follows():
                 raise ValueError(f"{key}: nothing is followed; write distill: 0.5 or hidden: 1.0")
         if self.layers and not self.hidden:
-            raise ValueError("layers: of hidden states, which do not count; write hidden: 1.0")
+            raise ValueError("layers: needs a weight of hidden states; write hidden: 1.0")
         return self
 
     @model_validator(mode="after")
@@ -606,7 +606,7 @@ class Recipe(Section):
         ):
             if asked and "layer" in kinds:
                 raise ValueError(
-                    f"criterion.{key}: nothing makes up for a whole layer; leave it out, or leave "
+                    f"criterion.{key}: a whole layer cannot be compensated; leave it out, or leave "
                     "layer out of structure.kinds"
                 )
         for key, conflict in criterion.conflicts():
@@ -644,8 +644,8 @@ class Recipe(Section):
             )
         if self.expand.keep and len(self.budget.targets()) > 1:
             raise ValueError(
-                "expand.keep: shares of which cost? leave one of "
-                f"{', '.join(self.budget.targets())} in `budget`"
+                "expand.keep: needs one cost, and `budget` has "
+                f"{', '.join(self.budget.targets())}; leave one of them"
             )
         if self.push or self.compare:
             key = "push" if self.push else "compare"

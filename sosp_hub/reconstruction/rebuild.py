@@ -234,8 +234,8 @@ class _Work:
         order = self._stream.order
         largest = max((self._num_bytes(name) for name in order), default=0)
         logger.info(
-            "rebuild: %d weights that read a cut axis, one after the other; sums of products of "
-            "the largest take %.2g GB, and each result kept between passes about %.2g GB",
+            "rebuild: solving %d weights that read a cut axis takes up to %.2g GB of memory, and "
+            "%.2g GB for each activation kept between passes",
             len(order), largest / 1e9, self._stream.num_bytes / 1e9,
         )  # fmt: skip
         return [self._layer(name) for name in progress(order, "rebuild", unit="weights")]
@@ -413,8 +413,8 @@ def _tell(layers: Sequence[RebuiltLayer], left: dict[str, str]) -> None:
         worst = min(scarce, key=lambda layer: layer.rows / layer.inputs)
         logger.warning(
             "rebuild: %d of %d weights have fewer calibration rows than inputs; the worst is %r "
-            "with %d rows for %d inputs (ratio %.2g). The damping holds them near what they were; "
-            "more samples help",
+            "with %d rows for %d inputs (ratio %.2g). Damping keeps them near their old values; "
+            "give more samples (rebuild.num_samples)",
             len(scarce), len(layers), worst.tensor, worst.rows, worst.inputs,
             worst.rows / worst.inputs,
         )  # fmt: skip

@@ -192,9 +192,9 @@ def _say(selected: Selected, config: FinetuneSection, num_held_out: int) -> None
     start = selected.losses[0][1]
     if selected.epoch == 0:
         logger.warning(
-            "fine-tune: no state of the training is better than the cut on %d held-out samples "
-            "(loss %.4g, at best %.4g), so the cut stays; lower finetune.learning_rate (now %g) "
-            "or train on more samples",
+            "fine-tune: no trained state is better than the cut model on %d held-out samples "
+            "(loss %.4g, at best %.4g), so the cut model is kept; lower finetune.learning_rate "
+            "(now %g) or train on more samples",
             num_held_out,
             start,
             min((loss for epoch, loss in selected.losses if epoch), default=math.nan),

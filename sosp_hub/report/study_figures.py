@@ -70,7 +70,7 @@ def study_picture(folder: Path, report: Mapping[str, Any]) -> Picture | None:
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise HubError(
             f"{path}: these are not the results of a comparison ({type(error).__name__}: {error}); "
-            f"copy results.json from the output of python -m sosp_hub.compare, or take it away"
+            f"copy results.json from the output of python -m sosp_hub.compare, or remove it"
         ) from error
 
 

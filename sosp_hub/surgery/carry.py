@@ -123,8 +123,8 @@ def _replaced_name(parameter: Tensor, plan: PruningPlan) -> str:
     known = replaced(parameter)
     if known is None:
         raise PlanError(
-            f"optimizer: a parameter of shape {shape} is none of the model's before the cut; after "
-            "apply, pass that model as dense="
+            f"optimizer: a parameter of shape {shape} does not belong to the model before the "
+            "cut; after apply, pass that model as dense="
         )
     if known.plan != plan:
         raise PlanError(

@@ -52,14 +52,14 @@ def verified_cut(
             told = _told(failure)
             if not names:
                 raise VerificationError(
-                    f"{told}. No group was found where it goes wrong: it fails with nothing cut as "
-                    "well; report the model"
+                    f"{told}. No group causes it: verification fails with nothing cut as well; "
+                    "report the model"
                 ) from failure
             group = _in_words(names)
             if strict or len(graph.unproved) >= _MOST_WHOLE:
                 raise VerificationError(
-                    f"{told}. Group {group} is where it goes wrong; drop it from the saliency (it "
-                    "then stays whole) and report the model",
+                    f"{told}. Group {group} causes it; drop it from the saliency (it then stays "
+                    "whole) and report the model",
                     names,
                 ) from failure
             graph.unproved.update(dict.fromkeys(names, told))
@@ -68,7 +68,7 @@ def verified_cut(
             graph.unproved.pop(name, None)
         elif name in graph.unproved:
             told = graph.unproved[name]
-            _LOG.warning("group %r stays whole, all else is cut; report the model: %s", name, told)
+            _LOG.warning("group %r fails verification and stays whole: %s", name, told)
     return pruned
 
 

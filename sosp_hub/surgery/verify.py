@@ -420,7 +420,7 @@ def verify_growth(
         name = " and ".join(list(growth.copies)[:3])
     raise VerificationError(
         f"the widened model's outputs differ from the model's by {error:.1e} (relative). "
-        f"Group {name!r} is where it goes wrong; leave it out"
+        f"Group {name!r} causes it; leave it out"
     )
 
 

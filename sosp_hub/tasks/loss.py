@@ -206,7 +206,7 @@ def _own(model: nn.Module, outputs: Any, batch: Any, own: Tensor) -> Loss:
             known[key] = name
             if name is None and forms:
                 log.info(
-                    "the own loss of %s is none of %s; its curvature is not known",
+                    "the loss of %s is not one of %s; its curvature is unknown",
                     type(unwrapped(model)).__name__,
                     ", ".join(forms),
                 )

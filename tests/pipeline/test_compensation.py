@@ -66,7 +66,7 @@ def test_the_surgeon_and_its_compensation_share_one_matrix(recipe, tmp_path, mon
         plan = json.loads((tmp_path / "out.partial" / "plan.json").read_text())["made"]["plan"]
         assert not sosp_hub.PruningPlan.from_json(plan).gates
     said = capsys.readouterr().err
-    assert "done again because of that: saliency, plan" in said
+    assert "repeated because of that: saliency, plan" in said
 
 
 def test_another_budget_is_compensated_without_data(recipe, tmp_path, monkeypatch, capsys):
@@ -148,7 +148,7 @@ def test_damping_is_chosen_on_samples_that_are_held_out(recipe, tmp_path, monkey
 def test_layers_cannot_be_made_up_for(recipe, capsys):
     keys = ["structure.kinds=[layer]", "criterion.name=random"]
     assert main([str(recipe), *keys]) == 2
-    assert "criterion.compensate: nothing makes up for a whole layer" in capsys.readouterr().err
+    assert "criterion.compensate: a whole layer cannot be compensated" in capsys.readouterr().err
     assert main([str(recipe), "criterion.gate=weight"]) == 2
     assert "criterion.gate: activation" in capsys.readouterr().err
     assert main([str(recipe), "criterion.damping=auto", "criterion.num_samples=3"]) == 2
@@ -171,7 +171,7 @@ def test_constants_are_folded_into_biases(recipe, tmp_path, capsys):
     shifted = {k: without[k].double() + torch.tensor(v).double() for k, v in plan.shifts.items()}
     assert_close({k: with_shifts[k].double() for k in shifted}, shifted, relative=1e-6)
     assert main([str(recipe), *keys, "structure.kinds=[layer]", "criterion.name=random"]) == 2
-    assert "criterion.compensate_bias: nothing makes up for a whole" in capsys.readouterr().err
+    assert "criterion.compensate_bias: a whole layer cannot" in capsys.readouterr().err
 
 
 def test_gates_are_moved_on_and_the_report_tells_the_steps(recipe, tmp_path, monkeypatch, capsys):
@@ -244,7 +244,7 @@ def test_without_data_the_gates_are_those_in_closed_form(recipe, tmp_path, monke
     with monkeypatch.context() as patched:
         patched.setattr(context, "open_data", None)
         assert main(["--from-scores", str(tmp_path / "out"), "budget.structures=0.5"]) == 0
-    assert "there is no data; the gates are those in closed form" in capsys.readouterr().err
+    assert "there is no data; using the closed-form gates" in capsys.readouterr().err
     found = json.loads((tmp_path / "out-structures-0.5" / "sosp_report.json").read_text())["plan"]
     assert found["gates"]
     assert "steps" not in found["provenance"]["compensation"]

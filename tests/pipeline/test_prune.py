@@ -238,7 +238,7 @@ def test_a_run_killed_while_it_trains_ends_like_one_that_was_not(finished, tmp_p
     assert list(state.glob("step-*[0-9]"))
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert "train dense" not in done.stderr
     whole, continued = (load_file(f / "out" / "model.safetensors") for f in (finished, tmp_path))
     assert_close(continued, whole, relative=0)
@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_what_is_done_and_another_budget_goes_on_from_there(
     assert prune(tmp_path, "budget.macs=0.7", "finetune.epochs=0") == 0
     said = capsys.readouterr().err
     assert "budget.macs was 0.5, is 0.7" in said
-    assert "done again because of that: plan" in said
+    assert "repeated because of that: plan" in said
     assert "saliency.safetensors" in kept
     assert not work.exists()
     report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())

@@ -103,7 +103,7 @@ def sosp_hub_pruned(
         _READ.reset(reading)
     if pending:
         raise CheckpointError(
-            f"timm {timm.__version__} builds {base_architecture!r} without room for a delta"
+            f"timm {timm.__version__} builds {base_architecture!r} by code that takes no delta"
         )
     model.__dict__[CUT] = True
     return model

@@ -214,5 +214,5 @@ def _check_loud(
     ):
         raise CheckpointError(
             f"{type(model).__name__}: the delta changes numbers but no size, so a loader without "
-            f"sosp_hub would load the model wrongly without a word; it cannot be saved"
+            f"sosp_hub would load the model wrongly and silently; it cannot be saved"
         )

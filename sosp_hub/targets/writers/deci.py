@@ -131,7 +131,7 @@ def check(model: Any) -> int:
     if family not in _FAMILIES or not hasattr(model, "lm_head"):
         raise ModelError(
             f"DeciLM: written for causal language models of {', '.join(_FAMILIES)}, not {family}; "
-            f"the targets onnx and torch_export ask for no family"
+            f"the targets onnx and torch_export take any family"
         )
     if getattr(config, "sliding_window", None) is not None:
         raise CheckpointError(
@@ -342,7 +342,7 @@ def _prove(model: Any, config: dict[str, Any], state: dict[str, Tensor]) -> None
     rebuilt.tie_weights()
     if not fits or inputs is None or not proof.same_output(rebuilt, model, inputs, 1e-5):
         raise CheckpointError(
-            f"{type(model).__name__}: filled up with zeros it computes something else; save it "
+            f"{type(model).__name__}: padded with zeros it computes other outputs; save it "
             "with sosp_hub.save_pretrained, and report the model"
         )
 

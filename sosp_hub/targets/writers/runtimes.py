@@ -50,9 +50,9 @@ def to_executorch(model: nn.Module, path: str | Path) -> Path:
     exir = _package("executorch.exir", "ExecuTorch")
     if getattr(model, "can_generate", lambda: False)():
         raise ModelError(
-            f"ExecuTorch: a program without a cache would be of little use to "
-            f"{type(model).__name__}, and one with a cache is not written; onnx and openvino take "
-            f"cache=true, gguf and mlx keep a cache of their own"
+            f"ExecuTorch: {type(model).__name__} generates text, which needs a cache of keys and "
+            f"values, and programs with one are not supported; write onnx or openvino with "
+            f"cache=true, or gguf or mlx"
         )
     args, kwargs = arguments(model, None)
     one = tuple(each[:1] for each in args)
@@ -65,7 +65,7 @@ def to_executorch(model: nn.Module, path: str | Path) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"ExecuTorch: {type(model).__name__} cannot be exported ({last_cause(error)}); "
-            f"the targets onnx and torch_export ask for less"
+            f"try the targets onnx or torch_export"
         ) from error
     Path(path).write_bytes(written.buffer)
     return Path(path)
