@@ -221,8 +221,8 @@ class Context:
         """What calibrates, for the report."""
         if self.scores is not None:
             return self.scores.calibration
-        mixed = [self.sources[source].name for source in self.recipe.data.calibration]
-        name = ", ".join([self.data.name, *mixed]) if self.data else None
+        mixed = [_in_words(source, self.sources[source]) for source in self.recipe.data.calibration]
+        name = ", ".join([_in_words(self.recipe.data, self.data), *mixed]) if self.data else None
         seen = [other for other, (_, seen) in self.others.items() if seen] if self.data else []
         told = {"data": name, "num_samples": self.num_samples, "seed": self.recipe.seed}
         return {**told, "seen": seen} if seen else told
@@ -258,6 +258,12 @@ class Context:
                 )
             self._splits[key] = split
         return self._splits[key]
+
+
+def _in_words(source: SourceSection, opened: OpenData) -> str:
+    """What was read; a name alone where that was fetched by it, and not from local files."""
+    local = source.path if source.id else None
+    return opened.name if local is None else f"{opened.name} (local files {Path(local).name})"
 
 
 def open_context(

@@ -349,10 +349,11 @@ def _removed(groups: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         members = [group for group in groups if group["kind"] == kind]
         kept, size = (sum(group[key] for group in members) for key in ("kept", "size"))
         whole = sum(group["kept"] == group["size"] for group in members)
-        untouched = f", {whole} of them whole" if whole else ""
+        untouched = f", {whole} of them whole" if 0 < whole < len(members) else ""
         name = {"kv_group": "KV groups", "residual": "residual channels"}.get(kind, f"{kind}s")
         number = "one group" if len(members) == 1 else f"{len(members)} groups"
-        yield f"{name.replace('_', ' ')}: {kept:,} of {size:,} remain, in {number}{untouched}"
+        remain = f"all {size:,}" if kept == size else f"{kept:,} of {size:,}"
+        yield f"{name.replace('_', ' ')}: {remain} remain, in {number}{untouched}"
 
 
 def _blocks(gone: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -603,7 +604,8 @@ def _test_split(data: Mapping[str, Any], seed: int | None) -> str:
 
 def _data_words(data: Mapping[str, Any], calibration: Mapping[str, Any]) -> str:
     if data.get("path"):
-        return str(data.get("id") or f"local files {Path(str(data['path'])).name}")
+        local = f"local files {Path(str(data['path'])).name}"
+        return f"{data['id']} ({local})" if data.get("id") else local
     return scrub(str(data.get("id") or calibration.get("data") or ""))
 
 

@@ -531,3 +531,23 @@ def test_a_dense_model_that_was_trained_before_the_cut_is_said_so(text):
     words = "The dense model was first trained on the same data, in the same run."
     assert words not in render(text)
     assert words in render(changed(text, lambda report: report["timings_s"].update(dense=12.0)))
+
+
+def test_data_of_local_files_is_not_said_to_be_the_hub_s(text):
+    recipe = (
+        "model: {library: transformers, id: me/lm, task: text-generation}\n"
+        "data: {id: Salesforce/wikitext, path: .../my notes.txt}\n"
+    )
+    card = render(changed(text, lambda report: report.update(recipe=recipe)))
+    (dataset,) = [result["dataset"] for result in head(card)["model-index"][0]["results"]]
+    assert dataset["name"] == "Salesforce/wikitext (local files my notes.txt)"
+    assert "datasets" not in head(card)
+
+
+def test_a_kind_of_which_all_is_left_is_said_in_one_word(text):
+    def whole(report):
+        for group in report["groups"]:
+            if group["kind"] == "kv_group":
+                group["kept"] = group["size"]
+
+    assert "- KV groups: all 12 remain, in 4 groups\n" in render(changed(text, whole))
