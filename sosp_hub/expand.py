@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sosp_hub.callable_module import make_callable
-from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_command, shown_as
-from sosp_hub.recipe.load import as_recipe, load_recipe
+from sosp_hub.pipeline.command import recipe_parser, run_as_guest, run_recipe
 from sosp_hub.recipe.schema import Recipe
 
 
@@ -45,30 +44,14 @@ def expand(
     Example:
         >>> results = sosp_hub.expand("studies/expand_resnet20_fashion_mnist")  # doctest: +SKIP
     """
-    checked = as_recipe(recipe, overrides, "expand")
-    from sosp_hub.pipeline.guest import as_guest  # torch, which a faulty recipe need not wait for
-
-    with as_guest():  # importing the libraries draws random numbers too
-        from sosp_hub.pipeline.expand import expand as work
-
-        return work(checked, overwrite=overwrite, command="sosp_hub.expand(...)", show=None)
+    return run_as_guest("expand", recipe, overrides, overwrite=overwrite)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it; the exit code: 0 done, 2 something for the user to change, 130 stopped."""
-    parser = command_parser()
-
-    def run(options: argparse.Namespace, command: str) -> None:
-        if not options.given:
-            example = "recipes/studies/expand_resnet20_fashion_mnist.yaml"
-            parser.error(f"give the path of a recipe, such as {example}")
-        recipe = load_recipe(options.given[0], options.given[1:], "expand")
-        log_to_terminal(quiet=options.quiet)
-        from sosp_hub.pipeline import expand as pipeline  # torch, which a faulty recipe need not
-
-        pipeline.expand(recipe, overwrite=options.overwrite, command=command, **shown_as(options))
-
-    return run_command(parser, run, arguments)
+    return run_recipe(
+        "expand", command_parser(), arguments, "studies/expand_resnet20_fashion_mnist"
+    )
 
 
 make_callable(__name__, expand)

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sosp_hub.callable_module import make_callable
-from sosp_hub.pipeline.command import log_to_terminal, recipe_parser, run_command, shown_as
-from sosp_hub.recipe.load import as_recipe, load_recipe
+from sosp_hub.pipeline.command import (
+    log_to_terminal,
+    recipe_parser,
+    run_as_guest,
+    run_command,
+    shown_as,
+)
+from sosp_hub.recipe.load import load_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.shipped import find_recipe
 
@@ -40,13 +46,7 @@ def prune(
         >>> report = sosp_hub.prune("quickstart", "budget.macs=0.3")  # doctest: +SKIP
         >>> print(report)  # doctest: +SKIP
     """
-    checked = as_recipe(recipe, overrides, "prune")
-    from sosp_hub.pipeline.guest import as_guest  # torch, which a faulty recipe need not wait for
-
-    with as_guest():  # importing the libraries draws random numbers too
-        from sosp_hub.pipeline.run import run as work
-
-        return work(checked, overwrite=overwrite, command="sosp_hub.prune(...)", show=None)
+    return run_as_guest("prune", recipe, overrides, overwrite=overwrite)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

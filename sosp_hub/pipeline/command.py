@@ -1,6 +1,7 @@
 """What every verb that runs a recipe does with its command line."""
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -14,7 +15,8 @@ from typing import Any
 from sosp_hub.command_name import command_name
 from sosp_hub.errors import SospHubError
 from sosp_hub.progress import TerminalHandler, show_at_once
-from sosp_hub.recipe.schema import Verb
+from sosp_hub.recipe.load import as_recipe, load_recipe
+from sosp_hub.recipe.schema import Recipe, Verb
 
 
 def recipe_parser(verb: Verb, description: str, *other_uses: str) -> argparse.ArgumentParser:
@@ -59,6 +61,44 @@ def shown_as(options: argparse.Namespace) -> Mapping[str, Any]:
     if options.quiet:
         return {"show": None}
     return {"show": lambda report, _: print(json.dumps(report))} if options.json else {}
+
+
+def run_as_guest(
+    verb: Verb,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str],
+    *,
+    overwrite: bool,
+) -> Any:
+    """Runs a verb in a process of the caller's; arguments as of ``sosp_hub.prune``."""
+    checked = as_recipe(recipe, overrides, verb)
+    from sosp_hub.pipeline.guest import as_guest  # torch, which a faulty recipe need not wait for
+
+    with as_guest():  # importing the libraries draws random numbers too
+        name = f"sosp_hub.{verb}(...)"
+        return _work_of(verb)(checked, overwrite=overwrite, command=name, show=None)
+
+
+def run_recipe(
+    verb: Verb, parser: argparse.ArgumentParser, arguments: Sequence[str] | None, example: str
+) -> int:
+    """`run_command` of a verb that takes a recipe and nothing else, such as ``example``."""
+
+    def run(options: argparse.Namespace, command: str) -> None:
+        if not options.given:
+            parser.error(f"the name or path of a recipe is missing, such as {example}")
+        recipe = load_recipe(options.given[0], options.given[1:], verb)
+        log_to_terminal(quiet=options.quiet)
+        work = _work_of(verb)
+        work(recipe, overwrite=options.overwrite, command=command, **shown_as(options))
+
+    return run_command(parser, run, arguments)
+
+
+def _work_of(verb: Verb) -> Callable[..., Any]:
+    """What does it; loads torch."""
+    name = "run" if verb == "prune" else verb
+    return getattr(importlib.import_module(f"sosp_hub.pipeline.{name}"), name)
 
 
 def run_command(
