@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from sosp_hub.structure.axes import (
+    UNIT,
     Atom,
     Axis,
     Sum,
@@ -40,6 +41,9 @@ Count = Callable[[Atom], int]
 
 _CLEAN_DRAWS = 8
 """Small sizes agree by chance."""
+
+_TRIED_COUNTS = 16
+"""So many counts of an atom are tried, to see whether a number changes with it."""
 
 
 def solve_attributes(
@@ -119,7 +123,10 @@ def settle(
     """
     representative: dict[int, int] = {}
     relevant = _relevant(constraints)
-    _pin_leaks(relevant, leaks)
+    quotients, others = [], []
+    for leak in leaks:
+        (quotients if _is_quotient(leak[0]) else others).append(leak)
+    _pin_leaks(relevant, others)
     generator = random.Random(seed)
 
     def find(number: int) -> int:
@@ -128,6 +135,8 @@ def settle(
         return number
 
     _satisfy(relevant, find, representative, generator)
+    if _pin_quotients(_distinct_leaks(quotients), relevant, find, generator):
+        _satisfy(relevant, find, representative, generator)
     if bar_counts(_distinct(comparisons), relevant, find, generator):
         _satisfy(relevant, find, representative, generator)
     members = {atom.id for c in relevant for atom in (*atoms(c.axis), *expr_atoms(c.expr))}
@@ -295,6 +304,60 @@ def _pin_leaks(constraints: Sequence[Constraint], leaks: Iterable[tuple[object, 
             atom.pinned.setdefault(f"the code in {where} computes with its size")
 
 
+def _is_quotient(expr: object) -> bool:
+    """Whether an expression shares a size out by another number of the model, such as its heads."""
+    return isinstance(expr, Op) and expr.symbol == "//" and not isinstance(expr.right, int)
+
+
+def _pin_quotients(
+    leaks: Iterable[tuple[Expr, str]],
+    constraints: Sequence[Constraint],
+    find: Callable[[int], int],
+    generator: random.Random,
+) -> bool:
+    """Pins what a quotient that the code computes with depends on.
+
+    A width by a number of heads is the width of a head, whatever heads are left: where both were
+    found to follow the heads, only the width of a head has to stay.
+
+    Returns:
+        Whether atoms were pinned.
+    """
+    index = _Index(constraints)
+    pinned = False
+    for expr, where in leaks:
+        dense = evaluate(expr, {a: a.dense for a in attributes(expr)}, lambda atom: atom.size)
+        keeps = Constraint(Op("==", expr, dense), UNIT, where)
+        bound = _bound(keeps, index)
+        involved = [a for c in (keeps, *bound) for a in (*atoms(c.axis), *expr_atoms(c.expr))]
+        loose = {find(atom.id): atom for atom in involved if not atom.pinned}
+        flips = partial(_flips, keeps, bound, find)
+
+        def some(atom: Atom) -> Iterable[int]:
+            few = min(atom.size, _TRIED_COUNTS)
+            return {1, *(generator.randint(1, atom.size) for _ in range(few))}
+
+        moved = [
+            atom
+            for number, atom in loose.items()
+            if any(flips({number: kept}) for kept in some(atom))
+        ]
+        rest = {number: atom for number, atom in loose.items() if atom not in moved}
+        if any(
+            flips({number: generator.randint(1, atom.size) for number, atom in rest.items()})
+            for _ in range(_CLEAN_DRAWS * (len(rest) > 1))
+        ):
+            moved = list(loose.values())
+        for atom in moved:
+            atom.pinned.setdefault(f"the code in {where} computes with its size")
+        pinned |= bool(moved)
+    return pinned
+
+
+def _distinct_leaks(leaks: Iterable[tuple[Expr, str]]) -> list[tuple[Expr, str]]:
+    return list({_key(leak[0]): leak for leak in leaks}.values())
+
+
 def kept_values(leaks: Iterable[tuple[Expr, str]]) -> list[Constraint]:
     """That attributes which the code uses as values keep them."""
     return [
@@ -304,6 +367,7 @@ def kept_values(leaks: Iterable[tuple[Expr, str]]) -> list[Constraint]:
             f"the code in {where}, which computes with it",
         )
         for expr, where in leaks
+        if not _is_quotient(expr)
         for attribute in attributes(expr)
         if attribute.dense > 0
     ]

@@ -480,6 +480,24 @@ class AttendsWithWeights(Attends):
     need_weights = True
 
 
+class SharesItsWidth(Between):
+    """Heads are parts of its width, and it computes with how wide they come out."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 3
+
+    def trick(self, x):
+        b, n, width = x.shape
+        h = x.reshape(b, n, self.heads, width // self.heads) * (width // self.heads) ** -0.5
+        return h.softmax(1).reshape(b, n, width)
+
+
+class TimesAShare(SharesItsWidth):
+    def trick(self, x):
+        return x * (x.shape[-1] // self.heads)
+
+
 class AttendsWithBias(Between):
     def __init__(self):
         super().__init__()
@@ -623,6 +641,8 @@ TRICKS = (
     Trick(Attends, "cut", (3, 4, 12, 3, 4)),  # the stream before it, the one after it, its own
     Trick(AttendsWithWeights, "cut", (3, 12, 3)),  # it computes with its head dim
     Trick(AttendsAcross, "cut", (3, 12, 3)),
+    Trick(SharesItsWidth, "cut", (3,)),
+    Trick(TimesAShare, "whole"),
     Trick(AttendsWithBias, "cut", (3, 4, 12, 3, 4)),
     Trick(EncoderLayer, "cut", (3, 4, 20, 3, 4)),
     Trick(Remembers, "cut", (8, 12)),
