@@ -4,6 +4,7 @@ The verbs are loaded when first used, so that importing the package costs next t
 """
 
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 from sosp_hub.checkpoint.hooks import disable, enable  # on import: pruned checkpoints just load
@@ -94,7 +95,11 @@ _ROOMS = ("errors", "tasks")  # rooms whose names are public
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        state = random.getstate()  # rich, for one, draws while it is imported
+        try:
+            return getattr(importlib.import_module(_HOME[name]), name)
+        finally:
+            random.setstate(state)
     if name in _ROOMS:
         return importlib.import_module(f"sosp_hub.{name}")
     raise AttributeError(

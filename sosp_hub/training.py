@@ -7,8 +7,8 @@ the step alone, so that a run that was killed and continued ends as one that was
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from sosp_hub.atomic import put_in_place
+from sosp_hub.compat.accelerate import forget_prepared
 from sosp_hub.compat.torch import BatchNorm
 from sosp_hub.data.loading import make_loader
 from sosp_hub.distillation import StoredOutputs, Teacher
@@ -124,7 +125,8 @@ def train_model(
     losses: list[Tensor] = []
     last: Any = None
     model.train()
-    with progress_bar(description, total, step, unit="steps") as advance:
+    shown = progress_bar(description, total, step, unit="steps")
+    with _prepared(accelerator, model, wrapped), shown as advance:
         for epoch in range(step // steps_per_epoch, epochs):
             loader.set_epoch(epoch)
             done = (step - epoch * steps_per_epoch) * config.gradient_accumulation
@@ -171,8 +173,6 @@ def train_model(
                 if step == total:
                     last = batch
                     break
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    accelerator.free_memory()
     for buffer in model.buffers():  # each process had its own batches
         broadcast(buffer)
     model.eval()
@@ -344,6 +344,17 @@ class _Saved:
                 if old != but:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _prepared(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> Iterator[None]:
+    """Afterwards, also after an error, nothing of an accelerator is left on the model."""
+    try:
+        yield
+    finally:
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+        forget_prepared(model)
 
 
 def _seed(seed: int) -> None:

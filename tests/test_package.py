@@ -31,6 +31,15 @@ def test_every_public_name_is_there(name):
     assert name in dir(sosp_hub)
 
 
+def test_loading_a_name_leaves_random_numbers_as_they_were():
+    code = (
+        "import random, sys, sosp_hub; state = random.getstate(); "
+        "[getattr(sosp_hub, name) for name in sosp_hub.__all__]; "
+        "assert random.getstate() == state; assert 'rich.style' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("name", ["tasks.OwnOutputs", "tasks.squared", "errors.PlanError"])
 def test_public_rooms_need_no_import_of_their_own(name):
     code = f"import sosp_hub; print(sosp_hub.{name}.__name__)"

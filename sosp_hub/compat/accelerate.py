@@ -30,6 +30,19 @@ def process_state_kept() -> Iterator[None]:
             state._shared_state.update(kept)
 
 
+def forget_prepared(model: nn.Module) -> None:
+    """Another accelerator prepares the model, instead of handing it back as one that is.
+
+    Of a model that was unwrapped its class's own method is left as an attribute, which goes too.
+    """
+    vars(model).pop(_PREPARED, None)
+    if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:
+        del model.forward
+
+
+_PREPARED = "_is_accelerate_prepared"
+
+
 def running_device(model: nn.Module) -> Any:
     """Where the weights of an offloaded model come when it runs; None where nothing says so."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())

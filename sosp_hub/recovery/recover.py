@@ -66,7 +66,8 @@ def recover(
     """Fine-tunes in place and ends with the state of least loss on samples that are held out.
 
     The state that the training begins with is one of them: on these samples the result is never
-    worse than what was there. Selection never looks at the test split.
+    worse than what was there, also where the training ends with an exception. Selection never looks
+    at the test split.
 
     Args:
         model: The cut model.
@@ -145,13 +146,17 @@ def recover(
                 * accelerator.num_processes,
             )
             config = config.model_copy(update={"learning_rate": best_rate(rates)})
-        history = train_with(
-            config,
-            checkpoint_dir=folder,
-            after_part=offer,
-            parts_per_epoch=math.ceil(_LEAST_EVALUATIONS / _epochs(rest, config)),
-            description=description,
-        )
+        try:
+            history = train_with(
+                config,
+                checkpoint_dir=folder,
+                after_part=offer,
+                parts_per_epoch=math.ceil(_LEAST_EVALUATIONS / _epochs(rest, config)),
+                description=description,
+            )
+        except BaseException:
+            best.load()
+            raise
         selected = best.load()
     _say(selected, config, len(part))
     counts = _counts(history, rest, config, accelerator)

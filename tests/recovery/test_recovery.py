@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sosp_hub.compat.accelerate import process_state_kept
 from sosp_hub.data.loading import calibration_batches
 from sosp_hub.data.split import Split
 from sosp_hub.errors import DataError, ModelError
@@ -184,6 +186,38 @@ def test_a_kill_while_the_best_state_is_written_leaves_the_one_before(
     assert BestState(model, tmp_path).load().epoch == 3
     assert model.weight.item() == 3
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_training_that_ends_with_an_error_leaves_the_best_state():
+    for stop_after, keys, error in (
+        (12, {}, KeyboardInterrupt),
+        (None, {"learning_rate": 1e30, "optimizer": "sgd", "max_grad_norm": None}, ModelError),
+    ):
+        model, points = net(), Points(160)
+        start = held_out_loss(model.eval(), points)
+        with pytest.raises(error):
+            recover(
+                model,
+                points,
+                config(held_out=0.25, **keys),
+                augmented=Points(160, stop_after),
+            )
+        assert held_out_loss(model, points) <= start
+
+
+def test_after_a_training_another_accelerator_prepares_the_model(monkeypatch):
+    """One that is marked is handed back as it is: no mixed precision, and no averaged gradients."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for points in (Points(64), Points(64, stop_after=2)):
+        model = net()
+        before = [set(vars(module)) for module in model.modules()]
+        with process_state_kept():
+            with contextlib.suppress(KeyboardInterrupt):
+                recover(model, Points(64), config(held_out=0.25), augmented=points)
+            assert [set(vars(module)) for module in model.modules()] == before
+            assert model(points.points).dtype == torch.float32
+            prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+            assert "forward" in vars(prepared)
 
 
 def test_too_few_samples_are_refused():

@@ -24,6 +24,20 @@ def spread_models() -> None:
     expect(not compat.is_spread(nn.Linear(1, 1)), "a plain model is spread")
 
 
+@smoke("an accelerator of one's own for a model that was trained")
+def models_that_were_prepared() -> None:
+    with compat.process_state_kept():
+        model = nn.Linear(1, 1)
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        accelerator.prepare(model)
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        expect(len(vars(model)) > len(vars(nn.Linear(1, 1))), "nothing says that it is prepared")
+        compat.forget_prepared(model)
+        expect(vars(model).keys() == vars(nn.Linear(1, 1)).keys(), "something is left on the model")
+        accelerator.prepare(model)
+        expect("forward" in vars(model), "it is not prepared again")
+
+
 @smoke("an accelerator of one's own after sosp_hub.prune(...)")
 def state_of_the_process() -> None:
     with compat.process_state_kept():

@@ -43,6 +43,20 @@ def cache_of_a_model() -> None:
     expect(error < 1e-5, f"a cached step is off by {error:.1e}")
 
 
+@smoke("loading weights that code fills by the numbers of a config")
+def modules_that_are_filled() -> None:
+    model = _llama()
+    mlp = model.model.layers[0].mlp
+    for module in (mlp.up_proj, mlp.down_proj):
+        for each in (module, module.weight):
+            vars(each).pop(compat.FILLED, None)
+        module.weight.data.zero_()
+    setattr(mlp.down_proj, compat.FILLED, True)
+    model.init_weights()
+    expect(bool(mlp.up_proj.weight.any()), "a module that nothing marks is not filled")
+    expect(not mlp.down_proj.weight.any(), "a module that is marked is filled anew")
+
+
 @smoke("refusing a pruned checkpoint that is loaded with random tensors")
 def loading_function() -> None:
     seen: list[Any] = []
