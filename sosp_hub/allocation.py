@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosp_hub.cost import Cost, CostModel
-from sosp_hub.errors import BudgetError
+from sosp_hub.errors import BudgetError, shortened
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.targets import Target, as_targets
 from sosp_hub.structure.graph import Graph
@@ -331,8 +331,9 @@ def selected(
     selection = [name for name in selection if name not in gone]
     if not selection:
         raise BudgetError(
-            f"nothing to cut: only {['*'] if only is None else patterns[0]} without {patterns[1]} "
-            f"leaves none of the {len(names)} groups"
+            f"{'exclude' if exclude else 'only'}: nothing to cut: "
+            f"{patterns[1] if exclude else patterns[0]} leaves none of "
+            f"{len(names)} groups: {shortened(', '.join(names), 300)}"
         )
     return selection
 

@@ -18,11 +18,12 @@ from sosp_hub.latency import Decoder, LatencyTable, ServingMemory, table_path
 from sosp_hub.pipeline.context import Context
 from sosp_hub.plan import PruningPlan
 from sosp_hub.progress import progress
+from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import find_task, metric_names
 from sosp_hub.reconstruction.rebuild import Rebuilt, rebuilt_weights
 from sosp_hub.surgery.apply import apply
 from sosp_hub.training import recalibrate_norm
-from sosp_hub.zoo.load import example_inputs
+from sosp_hub.zoo.load import Loaded, example_inputs
 
 
 def measured(context: Context, model: nn.Module, label: str) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def measure_of_plans(context: Context, names: Collection[str]) -> Callable[[Prun
     section, model, graph = context.recipe.evaluate, context.model.eval(), context.graph
     batch, length = section.latency_batch_size, section.latency_tokens
     conditions = f"{hardware()}; {torch.get_num_threads()} threads"
-    inputs = to_device(example_inputs(context.loaded, batch, num_tokens=length))
+    inputs = timed_inputs(context.recipe, context.loaded)
     tables: dict[str, Callable[[PruningPlan], float]] = {}
     for name in sorted(names):
         if name == "serving_bytes":
@@ -132,6 +133,18 @@ def measure_of_plans(context: Context, names: Collection[str]) -> Callable[[Prun
         path = table_path(hardware())
         tables[name] = LatencyTable(run, graph, given, path=path, conditions=conditions)
     return lambda plan: {name: table(plan) for name, table in tables.items()}
+
+
+def timed_inputs(recipe: Recipe, loaded: Loaded) -> Any:
+    """Inputs of the size that is timed, on the device.
+
+    Texts that are gone on with are at least one token shorter than what the model takes.
+    """
+    length = recipe.evaluate.latency_tokens
+    most = getattr(loaded.processor, "max_positions", None)
+    if most is not None and find_task(loaded.task).name == "text-generation":
+        length = min(length, most - 1)
+    return to_device(example_inputs(loaded, recipe.evaluate.latency_batch_size, num_tokens=length))
 
 
 def check_measuring(context: Context) -> None:

@@ -12,7 +12,7 @@ from sosp_hub import scoring
 from sosp_hub.allocation import MEASURED, allocate
 from sosp_hub.criteria.compute.compensation import Means
 from sosp_hub.distributed import OnDevice, from_main, logger, process_sum
-from sosp_hub.errors import CriterionError, VerificationError
+from sosp_hub.errors import CriterionError, SospHubError, VerificationError
 from sosp_hub.pipeline.blocks import Block, as_blocks, blocks_of, left_of, removed, shares
 from sosp_hub.pipeline.compensation import bias_means, held_out_losses, made_up_for, refine
 from sosp_hub.pipeline.context import Context
@@ -82,6 +82,11 @@ def check(context: Context) -> None:
     scoring.check_loss(criterion, context.loss_fn(context.model))
     check_promise(context)
     check_measuring(context)
+    for target in budget.target:
+        try:
+            target.check(context.model)
+        except SospHubError as error:
+            raise type(error)(f"budget.target: {error}") from error
     kinds = context.recipe.structure.kinds
     able = scoring.scorable_groups(context.graph_of_groups, type(criterion), kinds)
     if criterion.silences and not any(group.rectified for group in able.values()):

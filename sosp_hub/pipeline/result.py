@@ -15,11 +15,11 @@ from torch import nn
 from sosp_hub.atomic import write_text
 from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.cost import cost
-from sosp_hub.distributed import logger, to_device
+from sosp_hub.distributed import logger
 from sosp_hub.errors import BudgetError, HubError
 from sosp_hub.evaluate import measure_latency
 from sosp_hub.latency import Decoder
-from sosp_hub.pipeline.measuring import hardware
+from sosp_hub.pipeline.measuring import hardware, timed_inputs
 from sosp_hub.pipeline.memory import forward_peak
 from sosp_hub.pipeline.output_folder import put
 from sosp_hub.plan import PruningPlan
@@ -33,7 +33,7 @@ from sosp_hub.report.listing import CALIBRATION, CURVATURE, DENSE, RECIPE, SALIE
 from sosp_hub.report.page import write_page
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.inputs import one_sample
-from sosp_hub.zoo.load import Loaded, example_inputs
+from sosp_hub.zoo.load import Loaded
 
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency
@@ -217,8 +217,7 @@ def decoding_of(
 def _for_latency(recipe: Recipe, loaded: Loaded) -> tuple[Any, dict[str, Any]]:
     """Inputs of a measurement, and what is stated beside it."""
     batch = recipe.evaluate.latency_batch_size
-    length = recipe.evaluate.latency_tokens
-    inputs = to_device(example_inputs(loaded, batch, num_tokens=length))
+    inputs = timed_inputs(recipe, loaded)
     tokens = inputs.get("input_ids") if isinstance(inputs, dict) else None
     return inputs, {
         "batch": batch,
@@ -237,8 +236,7 @@ def _both(seconds: Sequence[float], stated: Mapping[str, Any]) -> dict[str, Any]
 def peak_memory_of(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[str, Any]:
     """Bytes in tensors at the height of a forward pass before and after, and for what inputs."""
     batch = recipe.evaluate.latency_batch_size
-    length = recipe.evaluate.latency_tokens
-    inputs = to_device(example_inputs(loaded, batch, num_tokens=length))
+    inputs = timed_inputs(recipe, loaded)
     models = {"before": loaded.model.eval(), "after": pruned.eval()}
     stated = {"batch": batch, "dtype": recipe.model.dtype, "hardware": hardware()}
     return {

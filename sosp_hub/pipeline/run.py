@@ -124,6 +124,7 @@ def _introduce(recipe: Recipe, output: Path) -> None:
     """The first line: what is done to which model, and where it goes."""
     asked = [f"{name} {share}" for name, share in recipe.budget.targets().items()]
     asked += [f"{name} within {drop}" for name, drop in recipe.budget.max_drop.items()]
+    asked += [f"groups {name} {share}" for name, share in recipe.budget.groups.items()]
     logger.info(
         "%s on %s: %s by %s, keep %s, to %s",
         recipe.model.id or recipe.model.path,

@@ -34,6 +34,15 @@ class Target(Declared):
         del group
         return None
 
+    def check(self, model: Any) -> None:
+        """Refuses a model that no plan makes one of this target's; looks at no weight.
+
+        Raises:
+            ModelError: A model that this target has no form for.
+            CheckpointError: A setting that it has none for.
+        """
+        del model
+
     def write(self, model: Any, path: Path, tokenizer: Any = None) -> Path:
         """Writes a pruned model for the reader.
 

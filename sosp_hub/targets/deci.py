@@ -44,6 +44,12 @@ class Deci(Target):
         """Whether each process gets as many KV heads, or a copy of one."""
         return num_kv % self.tensor_parallel == 0 or self.tensor_parallel % num_kv == 0
 
+    def check(self, model: Any) -> None:
+        """Llama or Mistral, attending to everything."""
+        from sosp_hub.targets.writers.deci import check
+
+        check(model)
+
     def write(self, model: Any, path: Path, tokenizer: Any = None) -> Path:
         """A folder with config, weights and the class of the config."""
         from sosp_hub.targets.writers.deci import to_deci

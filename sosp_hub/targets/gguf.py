@@ -48,6 +48,12 @@ class Gguf(Target):
         step = block_of(self.quantization)
         return None if step == 1 or group.kind == "layer" else rows_in_steps(group, step)
 
+    def check(self, model: Any) -> None:
+        """A family that llama.cpp computes alike."""
+        from sosp_hub.targets.writers.gguf import check
+
+        check(model)
+
     def write(self, model: Any, path: Path, tokenizer: Any = None) -> Path:
         """One file."""
         from sosp_hub.targets.writers.gguf import to_gguf

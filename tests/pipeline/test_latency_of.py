@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
+from sosp_hub.pipeline.measuring import timed_inputs
 from sosp_hub.pipeline.result import costs, decoding_of, latency_of
 from sosp_hub.plan import PruningPlan
 from sosp_hub.report.facts import collect
@@ -63,3 +65,17 @@ def test_other_tasks_have_one_latency():
     ]
     report["cost"] = cost  # an older report does not say
     assert collect(report).costs.rows[1][0] == "Multiply-accumulates of one input"
+
+
+def test_no_prompt_is_so_long_that_no_token_can_follow():
+    """A model with learned positions ended in an IndexError."""
+    recipe, loaded = run("text-generation")
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=6, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    loaded.model, loaded.processor.max_positions = transformers.GPT2LMHeadModel(config), 6
+    with torch.no_grad():
+        latency = decoding_of(recipe, loaded, loaded.model, 0.01)
+    assert latency["decode"]["before"]["length"] == 5
+    loaded.task = "text-classification"
+    assert timed_inputs(recipe, loaded)["input_ids"].shape == (2, 6)

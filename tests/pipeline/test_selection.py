@@ -35,7 +35,8 @@ def test_shares_by_name_alone_leave_the_others_whole(recipe, tmp_path):
     ("key", "words"),
     [
         ("structure.exclude=['layer9*']", "structure.exclude: 'layer9*' is no group"),
-        ("structure.exclude=['*']", "nothing to cut"),
+        ("structure.exclude=['*']", "structure.exclude: nothing to cut: ['*'] leaves none of"),
+        ("structure.only=['layer1*', 'layer9*']", "structure.only: 'layer9*' is no group"),
         ("budget.groups={'layer9*': 0.5}", "budget.groups: 'layer9*' is no group"),
         ("budget.groups={'layer2*': 5}", "budget.groups.layer2*"),
         ("budget.keep_at_least={'layer9*': 0.5}", "budget.keep_at_least: 'layer9*' is no group"),
@@ -44,3 +45,14 @@ def test_shares_by_name_alone_leave_the_others_whole(recipe, tmp_path):
 def test_names_of_nothing_are_refused(recipe, capsys, key, words):
     assert main([str(recipe), key]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["deci", "mlx", "gguf"])
+def test_a_target_that_has_no_form_for_the_model_is_refused_before_anything_runs(
+    recipe, tmp_path, capsys, target
+):
+    """The plan was made for it, and its export refused the result of the run."""
+    assert main([str(recipe), f"budget.target={target}"]) == 2
+    assert "error: budget.target: " in (told := capsys.readouterr().err)
+    assert "for causal language models of llama" in told
+    assert "train dense" not in told
