@@ -58,6 +58,7 @@ def criteria_table() -> str:
     return table(("criterion", "what it is", "needs", "paper"), rows)
 
 
+@pytest.mark.slow
 def test_the_ten_lines_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = code_blocks("python")

@@ -225,6 +225,7 @@ _REQUESTS = ("POST .*REPO/commit/", "POST .*REPO/commit/", "GET .*REPO/revision"
 NUM_PUSHES = 216
 
 
+@pytest.mark.slow
 def test_the_fault_plan(hub, tmp_path):
     """Each push meets its own faults, some more of them than it has attempts."""
     rng = random.Random(0)

@@ -9,8 +9,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 from sosp_hub.errors import HubError
+from sosp_hub.report import page as page_room
 from sosp_hub.report.card import render_card
 from sosp_hub.report.facts import collect
+from sosp_hub.report.figures import draw_recovery
 from sosp_hub.report.grid import Grid
 from sosp_hub.report.listing import new_console, show_files
 from sosp_hub.report.markers import BEGIN, END, readdress
@@ -195,15 +197,21 @@ IN_PAGES = tuple(h for h in HARM if h and any(c in h for c in "<>&\x1b\u202e\x00
 
 @pytest.fixture(scope="module")
 def tags_of_a_page(tmp_path_factory):
+    """Pictures are data in an address, in which nothing is a tag: they are not drawn here."""
     report, _ = reports.image_report()
-    page = write_page(reports.write(tmp_path_factory.mktemp("page"), hostile(report, "word"), {}))
-    return tags_of(page.read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_room, "pictures", lambda *_: [])
+        yield tags_of(_page(tmp_path_factory.mktemp("page"), report, "word"))
+
+
+def _page(folder, report, harm):
+    return write_page(reports.write(folder, hostile(report, harm), {})).read_text()
 
 
 @pytest.mark.parametrize("harm", IN_PAGES)
 def test_a_page_shows_words_and_obeys_none(tmp_path, harm, tags_of_a_page):
     report, _ = reports.image_report()
-    text = write_page(reports.write(tmp_path / "net", hostile(report, harm), {})).read_text()
+    text = _page(tmp_path / "net", report, harm)
     assert tags_of(text) == tags_of_a_page
     assert not [c for c in text if not (c.isprintable() or c == "\n")]
 
@@ -249,19 +257,22 @@ def test_a_study_shows_words_and_obeys_none(tmp_path, harm):
     assert "<script" not in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["$\\frac$", "a$b$c", "x" * 500, "漢字", "\x1b[2J", "a\nb"])
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
-def test_pictures_take_any_name(tmp_path, name):
+def test_pictures_take_any_name(tmp_path):
+    """All names in one report, which draws each picture once; metrics by three, as are shown."""
+    names = ("$\\frac$", "a$b$c", "x" * 500, "漢字", "\x1b[2J", "a\nb")
     report, saliency = reports.image_report()
-    first = report["groups"][0]["name"]
-    saliency = {name if group == first else group: scores for group, scores in saliency.items()}
-    report["groups"][0] |= {"name": name, "kind": name}
-    report["plan"]["kept"][name] = report["plan"]["kept"].pop(first)
-    for stage in report["metrics"].values():
-        stage[name] = {"value": 0.5, "n": 10, "stderr": 0.1}
+    for name, group in zip(names, report["groups"], strict=False):
+        saliency[name] = saliency.pop(group["name"])
+        report["plan"]["kept"][name] = report["plan"]["kept"].pop(group["name"])
+        group |= {"name": name, "kind": name}
     folder = make_folder(tmp_path / "net", card=False)
     reports.write(folder, report, saliency)
     render_card(folder, run=False)
+    odd = {"value": 0.5, "n": 10, "stderr": 0.1}
+    for three in (names[:3], names[3:]):
+        figure = draw_recovery({stage: dict.fromkeys(three, odd) for stage in ("dense", "final")})
+        figure.savefig(tmp_path / "metrics.svg")
 
 
 def test_lines_that_are_run_take_no_code_from_a_config(tmp_path):
