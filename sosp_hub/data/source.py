@@ -10,9 +10,15 @@ import torch
 
 from sosp_hub.data.columns import check_columns
 from sosp_hub.data.idx import is_idx_folder, read_digits, read_idx_split
-from sosp_hub.data.labels import Problem, code_labels, number_values, several_classes
+from sosp_hub.data.labels import (
+    Problem,
+    code_labels,
+    listed_classes,
+    number_values,
+    several_classes,
+)
 from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
-from sosp_hub.data.rows import IMAGE_SUFFIXES, ImageRows, PixelRows, Rows, image_folder
+from sosp_hub.data.rows import IMAGE_SUFFIXES, ImageRows, PixelRows, Rows, TableRows, image_folder
 from sosp_hub.data.tables import (
     files_of_split,
     is_saved_dataset,
@@ -147,6 +153,29 @@ def classified(data: OpenData) -> OpenData:
     names, train, test = code_labels(data.train, data.test, data.name)
     info = replace(data.info, num_labels=len(names), class_names=names)
     return in_memory(replace(data, info=info, train=train, test=test))
+
+
+def with_listed_classes(data: OpenData, column: str, key: str, *, least: int = 2) -> OpenData:
+    """Numbers for the names in a column of lists.
+
+    Args:
+        data: With rows of a table.
+        column: Of these rows.
+        key: Of ``data`` in a recipe, for errors.
+        least: Classes that there must be.
+    """
+    train, test = data.train, data.test
+    assert isinstance(train, TableRows) and isinstance(test, TableRows)  # noqa: PT018
+    known = train.columns[column], train.class_names
+    names, numbers = listed_classes(*known, data.name, key, least=least)
+
+    def coded(rows: TableRows) -> TableRows:
+        columns = {**rows.columns, column: numbers(rows.columns[column])}
+        return replace(rows, columns=columns, class_names=names)
+
+    first = coded(train)
+    info = replace(data.info, num_labels=len(names), class_names=names)
+    return replace(data, info=info, train=first, test=first if test is train else coded(test))
 
 
 def in_memory(data: OpenData) -> OpenData:

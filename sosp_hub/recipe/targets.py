@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from sosp_hub.recipe.declared import Declared, Registry
 
@@ -56,6 +56,14 @@ class Target(Declared):
             CheckpointError: A layer that it has none for, or a package that is missing.
         """
         raise NotImplementedError
+
+
+class StepTarget(Target):
+    """A target that can be written as one step of generation."""
+
+    cache: bool = Field(
+        default=False, description="a step of generation: keys and values go in and come out again"
+    )
 
 
 def multiples(group: Any, step: int) -> list[int]:

@@ -3,22 +3,17 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
-from sosp_hub.recipe.targets import TARGETS, Target
+from sosp_hub.recipe.targets import TARGETS, StepTarget
 
 
 @TARGETS.declare
-class Onnx(Target):
+class Onnx(StepTarget):
     """An ONNX file of one forward pass, or of one step of generation, for any number of samples."""
 
     reads: ClassVar[str] = "ONNX Runtime, OpenVINO, TensorRT"
     suffix: ClassVar[str] = ".onnx"
 
     name: Literal["onnx"] = "onnx"
-    cache: bool = Field(
-        default=False, description="a step of generation: keys and values go in and come out again"
-    )
 
     def write(self, model: Any, path: Path, tokenizer: Any = None) -> Path:
         """One file."""

@@ -3,22 +3,17 @@
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
-from sosp_hub.recipe.targets import TARGETS, Target
+from sosp_hub.recipe.targets import TARGETS, StepTarget
 
 
 @TARGETS.declare
-class OpenVino(Target):
+class OpenVino(StepTarget):
     """OpenVINO's two files of one forward pass, or of one step of generation."""
 
     reads: ClassVar[str] = "OpenVINO"
     suffix: ClassVar[str] = ".xml"
 
     name: Literal["openvino"] = "openvino"
-    cache: bool = Field(
-        default=False, description="a step of generation: keys and values go in and come out again"
-    )
 
     def write(self, model: Any, path: Path, tokenizer: Any = None) -> Path:
         """Two files; the path of the first."""

@@ -39,25 +39,9 @@ class AudioClassification(OwnTask):
 
     def prepare(self, data: "OpenData") -> "OpenData":
         """Classes are numbers."""
-        from dataclasses import replace
+        from sosp_hub.data.source import with_listed_classes
 
-        from sosp_hub.data.labels import listed_classes
-        from sosp_hub.data.rows import TableRows
-
-        train, test = data.train, data.test
-        assert isinstance(train, TableRows) and isinstance(test, TableRows)  # noqa: PT018
-        names, numbers = listed_classes(
-            train.columns["label"], train.class_names, data.name, "label"
-        )
-
-        def coded(rows: TableRows) -> TableRows:
-            columns = {**rows.columns, "label": [n for (n,) in numbers(rows.columns["label"])]}
-            return replace(rows, columns=columns, class_names=names)
-
-        first = coded(train)
-        info = replace(data.info, num_labels=len(names), class_names=names)
-        second = first if test is train else coded(test)
-        return super().prepare(replace(data, info=info, train=first, test=second))
+        return super().prepare(with_listed_classes(data, "label", "label"))
 
     def batch(
         self, rows: "TableRows", data: "OpenData", processor: Any, indices: Sequence[int]
@@ -67,7 +51,7 @@ class AudioClassification(OwnTask):
 
         own, order = processor.own, processor.label_order
         waves = [rows.columns["audio"].read(i, own.sampling_rate) for i in indices]
-        labels = [rows.columns["label"][i] for i in indices]
+        labels = [rows.columns["label"][i][0] for i in indices]
         labels = labels if order is None else [order[label] for label in labels]
         return {**_features(own, waves), "labels": torch.tensor(labels)}
 

@@ -56,25 +56,9 @@ class ObjectDetection(OwnTask):
 
     def prepare(self, data: "OpenData") -> "OpenData":
         """Classes are numbers."""
-        from dataclasses import replace
+        from sosp_hub.data.source import with_listed_classes
 
-        from sosp_hub.data.labels import listed_classes
-        from sosp_hub.data.rows import TableRows
-
-        train, test = data.train, data.test
-        assert isinstance(train, TableRows) and isinstance(test, TableRows)  # noqa: PT018
-        names, numbers = listed_classes(
-            train.columns["classes"], train.class_names, data.name, "objects", least=1
-        )
-
-        def coded(rows: TableRows) -> TableRows:
-            columns = {**rows.columns, "classes": numbers(rows.columns["classes"])}
-            return replace(rows, columns=columns, class_names=names)
-
-        first = coded(train)
-        info = replace(data.info, num_labels=len(names), class_names=names)
-        second = first if test is train else coded(test)
-        return super().prepare(replace(data, info=info, train=first, test=second))
+        return super().prepare(with_listed_classes(data, "classes", "objects", least=1))
 
     def batch(
         self, rows: "TableRows", data: "OpenData", processor: Any, indices: Sequence[int]

@@ -43,24 +43,9 @@ class TokenClassification(TextTask):
 
     def prepare(self, data: "OpenData") -> "OpenData":
         """Tags are numbers."""
-        from dataclasses import replace
+        from sosp_hub.data.source import picked, with_listed_classes
 
-        from sosp_hub.data.labels import listed_classes
-        from sosp_hub.data.rows import TableRows
-        from sosp_hub.data.source import picked
-
-        train, test = data.train, data.test
-        assert isinstance(train, TableRows) and isinstance(test, TableRows)  # noqa: PT018
-        names, numbers = listed_classes(train.columns["tags"], train.class_names, data.name, "tags")
-
-        def coded(rows: TableRows) -> TableRows:
-            tags = numbers(rows.columns["tags"])
-            return replace(rows, columns={**rows.columns, "tags": tags}, class_names=names)
-
-        first = coded(train)
-        info = replace(data.info, num_labels=len(names), class_names=names)
-        second = first if test is train else coded(test)
-        return picked(replace(data, info=info, train=first, test=second))
+        return picked(with_listed_classes(data, "tags", "tags"))
 
     def split(self, data: "OpenData", name: str, processor: Any, *, augment: bool) -> "Split":
         """The tag of a word at its first piece, nothing at the others."""
