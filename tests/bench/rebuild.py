@@ -2,10 +2,12 @@
 
     python -m tests.bench.rebuild resnet FOLDER [--kept 0.3 0.5] [--criteria surgeon fisher]
     python -m tests.bench.rebuild text MODEL_FOLDER TEXT_FOLDER OTHER_TEXT_FOLDER [--params 0.8 0.7]
+        [--beside TEXT_FOLDER]
 
 ``FOLDER`` holds Fashion-MNIST's IDX files (it trains ResNet-20 for two short epochs first), text
 folders hold ``*.txt`` files; every fifth file of the first is held out, the second is another
-domain. Prints one line a variant.
+domain. With ``--beside`` half of the calibration windows come from a third folder. Prints one line
+a variant.
 """
 
 import argparse
@@ -131,7 +133,13 @@ def text(args):
     files = [path.read_text("utf8", "ignore") for path in sorted(args.texts.glob("*.txt"))]
     others = [path.read_text("utf8", "ignore") for path in sorted(args.others.glob("*.txt"))]
     length = args.length
-    seen = windows(tokenizer, [f for i, f in enumerate(files) if i % 5], args.num, length, 0)
+    num_beside = args.num // 2 if args.beside else 0
+    own = [f for i, f in enumerate(files) if i % 5]
+    seen = windows(tokenizer, own, args.num - num_beside, length, 0)
+    if args.beside:
+        beside = [path.read_text("utf8", "ignore") for path in sorted(args.beside.glob("*.txt"))]
+        both = torch.cat([seen, windows(tokenizer, beside, num_beside, length, 3)])
+        seen = both[torch.randperm(args.num, generator=torch.Generator().manual_seed(0))]
     test = {
         "in": windows(tokenizer, files[::5], args.num_test, 128, 1),
         "out": windows(tokenizer, others, args.num_test, 128, 2),
@@ -142,7 +150,7 @@ def text(args):
     batches = [{"input_ids": part, "labels": part} for part in seen.split(4)]
     start = time.process_time()
     saliency = sosp_hub.score(
-        model, graph, batches[: args.num_scored // 4], "fisher", kinds=["kv_group", "neuron"]
+        model, graph, batches[: args.num_scored // 4], "fisher", kinds=args.kinds
     )
     print(f"scored in {time.process_time() - start:.0f} s", flush=True)
     for params in args.params:
@@ -180,6 +188,8 @@ def main():
     two.add_argument("--num-scored", type=int, default=32)
     two.add_argument("--num-test", type=int, default=16)
     two.add_argument("--length", type=int, default=128)
+    two.add_argument("--beside", type=Path)
+    two.add_argument("--kinds", nargs="+", default=["kv_group", "neuron"])
     two.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     two.set_defaults(run=text)
     for verb in (one, two):
