@@ -91,10 +91,9 @@ def timm_model(name: str) -> Built:
 def tiny_model(name: str) -> Built:
     """A small model of a transformers class, and the outputs that its task reads."""
     model = tiny.build(name)
-    inputs = tiny.inputs_of(model)
-    with isolated(model), torch.no_grad():
-        outputs = tiny.task_outputs(model(**inputs))
-    return model, inputs, outputs
+    with isolated(model):
+        inputs, result = tiny.run(model)
+    return model, inputs, tiny.task_outputs(result)
 
 
 def torchvision_model(name: str) -> Built:
@@ -357,7 +356,8 @@ def saved_and_loaded(model: nn.Module, graph: Graph, build: Callable[[], Built])
 def reasons(graph: Graph, model: nn.Module) -> dict[str, float]:
     """Share of the parameters that no group cuts, by why; names of modules are left out."""
     cuttable = {member.tensor for group in graph.groups.values() for member in group.members}
-    why = {pinned.tensor: pinned.reason for pinned in graph.pinned}
+    largest = sorted(graph.pinned, key=lambda pinned: pinned.size)
+    why = {pinned.tensor: pinned.reason for pinned in largest}
     shares: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if name not in cuttable:

@@ -74,7 +74,8 @@ _OTHERS = {
     "max_2d_position_embeddings": 64,
     "num_image_tokens": 16, "mm_tokens_per_image": 4, "image_seq_length": 16, "image_seq_len": 16,
     "scale_factor": 2, "pixel_shuffle_ratio": 0.5, "codebook_dim": 16, "chunk_size": 8,
-    "max_length": 64, "num_global_layers": 1, "num_nextn_predict_layers": 0,
+    "max_length": 64, "num_groups": 4, "context_size": 16,
+    "num_global_layers": 1, "num_nextn_predict_layers": 0,
 }  # fmt: skip
 _LISTS = {
     "hidden_sizes", "encoder_hidden_sizes", "embed_dims", "neck_hidden_sizes", "conv_dim",
@@ -201,8 +202,47 @@ def build(name: str) -> nn.Module:
     values = shrunk(config_class())
     if "is_decoder" in inspect.signature(config_class.__init__).parameters:
         values |= {"is_decoder": True} if "LMHead" in name or "CausalLM" in name else {}
+    if "SemanticSegmentation" in name and hasattr(config_class(), "out_indices"):
+        values |= {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
     config = config_class(**values)
     return model_class(config).eval()
+
+
+def run(model: nn.Module) -> tuple[dict[str, Any], Any]:
+    """The first inputs that it runs on, and what it returns."""
+    first: Exception | None = None
+    for inputs in _variants(model):
+        try:
+            with torch.no_grad():
+                return inputs, model(**inputs)
+        except Exception as error:  # noqa: BLE001 - names of arguments do not tell all layouts
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _variants(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Inputs, and layouts that models of one modality do not agree about."""
+    found = inputs_of(model)
+    yield found
+    asked = inspect.signature(model.forward).parameters
+    config: Any = model.config
+    if (sound := found.get("input_features")) is not None:
+        for features in (sound, sound.transpose(1, 2)):
+            yield {**found, "input_features": features}
+            for name in ("input_features_mask", "attention_mask"):
+                if name in asked:
+                    for length in features.shape[1:]:
+                        mask = torch.ones(2, length, dtype=torch.long)
+                        yield {**found, "input_features": features, name: mask}
+    if (wave := found.get("input_values")) is not None:
+        bins = getattr(config, "num_mel_bins", 16)
+        longer = torch.randn(2, getattr(config, "max_length", 64), bins)
+        for values in (longer, wave.repeat(1, *(1,) * (wave.dim() - 2), 10)):
+            yield {**found, "input_values": values}
+    if (picture := found.get("pixel_values")) is not None:
+        yield {**found, "pixel_values": picture[:, None]}
+        yield {**found, "pixel_values": picture[:, None].repeat(1, 2, 1, 1, 1)}
 
 
 def inputs_of(model: nn.Module) -> dict[str, Any]:
