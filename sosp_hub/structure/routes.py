@@ -59,14 +59,14 @@ def find_routes(model: nn.Module, graph: Graph, *, one_call: bool = False) -> No
             works = []
             for way in some:
                 if reason := _try(model, graph, [way], [], fake):
-                    _tell_unchecked(graph, way, reason)
+                    tell_unchecked(graph, way.name, reason)
                 else:
                     works.append(way)
             if works and _try(model, graph, works, routes, fake):
                 for way in works:
                     _try(model, graph, [way], routes, fake)
         elif reason:
-            _tell_unchecked(graph, some[0], reason)
+            tell_unchecked(graph, some[0].name, reason)
     found.known = tuple(routes)
     found.complete = fake and len(some) == len(ways)
 
@@ -143,14 +143,16 @@ def _left(model: nn.Module, graph: Graph) -> "list[_Way]":
     ways = [way for way in _WAYS if way.exists(model, graph)]
     for way in [way for way in ways if way.takes_tokens]:
         if (length := num_tokens(graph.example_inputs)) <= 2 * _FEWER:
-            _tell_unchecked(graph, way, f"inputs of {length} tokens; {2 * _FEWER + 1} are needed")
+            reason = f"inputs of {length} tokens; {2 * _FEWER + 1} are needed"
+            tell_unchecked(graph, way.name, reason)
     return [way for way in ways if way.name not in graph.routes.unchecked]
 
 
-def _tell_unchecked(graph: Graph, way: "_Way", reason: str) -> None:
-    if way.name not in graph.routes.unchecked:
-        graph.routes.unchecked[way.name] = reason
-        _LOG.info("%s is not checked: %s", way.name, reason)
+def tell_unchecked(graph: Graph, way: str, reason: str) -> None:
+    """Notes, and logs once, that a way to run the model is not checked, and why."""
+    if way not in graph.routes.unchecked:
+        graph.routes.unchecked[way] = reason
+        _LOG.info("%s is not checked: %s", way, reason)
 
 
 def _changed(model: nn.Module, graph: Graph, ways: Sequence["_Way"]) -> "Run":

@@ -87,13 +87,19 @@ def _check_dense(model: nn.Module, graph: Graph) -> None:
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return
     try:
-        outputs_of(copy_model(model), graph)
+        outputs = outputs_of(copy_model(model), graph)
     except Exception as error:
         raise VerificationError(
             f"{type(model).__name__} itself does not run on the example inputs "
             f"{describe(graph.example_inputs)}: {type(error).__name__}: {error}. Trace it again, "
             "with inputs that it runs on, such as token numbers below its vocabulary's size"
         ) from error
+    if not any(bool(tensor.isfinite().any()) for tensor in outputs):
+        raise VerificationError(
+            f"{type(model).__name__} itself returns no finite number for the example inputs "
+            f"{describe(graph.example_inputs)}, so that no cut of it can be compared: give weights "
+            "and inputs for which it does"
+        )
 
 
 def _culprit(

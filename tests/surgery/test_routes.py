@@ -15,7 +15,8 @@ import sosp_hub
 from sosp_hub.errors import VerificationError
 from sosp_hub.structure import routes
 from sosp_hub.structure.trace import trace
-from sosp_hub.surgery.apply import apply
+from sosp_hub.surgery import apply as surgery
+from sosp_hub.surgery.apply import apply, cut
 from tests.compare import assert_close
 from tests.structure.oracles import fill, gated, half, plan_of, run
 
@@ -101,6 +102,27 @@ class OnlyTwo(Heads):
         return super().forward(x)
 
 
+class NoNumbers(Heads):
+    """What is not fused divides by nothing, as a softmax over masked places alone does."""
+
+    def forward(self, x):
+        return super().forward(x) if self.fused_attn else super().forward(x) * float("nan")
+
+
+class Masked(Heads):
+    """Some outputs are masked by infinity, some are no numbers."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        out[..., 0], out[..., 1] = -float("inf"), float("nan")
+        return out
+
+
+class Nothing(Heads):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
 def heads_of(graph):
     return next(name for name, group in graph.groups.items() if group.size == 3)
 
@@ -156,6 +178,43 @@ class Auxiliary(nn.Module):
         if not self.training:
             return self.head(x)
         return self.head(x), self.aux_head(self.aux(self.dropout(x)).relu())
+
+
+def test_a_way_in_which_the_model_gives_no_numbers_is_told():
+    model, x = fill(NoNumbers().eval()), torch.randn(2, 4, 5)
+    graph = trace(model, (x,))
+    plan = plan_of(graph, {heads_of(graph): (0, 2)})
+    assert_close(apply(model, graph, plan, strict=True)(x), gated(model, graph, plan)[0])
+    told = {way: why for way, why in graph.routes.unchecked.items() if "eager" in way}
+    assert [*told.values()] == ["the model itself gives no finite number"]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_finite_outputs_beside_infinite_ones_are_compared(wrong, monkeypatch):
+    model, x = fill(Masked().eval()), torch.randn(2, 4, 5)
+    graph = trace(model, (x,))
+    plan = plan_of(graph, {heads_of(graph): (0, 2)})
+    if not wrong:
+        found = apply(model, graph, plan, strict=True)(x)
+        return assert_close(found[..., 2:], gated(model, graph, plan)[0][..., 2:])
+
+    def cut_wrongly(*args):
+        pruned = cut(*args)
+        with torch.no_grad():
+            pruned.down.bias[2] += 1
+        return pruned
+
+    monkeypatch.setattr(surgery, "cut", cut_wrongly)
+    with pytest.raises(VerificationError, match="differ from the masked model's"):
+        apply(model, graph, plan, strict=True)
+    return None
+
+
+def test_a_model_that_gives_no_numbers_at_all_is_told_apart_from_a_wrong_cut():
+    model, x = fill(Nothing().eval()), torch.randn(2, 4, 5)
+    graph = trace(model, (x,))
+    with pytest.raises(VerificationError, match="Nothing itself returns no finite number"):
+        apply(model, graph, plan_of(graph, {heads_of(graph): (0, 2)}))
 
 
 def test_heads_of_training_are_cut_with_what_they_read():
