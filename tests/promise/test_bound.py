@@ -141,6 +141,22 @@ def test_a_search_does_not_wear_out_the_confidence():
     assert sum(kept) / len(kept) < 0.85  # 0.6 would be the edge
 
 
+def test_nothing_smaller_than_what_fails_is_chosen():
+    """It may pass by luck: with each one more that is tested, more often than was promised."""
+
+    def probe(share):
+        right = torch.ones(1200)
+        right[400:520] = 0.0 if 0.5 < share < 0.6 else 1.0  # of the proof alone
+        return {"macs": share}, {"accuracy": ones(right)}
+
+    dense = {"accuracy": ones(torch.ones(1200))}
+    promise = smallest([Drop("accuracy", 0.02)], dense, probe, least=0.1, num_probes=3)
+    holds = [point.holds for point in promise.curve]
+    assert holds == [True, False, *[True] * 4]
+    assert promise.chosen == 0
+    assert promise.point.macs > 0.6
+
+
 @pytest.mark.parametrize(
     ("given", "drop"),
     [
