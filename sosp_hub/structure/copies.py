@@ -30,9 +30,10 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             for key, value in inside.items()
             if type(value) is functools._lru_cache_wrapper
         ]
-        for tensor in _tensors_within(inside, seen):
-            if not tensor.is_leaf:
-                memo.setdefault(id(tensor), tensor.detach().clone())
+        for value in inside.values():  # not of `inside` itself, whose id another one will have
+            for tensor in _tensors_within(value, seen):
+                if not tensor.is_leaf:
+                    memo.setdefault(id(tensor), tensor.detach().clone())
     twin = copy.deepcopy(model, memo)
     for module, key, cache in caches:
         function = copy.deepcopy(cache.__wrapped__, memo)  # a method of the copy

@@ -8,10 +8,12 @@ import torchvision
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import sosp_hub
 from sosp_hub.cost import cost
 from sosp_hub.tasks.loss import batch_loss
+from tests.compare import assert_close
 from tests.plain import nets
 
 SEGMENTATION = torchvision.models.segmentation
@@ -234,3 +236,31 @@ def test_wrapped_models(wrap, tmp_path):
     assert torch.equal(loaded(*one.inputs())["out"], pruned(*one.inputs())["out"])
     assert sosp_hub.apply_(wrapped, graph, plan) is wrapped
     assert torch.equal(model(*one.inputs())["out"], pruned(*one.inputs())["out"])
+
+
+@pytest.mark.parametrize("reparametrize", ["zeros", "norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")  # the old one, still in use
+def test_weights_that_a_hook_computes(reparametrize, tmp_path):
+    """Of torch's own pruning and of weight_norm: between two passes the weight is no parameter."""
+
+    def made():
+        torch.manual_seed(0)
+        layers = (nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3))
+        model = nn.Sequential(*layers).eval()
+        if reparametrize == "zeros":
+            prune.l1_unstructured(model[4], "weight", 0.3)
+        for layer in (model[0], model[2]) if reparametrize == "norm" else ():
+            nn.utils.weight_norm(layer)
+        return model
+
+    model, x = made(), torch.randn(8, 6)
+    assert any(module.weight.grad_fn is not None for module in (model[2], model[4]))
+    graph = sosp_hub.trace(model, (x,))
+    saliency = sosp_hub.score(model, graph, [(x, torch.zeros(8).long())], "taylor")
+    plan = sosp_hub.allocate(graph, saliency, params=0.7)
+    assert plan.kept
+    pruned = sosp_hub.apply(model, graph, plan)
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
+    folder = sosp_hub.save_pretrained(pruned, tmp_path / "small")
+    loaded = sosp_hub.from_pretrained(folder, model=made())
+    assert_close(loaded(x), pruned(x), relative=0)
