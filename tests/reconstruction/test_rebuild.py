@@ -15,6 +15,7 @@ import sosp_hub
 from sosp_hub.errors import DataError, PlanError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
+from sosp_hub.reconstruction.ridge import Layer
 from sosp_hub.structure.trace import call, trace
 from tests.cases import CASES, with_trait
 from tests.compare import assert_close
@@ -283,6 +284,28 @@ def test_an_expert_is_fitted_to_its_own_tokens():
         start[:, kept] = w[:, kept]
         new, _ = least_squares(x, start, w, None, kept)
         assert_close(rebuilt.model.get_parameter(name)[expert], new, relative=1e-8)
+
+
+def test_of_experts_each_that_came_out_worse_stays_as_the_cut_left_it(monkeypatch):
+    model, graph = build_experts("mixtral", "eager")
+    plan = half_of(graph, ("neuron",))
+    tokens = torch.randint(3, 90, (24, 16))
+    solved = Layer.solved
+
+    def ruined(self, gram, damping):
+        new = solved(self, gram, damping)
+        new.start[1] += 100 * (new.start[1] != 0)
+        return new
+
+    monkeypatch.setattr(Layer, "solved", ruined)
+    batches = [{"input_ids": tokens, "labels": tokens}]
+    rebuilt = rebuilt_weights(model, graph, plan, batches, damping=DAMPING)
+    name = rebuilt.layers[0].tensor
+    kept = list(next(iter(plan.kept.values())))
+    before, after = (m.get_parameter(name).detach()[:, :, kept] for m in (model, rebuilt.model))
+    assert_close(after[1], before[1], relative=0)
+    assert (after[0] - before[0]).abs().max() > 1e-4
+    assert all(layer.error <= layer.error_cut for layer in rebuilt.layers)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
