@@ -42,8 +42,12 @@ def image_processing(
     own: Any,
     data: DataInfo | None,
     order: tuple[int, ...] | None = None,
+    model: Any = None,
 ) -> ImageProcessing:
     """Size and normalisation: the recipe's, else the model's, else those of the data.
+
+    A trained model's size is the one that its image processor makes, if the model takes it: that of
+    a config may be the one that its positions were trained with (DINOv2: 518, used at 224).
 
     Args:
         section: Weights that start at random are normalised with the data's statistics.
@@ -51,12 +55,15 @@ def image_processing(
         own: The image processor that came with it; None where it has none.
         data: What is known about the images.
         order: Outputs of the data's classes.
+        model: Tries a size that its config does not state; None = take the config's.
     """
     channels = getattr(config, "num_channels", 3)
     asked = data.image_size if data else None
     small = data.image_shape[1:] if data and data.image_shape else None
-    size: Any = asked or getattr(config, "image_size", None) or _size(own) or small or _USUAL_SIZE
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    stated, made = getattr(config, "image_size", None), _size(own)
+    if stated and made and section.pretrained and made != _pair(stated):
+        stated = made if _takes(model, (channels, *made)) else stated
+    height, width = _pair(asked or stated or made or small or _USUAL_SIZE)
     mean, std = (0.5,), (0.5,)
     if own is not None:
         mean, std = (own.image_mean, own.image_std) if own.do_normalize else ((0.0,), (1.0,))
@@ -72,6 +79,23 @@ def image_processing(
         transform=partial(_transform, own, (height, width), mean, std),
         label_order=order,
     )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _takes(model: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a model runs on an image of this size."""
+    if model is None:
+        return False
+    weight = next(model.parameters())
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            model.eval()(pixel_values=torch.zeros(1, *shape, device=weight.device).to(weight.dtype))
+        except Exception:  # noqa: BLE001 - whatever a model says of an image that it does not take
+            return False
+    return True
 
 
 def as_trained(own: Any, processing: ImageProcessing) -> Any:

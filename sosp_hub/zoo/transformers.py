@@ -85,7 +85,7 @@ def load_transformers(
         size = {"image_size": data.first_size} if data and data.first_size else {}
         processor = OwnProcessing(images, model.config, order, **size)
     else:
-        processor = image_processing(section, model.config, images, data, order)
+        processor = image_processing(section, model.config, images, data, order, model)
         images = as_trained(images, processor)
     return Loaded(
         model=model.eval(),

@@ -126,6 +126,37 @@ def test_images_with_and_without_a_processor(save, load):
     assert type(loaded.image_processor) is type(own)
 
 
+@pytest.mark.parametrize(
+    ("kind", "side"),
+    [("Dinov2ForImageClassification", 16), ("ViTForImageClassification", 8)],
+)
+def test_images_have_the_size_that_the_processor_makes_where_the_model_takes_it(
+    tmp_path, load, kind, side
+):
+    """DINOv2's config says what its positions were trained with, not what it is used at."""
+    import transformers
+
+    cls = getattr(transformers, kind)
+    config = cls.config_class(
+        image_size=8 if side == 8 else 32,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=3,
+    )
+    cls(config).save_pretrained(tmp_path)
+    own = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
+    own.save_pretrained(tmp_path)
+    loaded = load(tmp_path, IMAGES, THREE)
+    assert loaded.processor.shape == (3, side, side)
+    assert loaded.model(**example_inputs(loaded)).logits.shape == (2, 3)
+    image = Image.new("RGB", (20, 30), (10, 200, 30))
+    saved = loaded.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    assert_close(loaded.processor.transform(False)(image), saved)
+
+
 def test_random_image_model_takes_the_channels_of_the_data(save, load):
     folder, _ = save("ViTForImageClassification")
     data = DataInfo(3, ("a", "b", "c"), (1, 8, 8), (0.3,), (0.2,))
