@@ -31,6 +31,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -39,7 +40,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -214,7 +215,7 @@ def error_against(
 # --- one model ---
 
 
-def measure(name: str) -> Record:
+def measure(name: str, checks: Sequence[str]) -> Record:
     """Everything the table says of one model."""
     library, build = models()[name]
     torch.manual_seed(0)
@@ -223,6 +224,7 @@ def measure(name: str) -> Record:
     except Exception as error:  # noqa: BLE001 - so is the shrunk config of a family
         return {"model": name, "library": library, "status": "build", "message": short(error)}
     record: Record = {
+        "checks": [*checks],
         "model": name,
         "library": library,
         "params": sum(p.numel() for p in model.parameters()),
@@ -240,16 +242,13 @@ def measure(name: str) -> Record:
     record["exact_share"] = round(graph.num_cuttable_params["exact"] / total, 4)
     record["all_share"] = round(graph.num_cuttable_params["all"] / total, 4)
     record["reasons"] = reasons(graph, model)
-    for label, chosen in _PLANS.items():
-        record |= {
-            f"{label}_{key}": value
-            for key, value in check(model, graph, half(graph, chosen), label).items()
-        }
-    uses = {"train": in_training, "save": saved_and_loaded}
-    for label, use in uses.items():
+    for label in checks:
         with contextlib.redirect_stdout(None):
-            record |= {f"{label}_{key}": value for key, value in use(model, graph, build).items()}
-    checks = (*_PLANS, *uses)
+            if label in _PLANS:
+                found = check(model, graph, half(graph, _PLANS[label]), label)
+            else:
+                found = _USES[label](model, graph, build)
+        record |= {f"{label}_{key}": value for key, value in found.items()}
     states = [record[f"{label}_state"] for label in checks]
     record["status"] = next((state for state in states if state != "ok"), "ok")
     messages = [record.get(f"{label}_message") for label in checks]
@@ -353,6 +352,9 @@ def saved_and_loaded(model: nn.Module, graph: Graph, build: Callable[[], Built])
     return {"state": "ok", "checked": True}
 
 
+_USES = {"train": in_training, "save": saved_and_loaded}
+
+
 def reasons(graph: Graph, model: nn.Module) -> dict[str, float]:
     """Share of the parameters that no group cuts, by why; names of modules are left out."""
     cuttable = {member.tensor for group in graph.groups.values() for member in group.members}
@@ -389,7 +391,7 @@ def read(path: Path) -> dict[str, Record]:
 def table(records: dict[str, Record], peers: dict[str, Record]) -> str:
     """The records as Markdown, with a summary line for each library."""
     lines = []
-    for library in ("timm", "torchvision", "transformers"):
+    for library in ("timm", "torchvision", "transformers", "plain"):
         mine = [
             records[name]
             for name in sorted(records)
@@ -451,12 +453,16 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also models whose record is not ok")
     parser.add_argument("--limit", type=float, default=120, help="processor seconds for one model")
     parser.add_argument("--memory", type=float, default=MOST_BYTES / 2**30, help="GiB for one")
+    every = (*_PLANS, *_USES)
+    parser.add_argument("--checks", nargs="+", choices=every, default=every, help="some alone")
     parser.add_argument("--table", action="store_true", help="print the records, run nothing")
     parser.add_argument("--peer", action="store_true", help="run Torch-Pruning, not the engine")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    work_on, path = (measure_other, args.peer_records) if args.peer else (measure, args.records)
+    work_on, path = functools.partial(measure, checks=args.checks), args.records
+    if args.peer:
+        work_on, path = measure_other, args.peer_records
     known = read(path)
     for name in () if args.table else models():
         if args.only:
