@@ -13,6 +13,7 @@ from sosp_hub.errors import SospHubError, printable
 if TYPE_CHECKING:
     from sosp_hub.inspection.examine import Findings, Layer
 
+_LEAST_NAME = 16  # columns
 _SIZES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
@@ -104,13 +105,20 @@ def _show(findings: "Findings", *, whole: bool) -> None:
     rows = cut or findings.layers
     table = Table(box=None, pad_edge=False)
     for column in ("layer", "shape", "params", "MACs", "bytes"):
-        table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
-    for layer in rows:
-        sizes = (_short(layer.params), _short(layer.macs), _short(layer.bytes))
-        table.add_row(printable(layer.name), _shapes(layer), *sizes)
+        side = "left" if column in ("layer", "shape") else "right"
+        table.add_column(column, justify=side, overflow="fold")
     totals = findings.totals
+    shown = [(_shapes(layer), *_sizes(layer)) for layer in rows]
+    shown.append(("", *(_change(totals, key) for key in ("params", "macs", "bytes"))))
+    widths = [max(map(len, "\n".join(cells).split("\n"))) for cells in zip(*shown, strict=True)]
+    room = max(_LEAST_NAME, console.width - sum(widths) - 2 * len(widths))
+    names = [printable(layer.name) for layer in rows]
+    ends = [name if len(name) <= room else f"…{name[1 - room :]}" for name in names]
+    names = ends if len(set(ends)) == len(ends) else names  # else whole, on several lines
+    for name, cells in zip(names, shown, strict=False):
+        table.add_row(name, *cells)
     table.add_section()
-    table.add_row("all", "", *(_change(totals, key) for key in ("params", "macs", "bytes")))
+    table.add_row("all", *shown[-1])
     if rows:
         console.print(table)
     if len(rows) < len(findings.layers):
@@ -141,7 +149,11 @@ def _change(totals: "dict[str, int | None]", key: str) -> str:
     now, dense = totals.get(key), totals.get(f"dense_{key}")
     if now is None or not dense:
         return _short(now)
-    return f"{_short(now)} of {_short(dense)} ({now / dense:.0%})"
+    return f"{_short(now)} of {_short(dense)}\n({now / dense:.0%})"
+
+
+def _sizes(layer: "Layer") -> tuple[str, str, str]:
+    return _short(layer.params), _short(layer.macs), _short(layer.bytes)
 
 
 def _short(number: int | None) -> str:

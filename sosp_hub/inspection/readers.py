@@ -71,7 +71,7 @@ def readers(
     if library != "transformers":
         return
     if not generates:
-        yield Reader("vLLM, GGUF", None, "looked at for models that generate text alone")
+        yield Reader("vLLM, GGUF", None, "checked for models that generate text")
         return
     yield from _vllm(model, dense)
     yield from _gguf(model, dense)
@@ -79,16 +79,16 @@ def readers(
 
 
 def _exports(num_bytes: int, obstacle: str | None, *, generates_text: bool) -> Iterator[Reader]:
-    for name, made in (("torch.export", "to_archive"), ("ONNX", "to_onnx")):
+    for name, made in (("torch.export", "torch-export"), ("ONNX", "onnx")):
         if obstacle:
             yield Reader(name, None, f"the model cannot be followed without data: {obstacle}")
         elif name == "ONNX" and num_bytes > _LARGEST_ONNX:
             yield Reader(name, False, f"one file holds 2 GiB at most, the weights are {num_bytes}")
         else:
-            yield Reader(name, None, f"whatever the widths: sosp_hub.targets.writers.forms.{made}")
+            yield Reader(name, None, f"any widths: {_EXPORT} --to {made}")
     for name in ("OpenVINO", "ExecuTorch"):
         why = f"the model cannot be followed without data: {obstacle}" if obstacle else ""
-        why = why or f"whatever the widths: {_EXPORT} --to {name.lower()}"
+        why = why or f"any widths: {_EXPORT} --to {name.lower()}"
         generates = name == "ExecuTorch" and generates_text
         yield Reader(name, False if generates else None,
                      "written for models that generate no text" if generates else why)  # fmt: skip

@@ -35,6 +35,7 @@ def toy():
     del sys.modules["tests.criteria.toy"]
 
 
+@pytest.mark.slow  # runs a recipe
 @pytest.mark.usefixtures("toy")
 def test_a_file_is_all_that_a_criterion_needs(tmp_path):
     path, output = tmp_path / "recipe.yaml", tmp_path / "out"

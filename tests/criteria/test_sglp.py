@@ -313,6 +313,7 @@ def vit():
 MODELS = {"llama": llama, "bert": bert, "resnet": resnet, "vit": vit}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_of_real_models(name, caplog):
     model, inputs, batch = MODELS[name]()

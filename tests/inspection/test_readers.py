@@ -10,9 +10,10 @@ from torch import nn
 import sosp_hub
 from sosp_hub.checkpoint.format.standins import RemovedAttention
 from sosp_hub.errors import SospHubError
-from sosp_hub.inspect import main
-from sosp_hub.inspection.examine import examine
+from sosp_hub.inspect import _show, main
+from sosp_hub.inspection.examine import Findings, Layer, examine
 from sosp_hub.inspection.readers import evening, readers
+from sosp_hub.report import listing
 from sosp_hub.targets.writers.gguf import to_gguf
 from tests.checkpoint import cuts
 
@@ -49,7 +50,7 @@ CASES = {
         "GGUF (llama.cpp)": (True, "to_gguf"),
         "GGUF K-quants": (True, "256"),
         "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (True, "one width"),
-        "ONNX": (None, "to_onnx"),
+        "ONNX": (None, "--to onnx"),
     }),
     "one narrow layer": ({}, lambda m: narrow(m, 480), {
         "transformers": (False, "import sosp_hub"),
@@ -148,7 +149,7 @@ def test_one_width_is_that_of_the_widest_layer():
     ("given", "name", "loads", "words"),
     [
         ({"num_bytes": 2**31}, "ONNX", False, "2 GiB"),
-        ({"num_bytes": 2**31}, "torch.export", None, "to_archive"),
+        ({"num_bytes": 2**31}, "torch.export", None, "--to torch-export"),
         ({"obstacle": "its config"}, "ONNX", None, "without data: its config"),
     ],
 )
@@ -179,6 +180,31 @@ def test_what_generates_no_text_has_no_word_on_runtimes_of_text(tmp_path):
         *("transformers", "transformers, padded", "torch.export", "ONNX", "OpenVINO", "ExecuTorch"),
         "vLLM, GGUF",
     ]
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+@pytest.mark.parametrize("end", ["q", "self.a_projection_with_a_long_name"])
+def test_a_screen_tells_layers_with_long_names_apart(columns, end, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(listing, "_WIDTH", columns)
+    names = [f"bert.encoder.layer.{i}.attention.{end}" for i in range(3)]
+    findings = Findings("x", "delta", "transformers", "BertModel", "62 tokens")
+    findings.layers = [
+        Layer(name, "", (48, 64), (64, 64), 3_120, 190_000, 12_500) for name in names
+    ]
+    findings.totals = {"params": 230_000, "dense_params": 268_000, "macs": 2_850_000,
+                       "dense_macs": 5_050_000, "bytes": 921_000}  # fmt: skip
+    _show(findings, whole=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    if len(end) == 1:
+        shown = [line.split()[0] for line in lines if "48x64 of 64x64" in line]
+        assert len(set(shown)) == 3
+        for name, ending in zip(names, shown, strict=True):
+            assert name.endswith(ending.lstrip("…"))
+    else:  # ends of which layers are alike: whole names, on several lines
+        joined = "".join(line.split()[0] for line in lines[2:])
+        assert all(name in joined for name in names)
 
 
 @pytest.mark.parametrize(("positions", "tokens"), [(2048, 128), (66, 64)])
