@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +39,36 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         function = copy.deepcopy(cache.__wrapped__, memo)  # a method of the copy
         vars(memo[id(module)])[key] = functools.lru_cache(**cache.cache_parameters())(function)
     return twin
+
+
+def share_model(model: nn.Module, own: Collection[str] = ()) -> nn.Module:
+    """A copy whose parameters lie where those of the model lie; all else is its own.
+
+    Args:
+        model: Any module.
+        own: Names of parameters that are to be written to, and are copied.
+    """
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and name not in own and parameter.is_leaf:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    return copy_model(model, memo)
+
+
+def unshared(twin: nn.Module, model: nn.Module) -> nn.Module:
+    """The twin of `share_model` with copies of what it still shares; its parameters stay."""
+    held = {place for each in model.parameters() if (place := _place(each)) is not None}
+    for parameter in twin.parameters():
+        if _place(parameter) in held:
+            parameter.data = parameter.detach().clone()
+    return twin
+
+
+def _place(tensor: Tensor) -> int | None:
+    """Where a tensor has its memory; None where it has none."""
+    if tensor.is_meta or not tensor.numel():
+        return None
+    return tensor.untyped_storage().data_ptr() or None
 
 
 def copy_inputs(inputs: Any, fake: FakeMode | None = None) -> Any:

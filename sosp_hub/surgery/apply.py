@@ -10,7 +10,7 @@ from sosp_hub.compat.torch import buffer_table, parameter_table
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
-from sosp_hub.structure.copies import copy_model
+from sosp_hub.structure.copies import share_model, unshared
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.layers import drop_layers
@@ -29,6 +29,13 @@ def apply(
     strict: bool = False,
 ) -> nn.Module:
     """What `sosp_hub.apply` does, without the description of the cut that checkpoints hold."""
+    return unshared(_pruned(model, graph, plan, verify, strict=strict), model)
+
+
+def _pruned(
+    model: nn.Module, graph: Graph, plan: PruningPlan, verify: Verify, *, strict: bool
+) -> nn.Module:
+    """The smaller model, which shares with the given one what was not cut."""
     check_arguments(model, graph, plan)
     if verify not in get_args(Verify):
         raise PlanError(f"verify: got {verify!r}, expected {' or '.join(get_args(Verify))}")
@@ -36,7 +43,9 @@ def apply(
     check_model(model, graph)
     if verify == "thorough" and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError("the model has no weights (meta device): give verify='fast', or load them")
-    dense = fold(copy_model(model), graph, plan) if plan.gates or plan.shifts else model
+    dense = model
+    if plan.gates or plan.shifts:
+        dense = fold(share_model(model, folds(graph, plan)), graph, plan)
     return verified_cut(dense, graph, plan, thorough=verify == "thorough", cut=cut, strict=strict)
 
 
@@ -103,7 +112,7 @@ def apply_(
     strict: bool = False,
 ) -> nn.Module:
     """What `sosp_hub.apply_` does, without that description."""
-    pruned = apply(model, graph, plan, verify, strict=strict)
+    pruned = _pruned(model, graph, plan, verify, strict=strict)
     note_replaced(dict(model.named_parameters()), graph.provable(plan))
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)

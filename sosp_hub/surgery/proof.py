@@ -7,11 +7,11 @@ from torch import nn
 
 from sosp_hub.errors import SospHubError, VerificationError
 from sosp_hub.plan import PruningPlan
-from sosp_hub.structure.copies import copy_model
+from sosp_hub.structure.copies import share_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.trace import describe
-from sosp_hub.surgery.verify import Cut, checked_cut, outputs_of
+from sosp_hub.surgery.verify import Cut, check_cut, outputs_of
 
 _LOG = logging.getLogger("sosp_hub")
 
@@ -30,6 +30,8 @@ def verified_cut(
 ) -> nn.Module:
     """A copy of ``model``, cut by ``cut``, that computes what ``model`` masked by ``plan`` does.
 
+    What is not cut lies where it lies in the model; see `sosp_hub.structure.copies.unshared`.
+
     Where it does not, the groups whose cut goes wrong stay whole: ``graph.unproved`` and one line
     of the log say which, and why. Gates and shifts make up for what all groups lose, so that a
     plan with any is cut as it is or not at all.
@@ -43,7 +45,8 @@ def verified_cut(
         while True:
             part = plan if strict else graph.provable(plan)
             try:
-                pruned = checked_cut(model, graph, part, thorough and bool(part.kept), cut)
+                check_cut(model, graph, part, thorough and bool(part.kept), cut)
+                pruned = cut(share_model(model), graph, part)
                 break
             except Exception as error:  # noqa: BLE001 - whatever a wrong cut makes the code raise
                 failure = error
@@ -87,7 +90,7 @@ def _check_dense(model: nn.Module, graph: Graph) -> None:
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return
     try:
-        outputs = outputs_of(copy_model(model), graph)
+        outputs = outputs_of(share_model(model), graph)
     except Exception as error:
         raise VerificationError(
             f"{type(model).__name__} itself does not run on the example inputs "
@@ -116,7 +119,7 @@ def _culprit(
         names = [name for names in sets[:number] for name in names if name in plan.kept]
         part = PruningPlan({n: plan.kept[n] for n in names}, {n: plan.sizes[n] for n in names})
         try:
-            checked_cut(model, graph, part, thorough, cut)
+            check_cut(model, graph, part, thorough, cut)
         except Exception:  # noqa: BLE001 - whatever the broken model raises, it is in here
             return True
         return False

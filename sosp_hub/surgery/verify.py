@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sosp_hub.compat.torch import DispatchMode, FakeMode, result_aliases
+from sosp_hub.compat.torch import DispatchMode, FakeMode, TensorTable, result_aliases
 from sosp_hub.errors import SospHubError, VerificationError
 from sosp_hub.plan import GrowthPlan, Plan, PruningPlan
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import Axis, keep_mask, size_of
 from sosp_hub.structure.constraint_solver import Count
-from sosp_hub.structure.copies import copy_inputs, copy_model, map_tensors
+from sosp_hub.structure.copies import copy_inputs, map_tensors, share_model
 from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import body_of
@@ -58,42 +58,44 @@ networks, wrong cuts 1e-2.
 _ROUNDING = 1e-2
 """A smaller error in float32 may be rounding; it is computed again in float64."""
 
-PEAK_OF_A_CUT = 4.6
+PEAK_OF_A_CUT = 2.7
 """Memory at the height of a thorough cut, over that of the weights, the model's own among them."""
 
 Cut = Callable[[nn.Module, Graph, PruningPlan], nn.Module]
+"""Puts new tensors in the place of a model's; those of other models may lie in the same memory."""
 Grow = Callable[[nn.Module, Graph, GrowthPlan], nn.Module]
 _Shapes = list[list[int]]
 _LOG = logging.getLogger("sosp_hub")
 
 
-def checked_cut(
-    model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut
-) -> nn.Module:
-    """A cut copy, unless it differs from the masked model; run it ``isolated``.
+def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut) -> None:
+    """Compares a cut copy with the masked model; run it ``isolated``.
+
+    Beside the model itself the weights of one cut copy are held, and those tensors of the dense
+    model that have to be changed.
 
     Raises:
         Exception: It differs (VerificationError), or whatever the cut or the cut model raises.
     """
     if not thorough:
         find_routes(model, graph)
-        pruned = cut(copy_model(model), graph, plan)
+        pruned = cut(share_model(model), graph, plan)
         check_shapes(pruned, graph, plan)
         for route in graph.routes.known:
             with _on(route):
                 check_shapes(pruned, route.graph, plan, route.run)
-        return pruned
-    dense = _without_zeros(copy_model(model).eval())
+        return
+    dense = _without_zeros(model)
 
     def error_in(dense: nn.Module, traced: Graph, run: Program) -> tuple[float, _Ran]:
-        pruned = cut(copy_model(dense), graph, plan)
+        pruned = cut(share_model(dense), graph, plan)
         try:
             expected, real, shapes = _masked(dense, traced, plan, run, graph)
         except _OtherPathError as error:
             if not _zeros_mask(graph, plan):
                 raise
             _LOG.info("only outputs are compared: %s", error)
-            zeroed = _zeroed(copy_model(dense), graph, plan)
+            zeroed = _zeroed(dense, graph, plan)
             way = [(run, traced.example_inputs)]
             outputs, expected = (_results(each, graph, way)[0] for each in (pruned, zeroed))
             return _difference(*map(output_tensors, (outputs, expected))), (pruned, outputs)
@@ -102,7 +104,7 @@ def checked_cut(
 
     def in_double(traced: Graph, run: Program) -> tuple[float, _Ran]:
         """Of what is rounding less is left: in deep and wide models, and in what is chosen."""
-        return error_in(copy_model(dense).double(), _in_double(traced), run)
+        return error_in(share_model(dense).double(), _in_double(traced), run)
 
     def check(route: Route | None) -> _Ran:
         traced, run = (graph, call) if route is None else (route.graph, route.run)
@@ -126,7 +128,7 @@ def checked_cut(
     pruned, plain = check(None)
     if not _equal_on_all_ways(dense, graph, plan, pruned, plain):
         find_routes(model, graph, one_call=True)  # what other ways read is then cut as well
-        pruned = cut(copy_model(dense), graph, plan)
+        pruned = cut(share_model(dense), graph, plan)
         if not _equal_on_all_ways(dense, graph, plan, pruned, plain):
             find_routes(model, graph)
             for route in graph.routes.known:
@@ -136,8 +138,8 @@ def checked_cut(
                     if _has_numbers(dense, route.graph, route.run):
                         raise
                     tell_unchecked(graph, route.name, "the model itself gives no finite number")
+            del pruned
             _check_each_way(dense, graph, plan, cut)
-    return cut(copy_model(model), graph, plan)
 
 
 def _chooses(graph: Graph) -> bool:
@@ -183,13 +185,13 @@ def _equal_on_all_ways(
         return way is None
     try:
         if _zeros_mask(graph, plan):
-            zeroed = _zeroed(copy_model(dense), graph, plan)
+            zeroed = _zeroed(dense, graph, plan)
             ran = [_results(model, graph, [(way.run, way.inputs)]) for model in (pruned, zeroed)]
             return _difference(*map(output_tensors, ran)) <= TOLERANCE
         *_, together = ways_apart(dense, graph)
         return (
             _change(pruned, graph, together, plain) <= TOLERANCE
-            and _change(copy_model(dense), graph, together) <= TOLERANCE
+            and _change(share_model(dense), graph, together) <= TOLERANCE
         )
     except Exception:  # noqa: BLE001 - the traces tell whose fault it is
         return False
@@ -204,18 +206,18 @@ def _check_each_way(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut)
 
     def errors(model: nn.Module, ways: Sequence[Run], graph: Graph) -> tuple[float, float]:
         try:
-            before = _change(copy_model(model), graph, ways)
+            before = _change(share_model(model), graph, ways)
         except Exception:  # noqa: BLE001 - a way that the model does not take
             return math.inf, math.inf
         if before > _ROUNDING:
             return before, math.inf
-        return before, _change(cut(copy_model(model), graph, plan), graph, ways)
+        return before, _change(cut(share_model(model), graph, plan), graph, ways)
 
     doubled = _in_double(graph)
     for ways, exact in zip(ways_apart(model, graph), ways_apart(model, doubled), strict=True):
         before, after = errors(model, ways, graph)
         if TOLERANCE < before < _ROUNDING or TOLERANCE < after < _ROUNDING:
-            before, after = errors(copy_model(model).double(), exact, doubled)
+            before, after = errors(share_model(model).double(), exact, doubled)
         if before <= TOLERANCE and not after <= TOLERANCE:
             names = " and ".join(way.name for way in ways)
             raise VerificationError(
@@ -245,7 +247,9 @@ def _change(model: nn.Module, graph: Graph, ways: Sequence[Run], plain: Any = No
 
 
 def _zeroed(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
-    """The model, in which weights that read removed structures are zero."""
+    """A copy of the model, in which weights that read removed structures are zero."""
+    readers = {member.tensor for name in plan.kept for member in graph.readers(name)}
+    model = share_model(model, readers)
     with torch.no_grad():
         for name in plan.kept:
             mask = torch.zeros(graph.groups[name].size + 1)
@@ -415,9 +419,9 @@ def verify_growth(
     check_shapes(wide, graph, growth)
     if not thorough:
         return
-    dense = _without_zeros(copy_model(model).eval())
+    dense = _without_zeros(model)
     expected = outputs_of(dense, graph)
-    error = _difference(outputs_of(grow(dense, graph, growth), graph), expected)
+    error = _difference(outputs_of(grow(share_model(dense), graph, growth), graph), expected)
     if error <= TOLERANCE:
         return
     for name in growth.copies:
@@ -425,7 +429,8 @@ def verify_growth(
         tied = any(name in tie for tie in graph.ties)
         if (
             not tied
-            and _difference(outputs_of(grow(dense, graph, part), graph), expected) > TOLERANCE
+            and _difference(outputs_of(grow(share_model(dense), graph, part), graph), expected)
+            > TOLERANCE
         ):
             break
     else:
@@ -454,7 +459,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 def _has_numbers(model: nn.Module, graph: Graph, run: Program) -> bool:
     """Whether any number that a model itself returns is finite."""
-    outputs = output_tensors(_results(copy_model(model), graph, [(run, graph.example_inputs)])[0])
+    outputs = output_tensors(_results(share_model(model), graph, [(run, graph.example_inputs)])[0])
     return any(bool(tensor.isfinite().any()) for tensor in outputs if _has_values(tensor))
 
 
@@ -495,14 +500,14 @@ def _masked(
 
     Where it takes other steps with data than without, it is traced again with data.
     """
-    twin = copy_model(model).eval().requires_grad_(False)  # matmul takes its path by it
+    twin = share_model(model).eval().requires_grad_(False)  # matmul takes its path by it
     follow_scales(twin, graph, plan)
     try:
         outputs, shapes = _replayed(twin, traced, plan, run)
         return outputs, traced, shapes
     except Exception:  # noqa: BLE001 - whatever comes of steps that are not those of this pass
         real = trace(model, traced.example_inputs, traced.outputs, fake=False, program=run)
-        twin = copy_model(model).eval().requires_grad_(False)
+        twin = share_model(model).eval().requires_grad_(False)
         follow_scales(twin, graph, plan)
         outputs, shapes = _replayed(twin, real, plan, run)
         return outputs, real, shapes
@@ -517,7 +522,10 @@ def _replayed(
     inputs = copy_inputs(real.example_inputs)
     with torch.no_grad():
         for name, axes in real.tensors.items():
-            tensors[name].copy_(replay.masked(tensors[name], axes))
+            if isinstance(tensors[name], nn.Parameter):
+                replay.parameters[tensors[name]] = axes  # masked where it is used
+            else:
+                tensors[name].copy_(replay.masked(tensors[name], axes))
         bypassed(twin, real, plan)
         with isolated(twin), replay, _AttentionSteps(replay):
             result = run(twin, inputs)
@@ -546,6 +554,7 @@ class _Replay(DispatchMode):
         self.steps: Iterator[Step] = iter(_essential(steps))
         self.masks = masks
         self.shapes: list[_Shapes] = []
+        self.parameters = TensorTable()
         self.paused = False
 
     def finish(self) -> None:
@@ -574,6 +583,8 @@ class _Replay(DispatchMode):
         return self.step(str(func), func, args, kwargs)
 
     def step(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if len(self.parameters):
+            args, kwargs = self._with_masks(args), self._with_masks(kwargs)
         if _plain(name) in _COPIES:
             return func(*args, **kwargs)
         step = next(self.steps, None)
@@ -584,6 +595,17 @@ class _Replay(DispatchMode):
         out = self._masked(step, func, args, kwargs)
         self.shapes.append([list(tensor.shape) for tensor in rules.tensors(out)])
         return out
+
+    def _with_masks(self, value: Any) -> Any:
+        """Arguments in which parameters are masked."""
+        if isinstance(value, nn.Parameter):
+            axes = self.parameters.get(value)
+            return value if axes is None else self.masked(value.detach(), axes)
+        if isinstance(value, tuple | list):
+            return type(value)(self._with_masks(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._with_masks(item) for key, item in value.items()}
+        return value
 
     def _masked(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
         if step.mixes:
@@ -670,13 +692,21 @@ class _AttentionSteps(TorchFunctionMode):
 
 
 def _without_zeros(model: nn.Module) -> nn.Module:
-    """Fills tensors that are (nearly) zero: what they hide could not be checked."""
+    """A copy in evaluation, with tensors filled that are (nearly) zero.
+
+    What they hide could not be checked.
+    """
+    empty = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.numel()
+        and (parameter.is_floating_point() or parameter.is_complex())
+        and float(parameter.detach().abs().max()) < 1e-4
+    }
+    twin = share_model(model, empty).eval()
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if not parameter.numel():
-            continue
-        valued = parameter.is_floating_point() or parameter.is_complex()
-        if valued and float(parameter.detach().abs().max()) < 1e-4:
+    for name, parameter in twin.named_parameters():
+        if name in empty:
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.data.copy_(noise)
-    return model
+    return twin
