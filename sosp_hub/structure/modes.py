@@ -109,12 +109,8 @@ class FunctionWatch(TorchFunctionMode):
         return out
 
     def _sizes(self, tensor: Tensor) -> torch.Size:
-        return torch.Size(
-            [
-                TracedInt(size_of(axis), axis) if size_of(axis) > 1 else 1
-                for axis in self.terms.of(tensor)
-            ]
-        )
+        sizes = zip(tensor.shape, self.terms.of(tensor), strict=True)
+        return torch.Size([TracedInt(size_of(axis), axis) if n > 1 else n for n, axis in sizes])
 
     def _attention(self, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")

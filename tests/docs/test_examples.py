@@ -22,4 +22,4 @@ def test_an_example_runs_from_top_to_bottom(example, tmp_path, monkeypatch, caps
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5

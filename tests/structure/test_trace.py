@@ -350,3 +350,28 @@ def test_a_weight_that_is_standardised_reads_and_is_no_place_for_a_gate(kind):
     twice = {group.name: (2,) * 6}
     with pytest.raises(PlanError, match="normalised before it" if gated_at else "not only weights"):
         widen(model, graph, twice, verify="fast")
+
+
+class FindsNothing(torch.nn.Module):
+    """Asks for the size of what is empty, as detectors do of an image in which nothing is."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.last = torch.nn.Linear(6, 24), torch.nn.Linear(24, 4)
+
+    def forward(self, x):
+        hidden = self.hidden(x).relu()
+        scores = hidden[hidden > 1e9]
+        best = scores.topk(min(100, scores.size(0)))[0]
+        boxes = hidden[:, :4][hidden[:, 0] > 1e9]
+        corners = boxes.view(len(boxes), 2, 2)
+        assert (scores.shape, boxes.shape, corners.numel()) == ((0,), (0, 4), 0)
+        return self.last(hidden) + best.sum() + corners.sum()
+
+
+def test_an_empty_tensor_has_the_size_0():
+    """It was told to have 1: torchvision's FCOS stopped at a topk of 1 out of 0."""
+    model, inputs = FindsNothing().eval(), (torch.randn(3, 6),)
+    graph = trace(model, inputs)
+    assert model(*inputs).shape == (3, 4)
+    assert not any("last" in name for name in graph.groups)

@@ -109,7 +109,7 @@ def apply_rule(terms: Terms, func: Any, args: Any, kwargs: Any, out: Any) -> Non
         chosen = elementwise if tagged or plain in _ELEMENTWISE else unknown
     try:
         chosen(terms, operation)
-    except (AssertionError, IndexError, TypeError, ValueError):
+    except (ArithmeticError, AssertionError, IndexError, TypeError, ValueError):
         unknown(terms, operation)
     _follow_numbers(terms, operation)
 
