@@ -102,6 +102,15 @@ def test_tied_tensors_stay_tied_and_are_stored_once(folder):
     assert "order" not in stored
 
 
+def test_what_the_given_model_has_frozen_is_frozen_when_loaded(folder):
+    given = Net()
+    given.table.requires_grad_(False)
+    loaded = sosp_hub.from_pretrained(folder, model=given)
+    expected = {name: parameter.requires_grad for name, parameter in given.named_parameters()}
+    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == expected
+    assert len(set(expected.values())) == 2
+
+
 def test_a_model_that_was_not_cut_has_no_delta(tmp_path):
     model = dense(Net)
     saved = sosp_hub.save_pretrained(model, tmp_path / "dense")
