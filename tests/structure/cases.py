@@ -666,6 +666,7 @@ ELEMENTWISE = tuple(
         ("to double", lambda x: x.double().float(), True),
         ("dropout", lambda x: F.dropout(x, training=False), True),
         ("clone and detach", lambda x: x.clone().detach().contiguous(), True),
+        ("floor_divide", lambda x: x.floor_divide(0.3), True),
         ("prelu", lambda x: F.prelu(x, torch.tensor([0.2])), True),
     )
 )

@@ -50,6 +50,7 @@ _ELEMENTWISE = frozenset(
         "hardswish",
         "hardsigmoid",
         "hardtanh",
+        "floor_divide",
         "prelu",
         "_prelu_kernel",
         "_to_copy",
