@@ -190,6 +190,7 @@ def _layers_of(model: nn.Module, graph: Graph, inputs: Any) -> list[_Layer]:
         def note(
             _: nn.Module,
             given: tuple[Any, ...],
+            named: Mapping[str, Any],
             name: str = name,
             kind: str = kind,
             options: tuple[Any, ...] = options,
@@ -197,9 +198,10 @@ def _layers_of(model: nn.Module, graph: Graph, inputs: Any) -> list[_Layer]:
         ) -> None:
             axes = graph.tensors[weight]
             grid = _grid(kind, options, axes)
-            found.append(_Layer(name, kind, tuple(given[0].shape), options, axes, grid))
+            features = next(iter((*given, *named.values())))
+            found.append(_Layer(name, kind, tuple(features.shape), options, axes, grid))
 
-        handles.append(module.register_forward_pre_hook(note))
+        handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     positional, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     try:
         with torch.no_grad():

@@ -190,3 +190,17 @@ def test_measured_budgets_need_a_measure(name):
     scores = {name: torch.arange(float(group.size)) for name, group in graph.groups.items()}
     with pytest.raises(BudgetError, match=f"{name} is measured; give measure="):
         sosp_hub.allocate(graph, scores, **{name: 0.5})
+
+
+def test_layers_that_are_called_by_keyword_are_timed(by_products):
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(input=self.first(input=x).relu())
+
+    model, inputs = ByKeyword().eval(), (torch.ones(4, 6),)
+    table = LatencyTable(model, sosp_hub.trace(model, inputs), inputs)
+    assert table.layers_s == pytest.approx(4e-9 * (6 * 8 + 8 * 3))

@@ -120,11 +120,12 @@ def test_zeros_fill_up_rows_until_a_type_packs_them(name, tmp_path):
     assert filling(filled, 32) == (0.0, "")
 
 
-def test_half_precision_stays(tmp_path):
-    model = cuts.pruned("llama").to(torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "BF16"), (torch.float64, "F32")])
+def test_half_precision_stays_and_double_becomes_float32(dtype, kind, tmp_path):
+    model = cuts.pruned("llama").to(dtype)
     reader = gguf.GGUFReader(to_gguf(model, tmp_path / "small.gguf"))
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    assert kinds["blk.0.ffn_up.weight"] == "BF16"
+    assert kinds["blk.0.ffn_up.weight"] == kind
     assert kinds["blk.0.ffn_norm.weight"] == "F32"
 
 

@@ -179,7 +179,9 @@ def filling(model: Any, block: int) -> tuple[float, str]:
     return added / sum(parameter.numel() for parameter in model.parameters()), said
 
 
-_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_KINDS = {  # llama.cpp computes nothing wider than float32
+    torch.float64: "F32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+}  # fmt: skip
 
 
 def _quantised_by_llama_cpp(plain: Path, path: Path, quantization: str) -> Path:
