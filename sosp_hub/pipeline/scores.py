@@ -38,6 +38,7 @@ class Scores:
         made: The recipe of that run, as it was.
         dense: What that run measured of its dense model.
         blocks: Which whole blocks it removed, by measured loss.
+        trained: Whether it trained the dense model, and not only would have with a new head.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Scores:
     made: Recipe | None = None
     dense: Mapping[str, Any] = field(default_factory=dict)
     blocks: Sequence[Mapping[str, Any]] = ()
+    trained: bool = True
 
     @property
     def curvature(self) -> Path | None:
@@ -92,7 +94,7 @@ class Scores:
             kept = {"id": str(self.folder / DENSE), "path": None, "revision": None, "kwargs": {}}
             made = {"train": None, "pretrained": True, "num_labels": None}
             return section.model_copy(update=kept | made)
-        if not section.pretrained or section.train:
+        if not section.pretrained or (section.train and self.trained):
             raise ModelError(
                 f"{self.folder}: its dense model was trained in that run, and the folder "
                 f"{DENSE}/ with its weights is gone or was not kept (output.keep_dense); "
@@ -104,7 +106,7 @@ class Scores:
                 "model; write model.path=FOLDER"
             )
         revision = section.revision or self.base.get("revision")
-        return section.model_copy(update={"revision": revision})
+        return section.model_copy(update={"revision": revision, "train": None})
 
     def check_dense(self, measured: Mapping[str, Any]) -> None:
         """Compares what the dense model measures now with what that run measured.
@@ -202,6 +204,7 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
         made,
         dense,
         blocks,
+        trained="dense" in (report.get("timings_s") or {}),
     )
 
 

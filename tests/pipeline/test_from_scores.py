@@ -345,6 +345,20 @@ def test_a_trained_text_classifier_keeps_its_tokenizer(text_run, finished_text):
     assert len(set(before)) == 5
 
 
+def test_a_head_that_needed_no_training_is_that_of_the_base(text_run, finished_text, tmp_path):
+    """What a model without a recipe gets: `when: new_head`, which was taken for a training."""
+    base, reviews = text_run / "dense", finished_text.with_name("reviews.csv")
+    given = [str(base), "--task", "text-classification", "--data", str(reviews), "--params", "0.9"]
+    keys = ["data.max_length=16", "output.figures=false", "finetune.epochs=0"]
+    assert main([*given, f"output.dir={tmp_path / 'made'}", *keys]) == 0
+    assert not (tmp_path / "made" / "dense").exists()
+    assert main(["--from-scores", str(tmp_path / "made"), "budget.params=0.88"]) == 0
+    with_head = sosp_hub.from_pretrained(tmp_path / "made-params-0.88").state_dict()
+    torch.testing.assert_close(
+        with_head["classifier.bias"], sosp_hub.from_pretrained(base).state_dict()["classifier.bias"]
+    )
+
+
 def test_dense_weights_without_their_tokenizer_are_refused(text_run, capsys):
     for file in (text_run / "dense").glob("*token*"):
         file.unlink()
@@ -483,7 +497,7 @@ def test_paths_of_this_machine_are_known_to_the_next_run_and_to_nobody_else(tmp_
     assert main(["--from-scores", str(output), "--with-data", "budget.params=0.7"]) == 0
     assert "recipe.private.yaml" not in push_to_hub(output, "me/mine", dry_run=True).added
     (output / "recipe.private.yaml").write_text("model: {id: another}")  # not of this report
-    assert main(["--from-scores", str(output), "budget.params=0.8"]) == 0
+    assert main(["--from-scores", str(output), "budget.params=0.88"]) == 0
     (output / "recipe.private.yaml").unlink()
     capsys.readouterr()
     assert main(["--from-scores", str(output), "--with-data", "budget.params=0.9"]) == 2
