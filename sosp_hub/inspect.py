@@ -109,7 +109,8 @@ def _show(findings: "Findings", *, whole: bool) -> None:
         table.add_column(column, justify=side, overflow="fold")
     totals = findings.totals
     shown = [(_shapes(layer), *_sizes(layer)) for layer in rows]
-    shown.append(("", *(_change(totals, key) for key in ("params", "macs", "bytes"))))
+    params, macs, size = (_change(totals, key) for key in ("params", "macs", "bytes"))
+    shown.append(("", params, macs, size))
     widths = [max(map(len, "\n".join(cells).split("\n"))) for cells in zip(*shown, strict=True)]
     room = max(_LEAST_NAME, console.width - sum(widths) - 2 * len(widths))
     names = [printable(layer.name) for layer in rows]

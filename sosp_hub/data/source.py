@@ -294,7 +294,7 @@ def _saved(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
         if split is None:
             continue
         if split not in tables:
-            raise _no_split(section, key, str(path), ", ".join(tables))
+            raise _no_split(section, key, str(path), ", ".join(map(str, tables)))
         splits.append(_columns(tables[split], section, task, str(path)))
     return splits[0], splits[1] if len(splits) > 1 else None
 

@@ -10,7 +10,7 @@ from sosp_hub.untrusted import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 _ENCODING = "utf-8-sig"  # without the mark that some editors write at the start
 
@@ -62,7 +62,7 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def read_saved(folder: Path) -> "Dataset | dict[str, Dataset]":
+def read_saved(folder: Path) -> "Dataset | DatasetDict":
     """A folder of ``save_to_disk``: one table, or one for each split.
 
     Raises:

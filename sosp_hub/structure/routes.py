@@ -357,7 +357,7 @@ def _has_decoder_cache(model: nn.Module, graph: Graph) -> bool:
 
 
 def _keeps_cache(model: nn.Module, graph: Graph) -> bool:
-    config = vars(model).get("config")
+    config: Any = vars(model).get("config")
     texts = config.get_text_config() if hasattr(config, "get_text_config") else config
     return (
         isinstance(graph.example_inputs, Mapping)

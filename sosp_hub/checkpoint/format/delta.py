@@ -163,10 +163,11 @@ class _Found:
             one = None if theirs is None else describe_standin(theirs, original)
             if theirs is not None and one is None:
                 self.walk(original, theirs, full)
-            elif self.belongs(full) and one is None:
-                self.dropped.append(full)
             elif self.belongs(full):
-                self.replaced[full] = one
+                if one is None:
+                    self.dropped.append(full)
+                else:
+                    self.replaced[full] = one
 
     def compare(self, skeleton: nn.Module, model: nn.Module, name: str) -> None:
         if type(skeleton) is not type(model) and type(skeleton).__name__ != type(model).__name__:
