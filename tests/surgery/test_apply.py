@@ -390,6 +390,31 @@ def test_a_thorough_cut_holds_no_more_than_a_cut_copy_and_what_reads_it(cutting)
     assert held <= 1.3 * weights  # half of it the cut copy, half the zeroed readers
 
 
+class WritesToItself(nn.Module):
+    """Clamps a scale and renormalises an embedding in its forward pass, as some models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(400, 256, max_norm=1.0)
+        self.first, self.last = nn.Linear(256, 16), nn.Linear(16, 3)
+        self.scale = nn.Parameter(torch.tensor(9.0))
+
+    def forward(self, tokens):
+        self.scale.data.clamp_(max=4.0)
+        return self.scale * self.last(self.first(self.words(tokens)).relu())
+
+
+@pytest.mark.parametrize("verify", ["fast", "thorough"])
+def test_a_model_whose_pass_writes_to_its_weights_stays(verify):
+    torch.manual_seed(0)
+    model = WritesToItself().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    graph = trace(model, (torch.arange(8)[None],))
+    apply(model, graph, half(graph), verify)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key])
+
+
 def test_what_is_not_cut_is_a_copy_and_the_model_stays():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 4)).eval()
     graph = trace(model, (torch.randn(2, 8),))
