@@ -470,7 +470,7 @@ def test_only_and_exclude():
         ({"groups": {"one*": 1.5}}, "groups: 'one.*share that is kept.*1.5"),
         ({"macs": 0.5, "keep_at_least": {"five*": 0.1}}, r"keep_at_least: 'five\*'"),
         ({"macs": 0.5, "only": ["five"]}, "only: 'five' is no group"),
-        ({"macs": 0.5, "only": []}, r"only \[\] without"),
+        ({"macs": 0.5, "only": []}, r"only: nothing to cut: \[\]"),
         ({"macs": 0.5, "only": [1]}, "only: 1 is no name"),
         ({"macs": 0.5, "exclude": 3}, "exclude: 3 is no name"),
         ({"macs": True}, "got True"),

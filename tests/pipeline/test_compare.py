@@ -70,7 +70,7 @@ def finished(tmp_path_factory):
     folder, calls = tmp_path_factory.mktemp("finished"), []
     with pytest.MonkeyPatch.context() as patch:
         counted(patch, scoring, "score", calls)
-        counted(patch, training, "finetune", calls)
+        counted(patch, training, "train_model", calls)
         counted(patch, after_cut, "recover", calls)
         assert run(folder) == 0
     return folder, calls
@@ -79,7 +79,7 @@ def finished(tmp_path_factory):
 def test_scores_are_shared_between_budgets_and_the_dense_model_between_criteria(finished):
     folder, calls = finished
     assert calls.count("score") == 2 * 2  # criteria x seeds
-    assert calls.count("finetune") == 2  # seeds
+    assert calls.count("train_model") == 2  # seeds
     assert calls.count("recover") == 2 * 2 * 2  # cells
     results = read(folder)
     assert len(results["cells"]) == 8
@@ -128,7 +128,7 @@ def test_a_stopped_comparison_goes_on_cell_by_cell(finished, tmp_path, monkeypat
     assert not list((tmp_path / "out.partial").glob("final-*.safetensors"))  # numbers are enough
     calls = []
     counted(monkeypatch, scoring, "score", calls)
-    counted(monkeypatch, training, "finetune", calls)
+    counted(monkeypatch, training, "train_model", calls)
     counted(monkeypatch, after_cut, "recover", calls)
     capsys.readouterr()
     assert run(tmp_path, seeds) == 0
@@ -171,7 +171,7 @@ def test_bad_cells_are_refused_before_anything_is_trained(
 ):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "train.csv").write_text("image,label\na.png,1\n")
-    counted(monkeypatch, training, "finetune", calls := [])
+    counted(monkeypatch, training, "train_model", calls := [])
     overrides = [override.replace("FOLDER", str(tmp_path)) for override in overrides]
     assert run(tmp_path, *overrides) == 2
     error = capsys.readouterr().err

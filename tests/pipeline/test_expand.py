@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
 
     def counted(patch, calls, most):
         """Every training is one of the two; the one after ``most`` does not begin."""
-        for module, name in ((training, "finetune"), (after_cut, "recover")):
+        for module, name in ((training, "train_model"), (after_cut, "recover")):
             real = getattr(module, name)
 
             def call(*args, real=real, **kwargs):
@@ -149,7 +149,7 @@ def test_the_expanded_model_loads_and_is_wider_where_it_was_widened(finished):
     ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else "",
 )
 def test_bad_input_is_explained(tmp_path, capsys, overrides, words, monkeypatch):
-    monkeypatch.setattr(training, "finetune", lambda *a, **k: [])
+    monkeypatch.setattr(training, "train_model", lambda *a, **k: [])
     assert run(tmp_path, "expand.seeds=[0]", *overrides) == 2
     error = capsys.readouterr().err
     for word in words:

@@ -382,7 +382,7 @@ def test_other_data_may_measure_otherwise(text_run, capsys):
     other = text_run.with_name("others.csv")
     write_reviews(other, flipped=True)
     assert measured_again(text_run, other) == 0
-    assert "other data" in capsys.readouterr().err
+    assert "this data differs" in capsys.readouterr().err
 
 
 def each(change):

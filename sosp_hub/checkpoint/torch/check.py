@@ -115,7 +115,7 @@ def _form(value: Any, depth: int = 0) -> Any:
 
 def _made(form: Any, chance: torch.Generator, noise: float, device: torch.device) -> Any:
     if "named" in form:
-        named = form["named"].items()
+        named = sorted(form["named"].items())  # as the file has them, whose keys are sorted
         return {key: _made(part, chance, noise, device) for key, part in named}
     for key, kind in (("tuple", tuple), ("list", list)):
         if key in form:

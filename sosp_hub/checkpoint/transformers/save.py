@@ -99,7 +99,7 @@ def attach(model: PreTrainedModel) -> None:
         config = adapter.plain_config(model.config)
         delta = _proved(model, config, adapter.delta_of(model, config), made_up_inputs(model))
         _check_loud(model, config, delta, _state(model, delta))
-        held = None if delta.empty else held_in_cache(model, model.config)
+        held = None if delta.empty else held_in_cache(model, config)
     for section, name in ((delta.base, adapter.base_name(model)), (delta.head, "")):
         if section is not None:
             store_in_state(model.get_submodule(name), section)
