@@ -1,5 +1,6 @@
 """What was tested is declared once, and what is newer is said once."""
 
+import importlib.metadata
 import json
 import logging
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -36,6 +38,25 @@ def test_constraints_hold_one_version_of_each_package_and_no_address():
     for line in lines:
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
         assert not line.startswith(constraints.LEFT_OUT), line
+
+
+def test_constraints_can_be_installed_with_the_oldest_python_that_is_promised():
+    """Debian 12 has 3.11.2; a package may ask for more of the same minor version."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    asks = {
+        name: metadata.get("Requires-Python", "")
+        for name, version in pins().items()
+        if (metadata := metadata_of(name)) and metadata["Version"] == version
+    }
+    assert len(asks) > 80
+    assert {name for name, asked in asks.items() if oldest not in SpecifierSet(asked)} == set()
+
+
+def metadata_of(name):
+    try:
+        return importlib.metadata.metadata(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def test_constraints_hold_all_that_is_asked_for():
