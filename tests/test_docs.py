@@ -10,7 +10,7 @@ import yaml
 import sosp_hub
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/design.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/design.md", "recipes/README.md")
 PARTS = r"recipes|tests|sosp_hub|docs|model_cards"
 PATHS = rf"\]\(([^)#:]+)\)|((?<![\w/.])(?:{PARTS})/[\w./]+)|(\.(?:ci|github)/[\w./]+)"
 
