@@ -1,9 +1,11 @@
 """The static page, opened in a real browser."""
 
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -34,19 +36,28 @@ window.onload = () => {
 };
 </script>"""
 
+# axe-core: contrast, names of pictures, order of headings, tables and more
+(_AXE,) = importlib.util.find_spec("axe_core_python").submodule_search_locations
+_ACCESS = f"""<script>{(Path(_AXE) / "axe.min.js").read_text()}</script><script>
+window.onload = () => axe.run().then(found => {{
+  document.title = JSON.stringify(found.violations.map(
+    fault => [fault.id, ...fault.nodes.map(node => node.target.join(" "))]));
+}});
+</script>"""
+
 
 @pytest.fixture
 def run(tmp_path):
     return reports.write(tmp_path / "digits-small", *reports.image_report())
 
 
-def open_in_browser(page, tmp_path, width=1000):
-    """What the page looks like from inside, and what the browser wrote to its console."""
+def open_in_browser(page, tmp_path, width=1000, *, script=_PROBE, dark=False):
+    """What a script makes the page's title, and what the browser wrote to its console."""
     text = page.read_text()
     probed = tmp_path / "probed.html"
     probed.write_text(
         text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
-        + _PROBE
+        + script
     )
     command = [
         BROWSER,
@@ -60,13 +71,14 @@ def open_in_browser(page, tmp_path, width=1000):
         "--disable-sync",
         f"--user-data-dir={tmp_path / 'browser'}",
         f"--window-size={width},900",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         "--enable-logging=stderr",
         "--virtual-time-budget=5000",
         "--dump-dom",
         probed.as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    seen = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout).group(1))
+    seen = json.loads(re.search(r"<title>([\[{].*?[\]}])</title>", done.stdout).group(1))
     return seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
@@ -118,6 +130,39 @@ def test_a_study_compares_runs(tmp_path):
     seen, console = open_in_browser(write_study(runs, tmp_path / "study.html"), tmp_path)
     assert console == []
     assert (seen["images"], seen["broken"], seen["rows"]) == (1, 0, 2)
+
+
+def study_of_two(tmp_path):
+    runs = [reports.write(tmp_path / name, *reports.image_report()) for name in ("one", "two")]
+    return write_study(runs, tmp_path / "study.html")
+
+
+PAGES = {
+    "image": lambda path: write_page(reports.write(path / "net", *reports.image_report())),
+    "text": lambda path: write_page(reports.write(path / "net", *reports.text_report())),
+    "study": study_of_two,
+}
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("make", PAGES.values(), ids=PAGES)
+def test_a_page_can_be_read_by_everybody(tmp_path, make, dark):
+    page = make(tmp_path)
+    faults, _ = open_in_browser(page, tmp_path, script=_ACCESS, dark=dark)
+    assert faults == []
+    assert not re.search(r"<th\b[^>]*></th>", page.read_text())
+
+
+@needs_browser
+@pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
+def test_bad_contrast_and_a_picture_without_words_are_seen(tmp_path, run, scheme, dark):
+    page = write_page(run)
+    style = f"@media (prefers-color-scheme: {scheme}) {{ .small {{ color: #808080; }} }}"
+    bad = f'<style>{style}</style><img src="data:image/png;base64,AAAA"></main>'
+    page.write_text(page.read_text().replace("</main>", bad))
+    faults, _ = open_in_browser(page, tmp_path, script=_ACCESS, dark=dark)
+    assert {fault[0] for fault in faults} == {"color-contrast", "image-alt"}
 
 
 @needs_browser
