@@ -4,8 +4,9 @@ Copied beside weights that carry their own code (``ship_code``), so it imports t
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,6 +142,40 @@ def result_aliases(func: Any) -> list[Any]:
     """How each result of an operation shares memory with its arguments; None where it does not."""
     schema = getattr(func, "_schema", None)
     return [] if schema is None else [value.alias_info for value in schema.returns]
+
+
+def written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors among its arguments that an operation writes to, ``out=`` and lists included."""
+    positions, names = _written(func)
+    given = [args[i] for i in positions if i < len(args)]
+    for value in (*given, *(kwargs[name] for name in names if name in kwargs)):
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, Tensor):
+                yield each
+
+
+@cache
+def _written(func: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of the arguments that an operation's schema marks as written."""
+    schema = getattr(func, "_schema", None)
+    arguments = () if schema is None else schema.arguments
+    marked = [
+        (position, argument.name)
+        for position, argument in enumerate(arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return tuple(position for position, _ in marked), tuple(name for _, name in marked)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """One number for all tensors that lie in the same storage, also where that holds no data.
+
+    It tells storages apart while both live. What has no storage (sparse) is alone.
+    """
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return id(tensor)
 
 
 def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from sosp_hub.compat.torch import storage_key
 from sosp_hub.standard_layers import standard_layer
 from sosp_hub.structure.axes import (
     Atom,
@@ -50,7 +51,8 @@ def assemble(
     tied = settle(terms.constraints, terms.leaks, terms.comparisons)
     places = _places(tensors)
     _join_tied(terms.constraints, places, tied)
-    parameters = {name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    parameters = set(named)
     builder = _Builder(model, terms, tensors, entries, places)
     of_atom = {
         atom: builder.group(atom)
@@ -82,6 +84,7 @@ def assemble(
         parameters=frozenset(parameters & tensors.keys()),
         buffers=frozenset(model.state_dict().keys() & tensors.keys() - parameters),
         normalised=frozenset(terms.normalised),
+        written=frozenset(name for name in named if storage_key(named[name]) in terms.written),
         scales=tuple(terms.scales),
         example_inputs=inputs,
         outputs=outputs,

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from sosp_hub.compat.torch import FakeMode
 
-_SMALL = 4096
-"""Numbers in a parameter that is not worth sharing."""
 _PLAIN = {str, int, float, bool, type(None)}
 _TABLES = {name for name in vars(nn.Module()) if name.startswith("_")} - {"_buffers"}
 
@@ -44,25 +42,15 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
 
 
 def share_model(model: nn.Module, own: Collection[str] = ()) -> nn.Module:
-    """A copy whose large parameters lie where those of the model lie; all else is its own.
-
-    What a forward pass may write to is copied: small parameters, such as scales that are clamped,
-    and embeddings that it renormalises.
+    """A copy whose parameters lie where those of the model lie; all else is its own.
 
     Args:
         model: Any module.
-        own: Names of parameters that are to be written to, and are copied.
+        own: Names of parameters that are written to, by a pass or by the caller, and are copied.
     """
-    renormalised = {
-        id(parameter)
-        for module in model.modules()
-        if getattr(module, "max_norm", None) is not None
-        for parameter in module.parameters(recurse=False)
-    }
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
-        large = type(parameter) is nn.Parameter and parameter.numel() > _SMALL
-        if large and parameter.is_leaf and name not in own and id(parameter) not in renormalised:
+        if type(parameter) is nn.Parameter and parameter.is_leaf and name not in own:
             memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     return copy_model(model, memo)
 

@@ -102,6 +102,7 @@ class Graph(Summarised):
         parameters: Names of the tensors that are parameters.
         buffers: Names of the buffers that a checkpoint stores.
         normalised: Parameters that are divided by a norm of themselves before they are used.
+        written: Parameters that the forward pass itself writes to, such as a scale that it clamps.
         scales: Module and width of attention that a fused kernel scales by the width it finds.
         example_inputs: The inputs that were traced.
         outputs: Names or positions of the outputs that matter; None = all.
@@ -129,6 +130,7 @@ class Graph(Summarised):
     parameters: frozenset[str]
     buffers: frozenset[str]
     normalised: frozenset[str]
+    written: frozenset[str]
     example_inputs: object
     outputs: tuple[str | int, ...] | None = None
     undroppable: Mapping[str, str] = field(default_factory=dict)

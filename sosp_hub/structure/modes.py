@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sosp_hub.compat.torch import DispatchMode
+from sosp_hub.compat.torch import DispatchMode, storage_key, written_arguments
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import Axis, size_of
 from sosp_hub.structure.size_constraints import has_demands, note_demands
@@ -36,6 +36,7 @@ class DispatchWatch(DispatchMode):
         for tensor in rules.tensors((args, kwargs)):
             inputs.append(self.terms.of(tensor))
             self.terms.use(tensor)
+        self.terms.written.update(map(storage_key, written_arguments(func, args, kwargs)))
         out = func(*args, **kwargs)
         self.terms.begin()
         rules.apply_rule(self.terms, func, args, kwargs, out)

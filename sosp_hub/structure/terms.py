@@ -77,6 +77,7 @@ class Terms:
     uses: dict[tuple[str, int], dict[str, None]] = field(default_factory=dict)
     refilled: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
     only_in_training: tuple[str, ...] = ()
     never_used: tuple[str, ...] = ()
     normalised: set[str] = field(default_factory=set)

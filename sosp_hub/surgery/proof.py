@@ -7,11 +7,10 @@ from torch import nn
 
 from sosp_hub.errors import SospHubError, VerificationError
 from sosp_hub.plan import PruningPlan
-from sosp_hub.structure.copies import share_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.trace import describe
-from sosp_hub.surgery.verify import Cut, check_cut, outputs_of
+from sosp_hub.surgery.verify import Cut, check_cut, outputs_of, twin_of
 
 _LOG = logging.getLogger("sosp_hub")
 
@@ -46,7 +45,7 @@ def verified_cut(
             part = plan if strict else graph.provable(plan)
             try:
                 check_cut(model, graph, part, thorough and bool(part.kept), cut)
-                pruned = cut(share_model(model), graph, part)
+                pruned = cut(twin_of(model, graph), graph, part)
                 break
             except Exception as error:  # noqa: BLE001 - whatever a wrong cut makes the code raise
                 failure = error
@@ -90,7 +89,7 @@ def _check_dense(model: nn.Module, graph: Graph) -> None:
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return
     try:
-        outputs = outputs_of(share_model(model), graph)
+        outputs = outputs_of(twin_of(model, graph), graph)
     except Exception as error:
         raise VerificationError(
             f"{type(model).__name__} itself does not run on the example inputs "

@@ -68,6 +68,11 @@ _Shapes = list[list[int]]
 _LOG = logging.getLogger("sosp_hub")
 
 
+def twin_of(model: nn.Module, graph: Graph, own: Iterable[str] = ()) -> nn.Module:
+    """A copy that shares all parameters but those that its pass writes to, and ``own``."""
+    return share_model(model, graph.written.union(own))
+
+
 def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut) -> None:
     """Compares a cut copy with the masked model; run it ``isolated``.
 
@@ -79,16 +84,16 @@ def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool,
     """
     if not thorough:
         find_routes(model, graph)
-        pruned = cut(share_model(model), graph, plan)
+        pruned = cut(twin_of(model, graph), graph, plan)
         check_shapes(pruned, graph, plan)
         for route in graph.routes.known:
             with _on(route):
                 check_shapes(pruned, route.graph, plan, route.run)
         return
-    dense = _without_zeros(model)
+    dense = _without_zeros(model, graph)
 
     def error_in(dense: nn.Module, traced: Graph, run: Program) -> tuple[float, _Ran]:
-        pruned = cut(share_model(dense), graph, plan)
+        pruned = cut(twin_of(dense, traced), graph, plan)
         try:
             expected, real, shapes = _masked(dense, traced, plan, run, graph)
         except _OtherPathError as error:
@@ -104,7 +109,7 @@ def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool,
 
     def in_double(traced: Graph, run: Program) -> tuple[float, _Ran]:
         """Of what is rounding less is left: in deep and wide models, and in what is chosen."""
-        return error_in(share_model(dense).double(), _in_double(traced), run)
+        return error_in(twin_of(dense, graph).double(), _in_double(traced), run)
 
     def check(route: Route | None) -> _Ran:
         traced, run = (graph, call) if route is None else (route.graph, route.run)
@@ -128,7 +133,7 @@ def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool,
     pruned, plain = check(None)
     if not _equal_on_all_ways(dense, graph, plan, pruned, plain):
         find_routes(model, graph, one_call=True)  # what other ways read is then cut as well
-        pruned = cut(share_model(dense), graph, plan)
+        pruned = cut(twin_of(dense, graph), graph, plan)
         if not _equal_on_all_ways(dense, graph, plan, pruned, plain):
             find_routes(model, graph)
             for route in graph.routes.known:
@@ -191,7 +196,7 @@ def _equal_on_all_ways(
         *_, together = ways_apart(dense, graph)
         return (
             _change(pruned, graph, together, plain) <= TOLERANCE
-            and _change(share_model(dense), graph, together) <= TOLERANCE
+            and _change(twin_of(dense, graph), graph, together) <= TOLERANCE
         )
     except Exception:  # noqa: BLE001 - the traces tell whose fault it is
         return False
@@ -206,18 +211,18 @@ def _check_each_way(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut)
 
     def errors(model: nn.Module, ways: Sequence[Run], graph: Graph) -> tuple[float, float]:
         try:
-            before = _change(share_model(model), graph, ways)
+            before = _change(twin_of(model, graph), graph, ways)
         except Exception:  # noqa: BLE001 - a way that the model does not take
             return math.inf, math.inf
         if before > _ROUNDING:
             return before, math.inf
-        return before, _change(cut(share_model(model), graph, plan), graph, ways)
+        return before, _change(cut(twin_of(model, graph), graph, plan), graph, ways)
 
     doubled = _in_double(graph)
     for ways, exact in zip(ways_apart(model, graph), ways_apart(model, doubled), strict=True):
         before, after = errors(model, ways, graph)
         if TOLERANCE < before < _ROUNDING or TOLERANCE < after < _ROUNDING:
-            before, after = errors(share_model(model).double(), exact, doubled)
+            before, after = errors(twin_of(model, graph).double(), exact, doubled)
         if before <= TOLERANCE and not after <= TOLERANCE:
             names = " and ".join(way.name for way in ways)
             raise VerificationError(
@@ -249,7 +254,7 @@ def _change(model: nn.Module, graph: Graph, ways: Sequence[Run], plain: Any = No
 def _zeroed(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
     """A copy of the model, in which weights that read removed structures are zero."""
     readers = {member.tensor for name in plan.kept for member in graph.readers(name)}
-    model = share_model(model, readers)
+    model = twin_of(model, graph, readers)
     with torch.no_grad():
         for name in plan.kept:
             mask = torch.zeros(graph.groups[name].size + 1)
@@ -419,9 +424,9 @@ def verify_growth(
     check_shapes(wide, graph, growth)
     if not thorough:
         return
-    dense = _without_zeros(model)
-    expected = outputs_of(dense, graph)
-    error = _difference(outputs_of(grow(share_model(dense), graph, growth), graph), expected)
+    dense = _without_zeros(model, graph)
+    expected = outputs_of(twin_of(dense, graph), graph)
+    error = _difference(outputs_of(grow(twin_of(dense, graph), graph, growth), graph), expected)
     if error <= TOLERANCE:
         return
     for name in growth.copies:
@@ -429,7 +434,7 @@ def verify_growth(
         tied = any(name in tie for tie in graph.ties)
         if (
             not tied
-            and _difference(outputs_of(grow(share_model(dense), graph, part), graph), expected)
+            and _difference(outputs_of(grow(twin_of(dense, graph), graph, part), graph), expected)
             > TOLERANCE
         ):
             break
@@ -459,7 +464,9 @@ def _has_values(tensor: Tensor) -> bool:
 
 def _has_numbers(model: nn.Module, graph: Graph, run: Program) -> bool:
     """Whether any number that a model itself returns is finite."""
-    outputs = output_tensors(_results(share_model(model), graph, [(run, graph.example_inputs)])[0])
+    outputs = output_tensors(
+        _results(twin_of(model, graph), graph, [(run, graph.example_inputs)])[0]
+    )
     return any(bool(tensor.isfinite().any()) for tensor in outputs if _has_values(tensor))
 
 
@@ -500,14 +507,14 @@ def _masked(
 
     Where it takes other steps with data than without, it is traced again with data.
     """
-    twin = share_model(model).eval().requires_grad_(False)  # matmul takes its path by it
+    twin = twin_of(model, traced).eval().requires_grad_(False)  # matmul takes its path by it
     follow_scales(twin, graph, plan)
     try:
         outputs, shapes = _replayed(twin, traced, plan, run)
         return outputs, traced, shapes
     except Exception:  # noqa: BLE001 - whatever comes of steps that are not those of this pass
         real = trace(model, traced.example_inputs, traced.outputs, fake=False, program=run)
-        twin = share_model(model).eval().requires_grad_(False)
+        twin = twin_of(model, real).eval().requires_grad_(False)
         follow_scales(twin, graph, plan)
         outputs, shapes = _replayed(twin, real, plan, run)
         return outputs, real, shapes
@@ -522,7 +529,7 @@ def _replayed(
     inputs = copy_inputs(real.example_inputs)
     with torch.no_grad():
         for name, axes in real.tensors.items():
-            if isinstance(tensors[name], nn.Parameter):
+            if isinstance(tensors[name], nn.Parameter) and name not in real.written:
                 replay.parameters[tensors[name]] = axes  # masked where it is used
             else:
                 tensors[name].copy_(replay.masked(tensors[name], axes))
@@ -691,7 +698,7 @@ class _AttentionSteps(TorchFunctionMode):
             self.replay.paused = False
 
 
-def _without_zeros(model: nn.Module) -> nn.Module:
+def _without_zeros(model: nn.Module, graph: Graph) -> nn.Module:
     """A copy in evaluation, with tensors filled that are (nearly) zero.
 
     What they hide could not be checked.
@@ -703,7 +710,7 @@ def _without_zeros(model: nn.Module) -> nn.Module:
         and (parameter.is_floating_point() or parameter.is_complex())
         and float(parameter.detach().abs().max()) < 1e-4
     }
-    twin = share_model(model, empty).eval()
+    twin = twin_of(model, graph, empty).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in twin.named_parameters():
         if name in empty:

@@ -391,16 +391,17 @@ def test_a_thorough_cut_holds_no_more_than_a_cut_copy_and_what_reads_it(cutting)
 
 
 class WritesToItself(nn.Module):
-    """Clamps a scale and renormalises an embedding in its forward pass, as some models do."""
+    """Clamps weights, renormalises an embedding, counts its passes; all in its forward pass."""
 
     def __init__(self):
         super().__init__()
         self.words = nn.Embedding(400, 256, max_norm=1.0)
         self.first, self.last = nn.Linear(256, 16), nn.Linear(16, 3)
-        self.scale = nn.Parameter(torch.tensor(9.0))
+        self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, tokens):
-        self.scale.data.clamp_(max=4.0)
+        self.scale.data.add_(1.0)
+        self.first.weight.data.clamp_(-0.02, 0.02)
         return self.scale * self.last(self.first(self.words(tokens)).relu())
 
 
@@ -410,9 +411,21 @@ def test_a_model_whose_pass_writes_to_its_weights_stays(verify):
     model = WritesToItself().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     graph = trace(model, (torch.arange(8)[None],))
-    apply(model, graph, half(graph), verify)
+    assert graph.written == {"words.weight", "first.weight", "scale"}
+    plan = half(graph)
+    pruned = apply(model, graph, plan, verify, strict=True)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key])
+    kept = list(plan.kept["first:neuron"])
+    assert_close(pruned.first.weight, before["first.weight"][kept], relative=0)
+    assert_close(pruned.scale, before["scale"], relative=0)
+
+
+def test_statistics_that_a_pass_writes_are_no_weights():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).train()
+    model[1].track_running_stats = True
+    graph = trace(model, (torch.randn(3, 4),), program=lambda twin, x: twin.train()(*x))
+    assert graph.written == frozenset()
 
 
 def test_what_is_not_cut_is_a_copy_and_the_model_stays():

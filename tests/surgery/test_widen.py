@@ -14,7 +14,7 @@ from sosp_hub.surgery.widen import why_not, widen
 from tests.cases import CASES
 from tests.compare import assert_close
 from tests.structure.oracles import fill, plan_of, run
-from tests.surgery.test_apply import assert_untouched, outputs_of, state
+from tests.surgery.test_apply import WritesToItself, assert_untouched, outputs_of, state
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +60,16 @@ def test_equal_shares_are_the_columns_divided():
     assert_close([wide[0].weight, wide[0].bias, wide[2].weight], expected)
     assert (wide[0].out_features, wide[2].in_features) == (6, 6)
     assert_close(wide[2].bias, model[2].bias, relative=0)
+
+
+def test_a_model_whose_pass_writes_to_its_weights_stays():
+    torch.manual_seed(0)
+    model = WritesToItself().eval()
+    graph, before = trace(model, (torch.arange(8)[None],)), state(model)
+    wide = widen(model, graph, {"first:neuron": (1, 2) * 8})
+    assert_untouched(model, before)
+    assert_close(wide.scale, model.scale, relative=0)
+    assert_close(run(wide, graph), run(model, graph))
 
 
 @pytest.mark.parametrize("init", ["net2net", "fresh"])

@@ -102,6 +102,27 @@ def aliases_of_results() -> None:
         expect(compat.operation(str(func)) is func, f"{func} is not found by its name")
 
 
+@smoke("verification of models whose forward pass writes to their weights")
+def arguments_that_are_written() -> None:
+    one, two, three = torch.ones(2), torch.ones(2), torch.ones(2)
+    aten = compat.aten
+    for func, args, kwargs, expected in (
+        (aten.add.Tensor, (one, two), {}, []),
+        (aten.clamp_.default, (one, 0), {}, [one]),
+        (aten.add.out, (one, two), {"out": three}, [three]),
+        (aten._foreach_add_.Scalar, ([one, two], 1), {}, [one, two]),
+        (aten.embedding_renorm_.default, (one[None], two.long(), 1.0, 2.0), {}, [one[None]]),
+    ):
+        written = [compat.storage_key(t) for t in compat.written_arguments(func, args, kwargs)]
+        expect(written == [compat.storage_key(t) for t in expected], f"{func} writes {written}")
+    with compat.FakeMode() as mode:
+        fake = nn.Parameter(mode.from_tensor(one))
+        expect(compat.storage_key(fake) == compat.storage_key(fake.data[1:]), "views lie apart")
+    expect(compat.storage_key(one) != compat.storage_key(two), "tensors lie in one storage")
+    sparse = torch.eye(2).to_sparse()
+    expect(compat.storage_key(sparse) == compat.storage_key(sparse), "sparse tensors have no key")
+
+
 @smoke("leaving tensors that a model shares with others as they were")
 def writes_to_a_tensor() -> None:
     tensor = torch.zeros(2, 2)
