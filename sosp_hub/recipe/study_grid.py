@@ -1,5 +1,6 @@
 """The cells of a comparison: one recipe for each criterion, budget and seed."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,14 +58,15 @@ def cells_of(recipe: Recipe) -> tuple[list[Cell], list[str]]:
                 "python -m sosp_hub.prune"
             )
         elif made is not None:
-            criteria.append((_criterion_label(entry), made, changes))
+            criteria.append((_criterion_label(entry), entry, made, changes))
     for number, entry in enumerate(section.budgets or [base.get("budget", {})]):
         any_criterion = {"criterion": {"name": "random"}, "budget": {**rest, **entry}}
         made, own_faults = _recipe({**base, **any_criterion}, f"compare.budgets.{number}")
         faults += own_faults
         if made is not None:  # whole, since a criterion may have another default
             whole = {"budget": made.budget.model_dump(mode="json")}
-            budgets.append((_budget_label(made, entry), made, whole))
+            budgets.append((_budget_label(made, entry), entry, made, whole))
+    criteria, budgets = _told_apart(criteria), _told_apart(budgets)
     faults += _repeated("criteria", [(label, _scored(made)) for label, made, _ in criteria])
     faults += _repeated("budgets", [(label, made.budget) for label, made, _ in budgets])
     faults += _repeated("seeds", [(str(seed), seed) for seed in section.seeds])
@@ -98,6 +100,22 @@ def _rephrased(fault: str, where: str) -> str:
     if fault.startswith(f"{section}.") or fault.startswith(f"{section}:"):
         return where + fault.removeprefix(section)
     return f"{where}.{fault}" if fault.startswith("kinds") else f"{where}: {fault}"
+
+
+def _told_apart(
+    entries: Sequence[tuple[str, Mapping[str, Any], Recipe, Any]],
+) -> list[tuple[str, Recipe, Any]]:
+    """Labels, recipes and changes: a label that two have gives way to all that was written."""
+    labels = [label for label, *_ in entries]
+    return [
+        (label if labels.count(label) == 1 else _in_full(entry), made, changes)
+        for label, entry, made, changes in entries
+    ]
+
+
+def _in_full(entry: Mapping[str, Any]) -> str:
+    name = [str(entry["name"])] if "name" in entry else []
+    return " ".join([*name, *(f"{k}={json.dumps(v)}" for k, v in entry.items() if k != "name")])
 
 
 def _criterion_label(entry: Mapping[str, Any]) -> str:

@@ -53,6 +53,26 @@ def test_a_cell_for_each_criterion_budget_and_seed(tmp_path):
     assert cells[8].recipe.structure.kinds == ("layer",)
 
 
+@pytest.mark.parametrize(
+    ("compare", "labels"),
+    [
+        (
+            {"criteria": [{"name": "eap"}, {"name": "eap", "set_size": None}, "random"]},
+            ["eap", "eap set_size=null", "random"],
+        ),
+        (
+            {"criteria": ["random"], "budgets": [{"macs": 0.5}, {"macs": 0.50000001}]},
+            ["macs=0.5", "macs=0.50000001"],
+        ),
+    ],
+    ids=["a null", "a number"],
+)
+def test_no_two_are_called_the_same(tmp_path, compare, labels):
+    cells, _ = cells_of(load(tmp_path, {"seeds": [0], **compare}))
+    budgets = "budgets" in compare
+    assert [cell.budget if budgets else cell.criterion for cell in cells] == labels
+
+
 def test_what_is_left_out_is_the_recipes_own(tmp_path):
     cells, _ = cells_of(load(tmp_path, {"criteria": ["lamp"]}, budget={"params": 0.3}))
     assert [(cell.budget, cell.seed) for cell in cells] == [("params 0.3", s) for s in range(3)]
