@@ -264,8 +264,8 @@ def _verdict(dense: Mapping[str, Any], final: Mapping[str, Any], unit: str) -> s
         return "no spread was measured"
     spread = 1.96 * math.hypot(dense["stderr"], final["stderr"])
     if abs(final["value"] - dense["value"]) <= spread:
-        return f"a difference within the 95 % spread of {samples}"
-    return f"a difference beyond the 95 % spread of {samples}"
+        return f"a difference that two draws of {samples} may make"
+    return f"a difference beyond what two draws of {samples} make"
 
 
 def _costs(

@@ -57,23 +57,23 @@ def test_the_headline_is_one_sentence_with_both_sides(image):
     assert (
         "46.3 % fewer parameters and 50.2 % fewer multiply-accumulates than `cifar_resnet20`; "
         "accuracy 97.8 %, from 98.3 % dense "
-        "(a difference within the 95 % spread of 360 test samples)."
+        "(a difference that two draws of 360 test samples may make)."
     ) in render(image)
 
 
 def test_a_loss_beyond_the_spread_is_called_so(text):
     card = render(text)
-    assert "perplexity 29.9, from 22.4 dense (a difference beyond the 95 % spread of" in card
+    assert "perplexity 29.9, from 22.4 dense (a difference beyond what two draws of" in card
     assert "- perplexity: 22.4 → 29.9 (+33.5 %;" in card
 
 
 @pytest.mark.parametrize(
     ("final", "said"),
     [
-        (0.75, "within the 95 % spread"),  # 0.05; 1.96 times the root of twice 0.02^2 is 0.055
-        (0.74, "beyond the 95 % spread"),
-        (0.85, "within the 95 % spread"),
-        (0.86, "beyond the 95 % spread"),
+        (0.75, "that two draws of 400 test samples may make"),  # 0.05; 1.96 sqrt(2) 0.02 is 0.055
+        (0.74, "beyond what two draws of 400 test samples make"),
+        (0.85, "that two draws of 400 test samples may make"),
+        (0.86, "beyond what two draws of 400 test samples make"),
     ],
 )
 def test_the_spread_of_a_difference_is_that_of_both_sides(image, final, said):
@@ -81,7 +81,7 @@ def test_the_spread_of_a_difference_is_that_of_both_sides(image, final, said):
         for stage, value in (("dense", 0.8), ("final", final)):
             report["metrics"][stage] = {"accuracy": {"value": value, "n": 400, "stderr": 0.02}}
 
-    assert f"(a difference {said} of 400 test samples)" in render(changed(image, measured))
+    assert f"(a difference {said})" in render(changed(image, measured))
 
 
 def test_a_model_that_lost_nothing_is_not_called_better_than_measured(image):
