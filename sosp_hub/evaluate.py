@@ -70,6 +70,7 @@ def evaluate(
 
     Raises:
         DataError: No batches at all, or a metric that this loss has not.
+        ModelError: Not a module.
 
     Example:
         >>> import sosp_hub, torch

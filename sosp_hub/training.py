@@ -366,6 +366,11 @@ def _seed(seed: int) -> None:
 
 def _optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ModelError(
+            f"there is nothing to train: no parameter of the {type(model).__name__} takes a "
+            "gradient; call model.requires_grad_(True) before, or write finetune.lora"
+        )
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},

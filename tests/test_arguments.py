@@ -10,6 +10,8 @@ from sosp_hub.errors import SospHubError
 
 X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0])
 
+ROWS = [(x, y) for x, y in zip(X.repeat(10, 1), Y.repeat(10), strict=True)]
+
 
 @pytest.fixture(scope="module")
 def made():
@@ -36,6 +38,37 @@ CASES = {
     "apply": (lambda m, g, s, p: sosp_hub.apply(g, m, p), "model: got a Graph"),
     "plan first": (lambda m, g, s, p: sosp_hub.apply(m, p, g), "graph: got a PruningPlan"),
     "save": (lambda m, g, s, p: sosp_hub.save_pretrained("out", m), r"a str and a Sequential"),
+    "save a plan": (
+        lambda m, g, s, p: sosp_hub.save_plan(m, "out"),
+        r"a Sequential and a str.*allocate\(",
+    ),
+    "evaluate": (
+        lambda m, g, s, p: sosp_hub.evaluate([(X, Y)], m),
+        r"got a list, expected an nn\.Module",
+    ),
+    "within": (
+        lambda m, g, s, p: sosp_hub.allocate_within(g, m, s, [(X, Y)], max_drop={"loss": 1.0}),
+        r"got a Graph, expected an nn\.Module",
+    ),
+    "within, scores first": (
+        lambda m, g, s, p: sosp_hub.allocate_within(m, s, g, [(X, Y)], max_drop={"loss": 1.0}),
+        r"a Scores and a Graph",
+    ),
+    **{
+        f"{verb.__name__}, {case}": (
+            lambda m, g, s, p, verb=verb, model=model, more=more: verb(
+                model, ROWS, learning_rate=0.1, epochs=1, batch_size=8, **more
+            ),
+            words,
+        )
+        for verb in (sosp_hub.finetune, sosp_hub.finetune_)
+        for case, model, more, words in (
+            ("a folder", "out/small", {}, r"got a str.*from_pretrained\(folder\)"),
+            ("teacher", nn.Linear(3, 2), {"teacher": "t", "distill": 0.5}, r"got a str"),
+            ("frozen", nn.Linear(3, 2).requires_grad_(False), {}, r"nothing to train.*_grad_\("),
+            ("no parameters", nn.Flatten(), {}, r"nothing to train"),
+        )
+    },
     "load": (lambda m, g, s, p: sosp_hub.from_pretrained(m), "a Sequential; expected a folder"),
 }
 

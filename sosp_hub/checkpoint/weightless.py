@@ -22,7 +22,7 @@ def save_plan(plan: PruningPlan, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        CheckpointError: A plan that does not say what it was made for.
+        CheckpointError: No plan, or one that does not say what it was made for.
         OutputError: The folder cannot be written.
 
     Example:
@@ -33,6 +33,11 @@ def save_plan(plan: PruningPlan, folder: str | Path) -> Path:
         >>> [path.name for path in sosp_hub.save_plan(plan, tempfile.mkdtemp()).iterdir()]
         ['sosp_plan.json']
     """
+    if not isinstance(plan, PruningPlan) or not isinstance(folder, str | Path):
+        raise CheckpointError(
+            f"save_plan got a {type(plan).__name__} and a {type(folder).__name__}; expected "
+            "save_plan(plan, folder), with what allocate(...) returns as the plan"
+        )
     if not plan.base_model:
         raise CheckpointError(
             "the plan names no base model: dataclasses.replace(plan, base_model=HUB_ID, "

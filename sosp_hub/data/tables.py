@@ -59,7 +59,8 @@ def read_table(files: Sequence[Path]) -> "Dataset":
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets` left the folder by ``save_to_disk``."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    table = folder / "state.json", folder / "dataset_info.json"
+    return (folder / "dataset_dict.json").is_file() or all(file.is_file() for file in table)
 
 
 def read_saved(folder: Path) -> "Dataset | DatasetDict":

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, default_collate
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.data.split import MadeSplit, Split
 from sosp_hub.errors import DataError, RecipeError
-from sosp_hub.modes import evaluating
+from sosp_hub.modes import check_models, evaluating
 from sosp_hub.pipeline.guest import as_guest
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import FinetuneSection
@@ -60,7 +60,7 @@ def finetune(
     Raises:
         RecipeError: An option that does not exist or has a wrong value.
         DataError: Too few samples to hold some out.
-        ModelError: A loss that is not finite.
+        ModelError: Not a module, no parameter that takes a gradient, or a loss that is not finite.
 
     Example:
         >>> import sosp_hub, torch
@@ -70,6 +70,7 @@ def finetune(
         >>> better is net
         False
     """
+    check_models(model)
     result = copy_model(unwrapped(model))
     finetune_(
         result,
@@ -106,7 +107,7 @@ def finetune_(
     Raises:
         RecipeError: An option that does not exist or has a wrong value.
         DataError: Too few samples to hold some out.
-        ModelError: A loss that is not finite.
+        ModelError: Not a module, no parameter that takes a gradient, or a loss that is not finite.
 
     Example:
         >>> import sosp_hub, torch
@@ -122,7 +123,9 @@ def finetune_(
             "sosp_hub.finetune",
             ["distill, hidden: nothing is followed; give teacher=, such as the dense model"],
         )
-    model, device = unwrapped(model), next(model.parameters()).device
+    check_models(model, *([] if teacher is None else [teacher]))
+    model = unwrapped(model)
+    device = next((parameter.device for parameter in model.parameters()), None)
     followed = None if teacher is None else unwrapped(teacher)
     with as_guest(), evaluating(model):
         try:

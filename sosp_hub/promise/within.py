@@ -14,6 +14,7 @@ from sosp_hub.cost import CostModel
 from sosp_hub.cut import apply
 from sosp_hub.errors import BudgetError
 from sosp_hub.evaluate import metrics_of_samples
+from sosp_hub.modes import check_models
 from sosp_hub.plan import PruningPlan
 from sosp_hub.promise.search import Promise, not_met, smallest
 from sosp_hub.recipe.metrics import DIVERGENCE, Drop, read_drops
@@ -83,6 +84,7 @@ def allocate_within(
         BudgetError: An unknown metric, or a promise that nothing keeps: says what is kept, with
             all that was tried.
         DataError: Too few samples to prove it; says how many are needed.
+        ModelError: Not a module.
         VerificationError: A cut goes wrong; its ``groups`` say where. A model of which a group
             stayed whole would be another one than the plan's.
 
@@ -99,6 +101,13 @@ def allocate_within(
         >>> isinstance(within.plan, sosp_hub.PruningPlan)
         True
     """
+    check_models(model)
+    if not isinstance(graph, Graph) or not isinstance(saliency, Mapping):
+        raise BudgetError(
+            f"allocate_within got a {type(graph).__name__} and a {type(saliency).__name__}; "
+            "expected allocate_within(model, graph, saliency, held_out, max_drop=...), with what "
+            "trace(...) and score(...) return"
+        )
     names = ("accuracy", "loss", "perplexity", *meters)
     of_all = [name for name, meter in meters.items() if isinstance(meter, OfAll)]
     try:

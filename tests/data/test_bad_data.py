@@ -139,6 +139,13 @@ def test_what_save_to_disk_wrote_is_read(tmp_path):
         opened(tmp_path / "one")
 
 
+def test_another_programs_state_beside_rows_is_no_saved_dataset(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text(table(["a,x", "b,y"]))
+    assert len(open_data(DataSection(path=str(tmp_path)), TEXT).train) == 40
+
+
 # ------------------------------------------------------------------------------------- images
 def folder_of(folder, save, number=12):
     for label in "ab":
