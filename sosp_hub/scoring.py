@@ -154,7 +154,13 @@ def score(
     if method.needs == "labels" and curvature is None:
         batches, loss_fn = _own_outputs_where_alone(batches, loss_fn)
     check_loss(method, loss_fn)
-    groups = scorable_groups(graph, type(method), kinds)
+    chosen = _of_kinds(graph, type(method), kinds)
+    groups = _able(type(method), chosen)
+    if whole := [name for name in chosen if name not in groups]:
+        logger.info(
+            "criterion %r scores only groups that are %s; %d of %d stay whole: %s",
+            *(method.name, method.scores_only, len(whole), len(chosen), _shown(whole)),
+        )
     if isinstance(method, GateCriterion):
         groups = _with_gates(model, groups, method.name, method.gate)
     units = _units(graph, groups, per)
@@ -303,6 +309,12 @@ def scorable_groups(
     Raises:
         CriterionError: An unknown kind, none of the kinds, or one that the criterion cannot score.
     """
+    return _able(criterion, _of_kinds(graph, criterion, kinds))
+
+
+def _of_kinds(
+    graph: HasGroups, criterion: type[Criterion], kinds: tuple[str, ...] | list[str] | None
+) -> Groups:
     scorable = criterion.kinds
     if isinstance(kinds, str):
         raise CriterionError(f"kinds={kinds!r}: write a list of kinds, such as [{kinds!r}]")
@@ -326,7 +338,7 @@ def scorable_groups(
             f"criterion {criterion.key()!r} cannot score the kinds {', '.join(sorted(wrong))}; it "
             f"scores {', '.join(scorable)}. Name other kinds, or use {_others(wrong)}"
         )
-    return _able(criterion, chosen)
+    return chosen
 
 
 def _with_gates(model: nn.Module, groups: Groups, criterion: str, gate: GateKind) -> Groups:
@@ -348,17 +360,13 @@ def _with_gates(model: nn.Module, groups: Groups, criterion: str, gate: GateKind
 
 def _able(criterion: type[Criterion], groups: Groups) -> Groups:
     able = {name: group for name, group in groups.items() if criterion.can_score(group)}
-    whole = [name for name in groups if name not in able]
-    limit = f"criterion {criterion.key()!r} scores only groups that are {criterion.scores_only}"
     if not able:
         kinds = {group.kind for group in groups.values()}
         raise CriterionError(
-            f"{limit}, and none of the {len(groups)} of this model ({', '.join(sorted(kinds))}) "
-            f"is; use {_others(kinds)}"
+            f"criterion {criterion.key()!r} scores only groups that are {criterion.scores_only}, "
+            f"and none of the {len(groups)} of this model ({', '.join(sorted(kinds))}) is; use "
+            f"{_others(kinds)}"
         )
-    if whole:
-        shown = ", ".join(whole[:4]) + ", ..." * (len(whole) > 4)
-        logger.info("%s; %d of %d stay whole: %s", limit, len(whole), len(groups), shown)
     return able
 
 
