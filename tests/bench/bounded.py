@@ -23,6 +23,10 @@ _ASLEEP_S = 120
 """So long a process may wait for nothing; one that others keep from running does not wait."""
 
 
+class TimeUpError(BaseException):
+    """The process has had its processor time; nothing that the model does catches it."""
+
+
 def in_own_process(
     name: str, work_on: Callable[[str], Record], limit_s: float, most_bytes: int
 ) -> Record:
@@ -70,6 +74,7 @@ def _work(
 ) -> None:
     os.setsid()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGXCPU, _time_up)  # the hard limit ends what does not come back to it
     resource.setrlimit(resource.RLIMIT_CPU, (int(limit_s), int(limit_s) + 5))
     resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -78,10 +83,17 @@ def _work(
         record = work_on(name)
     except Exception as error:  # noqa: BLE001 - the benchmark is about failures
         record = {"model": name, "status": "build", "message": short(error, with_place=True)}
+    except TimeUpError as error:
+        record = {"model": name, "status": "time", "message": short(error, with_place=True)}
+        record["message"] = f"not done after {limit_s:.0f} s{record['message']}"
     if wants_memory(record.get("message", "")):
         record["status"] = "memory"
     record["cpu_s"] = round(time.process_time() - start, 1)
     sender.send_bytes(json.dumps(record).encode())
+
+
+def _time_up(*_: Any) -> None:
+    raise TimeUpError
 
 
 def _sleeps(pid: int) -> bool:

@@ -8,7 +8,9 @@
 The smallest architecture of every timm module, tiny models of many layouts of transformers
 families, a small model of every other family that can be built from its shrunk default config,
 models of torchvision, with random weights, each in its own process with limits of time and memory.
-Models that are unlike come first; a stopped run goes on with the model that it was at.
+One layout of each popular family comes first, then one of every other family beside the timm
+modules and torchvision, then more layouts and parts of models; a stopped run goes on with the
+model that it was at.
 
 Three plans are cut by ``apply(strict=True)``, which verifies against the masked model, also padded,
 with other batch sizes and lengths, eager and from a cache: the exact groups, the kinds that are
@@ -32,6 +34,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import re
@@ -150,25 +153,31 @@ _PLAIN = ("Yolo", "UNet", "Denoiser", "TwoTowers")
 
 
 def models() -> dict[str, tuple[str, Callable[[], Built]]]:
-    """Library and builder by the name that records use; those that are unlike come first."""
-    found: dict[str, tuple[str, Callable[[], Built]]] = {}
-    for model_type, name in by_turns(tiny.model_types(), lambda each: tiny.head_of(each[1])):
-        found[f"transformers/{model_type}/{name}"] = (
-            "transformers",
-            lambda name=name: tiny_model(name),
-        )
-    for family in FAMILIES:
-        found[f"transformers/{family.name}"] = (
-            "transformers",
-            lambda family=family: (family.build(), family.inputs(), family.outputs),
-        )
+    """Library and builder by the name that records use; popular and unlike ones come first."""
+    found: dict[str, Callable[[], Built]] = {}
+    kinds: dict[str, list[str]] = {"popular": [], "other": [], "part": []}
+    for model_type, name in tiny.model_types():
+        found[f"transformers/{model_type}/{name}"] = lambda name=name: tiny_model(name)
+        kinds[tiny.kind_of(model_type)].append(f"transformers/{model_type}/{name}")
     for module, name in SMALLEST.items():
-        found[f"timm/{module}/{name}"] = ("timm", lambda name=name: timm_model(name))
+        found[f"timm/{module}/{name}"] = lambda name=name: timm_model(name)
     for name in _TORCHVISION:
-        found[f"torchvision/{name}"] = ("torchvision", lambda name=name: torchvision_model(name))
+        found[f"torchvision/{name}"] = lambda name=name: torchvision_model(name)
     for name in _PLAIN:
-        found[f"plain/{name}"] = ("plain", lambda name=name: plain_model(name))
-    return found
+        found[f"plain/{name}"] = lambda name=name: plain_model(name)
+    for family in FAMILIES:
+        found[f"transformers/{family.name}"] = lambda family=family: (
+            family.build(), family.inputs(), family.outputs,
+        )  # fmt: skip
+    others = [name for name in found if not name.startswith("transformers/")]
+    unlike = by_turns(kinds["other"], lambda name: tiny.head_of(name.rpartition("/")[2]))
+    order = [
+        *kinds["popular"],
+        *by_turns([*unlike, *others], lambda name: name.partition("/")[0]),
+        *(f"transformers/{family.name}" for family in FAMILIES),
+        *kinds["part"],
+    ]
+    return {name: (name.partition("/")[0], found[name]) for name in order}
 
 
 def by_turns(items: Iterable[Item], kind: Callable[[Item], str]) -> list[Item]:
@@ -464,6 +473,9 @@ def main() -> None:
     if args.peer:
         work_on, path = measure_other, args.peer_records
     known = read(path)
+    if not args.table:
+        work_on("plain/Denoiser")  # imports once what every process would
+        gc.freeze()
     for name in () if args.table else models():
         if args.only:
             wanted = any(part in name.split("/") for part in args.only)

@@ -123,6 +123,44 @@ def model_types() -> Iterator[tuple[str, str]]:
                 break
 
 
+_POPULAR = (
+    "exaone", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "mistral", "mistral3",
+    "mixtral", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "phi", "phi3",
+    "phi4_multimodal", "gpt-sw3", "gpt_neox", "gpt_oss", "gptj", "falcon", "bloom", "opt",
+    "olmo2", "granite", "granitemoehybrid", "cohere2", "starcoder2", "stablelm", "smollm3", "glm4",
+    "glm4_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "exaone4", "ernie4_5", "lfm2",
+    "llama4", "minimax", "mamba", "mamba2", "falcon_h1", "jamba", "nemotron_h", "bert", "roberta",
+    "distilbert", "albert", "electra", "deberta", "deberta-v2", "modernbert", "xlm-roberta",
+    "mpnet", "nomic_bert", "longformer", "big_bird", "xlnet", "t5", "mt5", "t5gemma", "bart",
+    "mbart", "m2m_100", "marian", "pegasus", "led", "layoutlmv3", "esm", "vit", "deit", "beit",
+    "swin", "swinv2", "convnext", "convnextv2", "resnet", "dinov2", "dinov2_with_registers",
+    "dinov3_vit", "dinov3_convnext", "segformer", "mask2former", "maskformer", "oneformer", "detr",
+    "conditional_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "rf_detr", "d_fine", "yolos",
+    "dpt", "depth_anything", "zoedepth", "sam", "sam2", "sam3", "videomae", "vivit", "vjepa2",
+    "upernet", "mobilevit", "mobilenet_v2", "efficientnet", "clip", "siglip", "siglip2", "clipseg",
+    "blip", "blip-2", "instructblip", "owlvit", "owlv2", "grounding-dino", "llava", "llava_next",
+    "llava_onevision", "vipllava", "idefics2", "idefics3", "smolvlm", "internvl", "paligemma",
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mllama", "pixtral", "florence2", "kosmos-2",
+    "git", "vilt", "trocr", "donut-swin", "vision-encoder-decoder", "whisper", "wav2vec2",
+    "wav2vec2-bert", "hubert", "wavlm", "speech_to_text", "speecht5", "seamless_m4t_v2",
+    "audio-spectrogram-transformer", "clap", "encodec", "dac", "mimi", "musicgen", "bark", "vits",
+    "moonshine", "parakeet_ctc", "voxtral", "qwen2_audio", "csm", "patchtst", "patchtsmixer",
+    "timesfm", "informer", "time_series_transformer", "table-transformer", "tapas", "rwkv",
+    "recurrent_gemma", "zamba2", "xlstm",
+)  # fmt: skip  # GPT-2 and Llama go by the first model type of their class: gpt-sw3 and exaone
+_PARTS = (
+    "_text", "_vision", "_audio", "_encoder", "_decoder", "_model", "_tokenizer", "_vqmodel",
+    "_assistant", "_thinker", "_with_hifigan",
+)  # fmt: skip
+
+
+def kind_of(model_type: str) -> str:
+    """``popular``; ``part`` of another model, named after it; or ``other``."""
+    if model_type in _POPULAR:
+        return "popular"
+    return "part" if model_type.endswith(_PARTS) else "other"
+
+
 def head_of(name: str) -> str:
     """What the class of a model is for: what its name says after the model type."""
     return re.split(r"For(?=[A-Z])|(?=LMHead|Model$)", name)[-1]
