@@ -60,7 +60,6 @@ from sosp_hub.errors import SospHubError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
-from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply, cut
 from sosp_hub.types import DEFAULT_KINDS
@@ -94,9 +93,7 @@ def timm_model(name: str) -> Built:
 
 def tiny_model(name: str) -> Built:
     """A small model of a transformers class, and the outputs that its task reads."""
-    model = tiny.build(name)
-    with isolated(model):
-        inputs, result = tiny.run(model)
+    model, inputs, result = tiny.built(name)
     return model, inputs, tiny.task_outputs(result)
 
 

@@ -75,11 +75,13 @@ _OTHERS = {
     "num_image_tokens": 16, "mm_tokens_per_image": 4, "image_seq_length": 16, "image_seq_len": 16,
     "scale_factor": 2, "pixel_shuffle_ratio": 0.5, "codebook_dim": 16, "chunk_size": 8,
     "max_length": 64, "num_groups": 4, "context_size": 16,
-    "num_global_layers": 1, "num_nextn_predict_layers": 0,
+    "num_global_layers": 1, "num_nextn_predict_layers": 0, "upsample_groups": 4,
+    "vocab_size_per_layer_input": WORDS, "hidden_size_per_layer_input": 16,
+    "n_groups": 2, "mamba_n_groups": 2, "vector_quantization_hidden_dimension": 16,
 }  # fmt: skip
 _LISTS = {
     "hidden_sizes", "encoder_hidden_sizes", "embed_dims", "neck_hidden_sizes", "conv_dim",
-    "tdnn_dim", "out_channels", "decoder_in_channels", "fusion_hidden_sizes",
+    "tdnn_dim", "out_channels", "fusion_hidden_sizes",
     "backbone_out_channels", "channels", "upsample_rates", "decoder_hidden_sizes",
 }  # fmt: skip
 _COUNTS = {"depths", "num_blocks_list", "layers_per_block", "num_conv_layers", "decoder_depths"}
@@ -105,6 +107,10 @@ _BACKBONE = {
 _WAVES_WITH_CHANNEL = (
     "Encodec", "Dac", "Mimi", "Xcodec", "PeAudio", "OmniASR", "NeuCodec", "HiggsAudio",
 )  # fmt: skip
+
+
+_IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_token_id")
+_AUDIO_TOKENS = ("audio_token_id", "audio_token_index")
 
 
 def model_types() -> Iterator[tuple[str, str]]:
@@ -166,17 +172,34 @@ def head_of(name: str) -> str:
     return re.split(r"For(?=[A-Z])|(?=LMHead|Model$)", name)[-1]
 
 
-def shrunk(config: Any) -> dict[str, Any]:
-    """The values of a config, with small sizes."""
+_CAUTIOUS = {
+    "vocab_size", "text_vocab_size", "max_position_embeddings", "n_positions", "image_size",
+    "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "sliding_window",
+    "num_nextn_predict_layers", "first_k_dense_replace",
+}  # fmt: skip
+
+
+def shrunk(config: Any, level: int = 0) -> dict[str, Any]:
+    """The values of a config, with small sizes.
+
+    Args:
+        config: A config.
+        level: What is left as it is, since others may depend on it: 1 = sizes other than widths,
+            heads, layers and words, 2 = widths and heads as well.
+    """
     values: dict[str, Any] = {}
     given = set(inspect.signature(type(config).__init__).parameters) | {
         name for kind in type(config).__mro__ for name in vars(kind).get("__annotations__", {})
     }
     for name, value in vars(config).items():
         if hasattr(value, "to_diff_dict"):
-            values[name] = {**shrunk(value), "model_type": value.model_type}
+            small = shrunk(value, level)
+            other = {k: v for k, v in value.to_diff_dict().items() if k not in _HEAD_DIMS}
+            if "out_indices" in small:  # of fewer layers
+                other.pop("out_features", None)
+            values[name] = {**other, **small, "model_type": value.model_type}
         elif name in given and not name.startswith("_"):
-            new = _small(name, value)
+            new = _small(name, value, level)
             if new is not value:
                 values[name] = new
     layers = next((values[n] for n in ("num_hidden_layers", "n_layer") if n in values), None)
@@ -186,20 +209,38 @@ def shrunk(config: Any) -> dict[str, Any]:
             values[name] = _varied(value, layers)
     if "qk_rope_head_dim" in values and "head_dim" in values:
         values["head_dim"] = values["qk_rope_head_dim"]  # of the part that is turned
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:  # of latent ones each head has
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    for name in ("backbone_out_indices", "out_indices"):
+        number = len(getattr(config, name, None) or ())
+        if number > values.get("num_hidden_layers", number):  # a feature map for each of the necks
+            values |= {"num_hidden_layers": number, name: [*range(number)]}
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
         values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1}
     backbone = getattr(config, "backbone_config", False)
     if backbone is None or getattr(backbone, "model_type", "") == "timm_backbone":
-        values |= {"backbone_config": _BACKBONE, "backbone": None, "use_timm_backbone": False}
+        stages = [*_BACKBONE["out_features"]]
+        if hasattr(config, "mask_feature_size") or hasattr(config, "pool_scales"):
+            stages = ["stage1", *stages]
+        values |= {
+            "backbone_config": {**_BACKBONE, "out_features": stages},
+            "backbone": None,
+            "use_timm_backbone": False,
+        }
+    for name, size in (("vocab_size", 33), ("num_experts_per_tok", 2), ("prediction_length", 4)):
+        if vars(config).get(name, size) is None:
+            values[name] = size
     if getattr(config, "pad_token_id", None) is not None and config.pad_token_id >= WORDS:
         values["pad_token_id"] = 0
     for name in vars(config):
-        token = getattr(config, name)
+        token = vars(config)[name]
         if name.endswith(("token_id", "token_index")) and type(token) is int and token >= WORDS:
             values[name] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}.get(
                 name, WORDS - 2 - sum(map(ord, name)) % 20
             )
+        elif name in _IMAGE_TOKENS + _AUDIO_TOKENS and token is None:  # left to the processor
+            values[name] = WORDS - 1
     return values
 
 
@@ -210,7 +251,11 @@ def _varied(value: list[Any], number: int) -> list[Any]:
     return [*first, rest[0] if rest else value[number - 1]]
 
 
-def _small(name: str, value: Any) -> Any:
+def _small(name: str, value: Any, level: int) -> Any:
+    if level and name in _OTHERS and name not in _CAUTIOUS:
+        return value
+    if level > 1 and name not in _LAYERS | _CAUTIOUS:
+        return value
     if type(value) is int and value > 1:
         for names, size in (
             (_WIDTHS, 64), (_INNER, 96), (_HEADS, 4), (_HEAD_DIMS, 16), (_LAYERS, 2),
@@ -229,21 +274,91 @@ def _small(name: str, value: Any) -> Any:
         if name in {"image_size", "img_size"}:
             return type(value)([PIXELS for _ in value])
         if name in _HEADS:
-            return type(value)([min(4, item) for item in value])
+            return type(value)([4 if item > 3 else min(2, item) for item in value])
     return value
 
 
-def build(name: str) -> nn.Module:
-    """A small model of a class."""
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_GRID = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
+_VALUES: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": 96,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": WORDS,
+    },
+    "mamba2": {"num_heads": 8},
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8, "input_size": PIXELS},
+    "oneformer": {"task_seq_len": LENGTH},
+    "wav2vec2-bert": {"feature_projection_input_dim": 16},
+    "d_fine": {"backbone_config": {"hidden_sizes": [256, 512, 1024, 2048]}},
+    "layoutlmv2": {"coordinate_size": 12, "shape_size": 8},
+    "swin": {"image_size": 128},
+    "donut-swin": {"image_size": 128},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "grounding-dino": {"num_queries": 4},
+    "mm-grounding-dino": {"num_queries": 4},
+    "llava_next": _GRID,
+    "llava_next_video": _GRID,
+    "llava_onevision": _GRID,
+    "granite4_vision": _GRID,
+    "florence2": {"vision_config": {"projection_dim": 64}},
+    "glm4v": {"text_config": _ROPE},
+    "glm_ocr": {"text_config": _ROPE},
+    "qwen2_vl": {"text_config": _ROPE},
+    "qwen2_5_vl": {"text_config": _ROPE, "vision_config": {"window_size": 32}},
+    "voxtral": {"audio_config": {"intermediate_size": 256}},
+    "sam2": {
+        "vision_config": {
+            "backbone_config": {
+                "hidden_size": 16, "embed_dim_per_stage": [16, 32, 64, 128],
+                "num_attention_heads_per_stage": [1, 2, 4, 8], "blocks_per_stage": [1, 1, 2, 1],
+            },
+            "backbone_channel_list": [128, 64, 32, 16], "fpn_hidden_size": 64,
+        }
+    },
+}  # fmt: skip
+"""What names alone do not tell."""
+
+
+def _merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(values[k], v) if isinstance(v, dict) and k in values else v
+            for k, v in more.items()}  # fmt: skip
+    return {**values, **both}
+
+
+_MOST_PARAMETERS = 40_000_000
+
+
+def built(name: str) -> tuple[nn.Module, dict[str, Any], Any]:
+    """A small model of a class, inputs that it runs on, and what it returns."""
+    first: Exception | None = None
+    for level in range(3):
+        try:
+            model = build(name, level)
+            return (model, *run(model))
+        except Exception as error:  # noqa: BLE001 - names of values do not tell all that they mean
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def build(name: str, level: int = 0) -> nn.Module:
+    """A small model of a class; ``level`` is that of `shrunk`."""
     model_class = getattr(transformers, name)
     config_class = model_class.config_class
-    values = shrunk(config_class())
+    values = shrunk(config_class(), level)
     if "is_decoder" in inspect.signature(config_class.__init__).parameters:
         values |= {"is_decoder": True} if "LMHead" in name or "CausalLM" in name else {}
     if "SemanticSegmentation" in name and hasattr(config_class(), "out_indices"):
         values |= {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
-    config = config_class(**values)
-    return model_class(config).eval()
+    values = _merged(values, _VALUES.get(config_class.model_type, {}))
+    if level:
+        with torch.device("meta"):
+            large = model_class(config_class(**values))
+        if sum(parameter.numel() for parameter in large.parameters()) > _MOST_PARAMETERS:
+            raise ValueError("too large with the widths of its default config")
+    return model_class(config_class(**values)).eval()
 
 
 def run(model: nn.Module) -> tuple[dict[str, Any], Any]:
@@ -251,6 +366,11 @@ def run(model: nn.Module) -> tuple[dict[str, Any], Any]:
     first: Exception | None = None
     for inputs in _variants(model):
         try:
+            for place in (
+                ("pixel_values", "get_image_features", _IMAGE_TOKENS),
+                ("input_features", "get_audio_features", _AUDIO_TOKENS),
+            ):
+                _place_features(model, model.config, inputs, *place)
             with torch.no_grad():
                 return inputs, model(**inputs)
         except Exception as error:  # noqa: BLE001 - names of arguments do not tell all layouts
@@ -266,6 +386,7 @@ def _variants(model: nn.Module) -> Iterator[dict[str, Any]]:
     asked = inspect.signature(model.forward).parameters
     config: Any = model.config
     if (sound := found.get("input_features")) is not None:
+        yield {**found, "input_features": sound.transpose(1, 2)[:, None]}
         for features in (sound, sound.transpose(1, 2)):
             yield {**found, "input_features": features}
             for name in ("input_features_mask", "attention_mask"):
@@ -280,7 +401,8 @@ def _variants(model: nn.Module) -> Iterator[dict[str, Any]]:
             yield {**found, "input_values": values}
     if (picture := found.get("pixel_values")) is not None:
         yield {**found, "pixel_values": picture[:, None]}
-        yield {**found, "pixel_values": picture[:, None].repeat(1, 2, 1, 1, 1)}
+        for number in (2, 3):
+            yield {**found, "pixel_values": picture[:, None].repeat(1, number, 1, 1, 1)}
 
 
 def inputs_of(model: nn.Module) -> dict[str, Any]:
@@ -294,8 +416,8 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def words(length: int = LENGTH) -> torch.Tensor:
-        high = max(getattr(text, "vocab_size", WORDS) or WORDS, 60)
-        return torch.randint(5, min(high, 90), (2, length), generator=generator)
+        high = min(getattr(text, "vocab_size", WORDS) or WORDS, 90)
+        return torch.randint(min(5, high // 2), high, (2, length), generator=generator)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -311,6 +433,12 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
     bins = getattr(audio, "num_mel_bins", None) or getattr(audio, "n_mels", None) or 16
+    past = (getattr(config, "context_length", None) or 32) + max(
+        getattr(config, "lags_sequence", None) or [0]
+    )
+    maker = inspect.signature(getattr(model, "get_image_features", words)).parameters
+    if "image_sizes" not in maker or maker["image_sizes"].default is not inspect.Parameter.empty:
+        asked = {name: value for name, value in asked.items() if name != "image_sizes"}
     makers = {
         "input_ids": words,
         "pixel_values": lambda: noise(2, channels, height, width),
@@ -318,13 +446,26 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
             2, *((1,) if type(model).__name__.startswith(_WAVES_WITH_CHANNEL) else ()), 1600
         ),
         "image_grid_thw": lambda: torch.tensor([[1, 4, 4], [1, 4, 4]]),
+        "image_sizes": lambda: torch.tensor([[height, width], [height, width]]),
+        "task_inputs": words,
+        "qformer_input_ids": words,
+        "feature_attention_mask": lambda: torch.ones(
+            2, 2 * getattr(audio, "max_source_positions", 20), dtype=torch.long
+        ),
         "query_embeds": lambda: noise(2, 9, getattr(config, "hidden_size", 64)),
         "input_features": lambda: noise(2, bins, 2 * getattr(audio, "max_source_positions", 20)),
         "decoder_input_ids": lambda: words(7),
         "bbox": lambda: torch.tensor([1, 2, 10, 20]).repeat(2, LENGTH, 1),
         "past_values": lambda: noise(
-            2, getattr(config, "context_length", 32), getattr(config, "num_input_channels", 1)
+            *(2, past),
+            *([config.num_input_channels] if hasattr(config, "num_input_channels") else []),
         ),
+        "past_observed_mask": lambda: torch.ones(2, past),
+        "past_time_features": lambda: noise(2, past, getattr(config, "num_time_features", 1)),
+        "future_time_features": lambda: noise(
+            2, config.prediction_length, getattr(config, "num_time_features", 1)
+        ),
+        "future_values": lambda: noise(2, config.prediction_length),
         "pixel_values_videos": lambda: noise(
             2, getattr(config, "num_frames", 2), channels, height, width
         ),
@@ -341,26 +482,20 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
         found["attention_mask"] = torch.ones_like(found["input_ids"])
     if "use_cache" in asked or getattr(text, "use_cache", False):
         found["use_cache"] = False
-    if "pixel_values" in found and "input_ids" in found:
-        _place_images(model, config, found)
     return found
 
 
-def _place_images(model: nn.Module, config: Any, found: dict[str, Any]) -> None:
-    """As many places for an image in the prompt as its features are long."""
-    token = next(
-        (
-            getattr(config, name)
-            for name in ("image_token_id", "image_token_index", "media_token_id")
-            if getattr(config, name, None) is not None
-        ),
-        None,
-    )
-    if token is None or not hasattr(model, "get_image_features"):
+def _place_features(
+    model: nn.Module, config: Any, found: dict[str, Any], data: str, maker: str, names: Any
+) -> None:
+    """As many places for an image, or a sound, in the prompt as its features are long."""
+    token = next((getattr(config, n) for n in names if getattr(config, n, None) is not None), None)
+    if token is None or not {data, "input_ids"} <= found.keys() or not hasattr(model, maker):
         return
     with torch.no_grad():
-        makes: Any = model.get_image_features
-        names = [name for name in inspect.signature(makes).parameters if name in found]
+        makes: Any = getattr(model, maker)
+        wants = inspect.signature(makes).parameters
+        names = [n for n in wants if n in found] or [data]  # those that hand on what they get
         features: Any = makes(**{name: found[name] for name in names})
     features = getattr(features, "pooler_output", features)
     if isinstance(features, tuple | list):
