@@ -178,6 +178,16 @@ def storage_key(tensor: Tensor) -> int:
         return id(tensor)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it, or what caused it, says that memory does not suffice."""
+    words = "can't allocate memory", "could not create a primitive"  # the CPU's, oneDNN's
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or any(each in str(error) for each in words)
+        or (error.__cause__ is not None and out_of_memory(error.__cause__))
+    )
+
+
 def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
     """Gradient by the input of a softmax over the last dimension, from its output."""
     return aten._softmax_backward_data(grad, output, -1, output.dtype)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.torch import out_of_memory
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import GateKind, Gates, gated
 from sosp_hub.structure.groups import Groups
@@ -203,9 +204,3 @@ def _run_in_step(
 def is_sharded(model: nn.Module) -> bool:
     """Whether weights are spread over processes (FSDP2), which gather them for each pass."""
     return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether it says that memory does not suffice."""
-    words = "can't allocate memory", "could not create a primitive"  # the CPU's, oneDNN's
-    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)

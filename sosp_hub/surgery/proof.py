@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from sosp_hub.compat.torch import out_of_memory
 from sosp_hub.errors import SospHubError, VerificationError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.trace import describe
-from sosp_hub.surgery.verify import Cut, check_cut, outputs_of, twin_of
+from sosp_hub.surgery.verify import PEAK_OF_A_CUT, Cut, check_cut, outputs_of, twin_of
 
 _LOG = logging.getLogger("sosp_hub")
 
@@ -37,7 +38,7 @@ def verified_cut(
 
     Raises:
         VerificationError: ``strict`` or gates, and it does not; no group was found where it goes
-            wrong, or too many were.
+            wrong, or too many were; or memory does not suffice.
     """
     strict = strict or bool(plan.gates or plan.shifts)
     with isolated(model):
@@ -49,7 +50,8 @@ def verified_cut(
                 break
             except Exception as error:  # noqa: BLE001 - whatever a wrong cut makes the code raise
                 failure = error
-            _check_dense(model, graph)
+            _check_memory(failure, thorough)
+            _check_dense(model, graph, thorough)
             names = _culprit(model, graph, part, thorough, cut)
             told = _told(failure)
             if not names:
@@ -84,13 +86,28 @@ def _told(failure: Exception) -> str:
     return str(failure) if isinstance(failure, SospHubError) else f"the cut fails: {failure!r}"
 
 
-def _check_dense(model: nn.Module, graph: Graph) -> None:
+def _check_memory(failure: Exception, thorough: bool) -> None:
+    """Tells a lack of memory from a cut that goes wrong."""
+    if not out_of_memory(failure):
+        return
+    if thorough:
+        advice = (
+            f"it takes about {PEAK_OF_A_CUT} times what the weights take, beside a pass; free "
+            "memory, trace with smaller example inputs, or give verify='fast'"
+        )
+    else:
+        advice = "free memory, or trace with smaller example inputs"
+    raise VerificationError(f"memory does not suffice to verify the cut: {advice}") from failure
+
+
+def _check_dense(model: nn.Module, graph: Graph, thorough: bool) -> None:
     """Tells inputs on which the model itself fails from a cut that fails."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return
     try:
         outputs = outputs_of(twin_of(model, graph), graph)
     except Exception as error:
+        _check_memory(error, thorough)
         raise VerificationError(
             f"{type(model).__name__} itself does not run on the example inputs "
             f"{describe(graph.example_inputs)}: {type(error).__name__}: {error}. Trace it again, "
@@ -119,7 +136,8 @@ def _culprit(
         part = PruningPlan({n: plan.kept[n] for n in names}, {n: plan.sizes[n] for n in names})
         try:
             check_cut(model, graph, part, thorough, cut)
-        except Exception:  # noqa: BLE001 - whatever the broken model raises, it is in here
+        except Exception as error:  # noqa: BLE001 - whatever the broken model raises, it is in here
+            _check_memory(error, thorough)
             return True
         return False
 

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sosp_hub.compat.torch import DispatchMode, FakeMode, TensorTable, result_aliases
+from sosp_hub.compat.torch import DispatchMode, FakeMode, TensorTable, out_of_memory, result_aliases
 from sosp_hub.errors import SospHubError, VerificationError
 from sosp_hub.plan import GrowthPlan, Plan, PruningPlan
 from sosp_hub.structure import rules
@@ -121,8 +121,11 @@ def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool,
                     raise
                 error, ran = in_double(traced, run)
             if TOLERANCE < error < (float("inf") if _chooses(traced) else _ROUNDING):
-                with suppress(Exception):  # float32 may be written into the code
+                try:
                     error, _ = in_double(traced, run)
+                except Exception as failure:  # float32 may be written into the code
+                    if out_of_memory(failure):
+                        raise
             if not error <= TOLERANCE:
                 raise VerificationError(
                     "the cut model's outputs differ from the masked model's by "

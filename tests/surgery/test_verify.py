@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sosp_hub.allocation import allocate
 from sosp_hub.errors import VerificationError
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery import apply as surgery
+from sosp_hub.surgery import proof
 from sosp_hub.surgery.apply import apply, cut
 from sosp_hub.surgery.carry import carry
 from sosp_hub.surgery.proof import verified_cut
@@ -395,6 +397,24 @@ def test_inputs_on_which_the_model_itself_fails_are_no_fault_of_the_cut():
         apply(model, graph, half(graph), strict=True)
     assert "report the model" not in str(caught.value)
     assert not caught.value.groups
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_lack_of_memory_is_no_fault_of_the_cut(monkeypatch, block, verify, first):
+    """Seen as one, it would leave groups whole that are cut rightly."""
+    model, graph = block
+    calls = itertools.count(1)
+
+    def full(*_):
+        lack = "DefaultCPUAllocator: can't allocate memory"
+        raise RuntimeError("wrong" if next(calls) < first else lack)
+
+    monkeypatch.setattr(proof, "check_cut", full)
+    with pytest.raises(VerificationError, match="memory does not suffice") as caught:
+        apply(model, graph, half(graph), verify)
+    assert "report the model" not in str(caught.value)
+    assert not graph.unproved
 
 
 # --- the masked model itself ---
