@@ -241,13 +241,14 @@ def _cost_of_targets(
 
 
 def _admissible(
-    graph: Graph, names: Iterable[str], targets: Iterable[Target]
+    graph: Graph, names: Collection[str], targets: Iterable[Target]
 ) -> dict[str, frozenset[int]]:
     """The counts besides its size that all targets allow a group, where one of them limits it."""
     admissible: dict[str, frozenset[int]] = {}
+    groups = [graph.groups[name] for name in names]
     for name in names:
         for target in targets:
-            counts = target.counts(graph.groups[name])
+            counts = target.counts(graph.groups[name], groups)
             if counts is not None:
                 admissible[name] = admissible.get(name, frozenset(counts)) & frozenset(counts)
     return admissible

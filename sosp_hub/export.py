@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sosp_hub.atomic import as_others_are, draft_folder_in, put_in_place, writing
 from sosp_hub.callable_module import make_callable
 from sosp_hub.command_name import command_name
-from sosp_hub.errors import CheckpointError, SospHubError
+from sosp_hub.errors import CheckpointError, ModelError, SospHubError
 from sosp_hub.recipe.targets import TARGETS, Target, make_target
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def export(
     Raises:
         CheckpointError: An unknown target or option, a layer that the target has no form for, a
             place that is taken, or a package that is missing.
-        ModelError: A model that the target has no form for.
+        ModelError: No model, one without weights, or one that the target has no form for.
         OutputError: The place cannot be written.
 
     Example:
@@ -55,6 +55,11 @@ def export(
         'small.pt2'
     """
     target = to if isinstance(to, Target) else make_target(to, CheckpointError, **options)
+    if target is to and options:
+        raise CheckpointError(
+            f"export: got a target and the options {', '.join(options)}; give its name with them"
+        )
+    _check_given(model, out, tokenizer)
     folder = None
     if isinstance(model, str | Path):
         from sosp_hub.checkpoint.io import from_pretrained
@@ -80,6 +85,27 @@ def export(
             for path in written:
                 put_in_place(path, place.with_name(path.name))
     return place
+
+
+def _check_given(model: Any, out: Any, tokenizer: Any) -> None:
+    """Refuses what is no model, no path and no tokenizer."""
+    if not isinstance(model, str | Path):
+        parameters = getattr(model, "parameters", None)
+        if not callable(parameters):
+            raise ModelError(
+                f"export: got a {type(model).__name__}, expected a model, a folder or a hub id"
+            )
+        if any(each.is_meta for each in model.parameters()):
+            raise ModelError(
+                f"export: the {type(model).__name__} has no weights (meta device); load them"
+            )
+    if not isinstance(out, str | Path | None):
+        raise CheckpointError(f"export: out is a path, got {out!r}")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise CheckpointError(
+            f"export: tokenizer is a tokenizer, such as AutoTokenizer.from_pretrained(...) gives, "
+            f"got {tokenizer!r}"
+        )
 
 
 def _check_free(place: Path) -> None:
@@ -130,7 +156,10 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
         key, sign, value = each.partition("=")
         if not sign:
             raise CheckpointError(f"{each!r}: write an option as KEY=VALUE")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise CheckpointError(f"{each!r}: the value is no YAML; write KEY=VALUE") from error
     return options
 
 

@@ -245,8 +245,8 @@ def fetch(path_or_id: str | Path, kwargs: dict[str, Any]) -> Path:
         )
     keys = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     hub = {key: kwargs.pop(key) for key in keys if key in kwargs}
-    if headers.is_folder(path_or_id):
-        return Path(path_or_id)
+    if (folder := headers.local_folder(path_or_id)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

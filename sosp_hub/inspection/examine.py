@@ -96,8 +96,7 @@ def examine(
         CheckpointError: No checkpoint, a config that builds nothing, or another model.
         HubError: The hub cannot be reached, or has no such model.
     """
-    folder = Path(path_or_id)
-    if headers.is_folder(folder):
+    if (folder := headers.local_folder(path_or_id)) is not None:
         if holds_only_a_plan(folder):
             return Findings(str(path_or_id), "weightless")
         return _examine(str(path_or_id), folder, headers.read_tensors(folder), model)

@@ -6,9 +6,7 @@ rows of a matrix in blocks of 32 values, K-quants in blocks of 256, and a row th
 falls back to a larger type. An ONNX file of its own, without others beside it, ends at 2 GiB.
 """
 
-import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +15,8 @@ from torch import nn
 
 from sosp_hub.checkpoint.format.standins import StandIn
 from sosp_hub.errors import SospHubError
-from sosp_hub.targets.writers import deci, gguf
+from sosp_hub.recipe.targets import TARGETS
+from sosp_hub.targets.writers import deci, gguf, padded
 
 PARALLEL = (2, 4, 8)
 BLOCKS = {"K-quants": 256, "Q8_0, Q5_0, Q4_0": 32}
@@ -35,11 +34,14 @@ class Reader:
         name: What.
         loads: Whether it does; None = it cannot be said from here.
         why: The constraint that breaks with the first layer where it does, or what to mind.
+        target: The target of ``export`` that this is said of; empty where it is of the files as
+            they are.
     """
 
     name: str
     loads: bool | None
     why: str
+    target: str = ""
 
 
 def readers(
@@ -64,34 +66,53 @@ def readers(
     else:
         yield Reader(library, False, "stops at the delta; `import sosp_hub` first")
         if library == "transformers":
-            why = "zeros fill up to one width for all layers: {:+.1%} parameters: {} --to padded"
-            yield Reader("transformers, padded", None, why.format(evening(model), _EXPORT))
-    generates = getattr(model, "can_generate", lambda: False)()
-    yield from _exports(num_bytes, obstacle, generates_text=generates)
+            yield _padded(model)
+    yield from _exports(model, num_bytes, obstacle)
     if library != "transformers":
         return
-    if not generates:
-        yield Reader("vLLM, GGUF", None, "checked for models that generate text")
-        return
-    yield from _vllm(model, dense)
+    if model.can_generate():  # pyright: ignore[reportCallIssue]
+        yield from _vllm(model, dense)
+    else:
+        yield Reader("vLLM", None, "checked for models that generate text")
     yield from _gguf(model, dense)
     yield _deci(model)
 
 
-def _exports(num_bytes: int, obstacle: str | None, *, generates_text: bool) -> Iterator[Reader]:
-    for name, made in (("torch.export", "torch-export"), ("ONNX", "onnx")):
+def _padded(model: nn.Module) -> Reader:
+    name, made = "transformers, padded", f"{_EXPORT} --to padded"
+    try:
+        share = padded.filling(model).share
+    except SospHubError as error:
+        return Reader(name, False, _reason(error, type(model).__name__), "padded")
+    why = f"zeros fill up to one width for all layers: {share:+.1%} parameters: {made}"
+    return Reader(name, True, why, "padded")
+
+
+def _exports(model: nn.Module, num_bytes: int, obstacle: str | None) -> Iterator[Reader]:
+    """Those that take any widths; whether torch's exporter takes the code is seen by writing."""
+    for name, target in (
+        ("torch.export", "torch_export"), ("ONNX", "onnx"), ("OpenVINO", "openvino"),
+        ("ExecuTorch", "executorch"),
+    ):  # fmt: skip
+        try:
+            TARGETS.known()[target]().check(model)
+        except SospHubError as error:
+            yield Reader(name, False, _reason(error, name), target)
+            continue
         if obstacle:
-            yield Reader(name, None, f"the model cannot be followed without data: {obstacle}")
-        elif name == "ONNX" and num_bytes > _LARGEST_ONNX:
-            yield Reader(name, False, f"one file holds 2 GiB at most, the weights are {num_bytes}")
+            yield Reader(
+                name, None, f"the model cannot be followed without data: {obstacle}", target
+            )
+        elif target in ("onnx", "openvino") and num_bytes > _LARGEST_ONNX:
+            why = f"one ONNX file holds 2 GiB at most, the weights are {num_bytes}"
+            yield Reader(name, False, why, target)
         else:
-            yield Reader(name, None, f"any widths: {_EXPORT} --to {made}")
-    for name in ("OpenVINO", "ExecuTorch"):
-        why = f"the model cannot be followed without data: {obstacle}" if obstacle else ""
-        why = why or f"any widths: {_EXPORT} --to {name.lower()}"
-        generates = name == "ExecuTorch" and generates_text
-        yield Reader(name, False if generates else None,
-                     "written for models that generate no text" if generates else why)  # fmt: skip
+            made = f"{_EXPORT} --to {target.replace('_', '-')}"
+            yield Reader(name, None, f"any widths: {made}", target)
+
+
+def _reason(error: SospHubError, ahead: str) -> str:
+    return str(error).removeprefix(f"{ahead}: ")
 
 
 def _vllm(model: Any, dense: nn.Module | None) -> Iterator[Reader]:
@@ -114,15 +135,14 @@ def _gguf(model: nn.Module, dense: nn.Module | None) -> Iterator[Reader]:
     try:
         form = gguf.check(model)
         how = "one width a layer" if form.per_layer else "zeros fill up to one width"
-        why = f"arch {form.architecture}, {how}: sosp_hub.targets.writers.gguf.to_gguf"
-        yield Reader(name, True, why)
+        yield Reader(name, True, f"arch {form.architecture}, {how}: {_EXPORT} --to gguf", "gguf")
         loads = True
     except SospHubError as error:
-        why = str(error).removeprefix("GGUF: ")
-        if dense is not None:
-            yield Reader(name, False, why)
+        yield Reader(name, False, _reason(error, "GGUF"), "gguf")
+        if dense is not None or not model.can_generate():  # pyright: ignore[reportCallIssue]
             return
-        yield Reader(name, None, "a plain config: if llama.cpp's own script knows its family")
+        why = "a plain config: if llama.cpp's own script knows its family"
+        yield Reader("GGUF by llama.cpp's script", None, why)
         loads = False
     for kind, block in BLOCKS.items():
         broken = first_ragged(model, block)
@@ -137,35 +157,14 @@ def _gguf(model: nn.Module, dense: nn.Module | None) -> Iterator[Reader]:
 
 
 def _deci(model: nn.Module) -> Reader:
-    name, made = (
-        "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)",
-        "python -m sosp_hub.export --to deci",
-    )
+    name, made = "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)", f"{_EXPORT} --to deci"
     try:
         share, first = deci.filling(model)
     except SospHubError as error:
-        return Reader(name, False, str(error).removeprefix("DeciLM: "))
-    if not first:
-        return Reader(name, True, f"one width and number of KV heads a layer: {made}")
-    return Reader(name, True, f"zeros fill up {first}, ...: {share:+.1%} parameters: {made}")
-
-
-def evening(model: nn.Module) -> float:
-    """The share of its parameters that a model gains where each matrix is as large as any alike."""
-    largest: dict[str, list[int]] = {}
-    layers: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
-    for name, tensor in model.named_parameters():
-        kind = re.sub(r"\.\d+\.", ".N.", name)
-        sizes = largest.setdefault(kind, list(tensor.shape))
-        largest[kind] = [max(a, b) for a, b in zip(sizes, tensor.shape, strict=True)]
-        kinds[kind] += 1
-        above = kind.rpartition(".N.")[0]
-        layers[above] = max(layers[above], kinds[kind]) if above else 1
-    total = sum(
-        math.prod(each) * layers[kind.rpartition(".N.")[0]] for kind, each in largest.items()
-    )
-    return total / sum(parameter.numel() for parameter in model.parameters()) - 1
+        return Reader(name, False, _reason(error, "DeciLM"), "deci")
+    why = "one width and number of KV heads a layer"
+    why = f"zeros fill up {first}, ...: {share:+.1%} parameters" if first else why
+    return Reader(name, True, f"{why}: {made}", "deci")
 
 
 def first_uneven(model: nn.Module, dense: nn.Module) -> str | None:

@@ -3,7 +3,9 @@
 Each target is one file in ``sosp_hub/targets``, with its own options.
 """
 
-from collections.abc import Callable, Collection, Iterable
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -25,13 +27,14 @@ class Target(Declared):
     uniform: ClassVar[bool] = False
     suffix: ClassVar[str] = ""
 
-    def counts(self, group: Any) -> Collection[int] | None:
+    def counts(self, group: Any, others: Sequence[Any] = ()) -> Collection[int] | None:
         """How many structures of a group may be kept, besides all of them; None = any number.
 
         Args:
             group: A ``sosp_hub.structure.groups.Group``.
+            others: All groups that may be cut, this one too: several may cut one axis.
         """
-        del group
+        del group, others
         return None
 
     def check(self, model: Any) -> None:
@@ -71,26 +74,46 @@ def multiples(group: Any, step: int) -> list[int]:
     return list(range(step, group.size, step))
 
 
-def rows_in_steps(group: Any, step: int) -> list[int]:
-    """The counts that leave every matrix which reads the group with rows of whole steps."""
-    counts = []
-    readers = [member for member in group.members if member.reads]
-    for count in range(1, group.size):
-        rows = (
-            len(member.index) - int((member.index >= 0).sum()) * (group.size - count) // group.size
-            for member in readers
+def rows_in_steps(group: Any, step: int, others: Sequence[Any] = ()) -> list[int]:
+    """The counts that leave every matrix which reads the group with rows of whole steps.
+
+    Where several groups cut one axis, such as KV heads and the query heads of each, the first gets
+    its counts as if the next stayed whole, and the next those that fit all counts of the first.
+
+    Args:
+        group: Whose counts these are.
+        step: Values of a row that belong together.
+        others: All groups that may be cut.
+    """
+    ahead = list(itertools.takewhile(lambda other: other is not group, others))
+    readers = []
+    for member in group.members:
+        if member.reads:
+            same = [other for other in ahead if _reads(other, member.tensor, member.dim)]
+            least = [math.gcd(other.size, *rows_in_steps(other, step, others)) for other in same]
+            whole = group.size * math.prod(other.size for other in same)
+            own = int((member.index >= 0).sum())
+            readers.append((len(member.index) - own, own * math.prod(least), whole))
+
+    def fits(count: int) -> bool:
+        return all(
+            not own * count % whole and not (rest + own * count // whole) % step
+            for rest, own, whole in readers
         )
-        if all(row % step == 0 for row in rows):
-            counts.append(count)
-    return counts
+
+    return [count for count in range(1, group.size) if fits(count)]
+
+
+def _reads(group: Any, tensor: str, dim: int) -> bool:
+    return any(each.reads and (each.tensor, each.dim) == (tensor, dim) for each in group.members)
 
 
 TARGETS = Registry("sosp_hub.targets", Target, noun="target")
 
 
-def make_target(name: str, error: Callable[[str], Exception], **options: Any) -> Target:
+def make_target(name: Any, error: Callable[[str], Exception], /, **options: Any) -> Target:
     """The target with these options; raises what ``error`` makes of a message."""
-    model = TARGETS.require(name.replace("-", "_"), error)
+    model = TARGETS.require(name.replace("-", "_") if isinstance(name, str) else name, error)
     try:
         return model(**options)
     except ValidationError as fault:
@@ -102,14 +125,18 @@ def make_target(name: str, error: Callable[[str], Exception], **options: Any) ->
         ) from None
 
 
-def as_targets(
-    given: "str | Target | Iterable[str | Target] | None", error: Callable[[str], Exception]
-) -> tuple[Target, ...]:
-    """Targets that are given by name or as they are."""
-    given = [given] if isinstance(given, str | Target) else list(given or ())
-    return tuple(
-        each if isinstance(each, Target) else make_target(str(each), error) for each in given
-    )
+def as_targets(given: Any, error: Callable[[str], Exception]) -> tuple[Target, ...]:
+    """Targets by name, as sections of a recipe (``{"name": "gguf", ...}``), or as they are."""
+
+    def made(each: Any) -> Target:
+        if isinstance(each, Mapping):
+            options = dict(each)
+            return make_target(options.pop("name", None), error, **options)
+        return each if isinstance(each, Target) else make_target(each, error)
+
+    given = () if given is None else given
+    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping | Target)
+    return tuple(made(each) for each in (given if several else [given]))
 
 
 def _listed(given: Any) -> Any:

@@ -1,6 +1,7 @@
 """DeciLM: one width and one number of KV heads for each layer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -8,7 +9,7 @@ from pydantic import Field
 
 from sosp_hub.recipe.section import Count
 from sosp_hub.recipe.targets import TARGETS, Target, multiples
-from sosp_hub.targets.writers.widths import DECI_STEP
+from sosp_hub.targets.writers.widths import DECI_STEP, shared_out
 
 if TYPE_CHECKING:
     from sosp_hub.structure.groups import Group
@@ -29,32 +30,30 @@ class Deci(Target):
         default=1, description="processes that share each layer's heads and neurons"
     )
 
-    def counts(self, group: "Group") -> Collection[int] | None:
+    def counts(self, group: "Group", others: "Sequence[Group]" = ()) -> Collection[int] | None:
         """Widths in steps, KV heads that divide; a stream that all layers share stays whole."""
+        del others
         if group.kind == "layer":
             return None
         if group.kind == "neuron":
-            return [n for n in multiples(group, DECI_STEP) if n % self.tensor_parallel == 0]
+            return multiples(group, lcm(DECI_STEP, self.tensor_parallel))
         if group.kind in ("head", "kv_group"):
             num_heads = group.size * _queries_per_kv(group)
-            return [n for n in range(1, group.size) if num_heads % n == 0 and self._shared_out(n)]
+            divide = (n for n in range(1, group.size) if num_heads % n == 0)
+            return [n for n in divide if shared_out(n, self.tensor_parallel)]
         return ()
 
-    def _shared_out(self, num_kv: int) -> bool:
-        """Whether each process gets as many KV heads, or a copy of one."""
-        return num_kv % self.tensor_parallel == 0 or self.tensor_parallel % num_kv == 0
-
     def check(self, model: Any) -> None:
-        """Llama or Mistral, attending to everything."""
-        from sosp_hub.targets.writers.deci import check
+        """Llama or Mistral, attending to everything, whose heads the processes share."""
+        from sosp_hub.targets.writers.deci import filling
 
-        check(model)
+        filling(model, self.tensor_parallel)
 
     def write(self, model: Any, path: Path, tokenizer: Any = None) -> Path:
         """A folder with config, weights and the class of the config."""
         from sosp_hub.targets.writers.deci import to_deci
 
-        return to_deci(model, path, tokenizer)
+        return to_deci(model, path, tokenizer, tensor_parallel=self.tensor_parallel)
 
 
 def _queries_per_kv(group: "Group") -> int:

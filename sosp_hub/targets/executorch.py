@@ -15,6 +15,12 @@ class ExecuTorch(Target):
 
     name: Literal["executorch"] = "executorch"
 
+    def check(self, model: Any) -> None:
+        """No text: its programs hold no cache."""
+        from sosp_hub.targets.writers.runtimes import check_generates_no_text
+
+        check_generates_no_text(model)
+
     def write(self, model: Any, path: Path, tokenizer: Any = None) -> Path:
         """One file."""
         from sosp_hub.targets.writers.runtimes import to_executorch

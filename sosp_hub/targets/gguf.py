@@ -1,6 +1,6 @@
 """GGUF: llama.cpp and what is built on it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -43,10 +43,10 @@ class Gguf(Target):
         default=False, description="zeros fill up neurons until the type can pack their rows"
     )
 
-    def counts(self, group: "Group") -> Collection[int] | None:
+    def counts(self, group: "Group", others: "Sequence[Group]" = ()) -> Collection[int] | None:
         """Rows that the type can pack."""
         step = block_of(self.quantization)
-        return None if step == 1 or group.kind == "layer" else rows_in_steps(group, step)
+        return None if step == 1 or group.kind == "layer" else rows_in_steps(group, step, others)
 
     def check(self, model: Any) -> None:
         """A family that llama.cpp computes alike."""

@@ -14,9 +14,15 @@ class Padded(Target):
 
     name: Literal["padded"] = "padded"
 
+    def check(self, model: Any) -> None:
+        """A transformers model whose narrow layers zeros can fill up."""
+        from sosp_hub.targets.writers.padded import filling
+
+        filling(model)
+
     def write(self, model: Any, path: Path, tokenizer: Any = None) -> Path:
         """A folder, as the library's own save makes it."""
-        from sosp_hub.targets.writers.forms import padded
+        from sosp_hub.targets.writers.padded import padded
 
         wide: Any = padded(model)
         wide.save_pretrained(path)

@@ -8,9 +8,9 @@ from sosp_hub.recipe.targets import TARGETS, Target
 
 @TARGETS.declare
 class Transformers(Target):
-    """A plain checkpoint that transformers or timm load without this package."""
+    """A checkpoint of transformers or timm: plain where layers are alike, else with a delta."""
 
-    reads: ClassVar[str] = "transformers, timm and all that loads their checkpoints"
+    reads: ClassVar[str] = "transformers, timm and, without a delta, all that loads their files"
     uniform: ClassVar[bool] = True
 
     name: Literal["transformers"] = "transformers"

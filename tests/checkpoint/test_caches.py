@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from torch._dynamo.backends.debugging import aot_eager
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
 import sosp_hub
@@ -141,3 +142,21 @@ def test_the_librarys_exportable_module_runs_each_layer(name, llama, tmp_path):
         ]
         expected = each(TOKENS, use_cache=False).logits
         assert_close(torch.cat(given, 1), expected, relative=1e-5)
+
+
+@pytest.mark.slow
+def test_a_step_of_generation_compiles_as_one_graph(llama, tmp_path):
+    """With a static cache and other KV heads in each layer; the tokens of the eager model."""
+    expected = llama.generate(TOKENS, **ASK)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    model = loaded(llama, tmp_path / "small")
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    given = model.generate(TOKENS, **ASK, cache_implementation="static", disable_compile=True)
+    torch.compiler.reset()
+    assert torch.equal(given, expected)
+    assert compiled

@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import sosp_hub
@@ -23,6 +24,8 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from sosp_hub.targets.writers import forms as export
+from sosp_hub.targets.writers.padded import padded
+from tests.bench.families import FAMILIES
 from tests.checkpoint import cuts
 from tests.checkpoint.mutations import RECORD
 from tests.checkpoint.test_families import output
@@ -175,11 +178,11 @@ def test_inspect_of_nothing_exits_with_2(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------- exports
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "vit", "t5"])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "vit", "t5", "phi3"])
 def test_padded_model_loads_without_the_package(family, tmp_path):
     model = cuts.pruned(family)
     inputs = made_up_inputs(model)
-    wide = export.padded(model)
+    wide = padded(model)
     wide.save_pretrained(tmp_path)
     sosp_hub.disable()
     try:
@@ -192,10 +195,21 @@ def test_padded_model_loads_without_the_package(family, tmp_path):
         assert widths, "padded to the widest layer that is left, not to the dense width"
 
 
+def with_a_stream_that_no_config_has():
+    """Channels between a projection and the normalisation behind it."""
+    cls = transformers.ModernBertForSequenceClassification
+    (family,) = [each for each in FAMILIES if each.name == "modernbert"]
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**family.config)).eval()
+    graph = trace(model, family.inputs())
+    (name,) = [n for n in graph.groups if n == "head.dense:neuron"]
+    plan = PruningPlan({name: tuple(range(0, 64, 2))}, {name: 64})
+    return apply(model, graph, plan, "fast")
+
+
 def test_padding_that_changes_the_function_is_refused():
-    model = cuts.pruned("phi3")  # gate and up are one tensor: zeros belong in its middle
-    with pytest.raises(CheckpointError, match="zeros"):
-        export.padded(model)
+    with pytest.raises(CheckpointError, match=r"zeros in head\.dense:neuron would .*normalisation"):
+        padded(with_a_stream_that_no_config_has())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -268,4 +282,4 @@ def test_onnx_says_what_is_missing(tmp_path, monkeypatch):
 
 def test_exports_of_another_library_are_refused():
     with pytest.raises(sosp_hub.errors.ModelError, match="transformers"):
-        export.padded(cuts.pruned_timm("test_resnet"))
+        padded(cuts.pruned_timm("test_resnet"))

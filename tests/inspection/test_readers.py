@@ -12,9 +12,10 @@ from sosp_hub.checkpoint.format.standins import RemovedAttention
 from sosp_hub.errors import SospHubError
 from sosp_hub.inspect import _show, main
 from sosp_hub.inspection.examine import Findings, Layer, examine
-from sosp_hub.inspection.readers import evening, readers
+from sosp_hub.inspection.readers import readers
 from sosp_hub.report import listing
 from sosp_hub.targets.writers.gguf import to_gguf
+from sosp_hub.targets.writers.padded import filling
 from tests.checkpoint import cuts
 
 SIZES = {
@@ -47,7 +48,7 @@ CASES = {
         "transformers": (True, "plain config"),
         "vLLM": (None, "llama"),
         "vLLM, tensor parallel 8": (None, "divide"),
-        "GGUF (llama.cpp)": (True, "to_gguf"),
+        "GGUF (llama.cpp)": (True, "--to gguf"),
         "GGUF K-quants": (True, "256"),
         "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (True, "one width"),
         "ONNX": (None, "--to onnx"),
@@ -59,9 +60,9 @@ CASES = {
         "GGUF (llama.cpp)": (True, "deci"),
         "GGUF K-quants": (False, "layers.1.mlp.down_proj have 480 values, no multiple of 256; "
                           "fill=true rounds the neurons of layer 1 up: +1."),
-        "transformers, padded": (None, "one width for all layers: +1."),
+        "transformers, padded": (True, "one width for all layers: +1."),
         "OpenVINO": (None, "--to openvino"),
-        "ExecuTorch": (False, "generate no text"),
+        "ExecuTorch": (False, "generates text"),
         "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (True, "layer 1: width 480 to 512, ...: +"),
         "GGUF Q8_0, Q5_0, Q4_0": (True, "32"),
     }),
@@ -92,7 +93,11 @@ CASES = {
         "GGUF (llama.cpp)": (True, "deci"),
     }),
     "first attention taken out": ({}, lambda m: without_attention(m, 0), {
-        "GGUF (llama.cpp)": (False, "layer 0, whose attention was taken out"),
+        "GGUF (llama.cpp)": (True, "deci"),
+    }),
+    "all attention taken out": ({}, lambda m: [without_attention(m, i) for i in range(2)], {
+        "GGUF (llama.cpp)": (False, "attention of every layer was taken out"),
+        "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)": (False, "here they have none"),
         "GGUF K-quants": None,
     }),
     "qwen3 cut": ({"family": "Qwen3"}, lambda m: narrow(m, 480), {
@@ -100,7 +105,8 @@ CASES = {
         "GGUF (llama.cpp)": (True, "arch qwen3, zeros fill up to one width"),
     }),
     "smollm3 plain": ({"family": "SmolLM3", "pad_token_id": 0}, None, {
-        "GGUF (llama.cpp)": (None, "own script"),
+        "GGUF (llama.cpp)": (False, "not smollm3"),
+        "GGUF by llama.cpp's script": (None, "knows its family"),
         "transformers, padded": None,
     }),
     "smollm3 cut": ({"family": "SmolLM3", "pad_token_id": 0}, lambda m: narrow(m, 480), {
@@ -142,7 +148,7 @@ def test_one_width_is_that_of_the_widest_layer():
     model = cuts.pruned("llama")  # layer 0 has all heads and most neurons
     own, first = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0]))
     layers = sum(p.numel() for p in model.model.layers.parameters())
-    assert evening(model) == pytest.approx((3 * first - layers) / own)
+    assert filling(model).share == pytest.approx((3 * first - layers) / own)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +184,9 @@ def test_what_generates_no_text_has_no_word_on_runtimes_of_text(tmp_path):
     names = [each.name for each in found.readers]
     assert names == [
         *("transformers", "transformers, padded", "torch.export", "ONNX", "OpenVINO", "ExecuTorch"),
-        "vLLM, GGUF",
+        *("vLLM", "GGUF (llama.cpp)", "DeciLM (mlx-lm, TensorRT-LLM, vLLM, SGLang)"),
     ]
+    assert [each.loads for each in found.readers[-2:]] == [False, False]
 
 
 @pytest.mark.parametrize("columns", [80, 140])

@@ -44,6 +44,21 @@ def without_attention():
     return model
 
 
+def without_parts_that_llama_cpp_needs(family):
+    """The first attention, from which it reads the size of a head, and an MLP beside attention."""
+    model = cuts.pruned(family)
+    model.model.layers[0].self_attn = RemovedAttention(layer_idx=0)
+    model.model.layers[2].mlp = RemovedMlp()
+    return model
+
+
+def without_a_layer():
+    """Which llama.cpp leaves out, as it does the first where that has neither."""
+    model = without_attention()
+    model.model.layers[1].mlp = RemovedMlp()
+    return model
+
+
 def phi3_with_kv_groups():
     """One matrix for query, key and value: its heads stay, with two KV heads for four queries."""
     torch.manual_seed(0)
@@ -52,13 +67,6 @@ def phi3_with_kv_groups():
     )
     model = transformers.Phi3ForCausalLM(config).eval()
     cuts.phi3(model)
-    return model
-
-
-def qwen3_without_an_attention_and_an_mlp():
-    model = cuts.pruned("qwen3")
-    model.model.layers[0].self_attn = RemovedAttention(layer_idx=0)
-    model.model.layers[2].mlp = RemovedMlp()
     return model
 
 
@@ -71,10 +79,20 @@ MODELS = {
     "qwen2": lambda: cuts.pruned("qwen2"),  # tied, with biases
     "phi3": phi3_with_kv_groups,
     "qwen3": lambda: cuts.pruned("qwen3"),
-    "qwen3, parts taken out": qwen3_without_an_attention_and_an_mlp,
+    "llama, parts taken out": lambda: without_parts_that_llama_cpp_needs("llama"),
+    "qwen2, parts taken out": lambda: without_parts_that_llama_cpp_needs("qwen2"),
+    "qwen3, parts taken out": lambda: without_parts_that_llama_cpp_needs("qwen3"),
+    "a layer taken out": without_a_layer,
     "gemma": lambda: cuts.pruned("gemma"),
 }
-PER_LAYER = [name for name in MODELS if not name.startswith(("phi3", "qwen3", "gemma"))]
+PER_LAYER = [
+    "llama",
+    "llama3 positions",
+    "linear positions",
+    "removed attention",
+    "mistral",
+    "qwen2",
+]
 
 
 def fields(reader):
@@ -170,9 +188,11 @@ def read_again(path, tokens):
     counts = [told[f"attention.head_count{which}"] for which in ("", "_kv")]
     assert {type(count) for count in counts} == {list if kind == "deci" else int}
     counts = [each if kind == "deci" else [each] * told["block_count"] for each in counts]
+    widths = told["feed_forward_length"]
+    widths = widths if kind == "deci" else [widths] * told["block_count"]
     for i, (heads, kv_heads) in enumerate(zip(*counts, strict=True)):
         block = f"blk.{i}"
-        if heads:
+        if heads and widths[i]:
             y = norm(x, f"{block}.attn_norm")
             q, k, v = (
                 linear(y, f"{block}.attn_{kind}").unflatten(-1, (-1, size)) for kind in "qkv"
@@ -186,6 +206,8 @@ def read_again(path, tokens):
             score = score.masked_fill(torch.ones_like(score[0]).triu(1).bool(), -torch.inf)
             y = torch.einsum("hij,jhd->ihd", score.softmax(-1), v).flatten(-2)
             x = x + linear(y, f"{block}.attn_output")
+        if not widths[i]:  # llama.cpp leaves out such a layer, attention and all
+            continue
         y = norm(x, f"{block}.ffn_norm")
         gate, up = linear(y, f"{block}.ffn_gate"), linear(y, f"{block}.ffn_up")
         gelu = torch.nn.functional.gelu(gate, approximate="tanh")
@@ -325,12 +347,6 @@ def test_the_way_a_text_is_split_has_llama_cpps_name(name, tmp_path):
     assert fields(gguf.GGUFReader(path))["tokenizer.ggml.pre"] == name
 
 
-def without_mlp():
-    model = cuts.pruned("llama")
-    model.model.layers[1].mlp = RemovedMlp()
-    return model
-
-
 def untied(family):
     model = cuts.pruned(family)
     model.config.tie_word_embeddings = False
@@ -343,17 +359,17 @@ def partly_rotated(family):
     return model
 
 
-def without_first_attention():
+def without_any_attention():
     model = cuts.pruned("llama")
-    model.model.layers[0].self_attn = RemovedAttention(layer_idx=0)
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn = RemovedAttention(layer_idx=i)
     return model
 
 
 @pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
-        (without_mlp, CheckpointError, "layer 1 has attention alone"),
-        (without_first_attention, CheckpointError, "layer 0"),
+        (without_any_attention, CheckpointError, "every layer"),
         (lambda: cuts.pruned("mistral"), CheckpointError, "sliding_window"),
         (lambda: llama(hidden_act="gelu"), CheckpointError, "hidden_act 'gelu'"),
         (

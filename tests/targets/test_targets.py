@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -34,34 +35,110 @@ def llama(**keys):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **keys})).eval()
 
 
-@pytest.fixture(scope="module")
-def traced():
-    model = llama()
+def traced_llama(**keys):
+    model = llama(**keys)
     tokens = {"input_ids": torch.arange(3, 13).reshape(2, 5), "use_cache": False}
     return model, sosp_hub.trace(model, tokens)
 
 
-def deci_takes(kv, width, processes=1):
-    return 8 % kv == 0 and width % 256 == 0 and width % processes == 0
+@pytest.fixture(scope="module")
+def traced():
+    return traced_llama()
+
+
+def shape(num_heads, num_kv, head_dim=8, width=1280):
+    return {
+        "hidden_size": num_heads * head_dim, "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv, "head_dim": head_dim, "intermediate_size": width,
+    }  # fmt: skip
+
+
+SHAPES = {
+    "8 heads, 4 KV": shape(8, 4),
+    "9 heads, 3 KV": shape(9, 3, width=1536),
+    "12 heads, 12 KV": shape(12, 12, 16, 768),
+    "8 heads, 1 KV": shape(8, 1, 32, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer that a plan leaves."""
+
+    heads: int
+    kv: int
+    width: int
+
+
+def deci_takes(processes=1):
+    """Factors and groups of equal heads: vLLM's and SGLang's nemotron_nas, mlx-lm, llama.cpp."""
+
+    def takes(layers, num_heads, _):
+        return num_heads % processes == 0 and all(
+            num_heads % each.kv == 0
+            and num_heads // each.kv >= each.heads // each.kv
+            and (each.kv % processes == 0 or processes % each.kv == 0)
+            and each.width % 256 == 0
+            and each.width % processes == 0
+            for each in layers
+        )
+
+    return takes
 
 
 def rows(step):
-    return lambda kv, width: (kv * 2 * 8) % step == 0 and width % step == 0
+    """llama.cpp's types pack so many values of a row; what was not cut stays as it was."""
+
+    def takes(layers, num_heads, head_dim):
+        return all(
+            each.width % step == 0
+            and (each.heads == num_heads or each.heads * head_dim % step == 0)
+            for each in layers
+        )
+
+    return takes
+
+
+def alike(layers, *_):
+    return len(set(layers)) == 1
 
 
 TAKES = [
-    ("deci", {}, deci_takes),
-    ("deci", {"tensor_parallel": 2}, lambda kv, width: deci_takes(kv, width, 2)),
-    ("mlx", {}, deci_takes),
+    ("deci", {}, deci_takes()),
+    ("deci", {"tensor_parallel": 2}, deci_takes(2)),
+    ("deci", {"tensor_parallel": 3}, deci_takes(3)),
+    ("mlx", {}, deci_takes()),
     ("gguf", {"quantization": "q8_0"}, rows(32)),
-    ("gguf", {"quantization": "k"}, lambda kv, width: kv == 4 and width % 256 == 0),
+    ("gguf", {"quantization": "q4_k_m"}, rows(256)),
+    ("transformers", {}, alike),
 ]
+CASES = [
+    (name, options, takes, shape)
+    for name, options, takes in TAKES
+    for shape, sizes in SHAPES.items()
+    if not (sizes["num_attention_heads"] % options.get("tensor_parallel", 1))
+    and not (sizes["intermediate_size"] % options.get("tensor_parallel", 1))
+]
+"""Every reader with every shape that it can share out before the cut."""
 
 
-def random_plans(graph, target, num):
-    """KV heads and width of every layer, for random saliencies and budgets that can be met."""
+def random_plans(graph, target, num, *, all_kv):
+    """Sizes of every layer, for random saliencies and budgets that can be met.
+
+    Args:
+        graph: Of a Llama of three layers.
+        target: Whose plans these are.
+        num: How many saliencies and budgets.
+        all_kv: Whether every query head has a KV head of its own.
+    """
     generator, shares = torch.Generator().manual_seed(0), random.Random(0)
-    groups = {n: g for n, g in graph.groups.items() if g.kind in ("kv_group", "neuron")}
+    kinds = ("kv_group", "head", "neuron")
+    groups = {n: g for n, g in graph.groups.items() if g.kind in kinds}
+
+    def counts(plan, layer):
+        kept = plan.num_kept()
+        return {g.kind: kept.get(n, g.size) for n, g in groups.items() if f"layers.{layer}." in n}
+
     for _ in range(num):
         saliency = {n: torch.rand(g.size, generator=generator) ** 4 for n, g in groups.items()}
         share = shares.uniform(0.3, 1.0)
@@ -71,24 +148,31 @@ def random_plans(graph, target, num):
             assert f"target {target.name}" in str(error)  # noqa: PT017 - both may happen
             continue
         assert plan.provenance["predicted"]["params"] <= share * graph.num_params
-        counts = {n: plan.num_kept().get(n, g.size) for n, g in groups.items()}
-        yield [
-            tuple(
-                next(c for n, c in counts.items() if f"layers.{layer}." in n and n.endswith(kind))
-                for kind in (":kv_group", ":neuron")
-            )
-            for layer in range(3)
-        ]
+        layers = []
+        for layer in range(3):
+            left = counts(plan, layer)
+            heads = left["head"] * left.get("kv_group", 1)  # with KV groups: of each
+            kv = left.get("kv_group", heads if all_kv else 1)
+            layers.append(Sizes(heads, kv, left["neuron"]))
+        yield layers
 
 
-@pytest.mark.parametrize(("name", "options", "takes"), TAKES)
-def test_no_budget_gives_a_plan_that_the_reader_refuses(name, options, takes, traced):
-    """50 random budgets each; ``tests/bench/serving/budgets.py`` tries 1,000."""
-    _, graph = traced
-    plans = list(random_plans(graph, TARGETS.known()[name](**options), 50))
-    layers = [sizes for plan in plans for sizes in plan]
-    assert all(takes(*sizes) for sizes in layers)
-    assert sum(sizes != (4, 1280) for sizes in layers) > 25
+def num_refused(graph, name, options, takes, sizes, num):
+    """How many plans there are, and how many of them the reader refuses."""
+    heads, head_dim = sizes["num_attention_heads"], sizes["head_dim"]
+    all_kv = heads == sizes["num_key_value_heads"]
+    target = TARGETS.known()[name](**options)
+    plans = list(random_plans(graph, target, num, all_kv=all_kv))
+    whole = Sizes(heads, sizes["num_key_value_heads"], sizes["intermediate_size"])
+    assert 2 * sum(plan != [whole] * 3 for plan in plans) > len(plans) > 0
+    return len(plans), sum(not takes(plan, heads, head_dim) for plan in plans)
+
+
+@pytest.mark.parametrize(("name", "options", "takes", "shape"), CASES)
+def test_no_budget_gives_a_plan_that_the_reader_refuses(name, options, takes, shape):
+    """10 random budgets each; ``tests/bench/serving/budgets.py`` tries 1,000."""
+    _, graph = traced_llama(**SHAPES[shape])
+    assert num_refused(graph, name, options, takes, SHAPES[shape], 10)[1] == 0
 
 
 def test_what_a_target_costs_is_said_in_one_line(traced, caplog):
@@ -303,8 +387,77 @@ def test_what_is_wrong_is_said(tmp_path, traced, capsys):
     path.write_text(RECIPE.replace("TARGET", "gguff"))
     with pytest.raises(sosp_hub.errors.RecipeError, match=r"budget.target.*gguff"):
         load_recipe(path, [], "prune")
-    assert main([str(tmp_path), "--to", "deci", "nonsense"]) == 2
-    assert "KEY=VALUE" in capsys.readouterr().err
+    for option in ("nonsense", "quantization=[q8"):
+        assert main([str(tmp_path), "--to", "deci", option]) == 2
+        assert "KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [3, None, ["deci"], {}, ""])
+def test_what_is_no_name_of_a_target_is_said(given, traced, tmp_path):
+    model, graph = traced
+    with pytest.raises(CheckpointError, match=r"unknown target .*there are deci, exec"):
+        sosp_hub.export(model, given, tmp_path / "x")
+    if given not in (None, ["deci"]):  # no target at all, and several
+        saliency = {n: torch.rand(g.size) for n, g in graph.groups.items() if g.kind == "neuron"}
+        with pytest.raises(BudgetError, match=r"unknown target .*there are deci, exec"):
+            sosp_hub.allocate(graph, saliency, params=0.7, target=given)
+
+
+def test_a_target_is_given_as_a_recipe_gives_it(traced):
+    _, graph = traced
+    saliency = {n: torch.rand(g.size) for n, g in graph.groups.items() if g.kind == "neuron"}
+    section = {"name": "deci", "tensor_parallel": 2}
+    plan = sosp_hub.allocate(graph, saliency, params=0.8, target=section)
+    assert plan.provenance["target"] == [section]
+
+
+MISUSES = {
+    "no model": (lambda m: ({"a": 1}, "deci", {}), ModelError, "got a dict, expected a model"),
+    "nothing": (lambda m: (None, "gguf", {}), ModelError, "got a NoneType"),
+    "no weights": (lambda m: (m.to("meta"), "padded", {}), ModelError, "no weights .*load them"),
+    "a tokenizer's name": (
+        lambda m: (m, "gguf", {"tokenizer": "gpt2"}), CheckpointError, "AutoTokenizer.* got 'gpt2'",
+    ),
+    "no path": (lambda m: (m, "deci", {"out": 5}), CheckpointError, "out is a path, got 5"),
+    "options of a target that has its own": (
+        lambda m: (m, TARGETS.known()["gguf"](), {"quantization": "q8_0"}), CheckpointError,
+        "a target and the options quantization",
+    ),
+    "another target's name": (
+        lambda m: (m, "gguf", {"name": "deci"}), CheckpointError, "name: .*'gguf'",
+    ),
+    "a model of no library": (
+        lambda m: (torch.nn.Linear(2, 2), "onnx", {}), CheckpointError, r"torch\.onnx\.export",
+    ),
+    "processes that share no heads": (
+        lambda m: (m, "deci", {"tensor_parallel": 3}), CheckpointError, "8 query heads .*divisor",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_a_misuse_of_export_is_answered(name, tmp_path):
+    make, kind, words = MISUSES[name]
+    model, target, options = make(llama())
+    with pytest.raises(kind, match=words):
+        sosp_hub.export(model, target, **{"out": tmp_path / "x", **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_no_folder_of_a_model(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_text("x")
+    assert main([str(tmp_path / "model.safetensors"), "--to", "deci"]) == 2
+    assert "is a file; give the folder" in capsys.readouterr().err
+
+
+def test_processes_share_what_is_written(tmp_path):
+    """Widths are filled up until three processes share them; 4 KV heads of 3 queries stay 4."""
+    model = llama(**shape(12, 12, width=1000))
+    folder = sosp_hub.export(model, "deci", tmp_path / "deci", tensor_parallel=3)
+    (first, *_) = json.loads((folder / "config.json").read_text())["block_configs"]
+    assert first["ffn"]["ffn_mult"] == 3 * 1536 / (2 * 96)  # and not 1024
+    with pytest.raises(CheckpointError, match="4 KV heads of layer 0 with 3 query heads"):
+        sosp_hub.export(llama(**shape(12, 4)), "deci", tmp_path / "x", tensor_parallel=3)
 
 
 def test_the_module_and_the_function_have_one_name():

@@ -46,6 +46,19 @@ def reading(place: str | Path) -> Iterator[None]:
         ) from error
 
 
+def local_folder(name: str | Path) -> Path | None:
+    """The folder of this name; None where it can only be a hub id.
+
+    Raises:
+        CheckpointError: It is a file, or cannot be looked at.
+    """
+    if is_folder(name):
+        return Path(name)
+    if len(os.fsencode(name)) <= _LONGEST_PATH and os.path.isfile(name):  # noqa: PTH113 - no raise
+        raise CheckpointError(f"{name}: is a file; give the folder of a model or a hub id")
+    return None
+
+
 def is_folder(name: str | Path) -> bool:
     """Whether a name that may be a hub id is a folder here.
 

@@ -154,7 +154,7 @@ def _num_entries(delta: Delta) -> int:
 
 def all_pairs(skeleton: nn.Module, base: str, delta: Delta) -> Iterator[_Pair]:
     """Every size that differs, as the skeleton has it and as the model has it."""
-    for section, root in _sections(skeleton, base, delta):
+    for section, root in sections(skeleton, base, delta):
         for _, _, old, new in _changes(section, root):
             yield old, new
 
@@ -163,7 +163,7 @@ def _pairs(skeleton: nn.Module, base: str, delta: Delta) -> Counter[_Pair] | Non
     """Sizes before and after, with how often; None where layers of one pattern differ."""
     pairs = Counter[_Pair]()
     seen: dict[str, set[_Pair]] = defaultdict(set)
-    for section, root in _sections(skeleton, base, delta):
+    for section, root in sections(skeleton, base, delta):
         if section.replaced or section.biases:
             return None
         for name, key, old, new in _changes(section, root):
@@ -176,7 +176,8 @@ def _pairs(skeleton: nn.Module, base: str, delta: Delta) -> Counter[_Pair] | Non
     return None if any(len(each) > 1 for each in seen.values()) else pairs
 
 
-def _sections(skeleton: nn.Module, base: str, delta: Delta) -> Iterator[tuple[Section, nn.Module]]:
+def sections(skeleton: nn.Module, base: str, delta: Delta) -> Iterator[tuple[Section, nn.Module]]:
+    """The parts of a delta, each with the module that its names are relative to."""
     yield delta.base, skeleton.get_submodule(base)
     if delta.head is not None:
         yield delta.head, skeleton

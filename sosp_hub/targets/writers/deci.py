@@ -24,7 +24,7 @@ from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import CheckpointError, ModelError
-from sosp_hub.targets.writers.widths import DECI_STEP
+from sosp_hub.targets.writers.widths import DECI_STEP, shared_out
 
 _FAMILIES = ("llama", "mistral")
 _CONFIG_FILE = "configuration_decilm.py"
@@ -77,13 +77,16 @@ class _Layer:
     width_slots: int
 
 
-def to_deci(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+def to_deci(
+    model: nn.Module, folder: str | Path, tokenizer: Any = None, *, tensor_parallel: int = 1
+) -> Path:
     """Writes ``config.json``, the class of that config and the weights of a DeciLM checkpoint.
 
     Args:
         model: A pruned causal language model of the families Llama and Mistral.
         folder: Where to; a new or an empty folder.
         tokenizer: Saved beside it.
+        tensor_parallel: Processes that share heads and neurons; zeros fill up to what divides.
 
     Returns:
         The folder.
@@ -98,8 +101,7 @@ def to_deci(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: holds something already; give a new or an empty folder")
-    num_heads = check(model)
-    layers = [_sizes(layer, num_heads, first=not i) for i, layer in enumerate(_layers(model))]
+    num_heads, layers = _in_file(model, tensor_parallel)
     config = _config(model, layers, num_heads)
     state = dict(_tensors(model, layers, num_heads))
     _prove(model, config, state)
@@ -159,6 +161,17 @@ def check(model: Any) -> int:
     return num_heads
 
 
+def _in_file(model: Any, processes: int) -> "tuple[int, list[_Layer]]":
+    """Query heads of every layer, and the sizes of each."""
+    num_heads = check(model)
+    if num_heads % processes:
+        raise CheckpointError(
+            f"DeciLM: {num_heads} query heads are not shared out to tensor_parallel={processes} "
+            f"processes; give a divisor of {num_heads}"
+        )
+    return num_heads, [_sizes(model, i, num_heads, processes) for i in range(len(_layers(model)))]
+
+
 def read_width(factor: float, hidden_size: int) -> int:
     """The width that readers make of ``ffn_mult`` (vLLM, SGLang, TensorRT-LLM, llama.cpp, mlx)."""
     return -(-int(2 * factor * hidden_size / 3) // DECI_STEP) * DECI_STEP
@@ -174,21 +187,25 @@ def _queries(layer: Any) -> int:
     return layer.self_attn.q_proj.out_features // layer.self_attn.head_dim
 
 
-def _sizes(layer: Any, num_heads: int, *, first: bool) -> _Layer:
+def _sizes(model: Any, i: int, num_heads: int, processes: int) -> _Layer:
+    layer = _layers(model)[i]
     queries, kv, slots = _queries(layer), 0, 0
     if queries:
         kv = layer.self_attn.k_proj.out_features // layer.self_attn.head_dim
-        slots = next(
-            n
-            for n in range(kv, num_heads + 1)
-            if not num_heads % n and num_heads // n >= queries // kv
-        )
-    elif first:
+        divisors = (n for n in range(kv, num_heads + 1) if not num_heads % n)
+        able = (n for n in divisors if num_heads // n >= queries // kv)
+        slots = next((n for n in able if shared_out(n, processes)), 0)
+        if not slots:
+            raise CheckpointError(
+                f"DeciLM: the {kv} KV heads of layer {i} with {queries // kv} query heads each are "
+                f"not shared out to tensor_parallel={processes} processes; give another number"
+            )
+    elif not i:
         slots = 1  # readers begin with layer 0: the size of a head, the residual stream
     width = 0 if isinstance(layer.mlp, RemovedMlp) else layer.mlp.gate_proj.out_features
     # llama.cpp leaves a layer without MLP out, with its attention: zeros instead.
-    least = DECI_STEP if slots else 0
-    return _Layer(queries, kv, slots, width, max(least, -(-width // DECI_STEP) * DECI_STEP))
+    step = math.lcm(DECI_STEP, processes)
+    return _Layer(queries, kv, slots, width, max(step if slots else 0, -(-width // step) * step))
 
 
 def _config(model: Any, layers: list[_Layer], num_heads: int) -> dict[str, Any]:
@@ -277,8 +294,12 @@ def _parts(layer: _Layer, num_heads: int, hidden: int) -> "dict[str, tuple[_Axis
     return parts
 
 
-def filling(model: Any) -> tuple[float, str]:
+def filling(model: Any, tensor_parallel: int = 1) -> tuple[float, str]:
     """How much the zeros of the file add, from shapes alone.
+
+    Args:
+        model: Of which a file would be written.
+        tensor_parallel: As of `to_deci`.
 
     Returns:
         The share of the model's parameters, and the first layer that is filled up; 0 and an empty
@@ -287,9 +308,8 @@ def filling(model: Any) -> tuple[float, str]:
     Raises:
         ModelError, CheckpointError: As `check`.
     """
-    num_heads, added, first = check(model), 0, ""
-    for i, layer in enumerate(_layers(model)):
-        sizes = _sizes(layer, num_heads, first=not i)
+    (num_heads, all_sizes), added, first = _in_file(model, tensor_parallel), 0, ""
+    for i, (layer, sizes) in enumerate(zip(_layers(model), all_sizes, strict=True)):
         parts = _parts(sizes, num_heads, model.config.hidden_size)
         held = sum(
             tensor.numel() for name, tensor in layer.named_parameters() if name.endswith("weight")

@@ -1,12 +1,9 @@
 """Other formats of a pruned model, each compared with it before the file counts.
 
-``to_onnx`` and ``to_archive`` write one file; ``padded`` gives a model that any loader reads. For
-llama.cpp see `sosp_hub.targets.writers.gguf`.
+``to_onnx`` and ``to_archive`` write one file.
 """
 
 import contextlib
-import copy
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,49 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.checkpoint.format import proof
 from sosp_hub.checkpoint.format.modules import own_config
-from sosp_hub.checkpoint.format.standins import StandIn
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.compat.transformers import EXPERTS_KEY
-from sosp_hub.errors import CheckpointError, ModelError
+from sosp_hub.errors import CheckpointError
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
-
-
-def padded(model: nn.Module) -> nn.Module:
-    """The same function in a model that a plain config builds: zeros fill up narrow layers.
-
-    Layers become as wide as the widest of their kind, where the config can say that, else as wide
-    as before pruning; what was taken out comes back as zeros. Save it with the library's own
-    ``save_pretrained``.
-
-    Args:
-        model: A pruned transformers model, cut inside its layers.
-
-    Raises:
-        ModelError: No transformers model.
-        CheckpointError: Zeros at the end would change what it computes, as they do in a residual
-            stream behind a normalisation.
-    """
-    from sosp_hub.checkpoint.io import library_of
-
-    if library_of(model) != "transformers":
-        raise ModelError(f"{type(model).__name__}: only transformers models have a plain config")
-    inputs = made_up_inputs(model)
-    if inputs is None:
-        raise CheckpointError(
-            f"{type(model).__name__}: its config does not tell how its inputs look, so padding "
-            f"could not be checked"
-        )
-    for config in _wide_configs(model):
-        filled = _filled(model, config)
-        if filled is not None and proof.same_output(filled, model, inputs, 1e-5):
-            return filled.eval()
-    raise CheckpointError(
-        f"{type(model).__name__}: zeros at the end of its layers would change what it computes; "
-        f"save it with its delta, or export it to ONNX"
-    )
 
 
 def to_onnx(model: nn.Module, path: str | Path, inputs: Inputs | None = None) -> Path:
@@ -146,7 +106,11 @@ def arguments(model: nn.Module, inputs: Inputs | None) -> tuple[tuple[Any, ...],
     """
     inputs = made_up_inputs(model) if inputs is None else inputs
     if inputs is None:
-        raise CheckpointError(f"{type(model).__name__}: pass inputs= of one forward pass")
+        raise CheckpointError(
+            f"{type(model).__name__}: its config does not tell how its inputs look; give them to "
+            f"torch itself: torch.export.export(model, inputs), torch.onnx.export(model, inputs, "
+            f"PATH)"
+        )
     if isinstance(inputs, Mapping):
         caches = hasattr(getattr(model, "config", None), "use_cache")
         return (), {**inputs, **({"use_cache": False} if caches else {})}
@@ -187,56 +151,3 @@ def _any_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return {0: batch} if isinstance(value, Tensor) else None
 
     return {name: shape(value) for name, value in kwargs.items()} or tuple(map(shape, args))
-
-
-def _wide_configs(model: Any) -> list[Any]:
-    """Plain configs to try: as wide as the widest layer, then as wide as before pruning."""
-    from sosp_hub.checkpoint.transformers import load as adapter
-    from sosp_hub.checkpoint.transformers import native
-
-    config, delta = native.best_skeleton(model)
-    skeleton = adapter.build_meta(type(model), config)
-    largest: dict[int, int] = {}
-    for old, new in native.all_pairs(skeleton, adapter.base_name(model), delta):
-        largest[old] = max(new, largest.get(old, 0))
-    narrow = copy.deepcopy(config)
-    counts = Counter(value for value in vars(narrow).values() if type(value) is int)
-    for key, value in vars(config).items():
-        if type(value) is int and value in largest and counts[value] == 1:
-            setattr(narrow, key, largest[value])
-    return [narrow, config, adapter.plain_config(model.config)]
-
-
-def _filled(model: Any, config: Any) -> nn.Module | None:
-    """The model that a plain config builds, with the weights of ``model`` in its leading slices."""
-    from sosp_hub.checkpoint.transformers import load as adapter
-
-    try:
-        wide: Any = adapter.build(type(model), adapter.plain_config(config))
-    except Exception:  # noqa: BLE001 - a config that makes no sense; the next one is tried
-        return None
-    removed = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, StandIn)
-    )
-    state = wide.state_dict()
-    given = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not (removed and name.startswith(removed))
-    }
-    gone = {name for name in state.keys() - given.keys() if removed and name.startswith(removed)}
-    if state.keys() != given.keys() | gone:
-        return None
-    with torch.no_grad():
-        for name, tensor in state.items():
-            if name in gone:
-                tensor.zero_()
-                continue
-            small = given[name]
-            if small.dim() != tensor.dim() or any(
-                s > t for s, t in zip(small.shape, tensor.shape, strict=True)
-            ):
-                return None
-            tensor.zero_()
-            tensor[tuple(slice(size) for size in small.shape)] = small.to(tensor)
-    return wide.to(next(model.parameters()).dtype)

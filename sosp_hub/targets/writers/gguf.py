@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.compat.transformers import name_of
 from sosp_hub.errors import CheckpointError, ModelError
-from sosp_hub.targets.writers.forms import padded
+from sosp_hub.targets.writers.padded import filling as fill_up
+from sosp_hub.targets.writers.padded import padded
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -238,20 +239,45 @@ def check(model: Any) -> _Form:
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(f"GGUF: rotary positions of type {kind!r} are not written")
     if not form.per_layer:
-        return form  # zeros stand for what was taken out
-    for i, layer in enumerate(model.model.layers):
-        without_attention = not _heads(layer)[0]
-        if without_attention and i == 0:
-            raise CheckpointError(
-                "GGUF: llama.cpp reads the size of a head from layer 0, whose attention was taken "
-                "out; keep that one"
-            )
-        if not _width(layer) and not without_attention:
-            raise CheckpointError(
-                f"GGUF: llama.cpp leaves out a layer without MLP, attention and all; layer {i} has "
-                f"attention alone"
-            )
+        fill_up(model)  # refuses a model that zeros would change
+    elif all(not _heads(layer)[0] for layer in model.model.layers):
+        raise CheckpointError("GGUF: the attention of every layer was taken out; keep one")
     return form
+
+
+def _head_size(model: Any) -> int:
+    attentions = [layer.self_attn for layer in model.model.layers if _heads(layer)[0]]
+    return attentions[0].head_dim
+
+
+def _in_file(model: Any) -> list[tuple[int, int, int]]:
+    """Query heads, KV heads and neurons of each layer as the file has them.
+
+    llama.cpp reads the size of a head from layer 0, and leaves out a layer without MLP, attention
+    and all: zeros stand for what was taken out there.
+    """
+    sizes = []
+    for i, layer in enumerate(model.model.layers):
+        (queries, kv), width = _heads(layer), _width(layer)
+        queries, kv = (1, 1) if not queries and i == 0 else (queries, kv)
+        sizes.append((queries, kv, width or (256 if queries else 0)))
+    return sizes
+
+
+def _zeros(model: Any, i: int) -> Iterator[tuple[str, Tensor]]:
+    """What stands for an attention or MLP that was taken out and has to be in the file."""
+    layer, (queries, _, width) = model.model.layers[i], _in_file(model)[i]
+    hidden, dtype = model.config.hidden_size, next(model.parameters()).dtype
+    shapes = {}
+    if queries and not _heads(layer)[0]:
+        size = _head_size(model)
+        shapes |= dict.fromkeys(("attn_q", "attn_k", "attn_v"), (size, hidden))
+        shapes |= {"attn_output": (hidden, size), "attn_norm": (hidden,)}
+    if width and not _width(layer):
+        shapes |= dict.fromkeys(("ffn_gate", "ffn_up"), (width, hidden))
+        shapes |= {"ffn_down": (hidden, width), "ffn_norm": (hidden,)}
+    for name, shape in shapes.items():
+        yield f"blk.{i}.{name}.weight", torch.zeros(shape, dtype=dtype)
 
 
 def _heads(layer: Any) -> tuple[int, int]:
@@ -303,8 +329,10 @@ def _tensors(model: Any, form: _Form) -> Iterator[tuple[str, Tensor]]:
         own: dict[str, Tensor] = {}
         for name in [name for name in state if name.startswith(ahead)]:
             own |= _split(layer, name.removeprefix(ahead), state.pop(name))
+        removed = {"attn_norm": not heads["attn_q"], "ffn_norm": not _width(layer)}
+        yield from _zeros(model, i)
         for module, new in _LAYER.items():
-            if new == "attn_norm" and not heads["attn_q"]:
+            if removed.get(new):
                 own.pop(f"{module}.weight", None)  # nothing reads it
                 continue
             for part in ("weight", "bias"):
@@ -317,7 +345,7 @@ def _tensors(model: Any, form: _Form) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"GGUF: the tensor {next(iter(state))!r} has no place in the file")
     if model.config.rope_parameters.get("rope_type") == "llama3":
         base = model.config.rope_parameters["rope_theta"]
-        size = model.model.layers[0].self_attn.head_dim
+        size = _head_size(model)
         plain = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
         yield "rope_freqs.weight", plain / model.model.rotary_emb.inv_freq.float().cpu()
 
@@ -333,15 +361,14 @@ def _describe(writer: "GGUFWriter", model: Any, form: _Form) -> None:
     def by_layer(counts: Sequence[int]) -> Any:
         return list(counts) if form.per_layer else counts[0]
 
-    rope, size = config.rope_parameters, layers[0].self_attn.head_dim
-    heads = [_heads(layer) for layer in layers]
+    rope, size, sizes = config.rope_parameters, _head_size(model), _in_file(model)
     writer.add_name(Path(name_of(config) or type(model).__name__).name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
-    writer.add_feed_forward_length(by_layer([_width(layer) for layer in layers]))
-    writer.add_head_count(by_layer([query for query, _ in heads]))
-    writer.add_head_count_kv(by_layer([kv for _, kv in heads]))
+    writer.add_feed_forward_length(by_layer([width for *_, width in sizes]))
+    writer.add_head_count(by_layer([queries for queries, *_ in sizes]))
+    writer.add_head_count_kv(by_layer([kv for _, kv, _ in sizes]))
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -47,13 +47,8 @@ def to_executorch(model: nn.Module, path: str | Path) -> Path:
         ModelError: A model that generates text.
         CheckpointError: The package is missing, or the model cannot be exported.
     """
+    check_generates_no_text(model)
     exir = _package("executorch.exir", "ExecuTorch")
-    if getattr(model, "can_generate", lambda: False)():
-        raise ModelError(
-            f"ExecuTorch: {type(model).__name__} generates text, which needs a cache of keys and "
-            f"values, and programs with one are not supported; write onnx or openvino with "
-            f"cache=true, or gguf or mlx"
-        )
     args, kwargs = arguments(model, None)
     one = tuple(each[:1] for each in args)
     named = {
@@ -69,6 +64,20 @@ def to_executorch(model: nn.Module, path: str | Path) -> Path:
         ) from error
     Path(path).write_bytes(written.buffer)
     return Path(path)
+
+
+def check_generates_no_text(model: Any) -> None:
+    """Refuses a model whose programs would need a cache of keys and values.
+
+    Raises:
+        ModelError: A model that generates text.
+    """
+    if getattr(model, "can_generate", lambda: False)():
+        raise ModelError(
+            f"ExecuTorch: {type(model).__name__} generates text, which needs a cache of keys and "
+            f"values, and programs with one are not supported; write onnx or openvino with "
+            f"cache=true, or gguf or mlx"
+        )
 
 
 def _package(name: str, who: str) -> Any:

@@ -1,31 +1,34 @@
 """Random budgets for each target: how many plans its reader would refuse.
 
-python -m tests.bench.serving.budgets [--num 1000]
+    python -m tests.bench.serving.budgets [--num 1000]
 
-Each of five settings gets so many random saliencies and budgets on a Llama of three layers with
-four KV groups and 1,280 neurons each; what a reader takes is written down in
-``tests/targets/test_targets.py``.
+So many random saliencies and budgets for each setting of a target, shared among Llamas of three
+layers with several shapes of attention; what a reader takes is written down in
+``tests/targets/test_targets.py``. Targets that take any sizes are not listed: ``onnx``,
+``openvino``, ``torch_export``, ``executorch``, and ``padded``, which fills up. Nothing is cut.
+Results: tests/bench/results/serving.md.
 """
 
 import argparse
 
-import torch
-
-import sosp_hub
-from sosp_hub.recipe.targets import TARGETS
-from tests.targets.test_targets import TAKES, llama, random_plans
+from tests.targets.test_targets import CASES, SHAPES, TAKES, num_refused, traced_llama
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num", type=int, default=1000)
     args = parser.parse_args()
-    tokens = {"input_ids": torch.arange(3, 13).reshape(2, 5), "use_cache": False}
-    graph = sosp_hub.trace(llama(), tokens)
+    graphs = {name: traced_llama(**sizes)[1] for name, sizes in SHAPES.items()}
     for name, options, takes in TAKES:
-        plans = list(random_plans(graph, TARGETS.known()[name](**options), args.num))
-        refused = sum(not all(takes(*sizes) for sizes in plan) for plan in plans)
-        print(f"{name} {options or ''}: {len(plans)} plans, {refused} refused", flush=True)
+        shapes = [case[3] for case in CASES if case[:2] == (name, options)]
+        found = [
+            num_refused(
+                graphs[shape], name, options, takes, SHAPES[shape], -(-args.num // len(shapes))
+            )
+            for shape in shapes
+        ]
+        plans, refused = map(sum, zip(*found, strict=True))
+        print(f"{name} {options or ''}: {plans} plans, {refused} refused", flush=True)
 
 
 if __name__ == "__main__":
