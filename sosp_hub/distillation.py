@@ -106,7 +106,9 @@ class Teacher:
             self.projections[name] = torch.linalg.solve(gram, x.T @ y).T.float().to(device)
         if path is not None and self.projections:
             if is_main():
-                save_file({k: t.contiguous() for k, t in self.projections.items()}, path)
+                draft = path.with_suffix(".draft")
+                save_file({k: t.contiguous() for k, t in self.projections.items()}, draft)
+                draft.replace(path)
             wait_for_everyone()
 
     def loss(

@@ -218,8 +218,10 @@ class TerminalHandler(logging.Handler):
         self._num_lines = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints it."""
+        """Prints it; a warning that was said already comes only once more, at the end."""
         text = self.format(record)
+        if text in self._warnings:
+            return
         self._num_lines += 1
         if record.levelno < logging.WARNING:
             _display.line(text)

@@ -132,6 +132,8 @@ def test_a_model_without_a_recipe_gets_one(tmp_path, monkeypatch):
     assert (recipe.data.path, recipe.data.id) == ("train.csv", None)
     assert recipe.budget.targets() == {"params": 0.8}
     assert recipe.output.dir == "runs/a-model"
+    for training in (recipe.model.train, recipe.finetune):  # 200 samples are 36 steps and more
+        assert 200 / training.batch_size * training.epochs >= 36
     path = write_recipe(recipe)
     assert path == Path("runs/a-model.yaml")
     assert load_recipe(path) == recipe  # the same run, also without the options

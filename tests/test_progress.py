@@ -121,6 +121,7 @@ def test_warnings_are_said_again_at_the_end_but_not_where_they_are_all_there_is(
     log.warning("few samples")
     log.warning("few samples")
     log.info("scored")
+    assert file.getvalue().count("warning: few samples\n") == 1  # said once while the run lasts
     handler.repeat_warnings()
     assert file.getvalue().endswith("scored\n\n1 warning of this run:\n- few samples\n")
 

@@ -25,10 +25,9 @@ def check_columns(
     for key in keys:
         column = getattr(section, key)
         if column not in table.column_names:
-            raise DataError(
-                f"data.{key}: {where} has no column {column!r}; it has "
-                f"{shortened(', '.join(table.column_names), 300)}{_separator(table.column_names)}"
-            )
+            names = shortened(", ".join(_with_parts(table)), 300)
+            advice = _separator(table.column_names) or f". Write data.{key}=NAME, one of these"
+            raise DataError(f"data.{key}: {where} has no column {column!r}; it has {names}{advice}")
 
 
 def texts_of(table: "Dataset", section: "DataSection", key: str, where: str) -> list[str]:
@@ -59,6 +58,15 @@ def values_of(
             f"{column!r}, expected {expected}"
         )
     return values
+
+
+def _with_parts(table: "Dataset") -> list[str]:
+    """Columns as a recipe names them: ``a.b`` for part b of column a."""
+    return [
+        part
+        for name, feature in table.features.items()
+        for part in ([f"{name}.{key}" for key in feature] if isinstance(feature, dict) else [name])
+    ]
 
 
 def _separator(columns: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -212,18 +212,31 @@ class TableRows:
 Rows = PixelRows | ImageRows | TextRows | TableRows
 
 
-def image_folder(folder: Path) -> ImageRows:
-    """Images in one subfolder per class, whose name it is, however deep the files lie."""
-    files = sorted(
-        path
-        for path in folder.glob("*/**/*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
-    labels = [path.relative_to(folder).parts[0] for path in files]
+def image_folder(folder: Path, *, loose: bool = False) -> ImageRows:
+    """Images in one subfolder per class, whose name it is, however deep the files lie.
+
+    Args:
+        folder: Where they are.
+        loose: They have no classes, and those in ``folder`` itself count too.
+    """
+    files, labels = files_of_classes(folder, IMAGE_SUFFIXES, loose=loose)
     return ImageRows(files, fetch=_itself, labels=labels)
 
 
+def files_of_classes(
+    folder: Path, suffixes: Collection[str], *, loose: bool = False
+) -> tuple[list[Path], list[str]]:
+    """Files in one subfolder per class, and their classes; ``loose``, all files without one."""
+    files = sorted(
+        path
+        for path in folder.glob("**/*" if loose else "*/**/*")
+        if path.suffix.lower() in suffixes and path.is_file()
+    )
+    return files, ["" if loose else path.relative_to(folder).parts[0] for path in files]
+
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif"}
 
 
 def _itself(path: Path) -> Path:

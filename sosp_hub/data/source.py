@@ -1,6 +1,7 @@
 """Opens a data set, wherever it lives: what it holds is known before any model is."""
 
 import logging
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,19 @@ from sosp_hub.data.labels import (
     several_classes,
 )
 from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
-from sosp_hub.data.rows import IMAGE_SUFFIXES, ImageRows, PixelRows, Rows, TableRows, image_folder
+from sosp_hub.data.rows import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
+    ImageRows,
+    PixelRows,
+    Rows,
+    TableRows,
+    files_of_classes,
+    image_folder,
+)
 from sosp_hub.data.tables import (
     files_of_split,
+    has_metadata,
     is_saved_dataset,
     read_saved,
     read_table,
@@ -261,14 +272,16 @@ def _local(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
         _need_pixels(task, str(path))
         test = None if section.test is None else read_idx_split(path, section.test)
         return read_idx_split(path, section.train), test
-    if task.pixels and _has_images(path):
-        return _split_folders(path, section)
+    if not has_metadata(path):
+        loose = not _classed(task) and all(file.suffix == ".md" for file in table_files(path))
+        if task.pixels and _holds(path, IMAGE_SUFFIXES, loose=loose):
+            return _split_folders(path, section, partial(image_folder, loose=loose))
+        if {"audio", "label"} <= {*task.columns} and _holds(path, AUDIO_SUFFIXES):
+            return _split_folders(path, section, partial(_sounds, section=section, task=task))
     files = table_files(path)
     if not files:
-        kinds = "images in one subfolder per class, or " if task.pixels else ""
         raise DataError(
-            f"data.path: {path} holds no data for {task.name}; expected {kinds}files of "
-            f"{', '.join(sorted(TABLE_SUFFIXES))}"
+            f"data.path: {path} holds no data for {task.name}; expected {_files_of(task)}"
         )
     train, test = (
         files_of_split(files, path, name or "") for name in (section.train, section.test)
@@ -299,21 +312,50 @@ def _saved(path: Path, section: DataSection, task: Task) -> tuple[Rows, Rows | N
     return splits[0], splits[1] if len(splits) > 1 else None
 
 
-def _split_folders(path: Path, section: DataSection) -> tuple[Rows, Rows | None]:
+def _classed(task: Task) -> bool:
+    """Whether the name of a folder says what is in it."""
+    return "label" in task.columns
+
+
+def _files_of(task: Task) -> str:
+    """What a folder may hold for a task."""
+    tables = f"files of {', '.join(sorted(TABLE_SUFFIXES))}"
+    keys = (*task.columns, *task.more_columns)
+    kind = next((key for key in ("image", "audio") if key in keys), None)
+    others = [key for key in task.columns if key != kind]
+    if kind is None or not others:
+        return f"{kind} files, or {tables}" if kind else tables
+    folders = " in one subfolder per class, or" if _classed(task) else ""
+    columns = ", ".join(("file_name", *others))
+    return f"{kind} files{folders} with a metadata.jsonl beside them ({columns}), or {tables}"
+
+
+def _sounds(folder: Path, section: DataSection, task: Task) -> Rows:
+    """Recordings in one subfolder per class."""
+    from datasets import Dataset
+
+    files, labels = files_of_classes(folder, AUDIO_SUFFIXES)
+    table = Dataset.from_dict({section.audio: list(map(str, files)), section.label: labels})
+    return _columns(table, section, task, str(folder))
+
+
+def _split_folders(
+    path: Path, section: DataSection, read: Callable[[Path], Rows]
+) -> tuple[Rows, Rows | None]:
     train = (path / section.train).is_dir()
     test = section.test is not None and (path / section.test).is_dir()
     if train and section.test is None:
-        return image_folder(path / section.train), None
+        return read(path / section.train), None
     if train != test:  # one of them is misspelt, or the folders are classes: not to be guessed
         listed = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
         raise _no_split(section, "test" if train else "train", str(path), listed)
     if not train:
-        return image_folder(path), None
-    return image_folder(path / section.train), image_folder(path / str(section.test))
+        return read(path), None
+    return read(path / section.train), read(path / str(section.test))
 
 
-def _has_images(path: Path) -> bool:
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.glob("*/**/*"))
+def _holds(path: Path, suffixes: Collection[str], *, loose: bool = False) -> bool:
+    return bool(files_of_classes(path, suffixes, loose=loose)[0])
 
 
 def _from_hub(section: DataSection, task: Task) -> tuple[Rows, Rows | None]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sosp_hub.data.rows import AUDIO_SUFFIXES
 from sosp_hub.errors import DataError, shortened
 from sosp_hub.types import TABLE_SUFFIXES
 from sosp_hub.untrusted import parse_json
@@ -30,13 +31,16 @@ def files_of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path
 def read_table(files: Sequence[Path]) -> "Dataset":
     """All rows of the files; a plain text is one row with the column ``text``.
 
+    Names of files are read as `datasets` reads them: ``file_name`` is the column ``image`` or
+    ``audio``, ``mask_file_name`` the column ``mask``, relative to the folder of the table.
+
     Raises:
         DataError: A file that is not what its ending says, or files whose columns differ in type.
     """
     import pyarrow as pa
     from datasets import Dataset
 
-    tables = []
+    tables: list[pa.Table] = []
     for file in files:
         if not file.stat().st_size:
             raise DataError(f"data.path: {file} is empty; give a file with rows")
@@ -44,6 +48,7 @@ def read_table(files: Sequence[Path]) -> "Dataset":
             tables.append(_read_one(file))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"data.path: cannot read {file} as {file.suffix} ({error})") from error
+        tables[-1] = _with_files(tables[-1], file.parent)
         names = tables[-1].column_names
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -77,6 +82,34 @@ def read_saved(folder: Path) -> "Dataset | DatasetDict":
         raise DataError(
             f"data.path: cannot read {folder}, which save_to_disk wrote ({error}); save it again"
         ) from error
+
+
+def has_metadata(folder: Path) -> bool:
+    """Whether a table beside images or sounds tells of them, as `datasets` has it."""
+    return any(path.suffix in TABLE_SUFFIXES for path in folder.rglob("metadata.*"))
+
+
+def _with_files(table: "pa.Table", folder: Path) -> "pa.Table":
+    """Columns of names of files that lie beside the table, as whole paths."""
+    import pyarrow as pa
+
+    for place, name in enumerate(table.column_names):
+        if name != _FILE and not name.endswith(f"_{_FILE}"):
+            continue
+        files = table[name].to_pylist()
+        first = next((file for file in files if isinstance(file, str)), None)
+        if first is None or not (folder / first).is_file():
+            continue
+        kind = "audio" if Path(first).suffix.lower() in AUDIO_SUFFIXES else "image"
+        new = kind if name == _FILE else name.removesuffix(f"_{_FILE}")
+        if new in table.column_names:
+            continue
+        paths = [str(folder / file) if isinstance(file, str) else file for file in files]
+        table = table.set_column(place, new, pa.array(paths))
+    return table
+
+
+_FILE = "file_name"
 
 
 def _read_one(file: Path) -> "pa.Table":

@@ -78,6 +78,7 @@ class Step(Generic[C, P]):
         """What the function made, now unless it is there."""
         record = context.cache.read(self)
         if record is None:
+            context.cache.begin(self)
             set_seed(context.recipe.seed)
             peak = PeakMemory() if self._with_peak else None
             start = time.perf_counter()
@@ -198,6 +199,11 @@ class StageCache:
         """The record of a step; None where it has to be done."""
         return self._records.get(step.name)
 
+    def begin(self, step: "Step[Any, ...]") -> None:
+        """Before a step is done again, its record of another recipe goes: the tensors change."""
+        if is_main() and step.name in self.stale:
+            self._path(step, "json").unlink(missing_ok=True)
+
     def write(
         self,
         step: "Step[Any, ...]",
@@ -238,17 +244,21 @@ class StageCache:
     def training_state(self, step: "Step[Any, ...]") -> Path:
         """Folder for the resumable state of a training, emptied if of another recipe."""
         state = self._state(step)
+        marker = state / "made_with.json"
         if is_main():
-            if step.name in self.stale:
+            made_with = json.dumps({"made_with": self._made_with(step)})
+            if _read(marker) != json.loads(made_with):
+                marker.unlink(missing_ok=True)  # first: half of a state belongs to no recipe
                 shutil.rmtree(state, ignore_errors=True)
             make_folder(state)
-            marker = {"made_with": self._made_with(step)}
-            (state / "made_with.json").write_text(json.dumps(marker))
+            write_text(marker, made_with)
         wait_for_everyone()
         return state
 
     def remove(self) -> None:
-        """Deletes the folder, once the output is in its place."""
+        """Deletes the folder, once the output is in its place; first what says that it is whole."""
+        for record in (*self.folder.glob("*.json"), *self.folder.glob("*.state/made_with.json")):
+            record.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager

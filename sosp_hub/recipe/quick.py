@@ -50,11 +50,11 @@ def quick_recipe(
     record: dict[str, Any] = {
         "model": {
             **{"library": library, "id": model, "task": task},
-            "train": {"epochs": 3, "when": "new_head"},
+            "train": {"epochs": 5, "batch_size": 16, "when": "new_head"},
         },
         "data": {"path" if Path(data).exists() or _is_file_name(data) else "id": data},
         "budget": dict(budget),
-        "finetune": {"epochs": 1},
+        "finetune": {"epochs": 3, "batch_size": 16},  # small: people first try a few samples
     }
     name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
     source = "the command line"

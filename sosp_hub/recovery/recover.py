@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sosp_hub.types import LossFn
 
 _LEAST_EVALUATIONS = 4  # of a whole training, however few epochs it has
+_FEW_STEPS = 20  # fewer teach little at any rate, our choice
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def recover(
             best.load()
             raise
         selected = best.load()
-    _say(selected, config, len(part))
+    _say(selected, config, len(part), history)
     counts = _counts(history, rest, config, accelerator)
     return Recovery(history, selected, len(part), rates, *counts)
 
@@ -193,16 +194,26 @@ def _off_device(model: nn.Module) -> Iterator[None]:
         model.to(device)
 
 
-def _say(selected: Selected, config: FinetuneSection, num_held_out: int) -> None:
+def _say(
+    selected: Selected,
+    config: FinetuneSection,
+    num_held_out: int,
+    history: Sequence[Mapping[str, float]],
+) -> None:
     start = selected.losses[0][1]
     if selected.epoch == 0:
+        steps = int(history[-1]["step"]) if history else 0
+        length = "tokens" if config.tokens else "epochs"
+        more = f"raise finetune.{length} (now {getattr(config, length)}) or lower "
+        more += f"finetune.batch_size (now {config.batch_size}) for more than {steps} steps, "
         logger.warning(
             "fine-tune: no trained state is better than the cut model on %d held-out samples "
-            "(loss %.4g, at best %.4g), so the cut model is kept; lower finetune.learning_rate "
+            "(loss %.4g, at best %.4g), so the cut model is kept; %slower finetune.learning_rate "
             "(now %g) or train on more samples",
             num_held_out,
             start,
             min((loss for epoch, loss in selected.losses if epoch), default=math.nan),
+            more if steps < _FEW_STEPS else "",
             config.rate,
         )
     elif selected.epoch < selected.losses[-1][0]:

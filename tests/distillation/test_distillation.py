@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
+from sosp_hub import distillation
 from sosp_hub.data.split import Split
 from sosp_hub.distillation import Numbered, StoredOutputs, Teacher, layer_pairs
 from sosp_hub.errors import DataError, ModelError
@@ -167,6 +169,25 @@ def test_a_killed_training_finds_its_projections(tmp_path):
     again = Net(width=4)
     train_model(again, Points(), settings, teacher=Net(seed=1), checkpoint_dir=tmp_path)
     assert_close(again.state_dict(), expected.state_dict(), relative=0)
+
+
+def test_projections_that_a_kill_cut_off_are_solved_again(tmp_path, monkeypatch):
+    settings, batch = config(hidden=1.0), Points().__getitems__(range(8))
+
+    def killed(tensors, path):
+        save_file(tensors, path)
+        path.write_bytes(path.read_bytes()[:-20])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distillation, "save_file", killed)
+        Teacher(Net(seed=1), Net(width=4), settings).fit(
+            batch, tmp_path / "projections.safetensors"
+        )
+    follow = Teacher(Net(seed=1), Net(width=4), settings)
+    follow.fit(batch, tmp_path / "projections.safetensors")
+    assert follow.projections
+    assert [path.name for path in tmp_path.iterdir()] == ["projections.safetensors"]
 
 
 @pytest.mark.parametrize(

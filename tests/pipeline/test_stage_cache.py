@@ -1,6 +1,7 @@
 """What a stopped run left is used again exactly where it still fits the recipe."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -154,6 +155,35 @@ def test_training_state_of_another_recipe_is_emptied(tmp_path):
     assert not (other.training_state(final) / "step-000000001").exists()
     marker = json.loads((state / "made_with.json").read_text())
     assert marker["made_with"]["finetune"]["epochs"] == 3
+
+
+def test_half_of_a_training_state_belongs_to_no_recipe(tmp_path):
+    """As a kill leaves it that came while it was deleted, or before it was marked."""
+    state = StageCache(tmp_path / "out.partial", recipe()).training_state(final)
+    for marker in (None, '{"made_with": {"model"'):
+        (state / "step-000000001").mkdir()
+        (state / "made_with.json").unlink()
+        if marker:
+            (state / "made_with.json").write_text(marker)
+        StageCache(state.parent, recipe()).training_state(final)
+        assert [path.name for path in state.iterdir()] == ["made_with.json"]
+
+
+def test_a_record_goes_before_its_tensors_are_written_anew(folder):
+    """A kill between the two must not leave the record of one recipe beside tensors of another."""
+    other = recipe(finetune={"epochs": 3})
+    StageCache(folder, other).begin(final)
+    assert StageCache(folder, recipe()).read(final) is None
+    assert StageCache(folder, recipe()).read(plan) is not None
+
+
+def test_what_is_half_deleted_holds_nothing(folder, monkeypatch):
+    (folder / "final.state").mkdir()
+    (folder / "final.state" / "made_with.json").write_text("{}")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    StageCache(folder, recipe()).remove()
+    assert StageCache(folder, recipe()).kept == []
+    assert not list(folder.rglob("*.json"))
 
 
 def test_a_step_is_declared_where_it_is_made():

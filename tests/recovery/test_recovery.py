@@ -74,7 +74,16 @@ def test_a_rate_that_ruins_the_model_leaves_it_as_it_was(caplog):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert "finetune.learning_rate (now 30)" in caplog.text
+    assert "finetune.epochs" not in caplog.text  # 21 steps are not few
     assert not model.training
+
+
+def test_few_steps_are_named_where_they_taught_nothing(caplog):
+    settings = config(held_out=0.25, batch_size=64, learning_rate=30.0, epochs=1, optimizer="sgd")
+    assert recover(net(), Points(160), settings).selected.epoch == 0
+    told = "raise finetune.epochs (now 1) or lower finetune.batch_size (now 64) for more than 1 st"
+    assert told in caplog.text
+    assert "lower finetune.learning_rate (now 30)" in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(4))

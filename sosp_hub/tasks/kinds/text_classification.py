@@ -26,6 +26,7 @@ class TextClassification(TextTask):
     """Texts, or pairs of them, with a label each: a class, a list of classes, or a number."""
 
     name: ClassVar[str] = "text-classification"
+    aliases: ClassVar[tuple[str, ...]] = ("sentiment-analysis",)
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
     more_columns: ClassVar[tuple[str, ...]] = ("text_pair",)

@@ -19,6 +19,7 @@ class TokenClassification(TextTask):
     """Lists of words with a list of tags; the first piece of a word counts for it."""
 
     name: ClassVar[str] = "token-classification"
+    aliases: ClassVar[tuple[str, ...]] = ("ner",)
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     columns: ClassVar[tuple[str, ...]] = ("tokens", "tags")
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "span_f1", "loss")
