@@ -179,13 +179,16 @@ def test_projections_that_a_kill_cut_off_are_solved_again(tmp_path, monkeypatch)
         path.write_bytes(path.read_bytes()[:-20])
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    path, follow = (
+        tmp_path / "projections.safetensors",
+        Teacher(Net(seed=1), Net(width=4), settings),
+    )
+    with monkeypatch.context() as patch:
         patch.setattr(distillation, "save_file", killed)
-        Teacher(Net(seed=1), Net(width=4), settings).fit(
-            batch, tmp_path / "projections.safetensors"
-        )
+        with pytest.raises(KeyboardInterrupt):
+            follow.fit(batch, path)
     follow = Teacher(Net(seed=1), Net(width=4), settings)
-    follow.fit(batch, tmp_path / "projections.safetensors")
+    follow.fit(batch, path)
     assert follow.projections
     assert [path.name for path in tmp_path.iterdir()] == ["projections.safetensors"]
 
