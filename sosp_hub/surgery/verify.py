@@ -6,6 +6,7 @@ along a cut axis (normalisations, means) see the kept positions only.
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,13 +98,15 @@ def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool,
         try:
             expected, real, shapes = _masked(dense, traced, plan, run, graph)
         except _OtherPathError as error:
-            if not _zeros_mask(graph, plan):
-                raise
             _LOG.info("only outputs are compared: %s", error)
-            zeroed = _zeroed(dense, graph, plan)
             way = [(run, traced.example_inputs)]
-            outputs, expected = (_results(each, graph, way)[0] for each in (pruned, zeroed))
-            return _difference(*map(output_tensors, (outputs, expected))), (pruned, outputs)
+            if _zeros_mask(graph, plan):
+                zeroed = _zeroed(dense, graph, plan)
+                expected = output_tensors(_results(zeroed, graph, way)[0])
+            else:
+                expected, *_ = _masked(dense, traced, plan, run, graph, loops=True)
+            outputs = _results(pruned, graph, way)[0]
+            return _difference(output_tensors(outputs), expected), (pruned, outputs)
         outputs = _checked_outputs(pruned, real, plan, run, shapes)
         return _difference(output_tensors(outputs), expected), (pruned, outputs)
 
@@ -504,30 +507,38 @@ def masked_outputs(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[Te
 
 
 def _masked(
-    model: nn.Module, traced: Graph, plan: PruningPlan, run: Program, graph: Graph
+    model: nn.Module,
+    traced: Graph,
+    plan: PruningPlan,
+    run: Program,
+    graph: Graph,
+    *,
+    loops: bool = False,
 ) -> tuple[list[Tensor], Graph, list[_Shapes]]:
     """Outputs of the masked model, the trace whose steps it takes, and the shapes of each step.
 
-    Where it takes other steps with data than without, it is traced again with data.
+    Where it takes other steps with data than without, it is traced again with data. With ``loops``
+    it may go through those steps another number of times, as values tell a loop over experts.
     """
     twin = twin_of(model, traced).eval().requires_grad_(False)  # matmul takes its path by it
     follow_scales(twin, graph, plan)
     try:
-        outputs, shapes = _replayed(twin, traced, plan, run)
+        outputs, shapes = _replayed(twin, traced, plan, run, loops)
         return outputs, traced, shapes
     except Exception:  # noqa: BLE001 - whatever comes of steps that are not those of this pass
         real = trace(model, traced.example_inputs, traced.outputs, fake=False, program=run)
         twin = twin_of(model, real).eval().requires_grad_(False)
         follow_scales(twin, graph, plan)
-        outputs, shapes = _replayed(twin, real, plan, run)
+        outputs, shapes = _replayed(twin, real, plan, run, loops)
         return outputs, real, shapes
 
 
 def _replayed(
-    twin: nn.Module, real: Graph, plan: PruningPlan, run: Program
+    twin: nn.Module, real: Graph, plan: PruningPlan, run: Program, loops: bool
 ) -> tuple[list[Tensor], list[_Shapes]]:
     masks = {atom: torch.as_tensor(mask) for atom, mask in real.keep(plan).items()}
-    replay = _Replay(list(real.steps), {atom: mask.numpy() for atom, mask in masks.items()})
+    masks_of = {atom: mask.numpy() for atom, mask in masks.items()}
+    replay = _Replay(list(real.steps), masks_of, loops)
     tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
     inputs = copy_inputs(real.example_inputs)
     with torch.no_grad():
@@ -557,19 +568,30 @@ _COPIES = {"clone", "contiguous", "as_strided"}
 
 
 class _Replay(DispatchMode):
-    """Runs the dense model with masked tensors, step by step beside the record of its trace."""
+    """Runs the dense model with masked tensors, step by step beside the record of its trace.
 
-    def __init__(self, steps: list[Step], masks: dict[int, Any]) -> None:
+    Args:
+        steps: The record.
+        masks: Keep masks by atom id.
+        loops: Whether it may go back in the record, or leave steps out, as a loop does whose length
+            values tell.
+    """
+
+    def __init__(self, steps: list[Step], masks: dict[int, Any], loops: bool = False) -> None:
         super().__init__()
-        self.steps: Iterator[Step] = iter(_essential(steps))
+        self.steps = _essential(steps)
+        self.at = 0
+        self.ran: list[str] = []
         self.masks = masks
+        self.loops = loops
         self.shapes: list[_Shapes] = []
         self.parameters = TensorTable()
         self.paused = False
 
     def finish(self) -> None:
         """Raises VerificationError where the record goes on."""
-        if (step := next(self.steps, None)) is not None:
+        if self.at < len(self.steps):
+            step = self.steps[self.at]
             raise _OtherPathError(
                 f"the model takes another path with other values: it ends before {step.name}"
             )
@@ -597,14 +619,40 @@ class _Replay(DispatchMode):
             args, kwargs = self._with_masks(args), self._with_masks(kwargs)
         if _plain(name) in _COPIES:
             return func(*args, **kwargs)
-        step = next(self.steps, None)
-        if step is None or _plain(step.name) != _plain(name):
-            raise _OtherPathError(
-                f"the model takes another path with other values: {name} for {step and step.name}"
-            )
+        step = self._next(name)
         out = self._masked(step, func, args, kwargs)
         self.shapes.append([list(tensor.shape) for tensor in rules.tensors(out)])
         return out
+
+    def _next(self, name: str) -> Step:
+        """The step of the record that an operation is."""
+        plain = _plain(name)
+        if self.at == len(self.steps) or _plain(self.steps[self.at].name) != plain:
+            told = self.steps[self.at].name if self.at < len(self.steps) else None
+            at = self._elsewhere(plain) if self.loops else None
+            if at is None:
+                raise _OtherPathError(
+                    f"the model takes another path with other values: {name} for {told}"
+                )
+            self.at = at
+        step = self.steps[self.at]
+        self.at += 1
+        self.ran.append(plain)
+        return step
+
+    def _elsewhere(self, name: str) -> int | None:
+        """Where the record has this operation, after as many of the same ones as here as it can.
+
+        What a wrong place would make of the masked model is seen: it differs from the cut one.
+        """
+        names = [_plain(step.name) for step in self.steps]
+
+        def alike(position: int) -> int:
+            pairs = zip(reversed(names[:position]), reversed(self.ran), strict=False)
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+        places = [position for position, each in enumerate(names) if each == name]
+        return max(places, key=alike, default=None)
 
     def _with_masks(self, value: Any) -> Any:
         """Arguments in which parameters are masked."""

@@ -351,6 +351,9 @@ def saved_and_loaded(model: nn.Module, graph: Graph, build: Callable[[], Built])
             own = library_of(model) == "torch"
             loaded = sosp_hub.from_pretrained(place, **({"model": build()[0]} if own else {}))
         error = difference(run(loaded, graph), expected)
+        if ALLOWED < error < 1e-3:  # memory lies differently: rounding, or other weights
+            exact = dataclasses.replace(graph, example_inputs=doubled(graph.example_inputs))
+            error = difference(run(loaded.double(), exact), run(pruned.double(), exact))
     except Exception as error:  # noqa: BLE001 - the benchmark is about failures
         return {"state": "save", "message": short(error, with_place=True)}
     if not error <= ALLOWED:

@@ -514,6 +514,44 @@ def test_with_another_way_through_the_code_a_wrong_cut_is_still_noticed(monkeypa
         apply(model, graph, plan, strict=True)
 
 
+class Looping(nn.Module):
+    """Goes through the experts that any token chooses, by a loop over their numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.gate = nn.Linear(5, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+        self.experts = nn.Parameter(torch.randn(4, 16, 16) / 4)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        rows = self.norm(self.up(x))
+        weights, chosen = self.gate(rows).softmax(-1).max(-1)
+        mixed = torch.zeros_like(rows)
+        for number in chosen.unique():
+            (row,) = torch.where(chosen == number)
+            mixed.index_add_(0, row, rows[row] @ self.experts[number] * weights[row, None])
+        return self.head(rows + mixed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_how_often_a_loop_over_experts_runs_is_no_fault(monkeypatch, caplog, seed):
+    """Along an axis that is normalised, zeros in the weights are not the masked model."""
+    caplog.set_level("INFO", "sosp_hub")
+    torch.manual_seed(seed)
+    model, x = fill(Looping().eval()), torch.randn(3, 5)
+    graph = trace(model, (x,))
+    name = group_of(graph, "up.weight", 0)
+    assert not graph.groups[name].exact
+    plan = plan_of(graph, {name: (0, 2, 3, 5, 9)})
+    pruned = apply(model, graph, plan, strict=True)
+    told = any("only outputs are compared" in line for line in caplog.messages)
+    chosen = [net.gate(net.norm(net.up(x))).argmax(-1).unique() for net in (model, pruned)]
+    assert told == (len(chosen[0]) != len(chosen[1]))
+    sabotage_positions(monkeypatch, graph, "up.weight", 0)
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan, strict=True)
+
+
 class ChoosesByRounding(Sensitive):
     """In float32 it is chance which rows are positive."""
 
