@@ -8,7 +8,11 @@ from torch import nn
 
 from sosp_hub.structure.axes import Axis, atoms, is_fixed, size_of
 from sosp_hub.structure.groups import Group
-from sosp_hub.structure.terms import Axes
+from sosp_hub.structure.terms import Axes, Constraint
+from sosp_hub.structure.traced_int import attributes
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What configs call the number of layers of a stack."""
 
 Uses = Mapping[tuple[str, int], Iterable[str]]
 """The modules whose code computes with a result, by the module that made it and its position."""
@@ -19,6 +23,7 @@ def layer_groups(
     entries: Mapping[str, Axes],
     exits: Mapping[str, Axes],
     uses: Uses,
+    constraints: Iterable[Constraint] = (),
 ) -> tuple[dict[str, Group], dict[str, str]]:
     """One group for each list of like modules of which at least two keep their stream.
 
@@ -27,11 +32,12 @@ def layer_groups(
         entries: Axes of what each module was given first.
         exits: Axes of what each module gave.
         uses: The modules whose code computes with what a module gave.
+        constraints: What the sizes of tensors are computed from.
 
     Returns:
         The groups, and for other stacks why none of their layers can be left out: each layer but
-        the last one must give its result to the next one alone, and what a layer gives besides it
-        must be for nobody.
+        the last one must give its result to the next one alone, what a layer gives besides it
+        must be for nobody, and no tensor holds a part for each layer.
     """
     groups: dict[str, Group] = {}
     reasons: dict[str, str] = {}
@@ -62,6 +68,7 @@ def layer_groups(
         elsewhere = _used_elsewhere(
             [f"{inside}{child}" for child, _ in stack.named_children()], uses
         )
+        elsewhere = elsewhere or _counted(name, len(stack), constraints)
         if elsewhere is None:
             group = Group(f"{name}:layer", "layer", len(layers), (), (), (), layers)
             groups[group.name] = group
@@ -90,6 +97,23 @@ def _used_elsewhere(children: Sequence[str], uses: Uses) -> str | None:
                     f"{'the code around it' if around else user} uses the result of one of its "
                     "layers, not of the last one alone"
                 )
+    return None
+
+
+def _counted(stack: str, number: int, constraints: Iterable[Constraint]) -> str | None:
+    """Which tensor is as long as a stack has layers, such as one with an input for each; in words.
+
+    The number is an attribute of a module around the stack, or in it.
+    """
+    for constraint in constraints:
+        for attribute in attributes(constraint.expr):
+            around, inside = f"{attribute.module}.", f"{stack}."
+            if (
+                attribute.name.rpartition(".")[2] in LAYER_COUNTS
+                and attribute.dense == number
+                and (not attribute.module or inside.startswith(around) or around.startswith(inside))
+            ):
+                return f"a tensor has a part for each of its layers ({constraint.where})"
     return None
 
 

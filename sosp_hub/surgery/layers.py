@@ -10,9 +10,9 @@ from sosp_hub.compat.torch import child_table
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.layers import LAYER_COUNTS
 from sosp_hub.structure.shadow import is_config
 
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _NUMBERS = ("layer_idx", "layer_id", "layer_number")
 
 
@@ -149,7 +149,7 @@ def _shortened(
             new |= {} if inner is value else {key: inner}
         elif not _alike(config, described):
             continue
-        elif key in _COUNTS and value == before:
+        elif key in LAYER_COUNTS and value == before:
             new[key] = len(stays)
         elif isinstance(value, list) and len(value) == before and key.startswith("layer"):
             new[key] = [value[i] for i in stays]

@@ -144,6 +144,36 @@ def test_a_stack_stays_whole_where_more_than_its_last_result_counts(tower):
     assert "undroppable: layers of towers.0.layers: the code around it" in graph.describe()
 
 
+class Fed(Inner):
+    """A layer with an input of its own."""
+
+    def forward(self, x, own):
+        return super().forward(x) + own
+
+
+class PerLayerInputs(Tower):
+    """Each layer gets an input of its own, as Gemma 3n's and 4's do."""
+
+    def __init__(self, config):
+        super().__init__(config, Fed)
+        self.own = nn.Linear(6, 6 * config.num_hidden_layers)
+
+    def forward(self, x):
+        own = self.own(x).reshape(*x.shape[:-1], self.config.num_hidden_layers, 6)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, own[:, :, number])
+        return x
+
+
+def test_a_stack_stays_whole_where_a_tensor_has_a_part_for_each_layer():
+    """Of two towers with as many layers, the one whose number it is."""
+    model, graph = traced(PerLayerInputs(Config("a", 3)), Tower(Config("b", 3)))
+    assert set(layers_of(graph)) == {"towers.1.layers:layer"}
+    assert "a part for each of its layers" in graph.undroppable["towers.0.layers"]
+    plan = plan_of(graph, {"towers.1.layers:layer": (0, 2)})
+    assert_close(run(apply(model, graph, plan), graph), gated(model, graph, plan))
+
+
 def test_a_layer_whose_further_results_count_stays():
     """The next layer uses what it makes (as do CoaT's, EfficientViM's and TNT's), or not."""
     _, graph = traced(PairTower(used=0))
