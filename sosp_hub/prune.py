@@ -13,7 +13,7 @@ from sosp_hub.pipeline.command import (
     recipe_parser,
     run_as_guest,
     run_command,
-    shown_as,
+    run_shown,
 )
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.recipe.schema import Recipe
@@ -83,13 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log_to_terminal(quiet=options.quiet)
         from sosp_hub.pipeline.run import run  # torch, which a faulty recipe need not wait for
 
-        run(
+        run_shown(
+            run,
             recipe,
+            options,
             overwrite=options.overwrite,
             command=command,
             scores=scores,
             with_data=scores is None or options.with_data,
-            **shown_as(options),
         )
         if made:
             _leave_recipe(recipe, options.overwrite)
@@ -155,12 +156,12 @@ def _of_a_model(options: argparse.Namespace) -> list[str]:
 
 def _leave_recipe(recipe: Recipe, overwrite: bool) -> None:
     """Writes a recipe that was made, once its run is done: a command that failed leaves none."""
-    from sosp_hub.distributed import is_main
+    from sosp_hub.distributed import is_main, logger
     from sosp_hub.recipe.quick import write_recipe
 
     if is_main():
         path = write_recipe(recipe, overwrite=overwrite)
-        print(f"the recipe of this run, to change and run again: {path}", file=sys.stderr)
+        logger.info("the recipe of this run, to change and run again: %s", path)
 
 
 def _made_recipe(options: argparse.Namespace) -> Recipe:

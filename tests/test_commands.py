@@ -1,5 +1,6 @@
 """One command for everything, recipes by name, and a model without a recipe."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from sosp_hub.__main__ import COMMANDS, main
 from sosp_hub.errors import ModelError, RecipeError
+from sosp_hub.pipeline.command import run_shown
 from sosp_hub.pipeline.context import Context
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.recipe.quick import quick_recipe, write_recipe
@@ -174,6 +176,26 @@ def test_the_library_follows_from_the_name_or_the_folder(model, library, tmp_pat
         (tmp_path / "config.json").write_text(json.dumps(model))
         model = str(tmp_path)
     assert library_of_id(model) == library
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"), [("json", '{"macs": 1}\n'), ("quiet", "a library's\n"), (None, None)]
+)
+def test_with_json_standard_output_holds_the_report_alone(capsys, option, expected):
+    def table(report, _):
+        sys.stdout.write(f"a table of {report}\n")
+
+    def work(recipe, *, show=table, overwrite):
+        sys.stdout.write("a library's\n")
+        assert (recipe, overwrite, show is None) == ("a recipe", True, option == "quiet")
+        if show:
+            show({"macs": 1}, Path("out"))
+
+    options = argparse.Namespace(json=option == "json", quiet=option == "quiet")
+    run_shown(work, "a recipe", options, overwrite=True)
+    said = capsys.readouterr()
+    assert said.out == (expected or "a library's\na table of {'macs': 1}\n")
+    assert said.err == ("a library's\n" if option == "json" else "")
 
 
 @pytest.mark.parametrize("text", [None, "{", "[" * 100_000])

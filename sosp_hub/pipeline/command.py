@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,19 @@ def recipe_parser(verb: Verb, description: str, *other_uses: str) -> argparse.Ar
     return parser
 
 
-def shown_as(options: argparse.Namespace) -> Mapping[str, Any]:
-    """How a run prints its result, as an argument ``show`` of it, where it is not as usual."""
-    if options.quiet:
-        return {"show": None}
-    return {"show": lambda report, _: print(json.dumps(report))} if options.json else {}
+def run_shown(
+    work: Callable[..., Any], recipe: Recipe, options: argparse.Namespace, **more: Any
+) -> None:
+    """Runs a verb and prints its result as the command line asks for it.
+
+    With ``--json`` standard output holds the report alone, whatever a library prints meanwhile.
+    """
+    if not options.json:
+        work(recipe, **({"show": None} if options.quiet else {}), **more)
+        return
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):
+        work(recipe, show=lambda report, _: print(json.dumps(report), file=out), **more)
 
 
 def run_as_guest(
@@ -90,7 +99,7 @@ def run_recipe(
         recipe = load_recipe(options.given[0], options.given[1:], verb)
         log_to_terminal(quiet=options.quiet)
         work = _work_of(verb)
-        work(recipe, overwrite=options.overwrite, command=command, **shown_as(options))
+        run_shown(work, recipe, options, overwrite=options.overwrite, command=command)
 
     return run_command(parser, run, arguments)
 

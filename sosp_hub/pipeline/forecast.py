@@ -269,8 +269,10 @@ def _stages(
         return 2 * of + state + activations * batch
 
     yield Stage("load", 0, None, weights, "cpu"), 0.0
-    if recipe.model.train is not None:
-        config, num = recipe.model.train, num_train or _ASSUMED_SAMPLES
+    config = recipe.model.train
+    new_head = find_task(recipe.model.task).head or not recipe.model.pretrained  # there may be one
+    if config is not None and (config.when == "always" or new_head):
+        num = num_train or _ASSUMED_SAMPLES
         num = min(num, config.num_samples or num) * config.epochs
         need = training(config.batch_size, config, weights)
         yield Stage("dense", num, None, need, place), 3.0 * num * cost.macs
@@ -341,12 +343,16 @@ def _changes(stage: Stage, recipe: Recipe) -> Iterator[str]:
         yield f"{key}={max(1, number // 8)}"
     if recipe.model.dtype == "float32":
         yield "model.dtype=bfloat16"
-    if find_task(recipe.model.task).inputs == "texts" and recipe.data.max_length > 128:
+    texts = find_task(recipe.model.task).inputs == "texts"
+    of_weights = stage.name in ("load", "cut")  # whatever the inputs are
+    if texts and not of_weights and recipe.data.max_length > 128:
         yield f"data.max_length={recipe.data.max_length // 4}"
     if stage.name == "saliency" and isinstance(recipe.criterion, SecondOrderCriterion):
         yield "criterion.name=flap or another criterion that needs no gradients"
     if stage.name == "cut" and recipe.structure.verify == "thorough":
         yield "structure.verify=fast"
+    if of_weights:
+        yield "a plan of another machine and `sosp cut`, which never loads the model"
     if stage.name == "final":
         if not recipe.finetune.lora:
             yield "finetune.lora.rank=8"

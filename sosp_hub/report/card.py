@@ -276,7 +276,8 @@ def _selected_state(selected: Mapping[str, Any] | None, number: int | None) -> s
     judges = f"{number:,} training samples that were held out"
     if selected["epoch"] == 0:
         return f"fine-tuning found no state that is better on {judges}, so that none of it is here"
-    state = f"the state after {selected['epoch']:.3g} epochs is the best on {judges}"
+    epochs = f"{selected['epoch']:.3g} epoch{'s' * (selected['epoch'] != 1)}"
+    state = f"the state after {epochs} is the best on {judges}"
     return f"it was fine-tuned on the training data ({state})"
 
 

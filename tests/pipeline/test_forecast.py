@@ -119,12 +119,30 @@ def test_a_budget_out_of_reach_is_told_with_what_can_be_reached(llama, file_of, 
     assert "least that can be reached: macs" in told
 
 
+@pytest.mark.parametrize(
+    ("model", "trains"),
+    [
+        ({}, False),  # a language model has no head of its own
+        ({"pretrained": False}, True),
+        ({"train": {"epochs": 1}}, True),
+    ],
+)
+def test_a_training_of_a_new_head_is_told_where_there_may_be_one(llama, model, trains):
+    llama["model"] |= {"train": {"epochs": 1, "when": "new_head"}} | model
+    stages = [stage.name for stage in forecast(as_recipe(llama, (), "prune")).stages]
+    assert ("dense" in stages) == trains
+
+
 def test_what_does_not_fit_is_told_with_keys_that_a_recipe_takes(llama, monkeypatch):
     llama["data"]["max_length"] = 512
     recipe = as_recipe(llama, (), "prune")
     monkeypatch.setattr(module, "_free_ram", lambda: 1000)
     told = forecast(recipe)
     assert not told.fits
+    for stage in told.stages:
+        shorter = "data.max_length=128" in stage.change
+        assert shorter == (stage.name not in ("load", "cut"))  # these are of weights alone
+        assert any("sosp cut" in change for change in stage.change) != shorter
     changes = {change for stage in told.stages for change in stage.change if "=" in change}
     for change in changes:
         words = change.split()[0]
