@@ -442,10 +442,11 @@ def test_floors_by_name():
     graph = graph_of()
     saliency = random_saliency(graph, kinds=("head", "kv_group", "neuron"))
     saliency = {name: s * (name[:5] != "three") for name, s in saliency.items()}
-    loose, tight = (
+    loose, tight, turned = (
         allocate(graph, saliency, structures=0.5, keep_at_least=floor)
-        for floor in (0.1, {"*": 0.05, "thr*": 0.75})
+        for floor in (0.1, {"*": 0.05, "thr*": 0.75}, {"thr*": 0.75, "*": 0.05})
     )
+    assert turned.kept == tight.kept  # of two floors the higher holds
     (three,) = [name for name in loose.kept if name.startswith("three")]
     assert len(loose.kept[three]) == 2
     assert len(tight.kept[three]) == 15

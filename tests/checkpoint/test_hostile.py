@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import sosp_hub
 from sosp_hub.checkpoint.format import headers
 from sosp_hub.checkpoint.format.delta import apply_section
-from sosp_hub.checkpoint.format.schema import parse_delta
+from sosp_hub.checkpoint.format.schema import SCHEMA_VERSION, parse_delta
 from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.errors import CheckpointError
 from sosp_hub.inspection.examine import examine
@@ -96,7 +96,7 @@ HOSTILE = {
     "buffer that is not there": (("base", "buffers"), ["norm.nothing"], "no buffer"),
     "feature channels": (("feature_channels",), ["a"], "feature_channels"),
     "no schema version": (("schema_version",), None, "schema_version"),
-    "later schema version": (("schema_version",), 99, "pip install -U sosp_hub"),
+    "next schema version": (("schema_version",), SCHEMA_VERSION + 1, "pip install -U sosp_hub"),
     "schema version as text": (("schema_version",), "1", "schema_version"),
     "other library": (("library",), "keras", "'keras'"),
     "class that is no name": (("base", "class"), "os.system('x')", "name of a class"),

@@ -141,6 +141,23 @@ def test_a_search_does_not_wear_out_the_confidence():
     assert sum(kept) / len(kept) < 0.85  # 0.6 would be the edge
 
 
+def test_the_search_does_not_see_the_samples_of_the_proof():
+    dense = ones(torch.ones(900))
+
+    def tried(proof):
+        shares = []
+
+        def probe(share):
+            shares.append(share)
+            search = torch.ones(300) if share > 0.4 else torch.zeros(300)
+            return {"macs": share}, {"accuracy": ones(torch.cat([search, proof]))}
+
+        smallest((Drop("accuracy", 0.1),), {"accuracy": dense}, probe, least=0.1)
+        return shares
+
+    assert tried(torch.zeros(600)) == tried(torch.ones(600))
+
+
 def test_nothing_smaller_than_what_fails_is_chosen():
     """It may pass by luck: with each one more that is tested, more often than was promised."""
 

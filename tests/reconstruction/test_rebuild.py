@@ -181,6 +181,57 @@ def test_a_constant_of_a_convolution_goes_into_the_mean_of_the_norm_behind_it():
     assert_close(found[3].running_var, model[3].running_var, relative=0)
 
 
+class ReadBesideItsNorm(nn.Module):
+    """What the second convolution makes is also read without the norm behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu())
+        return self.norm(x) + x
+
+
+def test_a_norm_takes_no_constant_of_what_is_read_beside_it():
+    model = ReadBesideItsNorm().double().eval()
+    images = torch.randn(40, 3, 3, 3, dtype=torch.float64)
+    graph = trace(model, (images[:2],))
+    plan = PruningPlan({"a:channel": (1, 2, 5)}, {"a:channel": 6})
+    found = sosp_hub.rebuild(model, graph, plan, [(images, torch.zeros(40))], damping=DAMPING)
+    assert_close(found.norm.running_mean, model.norm.running_mean, relative=0)
+    x, w = model.a(images).relu().detach().movedim(1, -1).flatten(0, 2), model.b.weight.detach()
+    start = w.flatten(1) * torch.tensor([0, 1, 1, 0, 0, 1.0])
+    new, _ = least_squares(x, start, w.flatten(1), None, [1, 2, 5])
+    assert_close(found.b.weight.flatten(1), new[:, [1, 2, 5]], relative=1e-9)
+
+
+class SharesABias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 7)
+        self.c.bias = self.b.bias
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.relu(self.a(x)))))
+
+
+def test_a_bias_of_two_layers_takes_no_constant_of_one(batches):
+    model = SharesABias().double().eval()
+    graph = trace(model, (batches[0][0],))
+    kept = [0, 2, 3, 7]
+    plan = PruningPlan({"a:neuron": tuple(kept)}, {"a:neuron": 8})
+    found = sosp_hub.rebuild(model, graph, plan, batches, damping=DAMPING)
+    assert_close(found.b.bias, model.b.bias, relative=0)
+    x = torch.cat([model.a(x).relu() for x, _ in batches]).detach()
+    w = model.b.weight.detach()
+    start = torch.zeros_like(w)
+    start[:, kept] = w[:, kept]
+    new, _ = least_squares(x, start, w, None, kept)
+    assert_close(found.b.weight, new[:, kept], relative=1e-9)
+
+
 def test_groups_of_a_convolution_are_solved_one_by_one():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2)).double()
     images = torch.randn(40, 3, 7, 7, dtype=torch.float64)

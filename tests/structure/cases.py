@@ -208,6 +208,7 @@ SHAPES = (
     tokens("slice", lambda m, x: x[..., : m.k], 12, 8, (4, 8), k=8),
     tokens("slice from", lambda m, x: x[..., m.k :] * x[..., : m.k], 12, 6, (6,), k=6),
     tokens("narrow", lambda m, x: x.narrow(-1, 0, m.k), 12, 8, (4, 8), k=8),
+    tokens("slice from the end", lambda m, x: x[..., -m.k :], 12, 8, (4, 8), k=8),
     tokens("strided slice", lambda m, x: x[..., ::2] * x[..., 1::2], 12, 6, (6,)),
     tokens("literal slice", lambda m, x: x[..., :8], 12, 8),
     tokens("literal view", lambda m, x: x.view(2, 4, 3, 4).mT.flatten(-2), 12, 12),

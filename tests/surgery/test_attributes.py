@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
 from tests.compare import assert_close
-from tests.structure.oracles import fill, gated, plan_of, run
+from tests.structure.oracles import fill, gated, half, plan_of, run
+from tests.structure.test_adversarial import Attends, AttendsAcross
 
 
 class Around(nn.Module):
@@ -150,3 +151,13 @@ def test_an_embedding_knows_its_width():
     (name,) = graph.groups
     pruned = apply(model, graph, plan_of(graph, {name: (0, 5)}))
     assert (pruned[0].num_embeddings, pruned[0].embedding_dim) == (7, 2)
+
+
+@pytest.mark.parametrize(("kind", "widths"), [(Attends, (2, 2, 2)), (AttendsAcross, (4, 5, 5))])
+def test_attention_says_the_widths_that_it_has(kind, widths):
+    """Heads and their width are cut; keys may have a width of their own, which stays."""
+    model = fill(kind().eval())
+    graph = trace(model, (torch.randn(2, 4, 5),))
+    attention = apply(model, graph, half(graph)).attention
+    assert (attention.embed_dim, attention.kdim, attention.vdim) == widths
+    assert attention.head_dim * attention.num_heads == attention.embed_dim
