@@ -280,6 +280,14 @@ LOOKUPS = (
         6, 6, (6,),
     ),
     tokens(
+        "index_add of another", lambda m, x, y: x.index_add(1, torch.tensor([0, 0, 1, 1]), y),
+        (6, 6), 6, (6,),
+    ),
+    tokens(
+        "scatter_add of another", lambda m, x, y: x.scatter_add(1, torch.zeros_like(y).long(), y),
+        (6, 6), 6, (6,),
+    ),
+    tokens(
         "index_copy", lambda m, x: torch.zeros_like(x).index_copy(1, torch.arange(4).flip(0), x),
         6, 6, (6,),
     ),
