@@ -50,6 +50,29 @@ def test_a_pass_with_data_finds_what_a_pass_without_finds(case):
     assert str(trace(model, inputs, fake=False)) == str(trace(model, inputs))
 
 
+INFERRED = ("linear", "chunk", "cat", "layer norm", "rms norm", "softmax of channels", "addmm")
+
+
+class Inferred(torch.nn.Module):
+    """In inference mode operations are seen that are made of others elsewhere, such as `linear`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    @torch.inference_mode()
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in INFERRED], ids=str)
+def test_a_pass_in_inference_mode_finds_the_same(case):
+    model, inputs = build(case)
+    found, plain = trace(Inferred(model), inputs), trace(model, inputs)
+    sizes = [Counter((g.size, g.exact) for g in each.groups.values()) for each in (found, plain)]
+    assert sizes[0] == sizes[1], str(found)
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("case", [case for case in CASES if case.sizes], ids=str)
 def test_a_cut_of_exact_groups_is_the_dense_model_with_zeros(case, seed):

@@ -155,6 +155,15 @@ def test_what_the_own_loss_reads_has_its_value(name, config, batch, read):
     assert_close(again.predictions.value(), own, relative=1e-5)
 
 
+def test_of_two_readings_that_rounding_allows_the_nearest_is_taken():
+    """In bfloat16 the next token's loss is within rounding of that of the places."""
+    model = make(*OWN["masks"][:2]).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.1)
+    assert batch_loss(model, OWN["masks"][2]).predictions.values.shape == (3, 6, 11)
+
+
 @pytest.mark.parametrize("name", ["tags", "masks", "next token", "answers", "pixels", "one number"])
 def test_batches_of_uneven_weight_give_the_loss_of_the_whole(name):
     kind, config, batch, _ = OWN[name]
