@@ -354,14 +354,12 @@ def test_samples_of_a_language_model_are_sequences_and_its_mean_is_over_tokens()
     assert_close(found.second["n"], rows.square().mean(0), relative=1e-10)
 
 
-def _explicit_gauss_newton(toy, curvature):
-    total = 0
+def _explicit_gauss_newton(toy, curvature, at=None):
+    total, at = 0, toy.ones() if at is None else at
     for n in range(len(toy.batch[1])):
         one = Toy(toy.model, toy.graph, tuple(part[n : n + 1] for part in toy.batch))
-        jacobian = torch.autograd.functional.jacobian(
-            lambda m, one=one: one.logits(m)[0], toy.ones()
-        )
-        total = total + jacobian.T @ curvature(one.logits(toy.ones())[0].softmax(-1)) @ jacobian
+        jacobian = torch.autograd.functional.jacobian(lambda m, one=one: one.logits(m)[0], at)
+        total = total + jacobian.T @ curvature(one.logits(at)[0].softmax(-1)) @ jacobian
     return total / len(toy.batch[1])
 
 
@@ -383,6 +381,13 @@ def test_gauss_newton_equals_explicit_jacobians(make):
     squared = gauss_newton(toy.model, toy.groups, parts, protocol(), loss="squared")
     expected = _explicit_gauss_newton(toy, lambda share: torch.eye(3, dtype=torch.float64))
     assert_close(squared.matrix, expected, relative=1e-10)
+    summed = gauss_newton(toy.model, toy.groups, parts, protocol(), max_classes=3)  # its outputs
+    assert_close(summed.matrix, found.matrix, relative=1e-10)
+    ones = toy.ones()
+    at = torch.rand(len(ones), dtype=ones.dtype, generator=torch.Generator().manual_seed(0))
+    there = gauss_newton(toy.model, toy.groups, parts, protocol(), at=toy.split(at))
+    expected = _explicit_gauss_newton(toy, _softmax_curvature, at)
+    assert_close(there.matrix, expected, relative=1e-10)
 
 
 def test_few_rows_are_kept_and_many_are_summed_up(monkeypatch):

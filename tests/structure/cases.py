@@ -345,6 +345,10 @@ REDUCTIONS = (
     tokens(
         "all and any", lambda m, x: x * (x > 9).any(1, True) + x * (x < 9).all(1, True), 6, 6, (6,)
     ),
+    tokens(
+        "places in a longer table", lambda m, x: m.table[x.argmax(-1)], 6, 5, (5,),
+        table=lambda: nn.Parameter(torch.randn(10, 5)),
+    ),
     tokens("argmax", lambda m, x: x * x.argmax(1, True).clamp(1, 1), 6, 6, (6,)),
     tokens("argmin", lambda m, x: x * x.argmin(1, True).clamp(1, 1), 6, 6, (6,)),
     tokens("var of tokens", lambda m, x: x.var(1), 6, 6, (6,)),

@@ -49,6 +49,10 @@ def test_the_model_and_its_inputs_are_not_touched(case, fake):
 def test_train_mode_eval_mode_and_frozen_weights_give_one_graph():
     models = RESNET.model(), RESNET.model().train(), RESNET.model().requires_grad_(False)
     assert len({str(trace(model, RESNET.inputs())) for model in models}) == 1
+    models = OnlyInTraining().eval(), OnlyInTraining().train()
+    graphs = [trace(model, (torch.randn(2, 5),)) for model in models]
+    assert len({str(graph) for graph in graphs}) == 1
+    assert [graph.only_in_training for graph in graphs] == [("extra",)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -375,3 +379,30 @@ def test_an_empty_tensor_has_the_size_0():
     graph = trace(model, inputs)
     assert model(*inputs).shape == (3, 4)
     assert not any("last" in name for name in graph.groups)
+
+
+@torch.library.custom_op("sosp_hub_tests::mirrored", mutates_args=())
+def mirrored(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1)
+
+
+@mirrored.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Mirrors(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(mirrored(self.first(x)))
+
+
+def test_what_an_operation_without_a_rule_is_given_stays_whole():
+    graph = trace(Mirrors(), (torch.randn(2, 5),))
+    assert not graph.groups
+    reasons = {pin.tensor: pin.reason for pin in graph.pinned if pin.size == 6}
+    assert reasons.keys() == {"first.weight", "first.bias", "last.weight"}
+    assert all("`mirrored` has no rule" in reason for reason in reasons.values())

@@ -10,6 +10,7 @@ from torch import nn
 import sosp_hub
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import apply
+from tests.cases import CASES
 from tests.compare import assert_close
 from tests.structure.oracles import fill, gated, plan_of, run
 
@@ -223,3 +224,17 @@ def test_a_sliding_window_stays_with_its_layer(tmp_path):
     with torch.no_grad():
         moved = loaded(input_ids=changed).logits[0, -1] - first[0, -1]
     assert moved.abs().max() > 1e-4 * first.abs().max()
+
+
+def test_layers_that_are_left_find_their_place_in_the_cache():
+    (case,) = [case for case in CASES if case.name == "llama"]
+    model = case.model()
+    graph = trace(model, case.inputs(), outputs="logits")
+    (name,) = layers_of(graph)
+    number = graph.groups[name].size
+    pruned = apply(model, graph, plan_of(graph, {name: tuple(range(1, number))}))
+    layers = pruned.model.layers
+    assert [layer.self_attn.layer_idx for layer in layers] == list(range(number - 1))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    texts = [pruned.generate(torch.arange(5)[None], use_cache=c, **options) for c in (True, False)]
+    assert texts[0].tolist() == texts[1].tolist()
