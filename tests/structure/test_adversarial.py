@@ -449,6 +449,15 @@ class HalvedRotation(Between):
         return x * 0.8 + torch.cat((-x[..., half_width:], x[..., :half_width]), -1) * 0.6
 
 
+class ProductWithItself(Between):
+    """Of 144 features each has two positions of one axis; no list of positions says what goes."""
+
+    after = 144
+
+    def trick(self, x):
+        return (x[..., None] * x[..., None, :]).flatten(2)
+
+
 class TwoViewsThatDisagree(Between):
     def __init__(self):
         super().__init__()
@@ -637,6 +646,7 @@ TRICKS = (
     Trick(WritesIntoAnother, "cut", (12,)),
     Trick(InterleavedRotation, "cut", (6,)),
     Trick(HalvedRotation, "cut", (6,)),
+    Trick(ProductWithItself, "whole"),
     Trick(TwoViewsThatDisagree, "whole"),
     Trick(Attends, "cut", (3, 4, 12, 3, 4)),  # the stream before it, the one after it, its own
     Trick(AttendsWithWeights, "cut", (3, 12, 3)),  # it computes with its head dim

@@ -136,6 +136,26 @@ def test_only_the_config_of_the_stack_gets_shorter():
     assert_close(run(pruned, graph), gated(model, graph, plan))
 
 
+class Serving(Inner):
+    """As T5's first layer, it has a table of its own that serves the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        return super().forward(x) + self.table
+
+
+def test_a_layer_that_has_more_than_the_others_stays():
+    tower = Tower(Config("a", 4))
+    tower.layers[0] = Serving()
+    _, graph = traced(tower)
+    assert layers_of(graph) == {
+        "towers.0.layers:layer": tuple(f"towers.0.layers.{i}" for i in (1, 2, 3))
+    }
+
+
 @pytest.mark.parametrize("tower", [{"taken": -2}, {"taken": 1}, {"between": True}])
 def test_a_stack_stays_whole_where_more_than_its_last_result_counts(tower):
     _, graph = traced(Tower(Config("a", 3), **tower))
