@@ -23,6 +23,7 @@ from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError, shortened
 
 REPORT = "sosp_report.json"
+_PACKERS = ("torchao", "bitsandbytes")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _LOG = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ def save_pretrained(
             )
     folder = Path(folder)
     model = unwrapped(model)
+    check_not_quantised(model)
     is_sentences = sentence.is_sentence_transformer(model)
     library = "torch" if is_sentences else library_of(model)
     with replaced_folder(folder) as fresh:
@@ -120,6 +122,21 @@ def save_pretrained(
     if is_uniform(record.get("plan")):
         tell_obstacle(obstacle)
     return folder
+
+
+def check_not_quantised(model: nn.Module) -> None:
+    """Refuses weights that another package has packed: their values are no longer those cut.
+
+    Raises:
+        CheckpointError: Names the first of them, and the order that works.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter).__module__.partition(".")[0] in _PACKERS:
+            raise CheckpointError(
+                f"{name} is quantised ({type(parameter).__name__}); save or export the model "
+                f"first, then quantise what from_pretrained(FOLDER, quantization_config=...) "
+                f"loads, and save that with its own save_pretrained"
+            )
 
 
 def is_uniform(plan: Any) -> bool:

@@ -31,11 +31,14 @@ def my_model(tmp_path, monkeypatch):
     sosp_hub.save_pretrained(cuts.pruned("llama"), "runs/my-model")
 
 
-def test_serving(my_model, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("page", "commands", "programs"), [("serving.md", 6, 4), ("how-to/quantise.md", 1, 0)]
+)
+def test_a_page_about_serving(page, commands, programs, my_model, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("gguf")
     kinds = []
-    for number, (kind, text) in enumerate(blocks("serving.md")):
+    for number, (kind, text) in enumerate(blocks(page)):
         kinds.append(kind)
         if kind == "bash":
             for line in text.splitlines():
@@ -51,8 +54,9 @@ def test_serving(my_model, tmp_path, capsys):
             BudgetSection.model_validate(yaml.safe_load(text)["budget"])
         else:  # commands of engines that are not here
             assert kind == "text"
-    assert kinds.count("bash") == 6
-    assert kinds.count("python") == 4
+    assert (kinds.count("bash"), kinds.count("python")) == (commands, programs)
+    if page != "serving.md":
+        return
     padded = transformers.AutoModelForCausalLM.from_pretrained("runs/my-model-padded")
     tokens = torch.arange(3, 13)[None]
     torch.testing.assert_close(padded(tokens).logits, cuts.pruned("llama")(tokens).logits)

@@ -70,7 +70,7 @@ def by_steps(run, past, tokens, steps):
         new = logits[:, -1:].argmax(-1)
         seen = np.concatenate([seen, new], 1)
         past = dict(zip(past, present, strict=True))
-        found.append(int(new))
+        found.append(new.item())
     return found
 
 
