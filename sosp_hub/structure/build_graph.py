@@ -47,6 +47,7 @@ def assemble(
     for axes in tensors.values():
         for axis in axes:
             _pin_repeated(axis)
+    of_sizes = tuple(terms.constraints)
     terms.constraints += kept_values(terms.leaks)
     tied = settle(terms.constraints, terms.leaks, terms.comparisons)
     places = _places(tensors)
@@ -62,7 +63,7 @@ def assemble(
     ties: dict[int, list[str]] = {}
     for atom, group in of_atom.items():
         ties.setdefault(tied.get(atom.id, atom.id), []).append(group.name)
-    stacks, undroppable = layer_groups(model, entries, exits, terms.uses, terms.constraints)
+    stacks, undroppable = layer_groups(model, entries, exits, terms.uses, of_sizes)
     groups = {group.name: group for group in of_atom.values()} | stacks
     sizes = dict(model.named_parameters())
     return Graph(
