@@ -567,6 +567,10 @@ def _essential(steps: Sequence[_AnyStep]) -> list[_AnyStep]:
 _COPIES = {"clone", "contiguous", "as_strided"}
 
 
+_CONTEXT = 8
+"""Operations by which a place in a loop is told from others."""
+
+
 class _Replay(DispatchMode):
     """Runs the dense model with masked tensors, step by step beside the record of its trace.
 
@@ -619,40 +623,56 @@ class _Replay(DispatchMode):
             args, kwargs = self._with_masks(args), self._with_masks(kwargs)
         if _plain(name) in _COPIES:
             return func(*args, **kwargs)
-        step = self._next(name)
+        step = self._next(name, args, kwargs)
         out = self._masked(step, func, args, kwargs)
         self.shapes.append([list(tensor.shape) for tensor in rules.tensors(out)])
         return out
 
-    def _next(self, name: str) -> Step:
+    def _next(self, name: str, args: Any, kwargs: Any) -> Step:
         """The step of the record that an operation is."""
         plain = _plain(name)
-        if self.at == len(self.steps) or _plain(self.steps[self.at].name) != plain:
-            told = self.steps[self.at].name if self.at < len(self.steps) else None
-            at = self._elsewhere(plain) if self.loops else None
-            if at is None:
+        given = list(rules.tensors((args, kwargs))) if self.loops else []
+
+        def fits(place: int) -> bool:
+            step = self.steps[place] if place < len(self.steps) else None
+            return (
+                step is not None
+                and _plain(step.name) == plain
+                and (not self.loops or self._takes(step, given))
+            )
+
+        if not fits(self.at):
+            places = [place for place in range(len(self.steps)) if fits(place)]
+            if not self.loops or not places:
+                told = self.steps[self.at].name if self.at < len(self.steps) else None
                 raise _OtherPathError(
                     f"the model takes another path with other values: {name} for {told}"
                 )
-            self.at = at
+            self.at = max(places, key=lambda place: (self._alike(place), -abs(place - self.at)))
         step = self.steps[self.at]
         self.at += 1
         self.ran.append(plain)
         return step
 
-    def _elsewhere(self, name: str) -> int | None:
-        """Where the record has this operation, after as many of the same ones as here as it can.
+    def _takes(self, step: Step, given: Sequence[Tensor]) -> bool:
+        """Whether tensors are as long as a step's along what is masked."""
+        return len(step.inputs) != len(given) or all(
+            tensor.dim() == len(axes)
+            and all(
+                mask is None or size == len(mask)
+                for size, mask in zip(tensor.shape, self.masks_of(axes), strict=True)
+            )
+            for tensor, axes in zip(given, step.inputs, strict=True)
+        )
+
+    def _alike(self, place: int) -> int:
+        """How many of the last operations are those before a place of the record, up to a few.
 
         What a wrong place would make of the masked model is seen: it differs from the cut one.
         """
-        names = [_plain(step.name) for step in self.steps]
-
-        def alike(position: int) -> int:
-            pairs = zip(reversed(names[:position]), reversed(self.ran), strict=False)
-            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-        places = [position for position, each in enumerate(names) if each == name]
-        return max(places, key=alike, default=None)
+        before = reversed(self.steps[max(0, place - _CONTEXT) : place])
+        pairs = zip((_plain(step.name) for step in before), reversed(self.ran), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _with_masks(self, value: Any) -> Any:
         """Arguments in which parameters are masked."""
