@@ -95,6 +95,11 @@ def after_steps(call: Callable[..., None]) -> Any:
     return register_optimizer_step_post_hook(call)
 
 
+def has_hooks(parameter: nn.Parameter) -> bool:
+    """Whether anything is called with a parameter's gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
 def num_writes(tensor: Tensor) -> int:
     """How often a tensor was changed in place; views count with what they show."""
     return tensor._version

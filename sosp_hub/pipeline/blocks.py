@@ -19,8 +19,8 @@ from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense
 from sosp_hub.recipe.tasks import find_task
 from sosp_hub.structure.graph import Graph
-from sosp_hub.surgery.apply import get_tensor
 from sosp_hub.surgery.layers import hand_on
+from sosp_hub.surgery.tensors import get_tensor
 from sosp_hub.types import BlockKind
 
 

@@ -28,7 +28,6 @@ from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.trace import trace
 from sosp_hub.summary import table
-from sosp_hub.surgery.verify import PEAK_OF_A_CUT
 from sosp_hub.zoo.load import Loaded, example_inputs, load_model
 
 _SECOND_ORDER_PEAK = 1.5
@@ -289,9 +288,8 @@ def _stages(
         Stage("saliency", num, None, need if num else weights, place),
         3.0 * passes * num * cost.macs,
     )
-    thorough = recipe.structure.verify == "thorough"
-    factor = PEAK_OF_A_CUT if thorough else 1.0 + kept
-    yield Stage("cut", graph.num_samples, None, round(factor * weights), "cpu"), 4.0 * cost.macs
+    need = round((1.0 + kept) * weights)  # verified or not
+    yield Stage("cut", graph.num_samples, None, need, "cpu"), 4.0 * cost.macs
     if recipe.rebuilds():
         grams, work = _gram_cost(graph, recipe)
         num = recipe.rebuild.num_samples

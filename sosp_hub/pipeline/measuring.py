@@ -94,7 +94,7 @@ def rebuild_weights(context: Context, plan: PruningPlan) -> Rebuilt:
         OnDevice(batches),
         damping=config.damping,
         dense_share=config.dense_share,
-        process_sum=process_sum,
+        process_sum=process_sum if context.accelerator.num_processes > 1 else None,
     )
 
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
-from sosp_hub.surgery.apply import cut, get_tensor
+from sosp_hub.surgery.apply import cut
 from sosp_hub.surgery.layers import bypassed
+from sosp_hub.surgery.tensors import get_tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,10 +20,11 @@ from sosp_hub.reconstruction.products import Product, Watched, from_matrices, to
 from sosp_hub.reconstruction.readers import PartlyCut, Reader, partly_cut
 from sosp_hub.reconstruction.ridge import Layer
 from sosp_hub.reconstruction.stream import Stream
-from sosp_hub.structure.copies import copy_model
+from sosp_hub.structure.copies import share_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
-from sosp_hub.surgery.apply import Verify, check_arguments, check_model, fold, get_tensor
+from sosp_hub.surgery.apply import Verify, check_arguments, check_model, fold
+from sosp_hub.surgery.tensors import get_tensor
 from sosp_hub.tasks.batches import as_batch, num_samples
 
 if TYPE_CHECKING:
@@ -151,10 +152,11 @@ def rebuilt_weights(
     """What ``rebuild`` cuts, and what it did to each layer; arguments as there."""
     _check(model, graph, plan, damping, dense_share)
     kept_batches = [as_batch(batch) for batch in batches]
-    result = copy_model(model)
+    result = _own_readers(model, graph, plan)
     if plan.gates or plan.shifts:
         fold(result, graph, plan)
-    partly = partly_cut(copy_model(result).eval().requires_grad_(False), graph, plan)
+    partly = partly_cut(_own_readers(result, graph, plan).eval(), graph, plan)
+    partly.model.requires_grad_(False)
     rest = replace(plan, gates={}, shifts={})
     layers: list[RebuiltLayer] = []
     left = dict(partly.left)
@@ -166,6 +168,13 @@ def rebuilt_weights(
             left |= work.left
     _tell(layers, left)
     return Rebuilt(result, rest, tuple(layers), left)
+
+
+def _own_readers(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
+    """A copy that shares all but the weights that read what is cut, and vectors such as biases."""
+    readers = {member.tensor for name in plan.kept for member in graph.readers(name)}
+    vectors = {name for name, parameter in model.named_parameters() if parameter.dim() < 2}
+    return share_model(model, graph.written | readers | vectors)
 
 
 def _check(model: Any, graph: Any, plan: Any, damping: Any, dense_share: Any) -> None:
@@ -217,7 +226,7 @@ class _Work:
         self.left = dict(self._stream.refused)
         self._dense_stream = None
         if options.dense_share:
-            twin = copy_model(dense).eval().requires_grad_(False)
+            twin = share_model(dense, graph.written).eval().requires_grad_(False)
             watched = {
                 name: Watched(get_tensor(twin, name), partly.readers[name].dim)
                 for name in self._stream.order
@@ -271,7 +280,7 @@ class _Work:
         damping = self._options.damping
         if damping == "auto":
             damping = _best(layer, parts[0], parts[1])
-        new = layer.solved(gram, damping)
+        new = next(layer.solved(gram, [damping]))
         errors = layer.error(gram), new.error(gram)
         better = (errors[1] <= errors[0]) & new.start.flatten(1).isfinite().all(1)
         new = layer.take(new, better)
@@ -369,7 +378,8 @@ def _best(layer: Layer, fit: Gram, held_out: Gram) -> float:
     if not held_out.counts.any() or not fit.counts.any():
         return 0.1
     layer = layer.some(_OUTPUTS)
-    errors = {d: float(layer.solved(fit, d).error(held_out).sum()) for d in DAMPINGS}
+    found = zip(DAMPINGS, layer.solved(fit, DAMPINGS), strict=True)
+    errors = {damping: float(new.error(held_out).sum()) for damping, new in found}
     return min(errors, key=lambda damping: errors[damping])
 
 

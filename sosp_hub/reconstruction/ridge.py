@@ -1,6 +1,8 @@
 """One layer's least squares: the kept columns take over what the removed ones did."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,44 +30,65 @@ class Layer:
     kept: Tensor
     bias: Tensor | None
 
-    def solved(self, gram: Gram, damping: float) -> "Layer":
-        """The layer whose kept columns come nearest to what the dense one makes of the targets.
+    def solved(self, gram: Gram, dampings: Iterable[float]) -> "Iterator[Layer]":
+        """The layers whose kept columns come nearest to what the dense one makes of the targets.
 
         Least ``|W x + b - W_dense t - b_dense|^2 + lambda |W - W_start|^2`` over the rows of the
         Gram matrices ``H = X'X`` and ``C = T'X``; where ``t`` is ``x``:
-        ``W = W_start + (W_dense - W_start) H[:, K] (H_KK + lambda)^-1``. The bias is not shrunk, so
-        that ``H`` and ``C`` are then covariances.
+        ``W = W_start + (W_dense - W_start) H[:, K] (H_KK + lambda)^-1``, or, of few rows,
+        ``(W_dense - W_start) X' (X_K X_K' + lambda)^-1 X_K``. The bias is not shrunk, so that ``H``
+        and ``C`` are then covariances.
 
         Args:
             gram: Of all columns, the removed ones too.
-            damping: ``lambda``, as a share of the mean of the diagonal of ``H_KK``.
+            dampings: ``lambda``, as a share of the mean of the diagonal of ``H_KK``.
         """
-        rows, kept = gram.counts.clamp(min=1), self.kept
-        cross, _, target_sums = gram.target or (None, None, gram.sums)
-        columns = gram.products[:, :, kept]
-        wanted = columns if cross is None else cross[:, :, kept]
-        if self.bias is not None:
-            means = gram.sums / rows[:, None]
-            columns = columns - gram.sums[:, :, None] * means[:, None, kept]
-            wanted = wanted - target_sums[:, :, None] * means[:, None, kept]
-        inner = columns[:, kept]
-        level = inner.diagonal(dim1=1, dim2=2).mean(1)
-        raw = gram.products.diagonal(dim1=1, dim2=2)[:, kept].mean(1)
+        normal = self._normal_equations(gram)
+        _, _, target_sums = gram.target or (None, None, gram.sums)
+        kept, size = self.kept, normal.inner.shape[-1]
+        for damping in dampings:
+            damped = normal.inner + torch.diag_embed(
+                (damping * normal.level)[:, None].expand(-1, size)
+            )
+            step = _solve(damped, normal.pull, normal.varies)
+            new = self.start.clone()
+            new[:, :, kept] += step if normal.rows is None else step @ normal.rows
+            if self.bias is None:
+                yield Layer(self.dense, new, kept, None)
+                continue
+            counts = gram.counts[:, None]
+            lost = self.dense @ target_sums[:, :, None] - new @ gram.sums[:, :, None]
+            constant = torch.where(counts > 0, lost[:, :, 0] / counts.clamp(min=1), self.bias)
+            yield Layer(self.dense, new, kept, constant)
+
+    def _normal_equations(self, gram: Gram) -> "_NormalEquations":
+        kept, means = self.kept, gram.sums / gram.counts[:, None].clamp(min=1)
+        if (rows := gram.rows) is not None:
+            raw = rows[:, :, kept].square().sum(1).mean(1)
+            if self.bias is not None:
+                rows = rows - means[:, None]
+            pull, rows = (self.dense - self.start) @ rows.mT, rows[:, :, kept]
+            inner, level = rows @ rows.mT, rows.square().sum(1).mean(1)
+        else:
+            cross, _, target_sums = gram.target or (None, None, gram.sums)
+            columns = gram.products[:, :, kept]
+            wanted = columns if cross is None else cross[:, :, kept]
+            if self.bias is not None:
+                columns = columns - gram.sums[:, :, None] * means[:, None, kept]
+                wanted = wanted - target_sums[:, :, None] * means[:, None, kept]
+            pull, inner = self.dense @ wanted - self.start @ columns, columns[:, kept]
+            level = inner.diagonal(dim1=1, dim2=2).mean(1)
+            raw = gram.products.diagonal(dim1=1, dim2=2)[:, kept].mean(1)
         varies = level > _CONSTANT * gram.epsilon * raw
-        pull = self.dense @ wanted - self.start @ columns
-        damped = inner + torch.diag_embed((damping * level)[:, None].expand(-1, len(kept)))
-        new = self.start.clone()
-        new[:, :, kept] += _solve(damped, pull, varies)
-        if self.bias is None:
-            return Layer(self.dense, new, kept, None)
-        lost = self.dense @ target_sums[:, :, None] - new @ gram.sums[:, :, None]
-        constant = torch.where(gram.counts[:, None] > 0, lost[:, :, 0] / rows[:, None], self.bias)
-        return Layer(self.dense, new, kept, constant)
+        return _NormalEquations(inner, pull, level, varies, rows)
 
     def error(self, gram: Gram) -> Tensor:
         """Sum over rows and outputs of the squared distance to the targets, by slot."""
+        off = self.start - self.dense
+        if (rows := gram.rows) is not None:
+            rest = rows @ off.mT if self.bias is None else rows @ off.mT + self.bias[:, None]
+            return rest.square().sum((1, 2))
         if gram.target is None:  # of one difference, for the sake of rounding
-            off = self.start - self.dense
             total = ((off @ gram.products) * off).sum((1, 2))
             away = (off @ gram.sums[:, :, None])[:, :, 0]
         else:
@@ -92,6 +115,24 @@ class Layer:
             return Layer(self.dense, new, self.kept, None)
         bias = torch.where(where[:, None], other.bias, self.bias)
         return Layer(self.dense, new, self.kept, bias)
+
+
+class _NormalEquations(NamedTuple):
+    """``step (inner + lambda) = pull``: of kept columns, or of the rows that are kept themselves.
+
+    Attributes:
+        inner: ``(slots, n, n)``.
+        pull: ``(slots, outputs, n)``.
+        level: Mean of the diagonal of ``H_KK``, by slot.
+        varies: Whether the inputs of a slot do.
+        rows: What a step by rows is multiplied with; None = it is one by columns.
+    """
+
+    inner: Tensor
+    pull: Tensor
+    level: Tensor
+    varies: Tensor
+    rows: Tensor | None
 
 
 def _solve(damped: Tensor, pull: Tensor, able: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sosp_hub.compat.torch import FakeMode
+from sosp_hub.structure.deferred import is_deferred
 
 _PLAIN = {str, int, float, bool, type(None)}
 _TABLES = {name for name in vars(nn.Module()) if name.startswith("_")} - {"_buffers"}
@@ -21,6 +22,9 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         memo: What stands for what in the copy, by id; as for ``copy.deepcopy``.
     """
     memo = {} if memo is None else memo
+    for parameter in model.parameters():
+        if is_deferred(parameter):
+            memo.setdefault(id(parameter), parameter)
     caches: list[tuple[nn.Module, str, Any]] = []
     seen: set[int] = set()
     for module in model.modules():
@@ -41,17 +45,28 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     return twin
 
 
-def share_model(model: nn.Module, own: Collection[str] = ()) -> nn.Module:
+def share_model(
+    model: nn.Module,
+    own: Collection[str] = (),
+    instead: Callable[[str, nn.Parameter], nn.Parameter | None] | None = None,
+) -> nn.Module:
     """A copy whose parameters lie where those of the model lie; all else is its own.
 
     Args:
         model: Any module.
         own: Names of parameters that are written to, by a pass or by the caller, and are copied.
+        instead: What stands for a parameter of this name; None = what shares its memory.
     """
     memo: dict[int, Any] = {}
     for name, parameter in model.named_parameters():
-        if type(parameter) is nn.Parameter and parameter.is_leaf and name not in own:
-            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        put_off = is_deferred(parameter)
+        plain = put_off or (type(parameter) is nn.Parameter and parameter.is_leaf)
+        if not plain or name in own:
+            continue
+        other = None if instead is None else instead(name, parameter)
+        if other is None and not put_off:
+            other = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        memo[id(parameter)] = parameter if other is None else other
     return copy_model(model, memo)
 
 

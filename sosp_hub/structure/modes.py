@@ -7,7 +7,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sosp_hub.compat.torch import DispatchMode, storage_key, written_arguments
@@ -16,6 +16,30 @@ from sosp_hub.structure.axes import Axis, size_of
 from sosp_hub.structure.size_constraints import has_demands, note_demands
 from sosp_hub.structure.terms import Step, Terms
 from sosp_hub.structure.traced_int import TracedInt, deaf
+
+
+class WritesSharedError(Exception):
+    """A pass would write to a parameter that is shared with the caller's model."""
+
+
+class ReadOnly(DispatchMode):
+    """Raises before an operation writes to memory that is not the copy's own.
+
+    Attributes:
+        refused: Whether it has raised, also where code has caught that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._shared = {storage_key(parameter) for parameter in model.parameters()}
+        self.refused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in written_arguments(func, args, kwargs or {}):
+            if storage_key(tensor) in self._shared:
+                self.refused = True
+                raise WritesSharedError(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class DispatchWatch(DispatchMode):

@@ -7,12 +7,18 @@ import torch
 from torch import nn
 
 from sosp_hub.compat.torch import FakeMode
-from sosp_hub.structure.copies import copy_model
+from sosp_hub.structure.copies import copy_model, share_model
 from sosp_hub.structure.traced_int import Attribute, TracedInt
 
 
-def shadow(model: nn.Module, fake: FakeMode | None) -> nn.Module:
-    """A deep copy whose ints are traced; with ``fake`` its tensors hold no data."""
+def shadow(model: nn.Module, fake: FakeMode | None, *, shared: bool = False) -> nn.Module:
+    """A copy whose ints are traced; with ``fake`` its tensors hold no data.
+
+    Args:
+        model: Any module.
+        fake: The mode of its tensors; None = they have data.
+        shared: With data: parameters lie where those of the model lie, and must not be written to.
+    """
     memo: dict[int, Any] = {}
     if fake is not None:
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -23,7 +29,7 @@ def shadow(model: nn.Module, fake: FakeMode | None) -> nn.Module:
                 )
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-    twin = copy_model(model, memo)
+    twin = share_model(model) if shared else copy_model(model, memo)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
     for name, module in twin.named_modules():

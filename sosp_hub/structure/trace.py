@@ -21,7 +21,7 @@ from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.inputs import num_samples, one_sample, plain_inputs
 from sosp_hub.structure.isolation import isolated
-from sosp_hub.structure.modes import DispatchWatch, FunctionWatch
+from sosp_hub.structure.modes import DispatchWatch, FunctionWatch, ReadOnly
 from sosp_hub.structure.plain import plain_sizes
 from sosp_hub.structure.shadow import shadow
 from sosp_hub.structure.terms import AS_OUTPUT, Axes, Terms
@@ -133,7 +133,7 @@ def _run(
                     f"({type(error).__name__}: {error}); load the weights first"
                 ) from error
     try:
-        return _watch(model, inputs, wanted, None, program)
+        return _watch_with_data(model, inputs, wanted, program)
     except TraceError:
         raise
     except Exception as error:
@@ -210,14 +210,29 @@ def _values(result: Any) -> list[Any]:
     return list(vars(result).values()) if dataclasses.is_dataclass(result) else []
 
 
+def _watch_with_data(model: nn.Module, inputs: Any, wanted: Wanted, program: "Program") -> Run:
+    """A pass of a copy that shares the model's weights; of a whole one where it writes to them."""
+    guard = ReadOnly(model)
+    try:
+        found = _watch(model, inputs, wanted, None, program, guard)
+    except Exception:
+        if not guard.refused:
+            raise
+    else:
+        if not guard.refused:
+            return found
+    return _watch(model, inputs, wanted, None, program)
+
+
 def _watch(
     model: nn.Module,
     inputs: Any,
     wanted: Wanted,
     fake: FakeMode | None,
     program: "Program",
+    guard: ReadOnly | None = None,
 ) -> Run:
-    twin = shadow(model, fake).eval()
+    twin = shadow(model, fake, shared=guard is not None).eval()
     twin_inputs = copy_inputs(inputs, fake)
     terms = Terms()
     for name, tensor in _named_tensors(twin):
@@ -248,7 +263,7 @@ def _watch(
             ints.listening(listener),
             ExitStack() as modes,
         ):
-            for mode in (fake, dispatch, FunctionWatch(terms, dispatch)):
+            for mode in (fake, guard, dispatch, FunctionWatch(terms, dispatch)):
                 if mode is not None:
                     modes.enter_context(mode)
             result = program(twin, twin_inputs)

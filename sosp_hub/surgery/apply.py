@@ -6,16 +6,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import buffer_table, parameter_table
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.copies import share_model, unshared
+from sosp_hub.structure.deferred import data_of, deferred, is_deferred
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.layers import drop_layers
-from sosp_hub.surgery.proof import verified_cut
-from sosp_hub.surgery.replaced import note_replaced
+from sosp_hub.surgery.proof import verified_plan
+from sosp_hub.surgery.replaced import Replacing
+from sosp_hub.surgery.tensors import Positions, get_tensor, put_tensor
+from sosp_hub.surgery.verify import twin_of
 
 Verify = Literal["thorough", "fast"]
 
@@ -29,13 +31,14 @@ def apply(
     strict: bool = False,
 ) -> nn.Module:
     """What `sosp_hub.apply` does, without the description of the cut that checkpoints hold."""
-    return unshared(_pruned(model, graph, plan, verify, strict=strict), model)
+    dense, part = _verified(model, graph, plan, verify, strict=strict)
+    return unshared(cut(twin_of(dense, graph), graph, part), model)
 
 
-def _pruned(
+def _verified(
     model: nn.Module, graph: Graph, plan: PruningPlan, verify: Verify, *, strict: bool
-) -> nn.Module:
-    """The smaller model, which shares with the given one what was not cut."""
+) -> tuple[nn.Module, PruningPlan]:
+    """The model to cut, which is the given one where nothing is folded in, and by which plan."""
     check_arguments(model, graph, plan)
     if verify not in get_args(Verify):
         raise PlanError(f"verify: got {verify!r}, expected {' or '.join(get_args(Verify))}")
@@ -46,7 +49,8 @@ def _pruned(
     dense = model
     if plan.gates or plan.shifts:
         dense = fold(share_model(model, folds(graph, plan)), graph, plan)
-    return verified_cut(dense, graph, plan, thorough=verify == "thorough", cut=cut, strict=strict)
+    thorough = verify == "thorough"
+    return dense, verified_plan(dense, graph, plan, thorough=thorough, cut=cut, strict=strict)
 
 
 def fold(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
@@ -112,8 +116,10 @@ def apply_(
     strict: bool = False,
 ) -> nn.Module:
     """What `sosp_hub.apply_` does, without that description."""
-    pruned = _pruned(model, graph, plan, verify, strict=strict)
-    note_replaced(dict(model.named_parameters()), graph.provable(plan))
+    dense, part = _verified(model, graph, plan, verify, strict=strict)
+    with Replacing(model, graph, part) as replacing:
+        on_cut = replacing.put if dense is model else None
+        pruned = cut(twin_of(dense, graph), graph, part, on_cut)
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)
     return model
@@ -150,39 +156,50 @@ def check_model(model: nn.Module, graph: Graph) -> None:
         )
 
 
-def cut(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
-    """Slices tensors and rewrites attributes in place, without any check."""
+def cut(
+    model: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    on_cut: Callable[[str, Positions, Tensor], None] | None = None,
+) -> nn.Module:
+    """Slices tensors and rewrites attributes in place, without any check.
+
+    Args:
+        model: A model of our own.
+        graph: What ``trace`` found.
+        plan: Which positions stay.
+        on_cut: Is given the name of each tensor that was cut, what stays along each of its
+            dimensions, and the new tensor.
+    """
     with torch.no_grad():
         for name in graph.tensors:
             positions = graph.kept_positions(name, plan)
             if any(kept is not None for kept in positions):
                 old = get_tensor(model, name)
-                new = old.detach()
-                for dim, kept in enumerate(positions):
-                    if kept is not None:
-                        new = new.index_select(dim, torch.as_tensor(kept, device=new.device))
-                new = new.contiguous()
-                if isinstance(old, nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+                if is_deferred(old):
+                    new = _deferred_part(old, positions)
+                else:
+                    new = _part(old.detach(), positions)
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=old.requires_grad)
                 for alias in (name, *graph.aliases.get(name, ())):
-                    _put(model, alias, new)
+                    put_tensor(model, alias, new)
+                if on_cut is not None:
+                    on_cut(name, positions, new)
     rewrite(model, graph, plan)
     drop_layers(model, graph, plan)
     return model
 
 
-def get_tensor(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of this name."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    parameter = parameter_table(module).get(leaf)
-    tensor = parameter if parameter is not None else buffer_table(module)[leaf]
-    assert tensor is not None
-    return tensor
+def _part(tensor: Tensor, positions: Positions) -> Tensor:
+    """What is kept of a tensor: positions by dimension, None = all."""
+    for dim, kept in enumerate(positions):
+        if kept is not None:
+            tensor = tensor.index_select(dim, torch.as_tensor(kept, device=tensor.device))
+    return tensor.contiguous()
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    table_of = parameter_table if isinstance(tensor, nn.Parameter) else buffer_table
-    table_of(module)[leaf] = tensor
+def _deferred_part(tensor: Tensor, positions: Positions) -> nn.Parameter:
+    kept = zip(tensor.shape, positions, strict=True)
+    shape = tuple(size if at is None else len(at) for size, at in kept)
+    return deferred(lambda: _part(data_of(tensor), positions), tensor, shape=shape)

@@ -11,7 +11,7 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.trace import describe
-from sosp_hub.surgery.verify import PEAK_OF_A_CUT, Cut, check_cut, outputs_of, twin_of
+from sosp_hub.surgery.verify import Cut, check_cut, outputs_of, twin_of
 
 _LOG = logging.getLogger("sosp_hub")
 
@@ -19,7 +19,7 @@ _MOST_WHOLE = 8
 """Where more groups than these go wrong, it is not the groups."""
 
 
-def verified_cut(
+def verified_plan(
     model: nn.Module,
     graph: Graph,
     plan: PruningPlan,
@@ -27,18 +27,16 @@ def verified_cut(
     thorough: bool,
     cut: Cut,
     strict: bool = False,
-) -> nn.Module:
-    """A copy of ``model``, cut by ``cut``, that computes what ``model`` masked by ``plan`` does.
+) -> PruningPlan:
+    """The part of a plan by which ``cut`` makes what ``model`` masked by that part computes.
 
-    What is not cut lies where it lies in the model; see `sosp_hub.structure.copies.unshared`.
-
-    Where it does not, the groups whose cut goes wrong stay whole: ``graph.unproved`` and one line
+    The groups whose cut goes wrong stay whole: ``graph.unproved`` and one line
     of the log say which, and why. Gates and shifts make up for what all groups lose, so that a
     plan with any is cut as it is or not at all.
 
     Raises:
-        VerificationError: ``strict`` or gates, and it does not; no group was found where it goes
-            wrong, or too many were; or memory does not suffice.
+        VerificationError: ``strict`` or gates, and the cut goes wrong; no group was found where it
+            does, or too many were; or memory does not suffice.
     """
     strict = strict or bool(plan.gates or plan.shifts)
     with isolated(model):
@@ -46,7 +44,6 @@ def verified_cut(
             part = plan if strict else graph.provable(plan)
             try:
                 check_cut(model, graph, part, thorough and bool(part.kept), cut)
-                pruned = cut(twin_of(model, graph), graph, part)
                 break
             except Exception as error:  # noqa: BLE001 - whatever a wrong cut makes the code raise
                 failure = error
@@ -73,7 +70,7 @@ def verified_cut(
         elif name in graph.unproved:
             told = graph.unproved[name]
             _LOG.warning("group %r fails verification and stays whole: %s", name, told)
-    return pruned
+    return part
 
 
 def _in_words(names: Sequence[str]) -> str:
@@ -90,13 +87,9 @@ def _check_memory(failure: Exception, thorough: bool) -> None:
     """Tells a lack of memory from a cut that goes wrong."""
     if not out_of_memory(failure):
         return
+    advice = "free memory, or trace with smaller example inputs"
     if thorough:
-        advice = (
-            f"it takes about {PEAK_OF_A_CUT} times what the weights take, beside a pass; free "
-            "memory, trace with smaller example inputs, or give verify='fast'"
-        )
-    else:
-        advice = "free memory, or trace with smaller example inputs"
+        advice = "free memory, trace with smaller example inputs, or give verify='fast'"
     raise VerificationError(f"memory does not suffice to verify the cut: {advice}") from failure
 
 

@@ -1,14 +1,19 @@
-"""Parameters that ``apply_`` replaced, and the optimizers that still hold them."""
+"""Parameters that ``apply_`` replaces, and the optimizers that still hold them."""
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sosp_hub.compat.torch import TensorTable, after_steps
+from sosp_hub.compat.torch import TensorTable, after_steps, has_hooks
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.graph import Graph
+from sosp_hub.surgery.tensors import Positions, get_tensor, put_tensor
 
 
 class Replaced(NamedTuple):
@@ -33,6 +38,72 @@ def note_replaced(parameters: Mapping[str, nn.Parameter], plan: PruningPlan) -> 
         _REPLACED[parameter] = Replaced(name, plan)
     if not _WATCH:
         _WATCH.append(after_steps(_refuse_stale))
+
+
+class Replacing:
+    """Parameters of a model are replaced by cut ones, one by one; all of them, or none.
+
+    A parameter that nobody else holds is given up at once: what was cut off is kept until the end,
+    so that it can be put together again, bit by bit, should anything go wrong.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, plan: PruningPlan) -> None:
+        self._model, self._graph, self._plan = model, graph, plan
+        self._undo: list[tuple[str, Callable[[], Tensor]]] = []
+        self._before = {name: weakref.ref(p) for name, p in model.named_parameters()}
+
+    def __enter__(self) -> "Replacing":
+        return self
+
+    def put(self, name: str, positions: Positions, new: Tensor) -> None:
+        """Puts a cut tensor in the place of the model's."""
+        self._undo.append((name, _way_back(get_tensor(self._model, name), positions, new)))
+        self._put(name, new)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        for each in (name, *self._graph.aliases.get(name, ())):
+            put_tensor(self._model, each, tensor)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if kind is None:
+            alive = {name: old for name, ref in self._before.items() if (old := ref()) is not None}
+            note_replaced(alive, self._plan)
+            return
+        while self._undo:
+            name, old = self._undo[-1]
+            self._put(name, old())
+            self._undo.pop()
+
+
+def _way_back(old: Tensor, positions: Positions, new: Tensor) -> Callable[[], Tensor]:
+    """Gives a tensor back that was cut: itself where anybody holds it, else an equal one."""
+    if type(old) is not nn.Parameter or vars(old) or old.grad is not None or has_hooks(old):
+        return lambda: old
+    removed, rest = [], old.detach()
+    for dim, kept in enumerate(positions):
+        if kept is not None:
+            index = torch.as_tensor(kept, device=rest.device)
+            gone = torch.ones(rest.shape[dim], dtype=torch.bool, device=rest.device)
+            gone = gone.index_fill(0, index, False).nonzero()[:, 0]
+            removed.append((dim, index, gone, rest.index_select(dim, gone)))
+            rest = rest.index_select(dim, index)
+    held, trains, strides = weakref.ref(old), old.requires_grad, old.stride()
+
+    def put_together() -> Tensor:
+        if (same := held()) is not None:
+            return same
+        whole = new.detach()
+        for dim, index, gone, part in reversed(removed):
+            shape = list(whole.shape)
+            shape[dim] = len(index) + len(gone)
+            larger = whole.new_empty(shape)
+            whole = larger.index_copy_(dim, index, whole).index_copy_(dim, gone, part)
+        same = torch.empty_strided(whole.shape, strides, dtype=whole.dtype, device=whole.device)
+        return nn.Parameter(same.copy_(whole), requires_grad=trains)
+
+    return put_together
 
 
 def replaced(parameter: Tensor) -> Replaced | None:

@@ -18,13 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sosp_hub.compat.torch import DispatchMode, FakeMode, TensorTable, out_of_memory, result_aliases
+from sosp_hub.compat.torch import (
+    DispatchMode,
+    FakeMode,
+    TensorTable,
+    buffer_table,
+    out_of_memory,
+    result_aliases,
+)
 from sosp_hub.errors import SospHubError, VerificationError
 from sosp_hub.plan import GrowthPlan, Plan, PruningPlan
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import Axis, keep_mask, size_of
 from sosp_hub.structure.constraint_solver import Count
 from sosp_hub.structure.copies import copy_inputs, map_tensors, share_model
+from sosp_hub.structure.deferred import WhereRead, at_once, data_of, deferred, is_deferred
 from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import body_of
@@ -59,9 +67,6 @@ networks, wrong cuts 1e-2.
 _ROUNDING = 1e-2
 """A smaller error in float32 may be rounding; it is computed again in float64."""
 
-PEAK_OF_A_CUT = 2.7
-"""Memory at the height of a thorough cut, over that of the weights, the model's own among them."""
-
 Cut = Callable[[nn.Module, Graph, PruningPlan], nn.Module]
 """Puts new tensors in the place of a model's; those of other models may lie in the same memory."""
 Grow = Callable[[nn.Module, Graph, GrowthPlan], nn.Module]
@@ -69,63 +74,101 @@ _Shapes = list[list[int]]
 _LOG = logging.getLogger("sosp_hub")
 
 
-def twin_of(model: nn.Module, graph: Graph, own: Iterable[str] = ()) -> nn.Module:
+def twin_of(
+    model: nn.Module,
+    graph: Graph,
+    own: Iterable[str] = (),
+    instead: Callable[[str, nn.Parameter], nn.Parameter | None] | None = None,
+) -> nn.Module:
     """A copy that shares all parameters but those that its pass writes to, and ``own``."""
-    return share_model(model, graph.written.union(own))
+    return share_model(model, graph.written.union(own), instead)
 
 
 def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool, cut: Cut) -> None:
     """Compares a cut copy with the masked model; run it ``isolated``.
 
-    Beside the model itself the weights of one cut copy are held, and those tensors of the dense
-    model that have to be changed.
+    Beside the model itself one of its tensors is held at a time, masked or cut. Where its code
+    wants more of a weight than operations on it, the copies are made as a whole.
 
     Raises:
         Exception: It differs (VerificationError), or whatever the cut or the cut model raises.
     """
     if not thorough:
-        find_routes(model, graph)
-        pruned = cut(twin_of(model, graph), graph, plan)
-        check_shapes(pruned, graph, plan)
-        for route in graph.routes.known:
-            with _on(route):
-                check_shapes(pruned, route.graph, plan, route.run)
+        _check_shapes_on_all_ways(model, graph, plan, cut)
         return
-    dense = _without_zeros(model, graph)
+    try:
+        _check_outputs(model, graph, plan, cut, double=_is_coarse(model))
+    except Exception as error:  # what code asks of a weight without data
+        if out_of_memory(error):
+            raise
+        _LOG.debug("verified again with copies of the weights: %s", error)
+    else:
+        return
+    with at_once():
+        _check_outputs(model, graph, plan, cut, double=False)
 
-    def error_in(dense: nn.Module, traced: Graph, run: Program) -> tuple[float, _Ran]:
-        pruned = cut(twin_of(dense, traced), graph, plan)
+
+def _check_shapes_on_all_ways(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> None:
+    find_routes(model, graph)
+    pruned = cut(twin_of(model, graph), graph, plan)
+    check_shapes(pruned, graph, plan)
+    for route in graph.routes.known:
+        with _on(route):
+            check_shapes(pruned, route.graph, plan, route.run)
+
+
+def _is_coarse(model: nn.Module) -> bool:
+    """Whether rounding of 16 bits and fewer would hide what is wrong."""
+    floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return any(parameter.element_size() <= 2 for parameter in floating)
+
+
+def _check_outputs(
+    model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut, *, double: bool
+) -> None:
+    plain = _without_zeros(model, graph)
+    dense = _doubled(plain, graph) if double else plain
+
+    def in_use(traced: Graph) -> Graph:
+        return _in_double(traced) if double else traced
+
+    def error_in(traced: Graph, run: Program, double: bool) -> tuple[float, _Ran]:
+        """Of what is rounding less is left in double precision, also in what is chosen by it."""
+        dense, used = (_doubled(plain, graph), _in_double(traced)) if double else (plain, traced)
+
+        def with_data() -> Graph:
+            inputs, outputs = traced.example_inputs, traced.outputs
+            real = trace(plain, inputs, outputs, fake=False, program=run)
+            return _in_double(real) if double else real
+
+        pruned = cut(_deferred_copy(dense, traced), graph, plan)
         try:
-            expected, real, shapes = _masked(dense, traced, plan, run, graph)
+            expected, real, shapes = _masked(dense, used, plan, run, graph, with_data)
         except _OtherPathError as error:
             _LOG.info("only outputs are compared: %s", error)
-            way = [(run, traced.example_inputs)]
+            way = [(run, used.example_inputs)]
             if _zeros_mask(graph, plan):
                 zeroed = _zeroed(dense, graph, plan)
                 expected = output_tensors(_results(zeroed, graph, way)[0])
             else:
-                expected, *_ = _masked(dense, traced, plan, run, graph, loops=True)
+                expected, *_ = _masked(dense, used, plan, run, graph, with_data, loops=True)
             outputs = _results(pruned, graph, way)[0]
             return _difference(output_tensors(outputs), expected), (pruned, outputs)
         outputs = _checked_outputs(pruned, real, plan, run, shapes)
         return _difference(output_tensors(outputs), expected), (pruned, outputs)
 
-    def in_double(traced: Graph, run: Program) -> tuple[float, _Ran]:
-        """Of what is rounding less is left: in deep and wide models, and in what is chosen."""
-        return error_in(twin_of(dense, graph).double(), _in_double(traced), run)
-
     def check(route: Route | None) -> _Ran:
         traced, run = (graph, call) if route is None else (route.graph, route.run)
         with _on(route):
             try:
-                error, ran = error_in(dense, traced, run)
+                error, ran = error_in(traced, run, double)
             except VerificationError:
                 if not _chooses(traced):
                     raise
-                error, ran = in_double(traced, run)
+                error, ran = error_in(traced, run, True)
             if TOLERANCE < error < (float("inf") if _chooses(traced) else _ROUNDING):
                 try:
-                    error, _ = in_double(traced, run)
+                    error, _ = error_in(traced, run, True)
                 except Exception as failure:  # float32 may be written into the code
                     if out_of_memory(failure):
                         raise
@@ -136,21 +179,21 @@ def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool,
                 )
         return ran
 
-    pruned, plain = check(None)
-    if not _equal_on_all_ways(dense, graph, plan, pruned, plain):
+    pruned, outputs = check(None)
+    if not _equal_on_all_ways(dense, in_use(graph), plan, pruned, outputs):
         find_routes(model, graph, one_call=True)  # what other ways read is then cut as well
-        pruned = cut(twin_of(dense, graph), graph, plan)
-        if not _equal_on_all_ways(dense, graph, plan, pruned, plain):
+        pruned = cut(_deferred_copy(dense, graph), graph, plan)
+        if not _equal_on_all_ways(dense, in_use(graph), plan, pruned, outputs):
             find_routes(model, graph)
             for route in graph.routes.known:
                 try:
                     check(route)
                 except VerificationError:
-                    if _has_numbers(dense, route.graph, route.run):
+                    if _has_numbers(dense, in_use(route.graph), route.run):
                         raise
                     tell_unchecked(graph, route.name, "the model itself gives no finite number")
             del pruned
-            _check_each_way(dense, graph, plan, cut)
+            _check_each_way(dense, in_use(graph), plan, cut)
 
 
 def _chooses(graph: Graph) -> bool:
@@ -222,13 +265,13 @@ def _check_each_way(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut)
             return math.inf, math.inf
         if before > _ROUNDING:
             return before, math.inf
-        return before, _change(cut(twin_of(model, graph), graph, plan), graph, ways)
+        return before, _change(cut(_deferred_copy(model, graph), graph, plan), graph, ways)
 
     doubled = _in_double(graph)
     for ways, exact in zip(ways_apart(model, graph), ways_apart(model, doubled), strict=True):
         before, after = errors(model, ways, graph)
         if TOLERANCE < before < _ROUNDING or TOLERANCE < after < _ROUNDING:
-            before, after = errors(twin_of(model, graph).double(), exact, doubled)
+            before, after = errors(_doubled(model, graph), exact, doubled)
         if before <= TOLERANCE and not after <= TOLERANCE:
             names = " and ".join(way.name for way in ways)
             raise VerificationError(
@@ -258,18 +301,61 @@ def _change(model: nn.Module, graph: Graph, ways: Sequence[Run], plain: Any = No
 
 
 def _zeroed(model: nn.Module, graph: Graph, plan: PruningPlan) -> nn.Module:
-    """A copy of the model, in which weights that read removed structures are zero."""
-    readers = {member.tensor for name in plan.kept for member in graph.readers(name)}
-    model = twin_of(model, graph, readers)
-    with torch.no_grad():
-        for name in plan.kept:
-            mask = torch.zeros(graph.groups[name].size + 1)
-            mask[[*plan.kept[name], -1]] = 1  # positions of other groups have index -1
-            for member in graph.readers(name):
-                weight = model.get_parameter(member.tensor)
-                shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
-                weight.mul_(mask[torch.as_tensor(member.index)].to(weight).view(shape))
+    """A copy of the model, in which weights that read removed structures are zero there."""
+    masks: dict[str, list[tuple[int, Tensor]]] = {}
+    for name in plan.kept:
+        mask = torch.zeros(graph.groups[name].size + 1)
+        mask[[*plan.kept[name], -1]] = 1  # positions of other groups have index -1
+        for member in graph.readers(name):
+            masks.setdefault(member.tensor, []).append(
+                (member.dim, mask[torch.as_tensor(member.index)])
+            )
+
+    def zeroed(name: str, weight: Tensor) -> Tensor:
+        weight = weight.clone()
+        for dim, mask in masks[name]:
+            shape = [-1 if i == dim else 1 for i in range(weight.dim())]
+            weight.mul_(mask.to(weight).view(shape))
+        return weight
+
+    changed: set[str] = set()
+
+    def instead(name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if name not in masks:
+            return None
+        changed.add(name)
+        return deferred(lambda: zeroed(name, data_of(parameter)), parameter)
+
+    model = twin_of(model, graph, instead=instead)
+    for name in masks.keys() - changed:
+        parameter = model.get_parameter(name)
+        parameter.data = zeroed(name, parameter.detach())
     return model
+
+
+def _deferred_copy(model: nn.Module, graph: Graph) -> nn.Module:
+    """A copy whose parameters are read where its code reads them, for `cut` to change."""
+    return twin_of(model, graph, instead=lambda _, p: deferred(lambda: data_of(p), p))
+
+
+def _doubled(model: nn.Module, graph: Graph) -> nn.Module:
+    """A copy in double precision."""
+
+    def instead(_: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if not parameter.is_floating_point():
+            return None
+        return deferred(lambda: data_of(parameter).double(), parameter, dtype=torch.float64)
+
+    twin = twin_of(model, graph, instead=instead)
+    for parameter in twin.parameters():
+        if parameter.is_floating_point() and not is_deferred(parameter):
+            parameter.data = parameter.data.double()
+    for module in twin.modules():
+        buffers = buffer_table(module)
+        for name, buffer in buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                buffers[name] = buffer.double()
+    return twin
 
 
 @contextmanager
@@ -345,7 +431,7 @@ def _compare_steps(
     if [_plain(step.name) for step in steps] != [_plain(step.name) for step in taken]:
         return  # another path through the code (a repeat factor of one): the outputs decide
     for number, (before, after) in enumerate(zip(steps, taken, strict=True)):
-        if before.floats != after.floats:
+        if _by_dtype(before.floats) != _by_dtype(after.floats):
             raise VerificationError(
                 f"{before.name} in {before.module or 'the model'} computes with {after.floats}, "
                 f"expected {before.floats}: the code uses a size as a value"
@@ -361,6 +447,18 @@ def _compare_steps(
                     f"{before.name} in {before.module or 'the model'} gives shape {found}, "
                     f"expected {expected}"
                 )
+
+
+_LIMITS = {
+    getattr(torch.finfo(dtype), limit): limit
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for limit in ("min", "max", "tiny", "eps")
+}
+
+
+def _by_dtype(floats: Sequence[float]) -> list[Any]:
+    """Numbers by which two passes are told apart; the limits of a dtype by their names."""
+    return [_LIMITS.get(number, number) for number in floats]
 
 
 def _after(axis: Axis, masked: int, count: Count) -> int:
@@ -407,7 +505,7 @@ def _checked_outputs(
     inputs = copy_inputs(graph.example_inputs)
     pruned.eval().requires_grad_(False)
     try:
-        with isolated(pruned), torch.no_grad(), recorder, _AttentionSteps(recorder):
+        with isolated(pruned), torch.no_grad(), WhereRead(), recorder, _AttentionSteps(recorder):
             result = run(pruned, inputs)
     except Exception as error:
         raise VerificationError(
@@ -459,7 +557,7 @@ def outputs_of(model: nn.Module, graph: Graph) -> list[Tensor]:
 
 def _results(model: nn.Module, graph: Graph, runs: Iterable[tuple[Program, Any]]) -> list[Any]:
     """What the model returns, called in these ways with these inputs, one after the other."""
-    with isolated(model), torch.no_grad():
+    with isolated(model), torch.no_grad(), WhereRead():
         results = [run(model.eval(), copy_inputs(inputs)) for run, inputs in runs]
     return [wanted_outputs(result, graph.outputs) for result in results]
 
@@ -503,7 +601,11 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def masked_outputs(model: nn.Module, graph: Graph, plan: PruningPlan) -> list[Tensor]:
     """Outputs of the masked model."""
-    return _masked(model, graph, plan, call, graph)[0]
+
+    def with_data() -> Graph:
+        return trace(model, graph.example_inputs, graph.outputs, fake=False)
+
+    return _masked(model, graph, plan, call, graph, with_data)[0]
 
 
 def _masked(
@@ -512,13 +614,15 @@ def _masked(
     plan: PruningPlan,
     run: Program,
     graph: Graph,
+    with_data: Callable[[], Graph],
     *,
     loops: bool = False,
 ) -> tuple[list[Tensor], Graph, list[_Shapes]]:
     """Outputs of the masked model, the trace whose steps it takes, and the shapes of each step.
 
-    Where it takes other steps with data than without, it is traced again with data. With ``loops``
-    it may go through those steps another number of times, as values tell a loop over experts.
+    Where it takes other steps with data than without, they are those of a trace ``with_data``.
+    With ``loops`` it may go through those steps another number of times, as values tell a loop
+    over experts.
     """
     twin = twin_of(model, traced).eval().requires_grad_(False)  # matmul takes its path by it
     follow_scales(twin, graph, plan)
@@ -526,7 +630,7 @@ def _masked(
         outputs, shapes = _replayed(twin, traced, plan, run, loops)
         return outputs, traced, shapes
     except Exception:  # noqa: BLE001 - whatever comes of steps that are not those of this pass
-        real = trace(model, traced.example_inputs, traced.outputs, fake=False, program=run)
+        real = with_data()
         twin = twin_of(model, real).eval().requires_grad_(False)
         follow_scales(twin, graph, plan)
         outputs, shapes = _replayed(twin, real, plan, run, loops)
@@ -548,7 +652,7 @@ def _replayed(
             else:
                 tensors[name].copy_(replay.masked(tensors[name], axes))
         bypassed(twin, real, plan)
-        with isolated(twin), replay, _AttentionSteps(replay):
+        with isolated(twin), WhereRead(), replay, _AttentionSteps(replay):
             result = run(twin, inputs)
     replay.finish()
     return output_tensors(wanted_outputs(result, real.outputs)), replay.shapes
@@ -606,10 +710,13 @@ class _Replay(DispatchMode):
 
     def masked(self, tensor: Tensor, axes: Axes) -> Tensor:
         """The tensor with zeros at removed positions, laid out in memory as it was."""
-        for dim, mask in enumerate(self.masks_of(axes)):
-            if mask is not None and tensor.dim() == len(axes):
+        masks = self.masks_of(axes) if tensor.dim() == len(axes) else []
+        if any(mask is not None for mask in masks):
+            tensor = tensor.clone()
+        for dim, mask in enumerate(masks):
+            if mask is not None:
                 shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
-                tensor = tensor.clone().masked_fill_(~mask.to(tensor.device).view(shape), 0)
+                tensor.masked_fill_(~mask.to(tensor.device).view(shape), 0)
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -74,7 +74,9 @@ def batches():
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 @pytest.mark.parametrize("bias", [True, False])
-def test_two_layers_equal_lstsq_on_what_is_pruned_so_far(bias, share, batches):
+@pytest.mark.parametrize("rows", [(9, 17, 4), (2, 1)], ids=["many rows", "few rows"])
+def test_two_layers_equal_lstsq_on_what_is_pruned_so_far(rows, bias, share):
+    batches = [(torch.randn(n, 6, dtype=torch.float64), torch.zeros(n)) for n in rows]
     model = Perceptron(bias).double()
     graph = trace(model, (batches[0][0],))
     plan = PruningPlan(
@@ -343,10 +345,10 @@ def test_of_experts_each_that_came_out_worse_stays_as_the_cut_left_it(monkeypatc
     tokens = torch.randint(3, 90, (24, 16))
     solved = Layer.solved
 
-    def ruined(self, gram, damping):
-        new = solved(self, gram, damping)
-        new.start[1] += 100 * (new.start[1] != 0)
-        return new
+    def ruined(self, gram, dampings):
+        for new in solved(self, gram, dampings):
+            new.start[1] += 100 * (new.start[1] != 0)
+            yield new
 
     monkeypatch.setattr(Layer, "solved", ruined)
     batches = [{"input_ids": tokens, "labels": tokens}]

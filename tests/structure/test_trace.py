@@ -406,3 +406,29 @@ def test_what_an_operation_without_a_rule_is_given_stays_whole():
     reasons = {pin.tensor: pin.reason for pin in graph.pinned if pin.size == 6}
     assert reasons.keys() == {"first.weight", "first.bias", "last.weight"}
     assert all("`mirrored` has no rule" in reason for reason in reasons.values())
+
+
+class Clamps(nn.Module):
+    """Writes to its weight in its forward pass; may go on where it cannot."""
+
+    def __init__(self, goes_on):
+        super().__init__()
+        self.up, self.down, self.goes_on = nn.Linear(6, 8), nn.Linear(8, 3), goes_on
+
+    def forward(self, x):
+        try:
+            self.up.weight.data.clamp_(-0.01, 0.01)
+        except Exception:
+            if not self.goes_on:
+                raise
+        return self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_trace_with_data_does_not_write_to_the_weights_of_the_model(goes_on):
+    """It shares them, but for models that write to them."""
+    model = Clamps(goes_on).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    graph = trace(model, (torch.randn(2, 6),), fake=False)
+    assert_close(model.state_dict(), before, relative=0)
+    assert graph.written == {"up.weight"}

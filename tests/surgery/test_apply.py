@@ -2,12 +2,16 @@
 
 import copy
 import pickle  # noqa: TID251 - what users do with models; nothing is stored
+import weakref
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+import sosp_hub
+from sosp_hub.allocation import allocate
 from sosp_hub.errors import PlanError, SospHubError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import call, output_tensors, trace
@@ -225,7 +229,7 @@ def test_layers_can_be_dropped_in_place_too():
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("breaks", ["rewrite", "verified_cut"])
+@pytest.mark.parametrize("breaks", ["rewrite", "verified_plan"])
 def test_an_exception_in_the_middle_leaves_the_model_untouched(monkeypatch, breaks, in_place):
     model, graph = prepared(LLAMA)
     before = state(model)
@@ -378,16 +382,107 @@ def held_bytes(run):
     return highest
 
 
-@pytest.mark.parametrize("cutting", [apply, apply_])
-def test_a_thorough_cut_holds_no_more_than_a_cut_copy_and_what_reads_it(cutting):
+def blocks(num, dtype=torch.float32):
+    """A row of linear layers."""
     torch.manual_seed(0)
-    parts = [nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 256)) for _ in range(6)]
-    model = nn.Sequential(*parts).eval()
-    graph = trace(model, (torch.randn(2, 256),))
+    layers = []
+    for _ in range(num):
+        layers += [nn.Linear(96, 192, dtype=dtype), nn.ReLU(), nn.Linear(192, 96, dtype=dtype)]
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("cutting", "most"), [(apply, 1.65), (apply_, 1.3)])
+def test_a_thorough_cut_holds_one_tensor_more_than_the_models(cutting, most, dtype):
+    """In place that is one model; else the smaller one, half of it, comes beside it."""
+    graph = trace(blocks(48, dtype), (torch.randn(2, 96, dtype=dtype),))
     plan = half(graph)
-    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
-    held = held_bytes(lambda: cutting(model, graph, plan, strict=True))
-    assert held <= 1.3 * weights  # half of it the cut copy, half the zeroed readers
+    made = []
+
+    def run():
+        made.append(blocks(48, dtype))
+        return cutting(made[0], graph, plan, strict=True)
+
+    weights = sum(p.numel() * p.element_size() for p in blocks(48, dtype).parameters())
+    assert held_bytes(run) <= most * weights
+    assert made[0][0].out_features == (96 if cutting is apply_ else 192)
+
+
+def test_a_cut_in_place_that_is_stopped_halfway_is_undone(monkeypatch):
+    """Parameters that somebody holds come back themselves, all others put together again."""
+    model = blocks(2)
+    model[2].weight.requires_grad_(False)
+    graph = trace(model, (torch.randn(2, 96),))
+    plan, before = half(graph), state(model)
+    held, with_gradient = model[3].weight, model[5].weight
+    with_gradient.grad = torch.ones_like(with_gradient)
+    number, gone = id(with_gradient), weakref.ref(model[0].weight)
+    del with_gradient
+
+    def stops(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sosp_hub.surgery.apply.verified_plan", lambda *args, **kwargs: plan)
+    monkeypatch.setattr("sosp_hub.surgery.apply.drop_layers", stops)  # comes after the tensors
+    with pytest.raises(KeyboardInterrupt):
+        apply_(model, graph, plan)
+    assert_untouched(model, before)
+    assert model[3].weight is held
+    assert id(model[5].weight) == number
+    assert model[5].weight.grad is not None
+    assert gone() is None
+    assert not model[2].weight.requires_grad
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_model_is_copied_to_be_verified(case, monkeypatch):
+    """All parameters are computed where an operation reads them."""
+    monkeypatch.setattr("sosp_hub.structure.deferred._SMALL", 0)
+    model, graph = prepared(case)
+
+    def again():
+        raise AssertionError("verified again with copies")
+
+    monkeypatch.setattr("sosp_hub.surgery.verify.at_once", again)
+    apply(model, graph, half(graph, exact), strict=True)
+
+
+class AsksWhere(nn.Module):
+    """Wants to know where a weight lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 3)
+
+    def forward(self, x):
+        assert self.up.weight.data_ptr()
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_a_model_that_asks_where_its_weights_lie_is_verified_with_copies(caplog):
+    model = fill(AsksWhere().eval())
+    graph = trace(model, (torch.randn(2, 64),))
+    plan = half(graph)
+    assert plan.kept
+    with caplog.at_level("DEBUG"):
+        pruned = apply(model, graph, plan, strict=True)
+    assert "with copies of the weights" in caplog.text
+    assert_close(run(pruned, graph), gated(model, graph, plan))
+
+
+def test_a_deep_model_of_16_bits_is_compared_in_double_precision():
+    """Its rounding alone is above the tolerance, and its mask has the least number of its dtype."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    tokens = torch.randint(1000, (2, 9))
+    graph = trace(model, {"input_ids": tokens, "use_cache": False}, outputs="logits")
+    scores = sosp_hub.score(model, graph, [], criterion="magnitude")
+    apply(model, graph, allocate(graph, scores, params=0.7), strict=True)
 
 
 class WritesToItself(nn.Module):

@@ -16,7 +16,7 @@ from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery import proof
 from sosp_hub.surgery.apply import apply, cut
 from sosp_hub.surgery.carry import carry
-from sosp_hub.surgery.proof import verified_cut
+from sosp_hub.surgery.proof import verified_plan
 from sosp_hub.surgery.verify import TOLERANCE, masked_outputs
 from tests.cases import CASES
 from tests.compare import assert_close
@@ -256,9 +256,9 @@ def test_outputs_that_are_wrong_by_three_in_a_thousand_are_refused(block, off):
                 setattr(pruned.three, name, nn.Parameter(parameter * off))
         return pruned
 
-    verified_cut(model, graph, plan, thorough=True, cut=cut)
+    verified_plan(model, graph, plan, thorough=True, cut=cut)
     with pytest.raises(VerificationError, match=r"differ .* by 3\.\de-03"):
-        verified_cut(model, graph, plan, thorough=True, cut=almost, strict=True)
+        verified_plan(model, graph, plan, thorough=True, cut=almost, strict=True)
 
 
 class Averaged(nn.Module):

@@ -53,6 +53,15 @@ def tensor_table() -> None:
     expect(len(table) == 0, "tensors are kept alive")
 
 
+@smoke("cutting in place: what belongs to a parameter")
+def hooks_of_a_parameter() -> None:
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        parameter = nn.Parameter(torch.zeros(2))
+        expect(not compat.has_hooks(parameter), "a hook is seen where there is none")
+        getattr(parameter, register)(lambda _: None)
+        expect(compat.has_hooks(parameter), f"{register} is not seen")
+
+
 @smoke("cutting, saving and loading: tensors and modules are replaced where they are")
 def tables_of_a_module() -> None:
     module = nn.BatchNorm1d(3)
