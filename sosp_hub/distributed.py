@@ -15,6 +15,7 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
+from sosp_hub.compat.accelerate import launched_for_several
 from sosp_hub.progress import progress
 
 logger = logging.getLogger("sosp_hub")
@@ -76,13 +77,19 @@ def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accel
         mixed_precision: ``no``, ``bf16``, ``fp16``; None = as ``accelerate launch`` says.
         seed: Of the order of the samples.
     """
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
         dataloader_config=DataLoaderConfiguration(
             even_batches=False, use_seedable_sampler=True, data_seed=seed
         ),
     )
+    if accelerator.num_processes == 1 and launched_for_several():
+        logger.warning(
+            "this is one process alone: `accelerate launch --cpu` starts several with "
+            "--mpirun_hostfile only; write torchrun --nproc_per_node NUMBER -m ..."
+        )
+    return accelerator
 
 
 def from_main(value: Any) -> Any:

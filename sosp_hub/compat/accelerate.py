@@ -1,11 +1,21 @@
 """What the package uses of accelerate and accelerate does not promise."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
+
+
+def launched_for_several() -> bool:
+    """Whether ``accelerate launch`` was asked for several processes and has numbered none.
+
+    On CPUs it starts others through MPI alone; else all that comes of it is an address for them.
+    """
+    given = os.environ.keys()
+    return {"ACCELERATE_DYNAMO_MODE", "MASTER_ADDR"} <= given and "RANK" not in given
 
 
 def is_spread(model: nn.Module) -> bool:

@@ -1,10 +1,12 @@
 """What each step costs as models grow: layers, width, structures, samples, processes.
 
     python -m tests.bench.scale            # some minutes; writes results/scale.md and scale.svg
+    python -m tests.bench.scale reach      # a Llama of 1.1 billion parameters; results/reach.md
     python -m tests.bench.scale --toy      # seconds; prints the table only
 
 Seconds of CPU time of this process (of processes: wall time of ``torchrun``), one thread; nothing
-fails here, all is shown. The exponent is the slope between the last two points on logarithmic
+fails here, all is shown. ``reach`` also tells how much memory the process held at the height of
+each step (resident set). The exponent is the slope between the last two points on logarithmic
 scales: 1 is linear, 2 quadratic.
 """
 
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,70 @@ def measure(sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[int, dict[str, 
     return found
 
 
+REACH = {
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+    "num_attention_heads": 32, "num_key_value_heads": 4,
+}  # fmt: skip
+"""The shape of TinyLlama: 1.1 billion parameters."""
+TOY_REACH = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+class Height:
+    """Memory of this process at its height while something runs (Linux)."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def gigabytes(self) -> float:
+        """The largest resident set since this was made."""
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def reach(shape: dict[str, int], dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Seconds and gigabytes of each step from a config to a saved model without 20 %."""
+    found: dict[str, dict[str, float]] = {}
+
+    def step(name: str, run: Callable[[], Any]) -> Any:
+        height = Height()
+        seconds, result = timed(run)
+        found[name] = {"CPU s": seconds, "GB at the height": height.gigabytes()}
+        print(name, found[name], file=sys.stderr)
+        return result
+
+    step("imports alone", lambda: None)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**shape)
+    model = step(
+        "build", lambda: transformers.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    )
+    tokens = torch.randint(shape["vocab_size"], (8, 128))
+    inputs = {"input_ids": tokens[:1, :16], "use_cache": False}
+    batches = [{"input_ids": each, "labels": each} for each in tokens.split(1)]
+    graph = step("trace", lambda: sosp_hub.trace(model, inputs, outputs="logits"))
+    for criterion in ("fisher", "sosp_h"):
+        score = partial(sosp_hub.score, model, graph, batches, criterion=criterion)
+        scores = step(criterion, score)
+    plan = step("allocate", lambda: sosp_hub.allocate(graph, scores, params=0.8))
+    small = step("rebuild and apply", lambda: sosp_hub.rebuild(model, graph, plan, batches))
+    with tempfile.TemporaryDirectory() as folder:
+        step("save", partial(sosp_hub.save_pretrained, small, folder))
+    del small
+    step("apply_ in place", lambda: sosp_hub.apply_(model, graph, plan, strict=True))
+    return found
+
+
+def reach_table(found: dict[str, dict[str, float]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    units = list(next(iter(found.values())))
+    rows = [f"| {name} | {' | '.join(f'{v:.3g}' for v in got.values())} |" for name, got in
+            found.items()]  # fmt: skip
+    return [f"| step | {' | '.join(units)} |", "|---" * (len(units) + 1) + "|", *rows]
+
+
 def table(axis: str, rows: dict[int, dict[str, float]]) -> list[str]:
     """Lines of a table in Markdown, with the exponent at the end."""
     names = list(next(iter(rows.values())))
@@ -157,10 +224,16 @@ def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Prints or writes the curves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("curves", "reach"), default="curves")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--toy", action="store_true", help="small sizes; writes nothing")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.what == "reach":
+        found = reach(TOY_REACH if options.toy else REACH, getattr(torch, options.dtype))
+        print(json.dumps(found) if options.json else "\n".join(reach_table(found)))
+        return 0
     found = measure(TOY if options.toy else FULL)
     lines = [line for axis, rows in found.items() for line in ("", *table(axis, rows))]
     print(json.dumps(found) if options.json else "\n".join(lines))

@@ -20,9 +20,13 @@ pytestmark = pytest.mark.slow
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
-def launch(num, module, *arguments, timeout=180):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(num), "-m", module, *arguments]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes")
+"""On a machine without GPUs it starts as many processes on the CPU."""
+
+
+def launch(num, module, *arguments, timeout=180, launcher=TORCHRUN):
+    command = [sys.executable, "-m", *launcher, str(num), "-m", module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
 
 
@@ -60,10 +64,12 @@ def test_one_sample_for_three_processes_is_one_sample(tmp_path):
         assert found == {name: each for name, each in expected.items() if name != "metrics"}
 
 
-def test_a_process_that_is_killed_while_it_scores_ends_the_run(tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_a_process_that_is_killed_while_it_scores_ends_the_run(launcher, tmp_path):
     keys = ["model.train=null", "data.num_train=64", "data.num_test=16", "criterion.num_samples=32"]
     keys += [f"output.dir={tmp_path / 'out'}"]
-    done = launch(2, "tests.pipeline.dies_scoring", str(QUICKSTART), *keys, timeout=120)
+    given = ("tests.pipeline.dies_scoring", str(QUICKSTART), *keys)
+    done = launch(2, *given, timeout=120, launcher=launcher)
     assert done.returncode != 0
     assert done.stderr.count("Root Cause") == 1
     assert "Signal 9 (SIGKILL)" in done.stderr.rpartition("Root Cause")[2]
@@ -111,7 +117,18 @@ def test_a_process_whose_partner_is_gone_stops_waiting():
     assert "onnection" in errors[0]
 
 
-def test_two_processes_prune_like_one(tmp_path):
+def test_accelerate_that_starts_one_process_instead_of_two_is_told():
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    code = "from sosp_hub.distributed import make_accelerator; make_accelerator()"
+    done = subprocess.run(
+        [*command, "--no_python", sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert "this is one process alone" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_prune_like_one(launcher, tmp_path):
     """Scores, plan and gates are those of one; both train and measure, and one of them writes."""
     keys = ["model.train=null", "data.num_train=77", "data.num_test=51", "finetune.epochs=1"]
     keys += ["criterion.num_samples=21", "criterion.batch_size=16", "criterion.compensate=true"]
@@ -119,7 +136,8 @@ def test_two_processes_prune_like_one(tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     assert main([str(QUICKSTART), *keys, f"output.dir={folders[0]}"]) == 0
     keys.append(f"output.dir={folders[1]}")
-    done = launch(2, "sosp_hub.prune", str(QUICKSTART), *keys, timeout=300)
+    given = ("sosp_hub.prune", str(QUICKSTART), *keys)
+    done = launch(2, *given, timeout=300, launcher=launcher)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Load it") == 1
     assert done.stderr.count("measure final: done in") == 1

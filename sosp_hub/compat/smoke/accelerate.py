@@ -1,7 +1,12 @@
 """Smoke tests of `sosp_hub.compat.accelerate`."""
 
+import os
+from unittest import mock
+
 import torch
 from accelerate import Accelerator, cpu_offload, dispatch_model
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch import nn
 
 from sosp_hub.compat import accelerate as compat
@@ -14,6 +19,19 @@ def offloaded_models() -> None:
     given = compat.running_device(model)
     expect(given is not None and torch.device(given).type == "cpu", f"it runs on {given}")
     expect(compat.running_device(nn.Linear(1, 1)) is None, "a plain model has a hook")
+
+
+@smoke("a warning where `accelerate launch` started one process instead of several")
+def launchers() -> None:
+    parser = launch_command_parser()
+    for number, expected in (("1", False), ("2", True)):
+        given = ["--cpu", "--num_processes", number, "--num_machines", "1", "train.py"]
+        options = parser.parse_args([*given[:-1], "--mixed_precision", "no", given[-1]])
+        options.dynamo_backend, options.num_cpu_threads_per_process = "no", 1
+        _, variables = prepare_simple_launcher_cmd_env(options)
+        with mock.patch.dict(os.environ, variables, clear=True):
+            said = compat.launched_for_several()
+        expect(said is expected, f"{number} processes: {said}")
 
 
 @smoke("saving models that lie on several devices")
