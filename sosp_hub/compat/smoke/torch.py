@@ -53,6 +53,17 @@ def tensor_table() -> None:
     expect(len(table) == 0, "tensors are kept alive")
 
 
+@smoke("smaller batches, and a word of advice, where memory does not suffice")
+def lack_of_memory() -> None:
+    try:
+        torch.empty(2**60)
+    except RuntimeError as error:
+        expect(compat.out_of_memory(error), f"{error} is no lack of memory")
+    else:
+        expect(False, "more memory than there is was given")
+    expect(not compat.out_of_memory(RuntimeError("shapes")), "every error is one")
+
+
 @smoke("cutting in place: what belongs to a parameter")
 def hooks_of_a_parameter() -> None:
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
