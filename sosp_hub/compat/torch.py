@@ -143,6 +143,14 @@ def operation(name: str) -> Any:
     return found
 
 
+def no_view(tensor: Tensor) -> Tensor:
+    """The same values in the same memory, which count as no view: for what nothing else holds.
+
+    A view that is made inside an autograd Function must not be written to after it.
+    """
+    return aten._unsafe_view(tensor, tensor.shape)
+
+
 def result_aliases(func: Any) -> list[Any]:
     """How each result of an operation shares memory with its arguments; None where it does not."""
     schema = getattr(func, "_schema", None)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from sosp_hub.compat.torch import aten
+from sosp_hub.compat.torch import aten, no_view
 from sosp_hub.double_backward.pieces import constant, where_reached
 
 
@@ -72,9 +72,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
     """``F.linear``; None where this is not for it."""
     if not constant(weight, bias) or not x.requires_grad:
         return None
+
+    def forward(x: Tensor) -> Tensor:
+        return no_view(F.linear(x, weight, bias))  # models write to what their layers give
+
     return _LinearMap.apply(
         x,
-        lambda x: F.linear(x, weight, bias),
+        forward,
         lambda grad: grad @ weight,
         lambda x: F.linear(x, weight),
     )

@@ -79,6 +79,8 @@ def load_transformers(
     elif section.pretrained and weights:
         origin = origin_on_hub(source, section.revision)
     order = None if num_labels is None or new_head else _order(data, config)
+    if task.head and data is not None and not new_head:
+        _name_outputs(model.config, data)
     if inputs == "texts":
         processor = text_processing(model.config, tokenizer, order)
     elif inputs == "own":
@@ -214,6 +216,17 @@ def _outputs(section: ModelSection, config: Any) -> int | None:
 def _order(data: DataInfo | None, config: Any) -> tuple[int, ...] | None:
     names = [config.id2label[i] for i in range(config.num_labels)]
     return label_order(data.class_names, names) if data else None
+
+
+def _name_outputs(config: Any, data: DataInfo) -> None:
+    """Gives outputs that are called LABEL_0, LABEL_1 ... the names of the data's classes.
+
+    They were matched by position, so that all that is measured is of these names.
+    """
+    count = len(data.class_names)
+    unnamed = config.id2label == {i: f"LABEL_{i}" for i in range(count)}
+    if unnamed and not any(name.isdecimal() for name in data.class_names):
+        _set_labels(config, count, data)
 
 
 def _set_labels(config: Any, num_labels: int | None, named: DataInfo | None) -> None:

@@ -1,10 +1,12 @@
 """Every rewritten operation equals PyTorch's own, up to the second derivative."""
 
 import contextlib
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sosp_hub.double_backward import _REWRITES, CheapSecondDerivatives, pieces
@@ -226,3 +228,27 @@ def test_what_a_model_does_besides_is_derived_as_it_is(function):
         gradient.square().sum().backward()
         found.append((output.detach(), gradient.detach(), leaf.grad))
     assert_close(found[1], found[0], relative=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.ReLU6()],  # torch refuses it after a ReLU
+    ids=["linear", "without bias", "relu6"],
+)
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_what_a_layer_gives_may_be_written_to(layer, shape, part):
+    """As Conditional DETR does with its boxes: ``boxes[..., :2] += reference``."""
+    layer.requires_grad_(False)
+
+    def derivatives(mode):
+        x = torch.linspace(-1, 1, math.prod(shape)).view(shape).requires_grad_()
+        with mode:
+            y = layer(x)
+            target = y[..., :2] if part else y
+            target += x.square().sum()
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.sum(), x)[0]
+
+    found = derivatives(CheapSecondDerivatives())
+    assert_close(found, derivatives(contextlib.nullcontext()), relative=1e-5)

@@ -77,7 +77,15 @@ def test_head_that_fits(save, load, names, order):
     loaded = load(folder, CLASSES, THREE)
     assert (loaded.num_labels, loaded.new_head) == (3, False)
     assert loaded.processor.label_order == order
+    named = dict(enumerate(names or THREE.class_names))  # LABEL_0 says nothing
+    assert loaded.model.config.id2label == named
     assert_close(loaded.model.classifier.weight, model.classifier.weight, relative=0)
+
+
+def test_numbers_are_no_names_for_outputs(save, load):
+    folder, _ = save("BertForSequenceClassification", num_labels=3)
+    loaded = load(folder, CLASSES, DataInfo(num_labels=3, class_names=("0", "1", "2")))
+    assert loaded.model.config.id2label == {i: f"LABEL_{i}" for i in range(3)}
 
 
 def test_head_that_does_not_fit(save, load):

@@ -108,6 +108,15 @@ def classes_of_layers() -> None:
         expect(isinstance(module, compat.Dropout), f"{module} is no dropout")
 
 
+@smoke("exact scores of models that write to what their linear layers give")
+def results_that_are_no_views() -> None:
+    values = torch.arange(4.0)
+    own = compat.no_view(values.view(2, 2))
+    expect(not own._is_view(), "it is a view")
+    expect(own.data_ptr() == values.data_ptr(), "it is a copy")
+    expect(own.tolist() == [[0.0, 1.0], [2.0, 3.0]], f"{own.tolist()}")
+
+
 @smoke("the verification of every cut: views and operations that write")
 def aliases_of_results() -> None:
     def kinds(func: object) -> list[bool | None]:
