@@ -344,6 +344,33 @@ def test_arguments_of_another_type_are_named(verb, change, words):
     assert model[0].out_features == 6
 
 
+class Prepares(nn.Module):
+    """Keeps a tensor made of its weights, which is no part of a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6, bias=False), nn.Linear(6, 3)
+
+    def __getstate__(self):
+        return {key: value for key, value in vars(self).items() if key != "ready"}
+
+    def forward(self, x):
+        if not hasattr(self, "ready"):
+            self.ready = 2 * self.first.weight.detach()
+        return self.last(nn.functional.linear(x, self.ready))
+
+
+def test_in_place_nothing_is_left_of_the_widths_before():
+    model, inputs = fill(Prepares().eval()), (torch.randn(2, 5),)
+    graph = trace(model, inputs)
+    model(*inputs)
+    plan = half(graph)
+    assert plan.kept
+    expected = run(apply(model, graph, plan), graph)
+    apply_(model, graph, plan)
+    assert_close(model(*inputs), expected[0])
+
+
 class Positions(nn.Module):
     """Its buffer takes the shape of what comes in, as ConViT's does."""
 
