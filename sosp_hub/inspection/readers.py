@@ -14,8 +14,8 @@ from typing import Any, Literal
 from torch import nn
 
 from sosp_hub.checkpoint.format.standins import StandIn
-from sosp_hub.errors import SospHubError
-from sosp_hub.recipe.targets import TARGETS
+from sosp_hub.errors import CheckpointError, SospHubError
+from sosp_hub.recipe.targets import make_target
 from sosp_hub.targets.writers import deci, gguf, padded
 
 PARALLEL = (2, 4, 8)
@@ -95,7 +95,7 @@ def _exports(model: nn.Module, num_bytes: int, obstacle: str | None) -> Iterator
         ("ExecuTorch", "executorch"),
     ):  # fmt: skip
         try:
-            TARGETS.known()[target]().check(model)
+            make_target(target, CheckpointError).check(model)
         except SospHubError as error:
             yield Reader(name, False, _reason(error, name), target)
             continue

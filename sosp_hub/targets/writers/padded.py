@@ -284,7 +284,7 @@ def _filled(model: Any, filling: Filling) -> Any:
             tensor.zero_()
             if (values := small.get(name)) is None:
                 continue
-            places = filling.places.get(name, (None,) * tensor.dim())
+            places = filling.places.get(name) or (None,) * tensor.dim()
             index = [
                 torch.arange(size) if each is None else torch.as_tensor(each)
                 for each, size in zip(places, tensor.shape, strict=True)
