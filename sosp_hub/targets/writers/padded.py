@@ -181,8 +181,15 @@ def _kept(graph: Graph, model: nn.Module, skeleton: nn.Module, delta: Delta) -> 
             for key, value in values.items()
         )
 
-    ways = [_counts(graph, model, inner_first=way) for way in (False, True)]
-    return ways[0] if ways[0] == ways[1] else min(ways, key=num_other)
+    ways, faults = [], []
+    for way in (False, True):
+        try:
+            ways.append(_counts(graph, model, inner_first=way))
+        except CheckpointError as error:  # this order meets sizes that the other one does not
+            faults.append(error)
+    if not ways:
+        raise faults[0]
+    return ways[0] if ways[0] == ways[-1] else min(ways, key=num_other)
 
 
 def _counts(graph: Graph, model: nn.Module, *, inner_first: bool) -> dict[str, int]:
