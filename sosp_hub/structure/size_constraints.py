@@ -90,6 +90,18 @@ def _pad(terms: Terms, op: Operation) -> None:
             terms.constrain(after, pieces[1], "a padding")
 
 
+@_demand("repeat_interleave")
+def _repeat_interleave(terms: Terms, op: Operation) -> None:
+    repeats, dim = op.argument(1, "repeats"), op.argument(2, "dim")
+    if not isinstance(op.tensor, Tensor) or not isinstance(repeats, int):
+        return  # a tensor of numbers picks what it repeats
+    axis = terms.of(op.out)[0 if dim is None else dim]
+    dense = op.tensor.numel() if dim is None else op.tensor.shape[dim]
+    halves = split(axis, int(dense), "repeat_interleave")
+    if halves is not None:
+        terms.constrain(repeats, halves[1], "repeat_interleave")
+
+
 @_demand("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(terms: Terms, op: Operation) -> None:
     groups = op.argument(1, "groups")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import deform_conv2d, roi_align, roi_pool
 
 
 class Op(nn.Module):
@@ -187,6 +188,26 @@ SHAPES = (
         6, 12, (2, 6), keeps_zero=False, times=2,  # a copy may go as well; nothing makes it
     ),
     tokens("repeat", lambda m, x: x.repeat(1, 1, 2), 6, 12, (6,)),
+    tokens("repeat_interleave", lambda m, x: x.repeat_interleave(2, -1), 6, 12, (6,)),
+    tokens(
+        "repeat_interleave by an attribute", lambda m, x: x.repeat_interleave(m.times, dim=-1),
+        6, 12, (2, 6), keeps_zero=False, times=2,
+    ),
+    tokens(
+        "repeat_interleave of all elements",
+        lambda m, x: x.repeat_interleave(m.times).view(2, 4, -1), 6, 12, (2, 6), keeps_zero=False,
+        times=2,
+    ),
+    tokens(
+        "a constant repeated for pairs",
+        lambda m, x: x * torch.arange(3.0).repeat_interleave(2), 6, 6,
+    ),
+    tokens(
+        "shared heads repeated",
+        lambda m, x, y: (
+            x * y.unflatten(-1, (m.shared, -1)).repeat_interleave(m.times, 2).flatten(2)
+        ), (12, 6), 12, (2, 2, 3), keeps_zero=False, shared=2, times=2,
+    ),
     tokens("cat", lambda m, x, y: torch.cat([x, y], -1), (6, 8), 14, (6, 8)),
     tokens("cat twice", lambda m, x, y: torch.cat([x, y, x], -1), (6, 8), 20, (6, 8)),
     tokens("cat along tokens", lambda m, x, y: torch.cat([x, y], 1), (6, 6), 6, (6,)),
@@ -371,6 +392,8 @@ REDUCTIONS = (
     tokens("cumsum of channels", lambda m, x: x.cumsum(-1), 6, 6, (), (6,)),
     tokens("cumprod of tokens", lambda m, x: x.cumprod(1), 6, 6, (6,)),
     tokens("logcumsumexp of tokens", lambda m, x: x.logcumsumexp(1), 6, 6, (6,), keeps_zero=False),
+    tokens("cummax", lambda m, x: x.cummax(1).values, 6, 6, (6,)),
+    tokens("cummin of channels", lambda m, x: x.cummin(-1).values, 6, 6),
     tokens("topk of tokens", lambda m, x: x.topk(2, 1).values, 6, 6, (6,)),
     tokens("topk of channels", lambda m, x: x.topk(2, -1).values, 6, 2, (), (6,)),
     tokens("places of the topk", lambda m, x: x * x.topk(1, -1).indices.clamp(1, 1), 6, 6),
@@ -460,12 +483,32 @@ WINDOWS = (
             ("max pool 1d", Built(nn.MaxPool1d, 2)),
             ("adaptive average pool 1d", Built(nn.AdaptiveAvgPool1d, 2)),
             ("reflection pad 1d", Built(nn.ReflectionPad1d, 1)),
+            ("replication pad 1d", Built(nn.ReplicationPad1d, 1)),
             ("upsample nearest 1d", Built(nn.Upsample, scale_factor=2)),
             ("upsample linear 1d", Built(nn.Upsample, scale_factor=2, mode="linear")),
         )
     ),
-    pictures("average pool 3d", Built(nn.AvgPool3d, 2), 6, 6, (6,), dims=3),
-    pictures("max pool 3d", Built(nn.MaxPool3d, 2), 6, 6, (6,), dims=3),
+    *(
+        pictures(name, module, 6, 6, (6,), dims=3)
+        for name, module in (
+            ("average pool 3d", Built(nn.AvgPool3d, 2)),
+            ("max pool 3d", Built(nn.MaxPool3d, 2)),
+            ("adaptive average pool 3d", Built(nn.AdaptiveAvgPool3d, 2)),
+            ("adaptive max pool 3d", Built(nn.AdaptiveMaxPool3d, 2)),
+            ("reflection pad 3d", Built(nn.ReflectionPad3d, 1)),
+            ("replication pad 3d", Built(nn.ReplicationPad3d, 1)),
+            ("upsample nearest 3d", Built(nn.Upsample, scale_factor=2)),
+            ("upsample trilinear", Built(nn.Upsample, scale_factor=2, mode="trilinear")),
+        )
+    ),
+    pictures(
+        "nearest exact 1d", lambda m, x: F.interpolate(x, 6, mode="nearest-exact"), 6, 6, (6,),
+        dims=1,
+    ),
+    pictures(
+        "nearest exact 3d", lambda m, x: F.interpolate(x, 6, mode="nearest-exact"), 6, 6, (6,),
+        dims=3,
+    ),
     pictures(
         "antialiased bilinear",
         lambda m, x: F.interpolate(x, (5, 5), mode="bilinear", antialias=True), 6, 6, (6,),
@@ -493,6 +536,30 @@ WINDOWS = (
     pictures("pixel unshuffle", Built(nn.PixelUnshuffle, 2), 3, 12, (3,)),
     pictures(
         "unfold", lambda m, x: F.unfold(x, 3, padding=1).view(2, -1, 8, 8), 3, 27, (3,)
+    ),
+    pictures(
+        "windows of each channel put together", lambda m, x: F.fold(
+            F.unfold(x, 3, padding=1), (8, 8), 3, padding=1
+        ), 6, 6, (6,),
+    ),
+    pictures(
+        "windows along a dimension",
+        lambda m, x: x.unfold(2, 3, 1).unfold(3, 4, 4).mean((-1, -2)), 6, 6, (6,),
+    ),
+    pictures("windows over channels", lambda m, x: x.unfold(1, 3, 3).sum(-1), 6, 2),
+    pictures(
+        "boxes", lambda m, x: roi_align(x, [torch.tensor([[0.0, 0, 4, 4]])] * 2, (3, 3)), 6, 6,
+        (6,),
+    ),
+    pictures(
+        "largest of boxes", lambda m, x: roi_pool(x, [torch.tensor([[0.0, 0, 4, 4]])] * 2, (3, 3)),
+        6, 6, (6,),
+    ),
+    pictures(
+        "windows at learned places", lambda m, x: deform_conv2d(
+            x, m.shifts.expand(2, -1, -1, -1), m.weight, m.bias, padding=1
+        ), 6, 7, (6, 7), shifts=nn.Parameter(torch.rand(1, 18, 8, 8)),
+        weight=nn.Parameter(torch.randn(7, 6, 3, 3)), bias=nn.Parameter(torch.randn(7)),
     ),
     pictures(
         "channel shuffle", Built(nn.ChannelShuffle, 3), 12, 12, (3, 4)
@@ -584,6 +651,19 @@ REST = (
         lambda m, x: F.pad(x, (0, 0, 0, torch.tensor(2)))[:, : torch.tensor(4)], 6, 6, (6,),
     ),
     tokens("overlapping windows", _windows, 6, 6, (6,)),
+    tokens(
+        "rows gathered by number", lambda m, x: torch.zeros_like(x).scatter_reduce(
+            1, torch.arange(4).div(2, rounding_mode="floor").view(1, 4, 1).expand_as(x), x, "sum"
+        ), 6, 6, (6,),
+    ),
+    tokens(
+        "bags of words", lambda m, x: x * m.words(torch.tensor([[0, 1], [2, 3]]))[:, None], 6, 6,
+        (6,), words=lambda: nn.EmbeddingBag(5, 6),
+    ),
+    tokens(
+        "bilinear", lambda m, x, y: m.pairs(x, y), (6, 8), 7, (6, 7, 8),
+        pairs=lambda: nn.Bilinear(6, 8, 7),
+    ),
     tokens(
         "distances to centres", lambda m, x: torch.cdist(x, m.centres), 6, 7, (7,), (6,),
         keeps_zero=False, centres=lambda: nn.Parameter(torch.randn(7, 6)),

@@ -21,7 +21,7 @@ ELSEWHERE = {
     *("_reshape_alias", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "argsort", "avg_pool1d"),
     *("broadcast_to", "chunk", "concat", "concatenate", "flatten", "group_norm", "layer_norm"),
     *("linear", "log_softmax", "mT", "max_pool1d", "max_pool2d", "mkldnn_max_pool2d", "narrow"),
-    *("native_channel_shuffle", "grouped_mm_fallback"),
+    *("native_channel_shuffle", "grouped_mm_fallback", "_embedding_bag_forward_only"),
     *("numpy_T", "pad", "reshape", "rms_norm", "_fused_rms_norm", "softmax", "swapaxes"),
     *("take_along_dim", "tensor", "tensor_split", "tile", "unflatten", "unsafe_chunk"),
 }

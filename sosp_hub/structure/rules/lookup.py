@@ -47,6 +47,16 @@ def _embedding(terms: Terms, op: Operation) -> None:
     terms.set(op.out, [*terms.of(op.args[1]), width])
 
 
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def _embedding_bag(terms: Terms, op: Operation) -> None:
+    vocabulary, width = terms.of(op.tensor)
+    terms.fix(vocabulary, "rows are looked up by number")
+    bags, *others = op.out
+    terms.set(bags, [fixed(int(bags.shape[0]), f"bags in {terms.where}"), width])
+    for other in others:
+        terms.set(other, [fixed(int(size), f"bags in {terms.where}") for size in other.shape])
+
+
 @rule("bucketize", "searchsorted")
 def _bins(terms: Terms, op: Operation) -> None:
     values, borders = op.args[:2] if op.name == "bucketize" else (op.args[1], op.args[0])
@@ -127,6 +137,7 @@ def _index(terms: Terms, op: Operation) -> None:
     "gather",
     "scatter",
     "scatter_add",
+    "scatter_reduce",
     "index_add",
     "index_copy",
     "take_along_dim",

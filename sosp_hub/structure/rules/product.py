@@ -116,6 +116,45 @@ def _convolution(terms: Terms, op: Operation) -> None:
     terms.set(op.out, [batch, result, *spatial])
 
 
+@rule("deform_conv2d")
+def _deformed(terms: Terms, op: Operation) -> None:
+    """A convolution whose window reads from places that are given for each element."""
+    tensor, weight, shifts, factors, bias = op.args[:5]
+    groups, shift_groups = op.args[11:13]
+    if groups != 1 or shift_groups != 1:
+        raise ValueError("groups of channels")
+    batch, channels, *spatial = terms.of(tensor)
+    first, second, *window = terms.of(weight)
+    where = f"a convolution in {terms.where}"
+    _contract(terms, tensor, channels, weight, second, where)
+    unify(first, terms.of(bias)[0], where)
+    mark(Sum((channels, first)), "convolved")
+    given = [axis for each in (shifts, factors) for axis in terms.of(each)[1:]]
+    for axis in (*window, *spatial, *given):
+        terms.fix(axis, "the window of a convolution")
+    places = [
+        fixed(int(size), f"a window slides along it in {terms.where}") for size in op.out.shape[2:]
+    ]
+    terms.multiply(batch, first, second, *places, *window)
+    terms.set(op.out, [batch, first, *places])
+
+
+@rule("_trilinear")
+def _bilinear(terms: Terms, op: Operation) -> None:
+    """A weight (results, left, right) times two activations, summed over both."""
+    left, weight, right = op.args[:3]
+    if weight.dim() != 3 or list(op.args[6]) != [2, 3]:
+        raise ValueError("only the products of `bilinear` are known")
+    (rows, inner), (rows_too, other) = terms.of(left), terms.of(right)
+    results, first, second = terms.of(weight)
+    where = f"a bilinear layer in {terms.where}"
+    unify(rows, rows_too, where)
+    _contract(terms, left, inner, weight, first, where, 1)
+    _contract(terms, right, other, weight, second, where, 2)
+    terms.multiply(rows, results, inner, other)
+    terms.set(op.out, [rows, results])
+
+
 def attention(
     terms: Terms,
     query: Tensor,

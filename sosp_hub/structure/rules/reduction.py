@@ -93,7 +93,7 @@ def _along_dim(terms: Terms, op: Operation) -> None:
     terms.set(op.out, axes)
 
 
-@rule("topk", "sort", "argsort", "kthvalue")
+@rule("topk", "sort", "argsort", "kthvalue", "cummax", "cummin")
 def _order(terms: Terms, op: Operation) -> None:
     tensor = op.tensor
     position = {"topk": 2, "kthvalue": 2}.get(op.name, 1)

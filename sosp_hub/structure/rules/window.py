@@ -1,17 +1,19 @@
 """Windows that slide over, resample or rearrange pictures and sequences."""
 
 from sosp_hub.structure.axes import Prod, Sum, fixed, size_of, split, unify
-from sosp_hub.structure.rules.registry import Operation, dims_of, rule, tensors
+from sosp_hub.structure.rules.registry import Operation, dims_of, position_of, rule, tensors
 from sosp_hub.structure.terms import Terms
 
 _RESAMPLE = (
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices",
-    "max_pool3d_with_indices", "max_pool1d", "max_pool2d", "_adaptive_avg_pool2d",
-    "adaptive_avg_pool1d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d",
-    "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", "reflection_pad1d",
-    "reflection_pad2d", "replication_pad2d", "upsample_linear1d", "adaptive_avg_pool2d",
-    "mkldnn_max_pool2d",
+    "max_pool3d_with_indices", "max_pool1d", "max_pool2d", "mkldnn_max_pool2d",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d",
+    "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+    "replication_pad2d", "replication_pad3d",
 )  # fmt: skip
 
 
@@ -68,6 +70,37 @@ def _im2col(terms: Terms, op: Operation) -> None:
             fixed(int(op.out.shape[-1]), f"`unfold` in {terms.where}"),
         ],
     )
+
+
+@rule("col2im")
+def _col2im(terms: Terms, op: Operation) -> None:
+    *lead, windows, places = terms.of(op.tensor)
+    *_, channels, height, width = op.out.shape
+    halves = split(windows, int(channels), f"`fold` in {terms.where}")
+    assert halves is not None
+    terms.fix(Sum((halves[1], places)), "`fold` puts it into the picture")
+    spatial = [fixed(int(size), f"`fold` in {terms.where}") for size in (height, width)]
+    terms.set(op.out, [*lead, halves[0], *spatial])
+
+
+@rule("unfold")
+def _unfold(terms: Terms, op: Operation) -> None:
+    """Windows along one dimension; their elements become the last one."""
+    tensor, dim, size, _ = op.args
+    dim = position_of(dim, tensor)
+    axes = list(terms.of(tensor))
+    axes[dim] = terms.spatial(axes[dim], int(op.out.shape[dim]), "a window slides along it")
+    terms.set(op.out, [*axes, fixed(int(size), f"a window in {terms.where}")])
+
+
+@rule("roi_align", "roi_pool")
+def _boxes(terms: Terms, op: Operation) -> None:
+    tensor, boxes = op.args[:2]
+    _, channels, *spatial = terms.of(tensor)
+    terms.fix(Sum((*terms.of(boxes), *spatial)), "places of boxes are computed along it")
+    for result in tensors(op.out):
+        number, _, *places = (fixed(int(s), f"boxes in {terms.where}") for s in result.shape)
+        terms.set(result, [number, channels, *places])
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d")
