@@ -97,7 +97,7 @@ def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool,
         _check_shapes_on_all_ways(model, graph, plan, cut)
         return
     try:
-        _check_outputs(model, graph, plan, cut, double=_is_coarse(model))
+        _check_outputs(model, graph, plan, cut, double=is_coarse(model))
     except Exception as error:  # what code asks of a weight without data
         if out_of_memory(error):
             raise
@@ -117,7 +117,7 @@ def _check_shapes_on_all_ways(model: nn.Module, graph: Graph, plan: PruningPlan,
             check_shapes(pruned, route.graph, plan, route.run)
 
 
-def _is_coarse(model: nn.Module) -> bool:
+def is_coarse(model: nn.Module) -> bool:
     """Whether rounding of 16 bits and fewer would hide what is wrong."""
     floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
     return any(parameter.element_size() <= 2 for parameter in floating)
@@ -127,14 +127,16 @@ def _check_outputs(
     model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut, *, double: bool
 ) -> None:
     plain = _without_zeros(model, graph)
-    dense = _doubled(plain, graph) if double else plain
+    dense = doubled(plain, graph.written) if double else plain
 
     def in_use(traced: Graph) -> Graph:
         return _in_double(traced) if double else traced
 
     def error_in(traced: Graph, run: Program, double: bool) -> tuple[float, _Ran]:
         """Of what is rounding less is left in double precision, also in what is chosen by it."""
-        dense, used = (_doubled(plain, graph), _in_double(traced)) if double else (plain, traced)
+        dense, used = (
+            (doubled(plain, graph.written), _in_double(traced)) if double else (plain, traced)
+        )
 
         def with_data() -> Graph:
             inputs, outputs = traced.example_inputs, traced.outputs
@@ -271,7 +273,7 @@ def _check_each_way(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut)
     for ways, exact in zip(ways_apart(model, graph), ways_apart(model, doubled), strict=True):
         before, after = errors(model, ways, graph)
         if TOLERANCE < before < _ROUNDING or TOLERANCE < after < _ROUNDING:
-            before, after = errors(_doubled(model, graph), exact, doubled)
+            before, after = errors(doubled(model, graph.written), exact, doubled)
         if before <= TOLERANCE and not after <= TOLERANCE:
             names = " and ".join(way.name for way in ways)
             raise VerificationError(
@@ -338,15 +340,20 @@ def _deferred_copy(model: nn.Module, graph: Graph) -> nn.Module:
     return twin_of(model, graph, instead=lambda _, p: deferred(lambda: data_of(p), p))
 
 
-def _doubled(model: nn.Module, graph: Graph) -> nn.Module:
-    """A copy in double precision."""
+def doubled(model: nn.Module, own: Iterable[str] = ()) -> nn.Module:
+    """A copy in double precision; run it ``WhereRead``.
+
+    Args:
+        model: Any module.
+        own: Parameters that a pass writes to.
+    """
 
     def instead(_: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if not parameter.is_floating_point():
             return None
         return deferred(lambda: data_of(parameter).double(), parameter, dtype=torch.float64)
 
-    twin = twin_of(model, graph, instead=instead)
+    twin = share_model(model, set(own), instead)
     for parameter in twin.parameters():
         if parameter.is_floating_point() and not is_deferred(parameter):
             parameter.data = parameter.data.double()

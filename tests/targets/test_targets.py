@@ -20,6 +20,7 @@ from sosp_hub.export import main
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.recipe.targets import TARGETS
 from sosp_hub.targets.openvino import OpenVino
+from tests.checkpoint import cuts
 from tests.compare import assert_close
 
 pytestmark = pytest.mark.slow
@@ -243,6 +244,51 @@ def test_every_target_is_written_from_a_folder_by_the_command(name, traced, tmp_
         assert_close(again(tokens).logits, pruned(tokens).logits, relative=1e-5)
     assert main([str(tmp_path / "small"), "--to", name]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("target", ["deci", "padded"])
+def test_a_checkpoint_of_16_bits_is_filled_up(target, dtype, tmp_path):
+    """Its angles of positions are in float32, and sums over more zeros are rounded otherwise."""
+    model = llama(hidden_size=512, head_dim=64, intermediate_size=1376)
+    for i, layer in enumerate(model.model.layers):
+        kept = torch.arange(i, 1376, 2)[: 650 + i]
+        cuts.keep(layer.mlp.gate_proj, out=kept)
+        cuts.keep(layer.mlp.up_proj, out=kept)
+        cuts.keep(layer.mlp.down_proj, inp=kept)
+        layer.mlp.intermediate_size = len(kept)
+    folder = sosp_hub.save_pretrained(model.to(dtype), tmp_path / "small")
+    loaded = sosp_hub.from_pretrained(folder)
+    assert {tensor.dtype for tensor in loaded.parameters()} == {dtype}
+    assert {tensor.dtype for tensor in loaded.buffers()} == {torch.float32}
+    written = sosp_hub.export(folder, target, tmp_path / "wide")
+    if target == "deci":
+        return  # tests/targets/test_deci.py reads such files
+    again = transformers.AutoModelForCausalLM.from_pretrained(written)
+    assert {tensor.dtype for tensor in again.parameters()} == {dtype}
+    tokens = torch.arange(3, 13)[None]
+    assert_close(again.double()(tokens).logits, loaded.double()(tokens).logits, relative=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", ["deci", "padded"])
+def test_values_in_other_places_than_their_zeros_leave_are_noticed(
+    target, dtype, traced, tmp_path, monkeypatch
+):
+    model, graph = traced
+    name = next(n for n, g in graph.groups.items() if g.kind == "neuron")
+    plan = sosp_hub.PruningPlan({name: tuple(range(1, 1280))}, {name: 1280})
+    pruned = sosp_hub.apply(model, graph, plan).to(dtype)
+    right = torch.meshgrid
+
+    def moved(*indices, **keys):
+        *others, last = indices
+        return right(*others, last.roll(1) if len(last) == 1279 else last, **keys)
+
+    monkeypatch.setattr(torch, "meshgrid", moved)
+    with pytest.raises(CheckpointError, match="zeros it computes other outputs"):
+        sosp_hub.export(pruned, target, tmp_path / "wide")
+    assert not list(tmp_path.iterdir())
 
 
 def random_states():

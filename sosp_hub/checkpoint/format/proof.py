@@ -11,8 +11,10 @@ from sosp_hub.checkpoint.format.standins import has_standins
 from sosp_hub.compat.torch import buffer_table
 from sosp_hub.compat.transformers import cache_in, find_cache
 from sosp_hub.errors import CheckpointError
+from sosp_hub.structure.copies import map_tensors
+from sosp_hub.structure.deferred import WhereRead
 from sosp_hub.structure.isolation import isolated
-from sosp_hub.surgery.verify import steps_taken
+from sosp_hub.surgery.verify import doubled, is_coarse, steps_taken
 
 OTHER_OUTPUT = (
     "{}: the config and the delta build a model of the same shapes that computes something else; "
@@ -23,6 +25,7 @@ OTHER_CACHED = (
     "cache (`python -m sosp_hub.doctor` says which version was tested)"
 )
 _TOLERANCE = 1e-6  # of the largest output
+_ROUNDING = 1e-5  # of the largest output, where sums have other lengths
 
 
 def check_tensors(rebuilt: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -78,6 +81,42 @@ def adopt(rebuilt: nn.Module, model: nn.Module) -> None:
                 table[key] = theirs[full]
     if callable(tie := getattr(rebuilt, "tie_weights", None)):
         tie()
+
+
+def adopt_dtypes(rebuilt: nn.Module, model: nn.Module) -> None:
+    """Gives a model of other sizes the device of ``model`` and, tensor by tensor, its dtypes.
+
+    Angles of positions are in float32 in a model that was loaded in half precision, and are not in
+    one that was converted.
+    """
+    first = next(model.parameters())
+    theirs = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, parameter in rebuilt.named_parameters(remove_duplicate=False):
+        parameter.data = parameter.data.to(first.device, theirs.get(name, first).dtype)
+    for name, buffer in rebuilt.named_buffers():
+        buffer.data = buffer.data.to(first.device, theirs.get(name, buffer).dtype)
+
+
+def same_function(
+    rebuilt: nn.Module, model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]
+) -> bool:
+    """Whether a model of other sizes computes the same, but for rounding.
+
+    What is left of 16 bits by sums of other lengths tells nothing: such models are compared in
+    double precision.
+
+    Args:
+        rebuilt: The other model, with the dtypes of ``model``.
+        model: The pruned model; left as it was.
+        inputs: Keyword or positional arguments of a forward pass.
+    """
+    if same_output(rebuilt, model, inputs, _ROUNDING):
+        return True
+    if not is_coarse(model):
+        return False
+    wide = map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
+    with WhereRead():
+        return bool(same_output(doubled(rebuilt), doubled(model), wide, _ROUNDING))
 
 
 def same_output(

@@ -353,14 +353,14 @@ def _filled(tensor: Tensor | None, axes: tuple[_Axis, ...], model: nn.Module) ->
 def _prove(model: Any, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """What the file says, built from the model's own classes, computes what the model does."""
     inputs = made_up_inputs(model)
-    first = next(model.parameters())
-    rebuilt = _rebuilt(model, config).to(first.device, first.dtype)
+    rebuilt = _rebuilt(model, config)
+    proof.adopt_dtypes(rebuilt, model)
     missing, unexpected = rebuilt.load_state_dict(state, strict=False)
     fits = not unexpected and all(
         name == "lm_head.weight" or name.endswith("layernorm.weight") for name in missing
     )
     rebuilt.tie_weights()
-    if not fits or inputs is None or not proof.same_output(rebuilt, model, inputs, 1e-5):
+    if not fits or inputs is None or not proof.same_function(rebuilt, model, inputs):
         raise CheckpointError(
             f"{type(model).__name__}: padded with zeros it computes other outputs; save it "
             "with sosp_hub.save_pretrained, and report the model"

@@ -67,7 +67,7 @@ def padded(model: nn.Module) -> nn.Module:
     found = filling(model)
     inputs = made_up_inputs(model)
     wide = _filled(model, found)
-    if inputs is not None and not proof.same_output(wide, model, inputs, 1e-5):
+    if inputs is not None and not proof.same_function(wide, model, inputs):
         raise CheckpointError(
             f"{type(model).__name__}: filled up with zeros it computes other outputs; {_INSTEAD}"
         )
@@ -285,6 +285,7 @@ def _removed(model: nn.Module) -> tuple[str, ...]:
 def _filled(model: Any, filling: Filling) -> Any:
     """The model that the plain config builds, with the values of ``model`` among zeros."""
     wide: Any = adapter.build(type(model), filling.config)
+    proof.adopt_dtypes(wide, model)
     small = dict(_own(model))
     with torch.no_grad():
         for name, tensor in wide.state_dict().items():
@@ -297,4 +298,4 @@ def _filled(model: Any, filling: Filling) -> Any:
                 for each, size in zip(places, tensor.shape, strict=True)
             ]
             tensor[torch.meshgrid(*index, indexing="ij") if index else ()] = values.to(tensor)
-    return wide.to(next(model.parameters()).dtype)
+    return wide
