@@ -1,10 +1,12 @@
 """Processes and devices: the only file that knows Accelerate's state."""
 
+import atexit
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -22,8 +24,25 @@ logger = logging.getLogger("sosp_hub")
 
 
 def process_state() -> PartialState:
-    """Which of the processes this is; the first call joins them."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    """Which of the processes this is; the first call joins them, and the interpreter's end leaves."""
+    joined = _is_joined()
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if _is_joined() and not joined:
+        atexit.register(_leave)
+    return state
+
+
+def _is_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _leave() -> None:
+    """Ends gloo's threads, which abort the process now and then when they outlive the interpreter.
+
+    Other backends would wait here for processes that may have failed.
+    """
+    if _is_joined() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def is_main() -> bool:
@@ -77,6 +96,7 @@ def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accel
         mixed_precision: ``no``, ``bf16``, ``fp16``; None = as ``accelerate launch`` says.
         seed: Of the order of the samples.
     """
+    process_state()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,

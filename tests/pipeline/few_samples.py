@@ -1,16 +1,19 @@
 """What three processes compute on one sample, which two of them do not have."""
 
+import atexit
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sosp_hub.allocation import allocate
 from sosp_hub.data.loading import calibration_batches, make_loader
-from sosp_hub.distributed import make_accelerator, process_rows, process_state, process_sum
+from sosp_hub.distributed import make_accelerator, process_rows, process_sum
 from sosp_hub.errors import SospHubError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.recipe.training import TrainSection
@@ -55,6 +58,12 @@ def results() -> dict[str, Any]:
     return found
 
 
+def note_whether_left(path: Path) -> None:
+    path.write_text(str(not dist.is_initialized()))
+
+
 if __name__ == "__main__":
-    made = results()
-    (Path(sys.argv[1]) / f"{process_state().process_index}.json").write_text(json.dumps(made))
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    # Registered before the processes are joined, so that it runs after they are left.
+    atexit.register(note_whether_left, folder / f"{rank}.left")
+    (folder / f"{rank}.json").write_text(json.dumps(results()))

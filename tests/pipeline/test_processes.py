@@ -51,13 +51,14 @@ def test_a_killed_process_ends_the_run():
 
 
 def test_one_sample_for_three_processes_is_one_sample(tmp_path):
-    """Two of them have none: all score, measure and refuse what one would."""
+    """Two of them have none: all score, measure and refuse what one would, and leave."""
     done = launch(3, few_samples.__name__, str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     expected = few_samples.results()
     assert expected.pop("training") == "done"  # one sample trains one process
     for rank in range(3):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (tmp_path / f"{rank}.left").read_text() == "True"
         assert found.pop("training") == "DataError"
         assert_close(found.pop("metrics"), expected["metrics"])
         assert found["norms"] == "DataError"
