@@ -24,7 +24,7 @@ logger = logging.getLogger("sosp_hub")
 
 
 def process_state() -> PartialState:
-    """Which of the processes this is; the first call joins them, and the interpreter's end leaves."""
+    """Which of the processes this is; the first call joins them, the interpreter's end leaves."""
     joined = _is_joined()
     state = PartialState(cpu=not torch.accelerator.is_available())
     if _is_joined() and not joined:

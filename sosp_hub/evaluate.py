@@ -81,14 +81,15 @@ def evaluate(
         (64, True)
     """
     metrics = _known(metrics, meters)
-    of_all, own_meters = dict[str, tuple[OfAll, list[Any]]](), dict[str, Meter]()
+    of_all, own_meters = dict[str, OfAll](), dict[str, Meter]()
     for name in metrics:
         meter = meters.get(name)
         if isinstance(meter, OfAll):
-            of_all[name] = (meter, [])
+            of_all[name] = meter
         elif meter is not None:
             own_meters[name] = meter
     used = list(own_meters)
+    collected: dict[Any, list[Any]] = {meter.collect: [] for meter in of_all.values()}
     first_class = _METERS + len(used)
     sums = torch.zeros(first_class, 6, dtype=torch.float64)
     with evaluating(model):
@@ -96,8 +97,8 @@ def evaluate(
             batch = to_device(as_batch(batch))
             loss = batch_loss(model, batch, loss_fn)
             own = [_moments_of(*meter(loss, batch)) for meter in own_meters.values()]
-            for meter, samples in of_all.values():
-                samples.extend(meter.collect(model, loss, batch))
+            for collect, samples in collected.items():
+                samples.extend(collect(model, loss, batch))
             rows = _sums(loss).cpu()
             new = torch.cat([rows[:_METERS], *own, rows[_METERS:]])
             sums = new + F.pad(sums, (0, 0, 0, len(new) - len(sums)))
@@ -106,6 +107,7 @@ def evaluate(
         raise DataError(
             "nothing to evaluate on: there is no batch; in a recipe raise data.num_test"
         )
+    together = {collect: processes_together(samples) for collect, samples in collected.items()}
     metrics_by_name: dict[str, Metric] = {}
     for name in metrics:
         if name == "per_class_accuracy":
@@ -118,8 +120,7 @@ def evaluate(
             value = math.exp(min(loss.value, 700.0))
             metrics_by_name[name] = Metric(value, loss.n, loss.stderr and value * loss.stderr)
         elif name in of_all:
-            meter, samples = of_all[name]
-            metrics_by_name[name] = _of_all(meter, processes_together(samples))
+            metrics_by_name[name] = _of_all(of_all[name], together[of_all[name].collect])
         elif name in used:
             ratio = _ratio(sums[_METERS + used.index(name)])
             if name in ROOTS:

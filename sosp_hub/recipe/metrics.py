@@ -13,6 +13,7 @@ _LOWER_IS_BETTER = (
 _SHARES = (
     *("accuracy", "top", "f1", "precision", "recall", "span_f1", "exact_match", "agreement"),
     *("mean_average_precision", "average_precision", "mean_iou", "word_error_rate"),
+    *("bleu", "chrf", "rouge"),
 )
 _NONLINEAR = ("perplexity", "root_mean_squared_error")
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")

@@ -5,6 +5,7 @@ sum of the one over the sum of the other, over all samples of all processes. Wha
 (a rank correlation, an average precision) is computed of all samples together (`OfAll`).
 """
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,13 +27,29 @@ class OfAll:
     """A metric of all samples together, which is no mean over them.
 
     Attributes:
-        collect: From model, loss and batch to one entry for each sample.
+        collect: From model, loss and batch to one entry for each sample. Metrics that share it are
+            of the same entries: it is called once for all.
         value: From the entries of all samples to the metric; also of some of them, for the
             standard error.
     """
 
     collect: Callable[[nn.Module, Loss, Any], Sequence[Any]]
     value: Callable[[Sequence[Any]], float]
+
+
+def library_of(metric: str, module: str) -> Any:
+    """A module of a library that the package's extra ``metrics`` brings.
+
+    Raises:
+        DataError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(
+            f"evaluate.metrics: {metric} needs {module.partition('.')[0]}; "
+            "pip install 'sosp_hub[metrics]', or write another metric"
+        ) from error
 
 
 ROOTS: Mapping[str, Callable[[float], tuple[float, float]]] = {
@@ -114,14 +131,8 @@ def f1_of_spans(class_names: Sequence[str]) -> Meter:
     """
 
     def meter(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
-        try:
-            from seqeval.metrics.sequence_labeling import get_entities
-        except ImportError as error:
-            raise DataError(
-                "evaluate.metrics: span_f1 needs seqeval; pip install 'sosp_hub[metrics]', or "
-                "write accuracy"
-            ) from error
         del batch
+        get_entities = library_of("span_f1", "seqeval.metrics.sequence_labeling").get_entities
         read = _read(loss, "softmax", "span_f1")
         counts, weights = [], []
         rows = zip(read.values.argmax(-1), read.targets, read.weights != 0, strict=True)

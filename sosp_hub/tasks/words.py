@@ -1,7 +1,7 @@
 """What a model says or writes, compared word by word with what it should."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -9,19 +9,21 @@ from torch import nn
 
 from sosp_hub.data.ignored import IGNORED
 from sosp_hub.tasks.loss import Loss
-from sosp_hub.tasks.metrics import OfAll
+from sosp_hub.tasks.metrics import OfAll, library_of
 
 Compared = tuple[str, str]
 """What the model says, and what it should."""
 
 
 def word_metrics(tokenizer: Any) -> Mapping[str, OfAll]:
-    """``word_error_rate`` and ``exact_match`` of what a model generates, or CTC reads."""
+    """Metrics of what a model generates, or CTC reads; it generates once for all of them."""
     collect = partial(_texts, tokenizer)
-    return {
-        "word_error_rate": OfAll(collect, word_error_rate),
-        "exact_match": OfAll(collect, exact_match),
+    values = {
+        **{"word_error_rate": word_error_rate, "exact_match": exact_match},
+        **{"bleu": bleu, "chrf": chrf},
+        **{f"rouge_{kind.lower()}": partial(rouge, kind) for kind in ("1", "2", "L")},
     }
+    return {name: OfAll(collect, value) for name, value in values.items()}
 
 
 def word_error_rate(texts: Sequence[Compared]) -> float:
@@ -33,6 +35,36 @@ def word_error_rate(texts: Sequence[Compared]) -> float:
 def exact_match(texts: Sequence[Compared]) -> float:
     """How many texts are the same, but for spaces."""
     return sum(text.split() == aim.split() for text, aim in texts) / max(len(texts), 1)
+
+
+def bleu(texts: Sequence[Compared]) -> float:
+    """Of all texts together (Papineni et al. 2002), from 0 to 1; by sacrebleu, its defaults."""
+    found, aims = zip(*texts, strict=True)
+    return library_of("bleu", "sacrebleu").corpus_bleu(found, [aims]).score / 100
+
+
+def chrf(texts: Sequence[Compared]) -> float:
+    """F-score of character n-grams (Popovic 2015), from 0 to 1; by sacrebleu, its defaults."""
+    found, aims = zip(*texts, strict=True)
+    return library_of("chrf", "sacrebleu").corpus_chrf(found, [aims]).score / 100
+
+
+def rouge(kind: str, texts: Sequence[Compared]) -> float:
+    """Mean F-score of words (``1``), of pairs, of the longest common subsequence (Lin 2004).
+
+    By torchmetrics, words as they are, without a stemmer.
+
+    Args:
+        kind: ``1``, ``2`` or ``L``.
+        texts: Those of all samples.
+    """
+    return sum(_rouge(kind, *pair) for pair in texts) / max(len(texts), 1)
+
+
+@lru_cache(maxsize=20_000)  # the standard error asks for each pair twenty times
+def _rouge(kind: str, text: str, aim: str) -> float:
+    score = library_of(f"rouge_{kind.lower()}", "torchmetrics.functional.text").rouge_score
+    return float(score(text, aim, rouge_keys=f"rouge{kind}")[f"rouge{kind}_fmeasure"])
 
 
 def edits(first: Sequence[str], second: Sequence[str]) -> int:

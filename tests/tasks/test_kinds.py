@@ -248,6 +248,7 @@ def test_each_metric_says_which_way_is_better():
     assert {name for name in names if is_share(name)} == {
         *("accuracy", "f1", "exact_match", "span_f1", "agreement", "mean_iou"),
         *("mean_average_precision", "average_precision_50", "word_error_rate"),
+        *("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l"),
     }
 
 

@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +13,12 @@ import torch
 import transformers
 
 from recipes import make_data
+from sosp_hub.errors import DataError
+from sosp_hub.evaluate import evaluate
 from sosp_hub.tasks import maps, words
 from sosp_hub.tasks.average_precision import THRESHOLDS, average_precision, matched
 from sosp_hub.tasks.loss import Loss, batch_loss
-from sosp_hub.tasks.metrics import squared_error
+from sosp_hub.tasks.metrics import OfAll, squared_error
 from sosp_hub.tasks.pairs import retrieval
 from sosp_hub.tasks.series import mean_absolute_error, root_mean_squared_error
 from tests.compare import assert_close
@@ -169,6 +173,95 @@ def test_word_errors_are_the_fewest_edits():
     assert words.word_error_rate(pairs) == pytest.approx(rate)
     same = sum(a == b for a, b in pairs) / len(pairs)
     assert words.exact_match(pairs) == pytest.approx(same)
+
+
+WRITTEN = [
+    ("the cat sat on the mat", "the cat is sitting on the mat today"),
+    ("a dog ran", "a dog ran over the hill and far away"),
+    ("no word is right", "all of them differ here"),
+    ("the same words as there", "the same words as there"),
+]
+
+
+def grams(units, n):
+    return Counter(tuple(units[i : i + n]) for i in range(len(units) - n + 1))
+
+
+def f_score(shared, found, there, beta=1.0):
+    if not shared:
+        return 0.0
+    precision, recall = shared / found, shared / there
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+
+
+def test_bleu_is_clipped_precision_of_all_texts_together():
+    logs = []
+    for n in range(1, 5):
+        pairs = [(grams(a.split(), n), grams(b.split(), n)) for a, b in WRITTEN]
+        logs.append(
+            math.log(sum((a & b).total() for a, b in pairs) / sum(a.total() for a, _ in pairs))
+        )
+    found, there = (sum(len(pair[i].split()) for pair in WRITTEN) for i in (0, 1))
+    expected = math.exp(sum(logs) / 4) * math.exp(min(0, 1 - there / found))
+    assert words.bleu(WRITTEN) == pytest.approx(expected)
+    assert words.bleu([WRITTEN[3]]) == pytest.approx(1)
+
+
+def test_chrf_is_the_mean_over_lengths_of_letters_without_spaces():
+    totals = []
+    for n in range(1, 7):
+        pairs = [[grams(text.replace(" ", ""), n) for text in pair] for pair in WRITTEN]
+        totals.append([sum(x.total() for x in column) for column in zip(*pairs, strict=True)])
+        totals[-1].append(sum((a & b).total() for a, b in pairs))
+    precision = sum(shared / found for found, _, shared in totals) / 6
+    recall = sum(shared / there for _, there, shared in totals) / 6
+    assert words.chrf(WRITTEN) == pytest.approx(5 * precision * recall / (4 * precision + recall))
+
+
+def longest(first, second):
+    if not first or not second:
+        return 0
+    if first[0] == second[0]:
+        return 1 + longest(first[1:], second[1:])
+    return max(longest(first[1:], second), longest(first, second[1:]))
+
+
+@pytest.mark.parametrize("kind", ["1", "2", "L"])
+def test_rouge_is_the_mean_of_what_texts_share(kind):
+    scores = []
+    for pair in WRITTEN:
+        a, b = (text.split() for text in pair)
+        if kind == "L":
+            scores.append(f_score(longest(a, b), len(a), len(b)))
+        else:
+            n = int(kind)
+            one, other = grams(a, n), grams(b, n)
+            scores.append(f_score((one & other).total(), one.total(), other.total()))
+    assert words.rouge(kind, WRITTEN) == pytest.approx(sum(scores) / len(scores))
+
+
+def test_metrics_of_what_is_written_ask_for_it_once():
+    meters, asked = words.word_metrics(None), []
+
+    def collect(model, loss, batch):
+        asked.append(batch)
+        return [("a b c d", "a b c d"), ("a", "b")]
+
+    shared = {name: OfAll(collect, meter.value) for name, meter in meters.items()}
+    assert len({meter.collect for meter in meters.values()}) == 1
+    batches = [(torch.randn(2, 3), torch.tensor([0, 1]))] * 3
+    found = evaluate(torch.nn.Linear(3, 2), batches, list(shared), meters=shared)
+    assert len(asked) == 3
+    assert found["exact_match"].value == found["rouge_l"].value == 0.5
+    assert {metric.n for metric in found.values()} == {6}
+
+
+@pytest.mark.parametrize(("metric", "module"), [("bleu", "sacrebleu"), ("rouge_l", "torchmetrics")])
+def test_a_library_that_is_not_installed_is_named(metric, module, monkeypatch):
+    for name in (module, f"{module}.functional.text"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match=rf"{metric} needs {module}; pip install 'sosp_hub"):
+        words.word_metrics(None)[metric].value([("not seen yet", "not seen")])
 
 
 def test_ctc_reads_the_likeliest_letters_and_leaves_out_blanks_and_repeats():

@@ -24,10 +24,10 @@ class Text2Text(TextTask):
     columns: ClassVar[tuple[str, ...]] = ("source", "target")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits",)
     head: ClassVar[bool] = False
-    metrics: ClassVar[tuple[str, ...]] = (
-        *("perplexity", "accuracy", "word_error_rate", "exact_match", "loss"),
+    of_all: ClassVar[tuple[str, ...]] = (
+        *("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "word_error_rate", "exact_match"),
     )
-    of_all: ClassVar[tuple[str, ...]] = ("word_error_rate", "exact_match")
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "accuracy", *of_all, "loss")
     counted: ClassVar[str] = "tokens"
     has_pipeline: ClassVar[bool] = False
 
