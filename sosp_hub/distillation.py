@@ -1,5 +1,7 @@
 """Following a teacher while training: its outputs, whole or the most probable, and hidden states.
 
+Of hidden states their values are followed, or how alike they are to one another.
+
 One forward pass of the teacher for each batch gives all that is followed. With ``top_k`` its
 outputs are computed once and read from disk, and the teacher is not needed any more.
 """
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -63,7 +66,7 @@ class Teacher:
         self._teacher, self._config, self._loss_fn = teacher, config, loss_fn
         self._student = student
         self.pairs: dict[str, str] = {}
-        if config.hidden:
+        if config.follows_states():
             self.pairs = layer_pairs(student, teacher, config.layers)
         self.projections: dict[str, Float[Tensor, "theirs mine"]] = {}
 
@@ -91,7 +94,7 @@ class Teacher:
             return
         with self.states() as mine, _states(self._teacher, self.pairs.values()) as theirs:
             check_teacher(self._student, self._teacher, batch, self._loss_fn, quiet=True)
-        for name, other in self.pairs.items():
+        for name, other in self.pairs.items() if self._config.hidden else ():
             one, two = (at_least_float32(s).flatten(0, -2) for s in (mine[name], theirs[other]))
             if len(one) != len(two):
                 raise ModelError(
@@ -140,16 +143,56 @@ class Teacher:
             far = _read(mine).divergence(_read(target), config.temperature)
             value = (1 - config.distill) * own + config.distill * far
         for name, other in self.pairs.items():
-            share = config.hidden / len(self.pairs)
-            value = value + share * self._distance(name, states[name], theirs[other])
+            one, two = at_least_float32(states[name]), at_least_float32(theirs[other])
+            if config.hidden:
+                value = value + config.hidden / len(self.pairs) * self._distance(name, one, two)
+            if config.relations:
+                apart = relations_apart(name, one, two, batch)
+                value = value + config.relations / len(self.pairs) * apart
         return value
 
     def _distance(self, name: str, mine: Tensor, theirs: Tensor) -> Tensor:
         """Mean squared distance of states, as a share of the mean square of the teacher's."""
-        mine, theirs = at_least_float32(mine), at_least_float32(theirs)
         if name in self.projections:
             mine = mine @ self.projections[name].T.to(mine.dtype)
         return (mine - theirs).square().mean() / theirs.square().mean().clamp_min(1e-12)
+
+
+def relations_apart(name: str, mine: Tensor, theirs: Tensor, batch: Any = None) -> Tensor:
+    """Mean squared difference of the cosines between hidden states; widths may differ.
+
+    States of shape (samples, places, width) are compared with those of the other places of their
+    sample, padding left out; all others with those of the other samples.
+
+    Paper: Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", of samples; Wang et
+    al. 2020, "MiniLM", of places.
+    Differs from the paper: Cosines, where the first divides rows of the Gram matrix by their norms
+    and the second takes a softmax of it: one large state is not all that counts.
+
+    Args:
+        name: Of the layer.
+        mine: The student's states.
+        theirs: The teacher's.
+        batch: A mapping may hold an ``attention_mask``, one number for each place.
+
+    Raises:
+        ModelError: States of other samples or places.
+    """
+    places = mine.dim() == theirs.dim() == 3
+    both = [states if places else states.flatten(1)[None] for states in (mine, theirs)]
+    if both[0].shape[:2] != both[1].shape[:2]:
+        raise ModelError(
+            f"finetune.layers: {name!r} gives states of {tuple(mine.shape[:-1])} and the teacher's "
+            f"layer {tuple(theirs.shape[:-1])}; name layers that work on the same places"
+        )
+    unit = [functional.normalize(states, dim=-1) for states in both]
+    apart = (unit[0] @ unit[0].mT - unit[1] @ unit[1].mT).square()
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not places or mask is None or mask.shape != mine.shape[:2]:
+        return apart.mean()
+    there = mask.to(apart)
+    pairs = there[:, :, None] * there[:, None, :]
+    return (apart * pairs).sum() / pairs.sum().clamp_min(1)
 
 
 @contextmanager
@@ -185,7 +228,9 @@ def layer_pairs(
         ModelError: A name that is no module, or no stack of layers.
     """
     if isinstance(teacher, StoredOutputs):
-        raise ModelError("finetune.hidden: hidden states need the teacher; leave out top_k")
+        raise ModelError(
+            "finetune.hidden, finetune.relations: hidden states need the teacher; leave out top_k"
+        )
     models = {"the model": unwrapped(student), "the teacher": unwrapped(teacher)}
     if named is not None:
         for names, (who, model) in zip((named.keys(), named.values()), models.items(), strict=True):
@@ -201,8 +246,8 @@ def layer_pairs(
     for who, stack in stacks.items():
         if not stack:
             raise ModelError(
-                f"finetune.hidden: {who} has no stack of layers; name them with "
-                "finetune.layers: {MODULE: TEACHER_MODULE}"
+                f"finetune.layers: {who} has no stack of layers that could be followed; name them: "
+                "{MODULE: TEACHER_MODULE}"
             )
     mine, theirs = stacks.values()
     number = min(_MOST_PAIRS, len(mine))

@@ -69,8 +69,8 @@ def train_model(
         train: A split that gives whole batches, as `load_split` does.
         config: How to train.
         loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
-        teacher: What is followed with ``config.distill`` and ``config.hidden``; with stored
-            outputs, ``train`` is the `Numbered` split that they are of.
+        teacher: What is followed with ``config.distill``, ``hidden`` and ``relations``; with
+            stored outputs, ``train`` is the `Numbered` split that they are of.
         checkpoint_dir: Where resumable state is kept; a call that finds some goes on from there.
         accelerator: Of this run; None = a new one.
         seed: Order of the samples, dropout and augmentation.

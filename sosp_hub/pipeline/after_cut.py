@@ -62,7 +62,8 @@ def final(context: Context, pruned: nn.Module) -> dict[str, Any]:
     if config.follows():
         other = config.teacher.id if config.teacher else None
         told["teacher"] = {"id": other and scrub(other), "distill": config.distill}
-        told["teacher"] |= {"hidden": config.hidden, "top_k": config.top_k}
+        told["teacher"] |= {"hidden": config.hidden, "relations": config.relations}
+        told["teacher"] |= {"top_k": config.top_k}
     if promised:
         lost = tested(context, pruned)
         told["promise"] = {"lost": as_record(lost), "undone": not keeps(lost)}

@@ -47,7 +47,8 @@ def finetune(
         learning_rate: Peak; pretrained weights mostly take 5e-5, images 1e-4.
         epochs: Passes over the samples.
         loss_fn: Loss of ``(outputs, targets)``; None = the model's own, or cross-entropy.
-        teacher: The dense model, to follow with ``distill=0.5`` or ``hidden=1.0``.
+        teacher: The dense model, to follow with ``distill=0.5``, ``hidden=1.0`` or
+            ``relations=1.0``.
         collate: From a list of samples to a batch.
         seed: Of the held-out part, the order and dropout.
         **options: Any other key of a recipe's ``finetune``: ``batch_size``, ``distill``, ``lora``,
@@ -121,7 +122,7 @@ def finetune_(
     if config.follows() and teacher is None:
         raise RecipeError(
             "sosp_hub.finetune",
-            ["distill, hidden: nothing is followed; give teacher=, such as the dense model"],
+            ["distill, hidden, relations: nothing is followed; give teacher=MODEL"],
         )
     check_models(model, *([] if teacher is None else [teacher]))
     model = unwrapped(model)

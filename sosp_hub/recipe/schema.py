@@ -381,10 +381,15 @@ class FinetuneSection(TrainSection):
         description="weight of the squared distance from the teacher's hidden states, as a share "
         "of their mean square",
     )
+    relations: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="weight of the squared distance from the cosines between the teacher's hidden "
+        "states, of the places of a text or image or else of the samples of a batch",
+    )
     layers: dict[str, str] | None = Field(
         default=None,
-        description="which modules follow which of the teacher's with `hidden`; null = up to four "
-        "layers at equal depth",
+        description="which modules follow which of the teacher's with `hidden` and `relations`; "
+        "null = up to four layers at equal depth",
     )
     teacher: TeacherSection | None = Field(
         default=None,
@@ -404,19 +409,26 @@ class FinetuneSection(TrainSection):
 
     def follows(self) -> bool:
         """Whether there is a teacher."""
-        return bool(self.distill or self.hidden)
+        return bool(self.distill or self.follows_states())
+
+    def follows_states(self) -> bool:
+        """Whether hidden states of the teacher count."""
+        return bool(self.hidden or self.relations)
 
     @model_validator(mode="after")
     def _follows_something(self) -> Self:
-        if self.top_k and self.hidden:
-            raise ValueError("top_k: no hidden states are kept; leave out `hidden` or `top_k`")
+        if self.top_k and self.follows_states():
+            key = "hidden" if self.hidden else "relations"
+            raise ValueError(f"top_k: no hidden states are kept; leave out `{key}` or `top_k`")
         if self.top_k and self.augment:
             raise ValueError("top_k: outputs are kept for images as they are; write augment: false")
         for key in ("top_k", "teacher"):
             if getattr(self, key) and not self.follows():
                 raise ValueError(f"{key}: nothing is followed; write distill: 0.5 or hidden: 1.0")
-        if self.layers and not self.hidden:
-            raise ValueError("layers: needs a weight of hidden states; write hidden: 1.0")
+        if self.layers and not self.follows_states():
+            raise ValueError(
+                "layers: needs a weight of hidden states; write hidden: 1.0 or relations: 1.0"
+            )
         return self
 
     @model_validator(mode="after")

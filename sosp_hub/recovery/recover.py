@@ -77,7 +77,7 @@ def recover(
         config: How to train.
         augmented: The same samples as they are trained with; None = ``train``.
         loss_fn: Loss of (outputs, targets); None = the model's own, or cross-entropy.
-        teacher: What is followed, for ``config.distill`` and ``config.hidden``. With
+        teacher: What is followed, for ``config.distill``, ``hidden`` and ``relations``. With
             ``config.top_k`` it leaves its device for the time of the training.
         checkpoint_dir: Where resumable state is kept, the best state included.
         accelerator: Of this run; None = a new one.

@@ -248,6 +248,8 @@ def _followed(teacher: Mapping[str, Any]) -> str:
         parts.append(f"outputs{few} with weight {weight:g}")
     if weight := teacher.get("hidden"):
         parts.append(f"hidden states with weight {weight:g}")
+    if weight := teacher.get("relations"):
+        parts.append(f"cosines between hidden states with weight {weight:g}")
     if not parts:
         return ""
     name = f"another model ({scrub(teacher['id'])})" if teacher.get("id") else "the dense model"

@@ -10,7 +10,13 @@ from torch import nn
 
 from sosp_hub import distillation
 from sosp_hub.data.split import Split
-from sosp_hub.distillation import Numbered, StoredOutputs, Teacher, layer_pairs
+from sosp_hub.distillation import (
+    Numbered,
+    StoredOutputs,
+    Teacher,
+    layer_pairs,
+    relations_apart,
+)
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recovery.recover import recover
@@ -134,6 +140,67 @@ def test_hidden_states_of_a_narrower_stream_are_followed():
     assert_close(found.item(), expected, relative=1e-3)
     found.backward()
     assert student.layers[0].weight.grad.abs().sum() > 0
+
+
+def cosine(one, two):
+    return (
+        sum(a * b for a, b in zip(one, two, strict=True))
+        / (sum(a * a for a in one) * sum(b * b for b in two)) ** 0.5
+    )
+
+
+def test_relations_of_places_are_cosines_without_padding():
+    torch.manual_seed(0)
+    mine, theirs = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 5, 7)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    squares = [
+        (
+            cosine(mine[sample, i].tolist(), mine[sample, j].tolist())
+            - cosine(theirs[sample, i].tolist(), theirs[sample, j].tolist())
+        )
+        ** 2
+        for sample, length in ((0, 3), (1, 5))
+        for i in range(length)
+        for j in range(length)
+    ]
+    found = relations_apart("layer", mine, theirs, {"attention_mask": mask})
+    assert_close(found.item(), sum(squares) / len(squares), relative=1e-5)
+    found.backward()
+    assert mine.grad[0, 3:].abs().max() == 0 < mine.grad[1].abs().min()
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 2, 2)])
+def test_relations_of_samples_are_cosines_of_all_their_states(shape):
+    mine, theirs = torch.randn(shape), torch.randn(6, 5)
+    rows = [part.flatten(1).tolist() for part in (mine, theirs)]
+    squares = [
+        (cosine(rows[0][i], rows[0][j]) - cosine(rows[1][i], rows[1][j])) ** 2
+        for i in range(6)
+        for j in range(6)
+    ]
+    found = relations_apart("layer", mine, theirs)
+    assert_close(found.item(), sum(squares) / 36, relative=1e-5)
+    assert relations_apart("layer", mine, 3 * mine).item() < 1e-10
+
+
+def test_relations_of_other_places_are_refused():
+    with pytest.raises(ModelError, match=r"'layer' gives states of \(2, 5\) and the teacher's"):
+        relations_apart("layer", torch.randn(2, 5, 3), torch.randn(2, 4, 3))
+
+
+def test_relations_of_a_narrower_stream_need_no_projection():
+    points, teacher, student = Points(), Net(width=8, seed=1), Net(width=4, seed=2)
+    follow = Teacher(teacher, student, config(relations=3.0))
+    batch = points.__getitems__(range(16))
+    follow.fit(batch)
+    assert follow.projections == {}
+    with follow.states() as states:
+        loss = batch_loss(student, batch)
+    expected = loss.value.item()
+    for i in range(4):
+        mine, theirs = (state_of(model, i, batch[0]) for model in (student, teacher))
+        expected += 3 / 4 * relations_apart("", mine, theirs).item()
+    assert_close(follow.loss(loss.value, loss, batch, states).item(), expected, relative=1e-5)
 
 
 @pytest.mark.slow

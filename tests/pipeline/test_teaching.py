@@ -26,7 +26,9 @@ def test_what_is_followed_is_told(recipe):
     assert main([str(recipe), *given, "finetune.batch_size=16"]) == 0
     folder = recipe.parent / "out"
     report = json.loads((folder / "sosp_report.json").read_text())
-    assert report["recovery"]["teacher"] == {"id": None, "distill": 0.5, "hidden": 0.0, "top_k": 3}
+    assert report["recovery"]["teacher"] == {
+        **{"id": None, "distill": 0.5, "hidden": 0.0, "relations": 0.0, "top_k": 3},
+    }
     assert len(report["recovery"]["rates"]) == 5
     card = " ".join((folder / "README.md").read_text().split())
     assert "following the outputs (its 3 most probable) with weight 0.5 of the dense model" in card
@@ -39,9 +41,12 @@ def test_another_teacher_teaches_the_same_classes(recipe):
     assert main([str(recipe), *first]) == 0
     dense = recipe.parent / "teacher" / "dense"
     given = ["finetune.epochs=1", "finetune.hidden=1.0", f"finetune.teacher={{id: {dense}}}"]
+    given += ["finetune.relations=2.0"]
     assert main([str(recipe), *given]) == 0
     report = json.loads((recipe.parent / "out" / "sosp_report.json").read_text())
     assert report["recovery"]["teacher"]["id"] == ".../dense"
+    card = " ".join((recipe.parent / "out" / "README.md").read_text().split())
+    assert "cosines between hidden states with weight 2 of another model" in card
 
 
 @pytest.mark.parametrize(
