@@ -128,6 +128,9 @@ class Products(TorchFunctionMode):
                 continue
             dim = self._watched[tensor].dim
             rows = rows.squeeze(-1 if side == -1 else 1)
+            if weight.is_complex():
+                self._refuse(tensor, "it holds complex numbers")
+                continue
             if rows.dim() != 2 or dim != 3 + side:
                 self._refuse(tensor, "a product of it with more than a row for each expert")
                 continue
@@ -138,6 +141,9 @@ class Products(TorchFunctionMode):
     def _product(self, tensor: str, name: str, given: Mapping[str, Any]) -> None:
         weight, x, bias = given["weight"], given["input"], given.get("bias")
         parameter, dim = self._watched[tensor]
+        if weight.is_complex():
+            self._refuse(tensor, "it holds complex numbers")
+            return
         if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
             self._refuse(tensor, f"{name} scales what it adds up")
             return

@@ -7,6 +7,7 @@ from torch import nn
 
 from sosp_hub.errors import CriterionError
 from sosp_hub.scoring import score
+from sosp_hub.structure.trace import trace
 from tests.compare import assert_close
 from tests.criteria.processes import in_processes
 from tests.gates.toys import Toy, attention, group, perceptron, residual, stand_in
@@ -248,3 +249,35 @@ def test_no_variance_no_ranking(name):
     with pytest.raises(CriterionError, match=r"group 'b': .* has zero variance over its 3"):
         scores(toy, name)
     assert scores(toy, name, standardize=False)
+
+
+@pytest.mark.parametrize("name", [*WATCHING, "block_influence"])
+def test_complex_numbers_are_refused_by_name(name):
+    """Their imaginary part was left out, or torch raised from inside."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 8, dtype=torch.complex64)
+            self.b = nn.Linear(8, 6, dtype=torch.complex64)
+
+        def forward(self, x):
+            return x + self.b(self.a(x))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(3))
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = x.to(torch.complex64)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x.abs())
+
+    model, x = Net().eval(), torch.randn(5, 6)
+    graph = trace(model, (x,))
+    kinds = ["layer"] if name == "block_influence" else ["neuron"]
+    with pytest.raises(CriterionError, match=r"module 'layers\.\d.* complex numbers"):
+        score(model, graph, [(x, torch.zeros(5, dtype=torch.long))], name, kinds=kinds)

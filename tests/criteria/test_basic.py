@@ -1,5 +1,7 @@
 """sosp_h, taylor, magnitude, random in closed form."""
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -136,6 +138,19 @@ def test_magnitude_over_the_mean_of_its_group():
     norms = toy.model.one.weight.flatten(1).norm(dim=1)
     assert_close(found["inner"], norms * len(norms) / norms.sum(), relative=1e-12)
     assert_close(found["stream"].mean().item(), 1.0, relative=1e-12)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "lamp", "fpgm"])
+def test_a_complex_weight_scores_as_its_two_real_ones(name):
+    """The imaginary part counts too."""
+    real = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Linear(4, 2)).double()
+    made = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2)).double()
+    parts = real[0].weight.detach().unflatten(0, (4, 2))
+    made[0].weight = nn.Parameter(torch.complex(parts[:, 0], parts[:, 1]))
+    two = stand_in(group("a", "neuron", 4, [], [("0.weight", 0, np.arange(8) // 2, False)]))
+    one = stand_in(group("a", "neuron", 4, [], [("0.weight", 0, None, False)]))
+    expected = score(real, two, [], name)["a"]
+    assert_close(score(made, one, [], name)["a"], expected, relative=1e-12)
 
 
 def test_random_follows_the_seed():

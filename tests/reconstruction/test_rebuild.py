@@ -679,3 +679,29 @@ def test_a_product_that_is_not_followed_is_told_and_the_rest_goes_on(caplog):
     assert [layer.tensor for layer in rebuilt.layers] == ["c.weight"]
     assert "'b.weight': it is read by an operation that is not followed" in caplog.text
     sosp_hub.apply(rebuilt.model, graph, rebuilt.plan)
+
+
+def test_complex_weights_stay_as_the_cut_left_them_and_are_told(caplog):
+    """Their imaginary part was lost."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 8), nn.Linear(7, 3)
+            self.b = nn.Parameter(torch.randn(8, 7, dtype=torch.complex64))
+
+        def forward(self, x):
+            return self.c((torch.relu(self.a(x)).to(torch.complex64) @ self.b).abs())
+
+    model = Turned()
+    for rows in (4, 40):
+        x = torch.randn(rows, 6)
+        graph = trace(model, (x[:2],))
+        plan = half_of(graph)
+        assert len(plan.kept) == 2
+        with caplog.at_level(logging.INFO):
+            rebuilt = rebuilt_weights(model, graph, plan, [(x, torch.zeros(rows))])
+        assert [layer.tensor for layer in rebuilt.layers] == ["c.weight"]
+        assert "'b': it holds complex numbers" in caplog.text
+        small = sosp_hub.apply(rebuilt.model, graph, rebuilt.plan)
+        assert torch.equal(small.b, sosp_hub.apply(model, graph, plan).b)

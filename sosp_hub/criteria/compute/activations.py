@@ -259,9 +259,21 @@ def run(
         for name, number in watched:
 
             def hook(
-                _: nn.Module, args: Any, kwargs: Any, result: Any, number: int = number
+                _: nn.Module,
+                args: Any,
+                kwargs: Any,
+                result: Any,
+                name: str = name,
+                number: int = number,
             ) -> None:
-                see(number, args[0] if args else next(iter(kwargs.values())), result, mask)
+                entry = args[0] if args else next(iter(kwargs.values()))
+                if any(each.is_complex() for each in (entry, result) if isinstance(each, Tensor)):
+                    raise CriterionError(
+                        f"module {name!r} works on complex numbers, which criteria "
+                        "on activations do not measure; choose one on gates, such as `taylor`, or "
+                        "`magnitude`"
+                    )
+                see(number, entry, result, mask)
 
             module = model.get_submodule(name)
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)

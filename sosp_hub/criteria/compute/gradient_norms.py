@@ -107,7 +107,9 @@ class GradientNorms:
                 "the loss does not depend on the weights of any layer that is scored: does the "
                 "output of these layers reach it?"
             )
-        squares = [torch.zeros(()) if g is None else g.double().square().sum() for g in gradients]
+        squares = [
+            torch.zeros(()) if g is None else g.abs().double().square().sum() for g in gradients
+        ]
         return torch.stack([square.cpu().double() for square in squares])
 
     def _mean(self, rows: list[Tensor], size: int) -> Tensor:

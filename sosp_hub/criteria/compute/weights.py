@@ -22,8 +22,13 @@ def filters(model: nn.Module, group: Group) -> list[tuple[Member, Tensor]]:
 
 
 def slices(member: Member, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The slices of a tensor as rows, float64 on the CPU, and the structure of each row."""
+    """The slices of a tensor as rows, float64 on the CPU, and the structure of each row.
+
+    A complex number counts as two, so that norms and distances are its own.
+    """
     rows = _plain(member, tensor.detach()).movedim(member.dim, 0).flatten(1)
+    if rows.is_complex():
+        rows = torch.view_as_real(rows.resolve_conj()).flatten(1)
     rows = rows.to("cpu", torch.float64)
     index = torch.from_numpy(member.index)
     return rows[index >= 0], index[index >= 0]
@@ -84,6 +89,7 @@ def reading(
             if fits and member.tensor == f"{site.module}.weight":
                 weight = _plain(member, parameters[member.tensor].detach())
                 rows = weight.movedim(member.dim, 0).flatten(1)
+                rows = rows.abs() if rows.is_complex() else rows
                 measured[number] = measure(rows.double()).cpu()
     return measured
 
