@@ -21,13 +21,8 @@ def explain(error: ValidationError, root: type[Section], data: Any = None) -> It
         root: The section that was read.
         data: What it was read from.
     """
-    for fault in error.errors():
-        keys = [str(key) for key in fault["loc"]]
-        if _is_of_other_form(keys, fault["input"]):
-            continue
-        keys = [key for key in keys if not _FORM.fullmatch(key)]
+    for keys, kind, given, context in _faults(error, data):
         section, registry = _section(root, keys[:-1], data)
-        kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
         if kind == "too_short" and given:
             continue  # its items are at fault and reported themselves
         if kind == "unknown_name":
@@ -36,7 +31,9 @@ def explain(error: ValidationError, root: type[Section], data: Any = None) -> It
             given = given["name"]
         where = ".".join(keys)
         if kind == "extra_forbidden":
-            yield f"{where}: {_unknown(keys[-1], section, registry)}"
+            yield f"{where}: {_unknown(keys[-1], section, registry, root)}"
+        elif kind == "invalid_key":
+            yield f"{where}: unknown key; {_nearest(keys[-1], list(section.model_fields))}"
         elif kind == "missing":
             yield f"{where}: missing; {_meaning(section, keys[-1])}"
         elif kind == "string_pattern_mismatch":
@@ -47,25 +44,67 @@ def explain(error: ValidationError, root: type[Section], data: Any = None) -> It
         elif kind == "unknown_name":
             assert registry is not None  # which has raised it
             names = list(registry.known())
-            yield f"{where}: got {given!r}; {_nearest(str(given), names, registry.noun)}"
+            yield f"{where}: got {_yaml(given)}; {_nearest(str(given), names, registry.noun)}"
         elif kind == "literal_error":
             choices = [choice.strip("'") for choice in re.split(r", | or ", context["expected"])]
             choices += ["null"] * _takes_null(section, keys[-1])
             yield f"{where}: got {given!r}; {_nearest(str(given), choices, 'value')}"
         else:
-            hint = _hint(where, kind, given)
+            hint = _hint(where, kind, given) or _form(root, keys, kind, given)
             yield f"{where}: got {_yaml(given)}; expected {_expected(kind, context)}{hint}"
 
 
-_FORM = re.compile(r"constrained-\w+|dict\[.*\]")
-"""What pydantic puts into the path of a value that may be a number or an object of numbers."""
+_Fault = tuple[list[str], str, Any, dict[str, Any]]
+"""Keys above and of a value, pydantic's name of the fault, the value, and what it says of it."""
+
+_FORM = re.compile(r"constrained-\w+|(dict|list|literal|nullable|tuple)\[.*\]|bool|float|int|str")
+"""What pydantic puts into the path of a value that may have several forms, for each of them."""
 
 
-def _is_of_other_form(keys: Sequence[str], given: Any) -> bool:
-    """Whether a fault is of the form that the value does not have."""
-    if not keys or not _FORM.fullmatch(keys[-1]):
-        return False
-    return keys[-1].startswith("dict[") != isinstance(given, dict)
+def _faults(error: ValidationError, data: Any) -> Iterator[_Fault]:
+    """Of a value that may have several forms, the faults of its own, or one that names all."""
+    of_forms: dict[tuple[str, ...], list[tuple[bool, _Fault]]] = {}
+    for fault in error.errors():
+        keys: list[str] = []
+        form, value, above, at = None, None, (), data
+        for key in fault["loc"]:
+            if (isinstance(at, dict) and key in at) or (
+                isinstance(at, list) and isinstance(key, int)
+            ):
+                keys.append(str(key))
+                at = at[key]
+            elif _FORM.fullmatch(str(key)):
+                form, value, above = str(key), at, tuple(keys)
+            else:
+                keys.append(str(key))
+                at = None
+        found = keys, fault["type"], fault["input"], fault.get("ctx", {})
+        if form is None:
+            yield found
+        else:
+            value = value if len(keys) > len(above) else fault["input"]
+            of_forms.setdefault(above, []).append((_of_form(value, form), found))
+    for above, faults in of_forms.items():
+        own = [found for fits, found in faults if fits]
+        inside = any(len(keys) > len(above) for keys, *_ in own)
+        if len(own) == 1 or inside:
+            yield from own
+        elif not any(other[: len(above)] == above for other in of_forms.keys() - {above}):
+            forms = own or [found for _, found in faults]
+            expected = dict.fromkeys(_expected(kind, context) for _, kind, _, context in forms)
+            yield [*above], "one_of", forms[0][2], {"expected": _either([*expected])}
+
+
+def _of_form(value: Any, form: str) -> bool:
+    """Whether a value has the form that a label of pydantic stands for."""
+    given = "dict" if isinstance(value, dict) else "list" if isinstance(value, list) else ""
+    return given == {"dict": "dict", "list": "list", "tuple": "list"}.get(
+        form.partition("[")[0], ""
+    )
+
+
+def _either(forms: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(forms[:-1]), forms[-1])))
 
 
 def _yaml(value: Any) -> str:
@@ -78,7 +117,7 @@ def _yaml(value: Any) -> str:
 
 
 def _section(
-    root: type[Section], keys: Sequence[str], data: Any
+    root: type[Section], keys: Sequence[str], data: Any = None
 ) -> tuple[type[Section], Registry[Any] | None]:
     """The section that holds a key, by the names above it, and the registry that it is one of."""
     section, registry = root, None
@@ -107,16 +146,30 @@ def _models(annotation: Any) -> Iterator[type[Section]]:
             yield from _models(part)
 
 
-def _unknown(key: str, section: type[Section], registry: Registry[Any] | None) -> str:
+def _unknown(
+    key: str, section: type[Section], registry: Registry[Any] | None, root: type[Section]
+) -> str:
     known = registry.known().items() if registry else ()
     if owners := [name for name, model in known if key in model.model_fields]:
         name = section.model_fields["name"].default
         return f"an option of {', '.join(owners)}, which {name} does not have; leave it out"
+    elsewhere = [
+        f"{name}.{key}"
+        for name in root.model_fields
+        if (model := _section(root, [name])[0]) is not root and key in model.model_fields
+    ]
+    if elsewhere and not difflib.get_close_matches(key, section.model_fields, cutoff=0.8):
+        return f"unknown key here; write {' or '.join(elsewhere)}"
     return f"unknown key; {_nearest(key, list(section.model_fields))}"
 
 
+_OTHER_NAMES = {"flops": "macs", "lr": "learning_rate"}
+"""What others call a key."""
+
+
 def _nearest(given: str, known: Sequence[str], noun: str = "key") -> str:
-    near = difflib.get_close_matches(given.lower(), known, n=1, cutoff=0.5)
+    near = [name for name in (_OTHER_NAMES.get(given.lower()),) if name in known]
+    near = near or difflib.get_close_matches(given.lower(), known, n=1, cutoff=0.5)
     guess = f"did you mean `{near[0]}`? K" if near else "k"
     return f"{guess}nown {noun}s: {', '.join(known)}".replace("criterions", "criteria")
 
@@ -139,9 +192,11 @@ _EXPECTED = {
     "greater_than_equal": "at least {ge:g}",
     "int_type": "a whole number",
     "less_than": "less than {lt:g}",
+    "list_type": "a list such as [a, b]",
     "less_than_equal": "at most {le:g}",
     "model_attributes_type": "a section with keys of its own",
     "model_type": "a section with keys of its own",
+    "one_of": "{expected}",
     "string_too_short": "a text that is not empty",
     "string_type": "a text",
     "too_short": "at least one entry",
@@ -150,6 +205,8 @@ _EXPECTED = {
 
 
 def _expected(kind: str, context: dict[str, Any]) -> str:
+    if kind == "literal_error":
+        return context["expected"].replace("'", "")
     return _EXPECTED.get(kind, f"another value ({kind.replace('_', ' ')})").format(**context)
 
 
@@ -163,9 +220,10 @@ def _hint(where: str, kind: str, given: Any) -> str:
         return f"; a budget is the fraction that is kept, write {example}"
     if where.startswith("budget.") and kind == "greater_than":
         return "; a budget is the fraction that is kept, write 0.5 for one half"
-    if where == "finetune" and given is None:
+    off = given is None or given is False
+    if where == "finetune" and off:
         return "; for no fine-tuning write finetune: {epochs: 0}"
-    if where == "rebuild" and given is None:
+    if where == "rebuild" and off:
         return "; for no rebuild write rebuild: {method: null}"
     if kind == "model_type" and given is None:
         return "; leave the section out for its defaults"
@@ -173,8 +231,39 @@ def _hint(where: str, kind: str, given: Any) -> str:
         return "; write the number without quotes" if re.fullmatch(r"[-+0-9.eE]+", given) else ""
     if kind == "int_type" and isinstance(given, float) and given == int(given):
         return f"; write {int(given)}"
-    if kind == "tuple_type" and isinstance(given, str):
-        return f"; write [{given}]"
     if kind == "string_type" and given is not None and not isinstance(given, (dict, list)):
         return f"; write '{given}' in quotes"
     return ""
+
+
+_MAIN_KEYS = {
+    "model": "id", "data": "path", "calibration": "path", "others": "path", "criterion": "name",
+    "budget": "macs", "finetune": "epochs", "train": "epochs", "teacher": "id", "lora": "rank",
+    "blocks": "most", "schedule": "rounds", "output": "dir", "push": "repo_id",
+}  # fmt: skip
+"""The key that is meant where a section is written as a single value."""
+
+
+def _form(root: type[Section], keys: Sequence[str], kind: str, given: Any) -> str:
+    """How to write a value as a section or a list."""
+    section, _ = _section(root, keys[:-1])
+    named = next((key for key in reversed(keys) if not key.isdecimal()), "")
+    plain = isinstance(given, str | int | float) and not isinstance(given, bool)
+    field = section.model_fields.get(keys[-1]) if keys else None
+    if kind == "tuple_type" and isinstance(given, str):
+        entry = next((each for each in typing.get_args(field and field.annotation)), None)
+        of_sections = isinstance(entry, type) and issubclass(entry, BaseModel)
+        return (
+            f"; write [{{{_MAIN_KEYS[named]}: {given}}}]" if of_sections else f"; write [{given}]"
+        )
+    if kind != "model_type":
+        return ""
+    if plain and named in _MAIN_KEYS:
+        example = f"{{{_MAIN_KEYS[named]}: {given}}}"
+        return f"; write {example}" if keys[-1].isdecimal() else f"; write {keys[-1]}: {example}"
+    inner, _ = _section(root, keys)
+    if given is True and not any(each.is_required() for each in inner.model_fields.values()):
+        return f"; write {keys[-1]}: {{}} for its defaults"
+    if given is False and _takes_null(section, keys[-1]):
+        return f"; write {keys[-1]}: null"
+    return f": {', '.join(inner.model_fields)}"

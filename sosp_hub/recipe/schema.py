@@ -23,6 +23,7 @@ BUDGETS = (
     "serving_bytes", "threshold",
 )  # fmt: skip
 _MOST_HELD_OUT = 3000  # for max_drop, where the recipe gives no number
+Floor = Annotated[float, Field(ge=0, le=1)]
 TaskName = Annotated[str, AfterValidator(lambda name: find_task(name).name)]
 
 
@@ -255,7 +256,7 @@ class BudgetSection(Section):
         description="shares that single groups keep, by name with * for any text, such as "
         '{"*.mlp.*": 0.5}; 0 = nothing of it stays; alone, all others stay whole',
     )
-    keep_at_least: Annotated[float, Field(ge=0, le=1)] | dict[str, Share] = Field(
+    keep_at_least: Floor | dict[str, Floor] = Field(
         default=0.1,
         description="floor of each group, as a share of it; at least one stays. Also by name, with "
         "* for any text: the largest that fits holds. 0 is the default of scp",

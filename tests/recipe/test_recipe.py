@@ -84,6 +84,12 @@ def test_what_a_task_cannot_do_is_refused_before_anything_runs(tmp_path, task, o
         load_recipe(path, [override])
 
 
+def test_a_floor_of_none_may_be_written_by_name_too(tmp_path):
+    for floor in (0, {"*": 0}):
+        recipe = load_recipe(write(tmp_path, {**MINIMAL, "budget": {"keep_at_least": floor}}))
+        assert recipe.budget.keep_at_least == floor
+
+
 def test_a_given_budget_stands_alone(tmp_path):
     recipe = load_recipe(write(tmp_path, {**MINIMAL, "budget": {"params": 0.3}}))
     assert recipe.budget.targets() == {"params": 0.3}
@@ -171,6 +177,29 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
         ({"data": {"id": None}}, ["data", "`id`", "`path`"]),
         ({"evaluate": {"metrics": ["acc"]}}, ["evaluate.metrics.0", "'acc'", "accuracy"]),
         ({"push": {"private": True}}, ["push.repo_id", "missing"]),
+        ({"rebuild": {"damping": -1}}, ["rebuild.damping: got -1; expected auto or more than 0"]),
+        ({"rebuild": {"damping": "none"}}, ["rebuild.damping: got 'none'", "auto or a number"]),
+        (
+            {"model": {"kwargs": {"a": {"b": 1}}}},
+            ["model.kwargs.a: got {'b': 1}", "true or false, a whole number,", "or a list"],
+        ),
+        ({"model": {"kwargs": {"a": [{"b": 1}]}}}, ["model.kwargs.a.0: got {'b': 1}", "a text"]),
+        ({"budget": {"max_drop": {"loss": [1]}}}, ["max_drop.loss: got [1]", "number or a text"]),
+        ({"budget": {"keep_at_least": [1]}}, ["keep_at_least: got [1]", "number or keys"]),
+        ({"macs": 0.5}, ["macs: unknown key here; write budget.macs"]),
+        ({"data": {"batch_size": 1}}, ["write criterion.batch_size or finetune.batch_size or"]),
+        ({"budget": {"latency": 0.5}}, ["budget.latency: unknown key; did you mean `latency_s`?"]),
+        ({"budget": {"flops": 0.5}}, ["budget.flops: unknown key; did you mean `macs`?"]),
+        ({"finetune": {"lr": 1}}, ["finetune.lr: unknown key; did you mean `learning_rate`?"]),
+        ({5: 1}, ["5: unknown key; known keys: model, data"]),
+        ({"budget": 0.5}, ["budget: got 0.5", "write budget: {macs: 0.5}"]),
+        ({"criterion": "taylor"}, ["criterion: got 'taylor'", "write criterion: {name: taylor}"]),
+        ({"finetune": False}, ["finetune: got false", "write finetune: {epochs: 0}"]),
+        ({"push": False}, ["push: got false", "write push: null"]),
+        ({"structure": {"blocks": True}}, ["structure.blocks: got true", "write blocks: {}"]),
+        ({"structure": "head"}, ["structure: got 'head'", "keys of its own: kinds, only, exclude"]),
+        ({"data": {"calibration": "a.csv"}}, ["data.calibration", "write [{path: a.csv}]"]),
+        ({"data": {"calibration": ["a.csv"]}}, ["data.calibration.0", "write {path: a.csv}"]),
         ({"seed": "x"}, ["seed", "'x'", "whole number"]),
         (
             {"model": {"task": "causal-lm"}, "evaluate": {"metrics": ["per_class_accuracy"]}},
