@@ -1,5 +1,6 @@
 """Local text, jsonl, csv and parquet files as one table, read without a copy in a cache."""
 
+import codecs
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,9 @@ def _read_one(file: Path) -> "pa.Table":
     import pyarrow.csv
     import pyarrow.parquet
 
+    with file.open("rb") as opened:
+        if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError("it is in UTF-16; save it as UTF-8")
     match file.suffix:
         case ".parquet":
             return pyarrow.parquet.read_table(file)
@@ -126,14 +130,36 @@ def _read_one(file: Path) -> "pa.Table":
             )
             return pyarrow.csv.read_csv(file, parse_options=dialect)
         case ".json":
-            return pa.Table.from_pylist(_rows(_json(file.read_text(_ENCODING))))
+            return _table(_rows(_json(file.read_text(_ENCODING))))
         case ".jsonl" | ".ndjson":
             lines = file.read_text(_ENCODING).split(
                 "\n"
             )  # other line ends may stand inside a string
-            return pa.Table.from_pylist(_rows([_json(line) for line in lines if line.strip()]))
+            return _table(_rows([_json(line) for line in lines if line.strip()]))
         case _:
             return pa.table({"text": [file.read_text(_ENCODING)]})
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> "pa.Table":
+    """Of every key that any row has; a row without it has none."""
+    import pyarrow as pa
+
+    columns = {}
+    for name in dict.fromkeys(key for row in rows for key in row):
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except pa.ArrowException as error:
+            given = [(at, value) for at, value in enumerate(values) if value is not None]
+            first = given[0][1]
+            other = next((pair for pair in given if type(pair[1]) is not type(first)), None)
+            if other is None:
+                raise ValueError(f"column {name!r}: {error}") from error
+            raise ValueError(
+                f"column {name!r} has {shortened(repr(first))} in row {given[0][0]} and "
+                f"{shortened(repr(other[1]))} in row {other[0]}; write all of them in one form"
+            ) from error
+    return pa.table(columns)
 
 
 def _json(text: str) -> Any:

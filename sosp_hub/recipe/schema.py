@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion, MaskTrainedCriterion
 from sosp_hub.recipe.metrics import Drop, read_drops
 from sosp_hub.recipe.schedule import ScheduleSection
-from sosp_hub.recipe.section import Count, Scalar, Section, Share
+from sosp_hub.recipe.section import Count, Scalar, Section, Seed, Share
 from sosp_hub.recipe.targets import Targets
 from sosp_hub.recipe.tasks import find_task, tasks
 from sosp_hub.recipe.training import DenseTrainSection, TrainSection
@@ -502,8 +502,8 @@ class CompareSection(Section):
     budgets: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] = Field(
         default=(), description="keys as in `budget`, from which the rest is taken; [] = that alone"
     )
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (
-        Field(default=(0, 1, 2), description="each trains and scores anew; instead of `seed`")
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)] = Field(
+        default=(0, 1, 2), description="each trains and scores anew; instead of `seed`"
     )
 
 
@@ -529,8 +529,8 @@ class ExpandSection(Section):
         default=(),
         description="shares of the base's cost, counted as in `budget`; [] = that of `budget`",
     )
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] = (
-        Field(default=(0, 1, 2), description="each trains and scores anew; instead of `seed`")
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)] = Field(
+        default=(0, 1, 2), description="each trains and scores anew; instead of `seed`"
     )
 
 
@@ -570,7 +570,7 @@ class Recipe(Section):
     expand: ExpandSection | None = Field(
         default=None, description="for `python -m sosp_hub.expand`; null = one run"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of everything random")
+    seed: Seed = Field(default=0, description="of everything random")
 
     @model_validator(mode="before")
     @classmethod

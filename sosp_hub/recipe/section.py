@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Scalar = bool | int | float | str | None
 Share = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no larger one
 Count = Annotated[int, Field(ge=1)]
 
 

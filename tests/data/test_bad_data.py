@@ -44,7 +44,11 @@ BAD_TABLES = {
     "no parquet": (".parquet", b"PAR1" + bytes(60) + b"PAR1", ["cannot read"]),
     "a key twice": (".jsonl", '{"text": "a", "text": "b"}\n' * 9, ["'text'", "twice"]),
     "deep": (".json", "[" * 100_000, ["nested"]),
-    "texts and numbers": (".jsonl", '{"text": "a"}\n{"text": 5}\n', ["cannot read"]),
+    "texts and numbers": (
+        ".jsonl", '{"text": "a"}\n{"text": 5}\n', ["'text' has 'a' in row 0 and 5 in row 1"],
+    ),
+    "two bytes for each letter": (".csv", table(["x,a", "y,b"]).encode("utf-16"), ["UTF-16"]),
+    "two bytes, objects": (".jsonl", '{"text": "a"}\n'.encode("utf-16"), ["in UTF-16"]),
 }  # fmt: skip
 
 
@@ -57,6 +61,13 @@ def test_a_bad_table_is_refused_with_what_is_wrong(tmp_path, name):
         opened(path)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_key_that_the_first_row_lacks_is_a_column(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"text": "a"}, *ROWS]))
+    with pytest.raises(DataError, match=r"row 0 of .* has no label"):
+        opened(path)
 
 
 ROWS = [{"text": f"word {i}", "label": "ab"[i % 2]} for i in range(10)]

@@ -201,6 +201,7 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
         ({"data": {"calibration": "a.csv"}}, ["data.calibration", "write [{path: a.csv}]"]),
         ({"data": {"calibration": ["a.csv"]}}, ["data.calibration.0", "write {path: a.csv}"]),
         ({"seed": "x"}, ["seed", "'x'", "whole number"]),
+        ({"seed": 2**32}, ["seed: got 4294967296; expected less than 4294967296"]),
         (
             {"model": {"task": "causal-lm"}, "evaluate": {"metrics": ["per_class_accuracy"]}},
             ["evaluate.metrics", "per_class_accuracy", "perplexity"],
