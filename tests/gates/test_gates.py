@@ -102,6 +102,19 @@ def test_gates_are_at_least_float32(dtype):
         output.sum().backward()
 
 
+def test_what_gates_sum_of_16_bits_is_in_float32():
+    """Over the tokens of a batch it is soon more than float16 can hold."""
+    toy = perceptron()
+    x, row = toy.batch[0].repeat(2000, 1), toy.ones().requires_grad_()
+    (expected,) = torch.autograd.grad(toy.model(x, toy.split(row)).sum(), row)
+    scale = 4 * torch.finfo(torch.float16).max / float(expected.abs().max())
+    half = copy.deepcopy(toy.model).half()
+    with gated(half, toy.groups) as gates:
+        (scale * half(x.half()).float().sum()).backward()
+        found = torch.cat([gate.grad.flatten() for gate in gates.values.values()])
+    assert_close(found, scale * expected, relative=1e-2)
+
+
 def test_two_groups_on_one_input_multiply():
     toy = perceptron()
     halves = np.array([0, 0, 1, 1, -1])
