@@ -43,6 +43,16 @@ def test_operations_get_its_data_and_those_of_what_is_made_of_it():
         assert float(twice.sum()) == pytest.approx(2 * float(like.sum()), rel=1e-5)
 
 
+def test_named_arguments_have_their_data_too():
+    """Such as a learned mask of attention."""
+    q, mask = torch.randn(1, 1, 4, 8), nn.Parameter(torch.randn(1, 1, 4, 4))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with torch.no_grad(), WhereRead():
+        found = attend(q, q, q, attn_mask=doubled(mask))[0]
+    shares = (q @ q.mT / 8**0.5 + 2 * mask).softmax(-1)
+    assert_close(found, (shares @ q).detach(), relative=1e-5)
+
+
 def test_without_the_mode_nothing_can_be_read():
     found = doubled(nn.Parameter(torch.randn(3, 5)))
     with torch.no_grad(), pytest.raises(Exception):  # noqa: B017 - torch has many types

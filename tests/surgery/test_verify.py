@@ -11,9 +11,11 @@ from torch import nn
 
 from sosp_hub.allocation import allocate
 from sosp_hub.errors import VerificationError
+from sosp_hub.structure.deferred import _AT_ONCE
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery import proof
+from sosp_hub.surgery import verify as verify_room
 from sosp_hub.surgery.apply import apply, cut
 from sosp_hub.surgery.carry import carry
 from sosp_hub.surgery.proof import verified_plan
@@ -137,8 +139,9 @@ def test_an_attribute_that_is_set_wrongly_is_noticed(monkeypatch, block):
             apply(model, graph, plan, verify=verify, strict=True)
 
 
-def test_what_constant_zeros_would_hide_is_noticed(monkeypatch):
-    """A residual branch that starts at zero (zero-initialised last norm) hides its insides."""
+@pytest.mark.parametrize("start", [0.0, 1e-6])
+def test_what_constant_zeros_would_hide_is_noticed(monkeypatch, start):
+    """A residual branch that starts at zero (the last norm, a layer scale) hides its insides."""
     torch.manual_seed(0)
     model = fill(RESNET.model())
     graph = trace(model, RESNET.inputs())
@@ -146,7 +149,7 @@ def test_what_constant_zeros_would_hide_is_noticed(monkeypatch):
     size = graph.groups[name].size
     plan = plan_of(graph, {name: tuple(range(size // 2, size))})
     sabotage_positions(monkeypatch, graph, graph.groups[name].members[0].tensor, 0)
-    nn.init.zeros_(model.layer1[0].bn2.weight)
+    nn.init.constant_(model.layer1[0].bn2.weight, start)
     nn.init.zeros_(model.layer1[0].bn2.bias)
     with pytest.raises(VerificationError, match=name):
         apply(model, graph, plan, strict=True)
@@ -259,6 +262,65 @@ def test_outputs_that_are_wrong_by_three_in_a_thousand_are_refused(block, off):
     verified_plan(model, graph, plan, thorough=True, cut=cut)
     with pytest.raises(VerificationError, match=r"differ .* by 3\.\de-03"):
         verified_plan(model, graph, plan, thorough=True, cut=almost, strict=True)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_outputs_are_compared_in_their_own_unit(monkeypatch, block, scale):
+    model, graph = block
+    with torch.no_grad():
+        model.three.weight.mul_(scale)
+        model.three.bias.mul_(scale)
+    plan = plan_of(graph, {name: (group.size - 1,) for name, group in graph.groups.items()})
+    apply(model, graph, plan, strict=True)
+    sabotage_positions(monkeypatch, graph, "one.weight", 0)
+    with pytest.raises(VerificationError, match=group_of(graph, "one.weight", 0)):
+        apply(model, graph, plan, strict=True)
+
+
+class Waves(nn.Module):
+    """Returns complex numbers, as a Fourier transform does."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.down(self.up(x).relu())
+        return torch.complex(x, x.flip(-1))
+
+
+def test_complex_outputs_are_compared(monkeypatch):
+    torch.manual_seed(0)
+    model = fill(Waves().eval())
+    graph = trace(model, (torch.randn(2, 5),))
+    name = group_of(graph, "up.weight", 0)
+    plan = plan_of(graph, {name: (3, 4, 5)})
+    apply(model, graph, plan, strict=True)
+    sabotage_positions(monkeypatch, graph, "up.weight", 0)
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan, strict=True)
+
+
+class Dropping(Block):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(super().forward(self.drop(x)))
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_a_model_that_is_in_training_is_verified_in_evaluation(monkeypatch, verify):
+    """Dropout would be another way through the code, on which nothing is compared."""
+    model = fill(Dropping())
+    graph = trace(model.eval(), (torch.randn(2, 4, 5),))
+    (heads,) = [name for name, group in graph.groups.items() if group.size == 2]
+    plan = plan_of(graph, {heads: (1,)})
+    apply(model.train(), graph, plan, verify=verify, strict=True)
+    monkeypatch.setattr(surgery, "rewrite", lambda *args: None)
+    with pytest.raises(VerificationError, match=heads):
+        apply(model, graph, plan, verify=verify, strict=True)
 
 
 class Averaged(nn.Module):
@@ -417,6 +479,22 @@ def test_a_lack_of_memory_is_no_fault_of_the_cut(monkeypatch, block, verify, fir
     assert not graph.unproved
 
 
+@pytest.mark.parametrize("lacks", [False, True])
+def test_where_memory_lacks_no_copies_are_made(monkeypatch, block, lacks):
+    """What fails otherwise is verified again with copies of the weights."""
+    model, graph = block
+    tried = []
+
+    def fails(*_, double):
+        tried.append(_AT_ONCE.get())
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory" if lacks else "no data")
+
+    monkeypatch.setattr(verify_room, "_check_outputs", fails)
+    with pytest.raises(RuntimeError):
+        verify_room.check_cut(model, graph, half(graph), True, cut)
+    assert tried == ([False] if lacks else [False, True])
+
+
 # --- the masked model itself ---
 
 
@@ -475,8 +553,11 @@ class Router(nn.Module):
         )
         self.skip = False
 
+    def hidden(self, x):
+        return self.up(x)
+
     def forward(self, x):
-        hidden = self.up(x)
+        hidden = self.hidden(x)
         rows = hidden.flatten(0, 1)
         weights, chosen = self.gate(rows).softmax(-1).topk(1)
         mixed = torch.zeros_like(rows)
@@ -509,6 +590,32 @@ def test_with_another_way_through_the_code_a_wrong_cut_is_still_noticed(monkeypa
     graph = trace(model, (torch.randn(1, 6, 5),))
     name = group_of(graph, "up.weight", 0)
     plan = plan_of(graph, {name: (0, 2, 5, 9)})
+    sabotage_positions(monkeypatch, graph, "up.weight", 0)
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan, strict=True)
+
+
+class OfTwo(Router):
+    """Its experts and its router read two widths beside each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.other, self.skip = nn.Linear(5, 10), nn.Linear(5, 6), True
+
+    def hidden(self, x):
+        return torch.cat([self.up(x), self.other(x)], -1)
+
+
+@pytest.mark.parametrize("seed", [7, 8])  # each expert gets a token
+def test_readers_of_two_widths_are_compared_on_another_way_too(monkeypatch, caplog, seed):
+    caplog.set_level("INFO", "sosp_hub")
+    torch.manual_seed(seed)
+    model = fill(OfTwo().eval())
+    graph = trace(model, (torch.randn(1, 6, 5),))
+    name = group_of(graph, "up.weight", 0)
+    plan = plan_of(graph, {name: (0, 2, 5, 9), group_of(graph, "other.weight", 0): (1, 4)})
+    apply(model, graph, plan, strict=True)
+    assert any("only outputs are compared" in line for line in caplog.messages)
     sabotage_positions(monkeypatch, graph, "up.weight", 0)
     with pytest.raises(VerificationError, match=name):
         apply(model, graph, plan, strict=True)

@@ -54,6 +54,7 @@ FORMS = {
     "two inputs": (((X, torch.ones(6, 1)), Y), None),
     "inputs by name": (({"values": X}, Y), None),
     "dict": ({"values": X, "labels": Y}, None),
+    "one mask for all": ({"values": X, "mask": torch.ones(1, 4), "labels": Y}, None),
     "encoding": (encoding(values=X, labels=Y), None),
     "three named": (Three(X, torch.ones(6, 1), Y), None),
     "dataclass": (Item(X, Y), None),
@@ -104,6 +105,7 @@ def test_every_form_is_counted_and_cut_into_samples(form):
     assert num_samples(batch) == 6
     parts = split_batch(batch, 2)
     assert [num_samples(part) for part in parts] == [2, 2, 2]
+    assert [num_samples(part) for part in split_batch(batch, 4)] == [4, 2]
     assert all(is_listed(part) == is_listed(batch) for part in parts)
     whole = [t for t in tensors(batch) if t.ndim]
     if all(len(tensor) == 6 for tensor in whole):
