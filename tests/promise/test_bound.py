@@ -32,6 +32,18 @@ def test_a_paired_mean_is_bounded_like_students_t_test():
     assert found.holds == (found.upper <= 0.01)
 
 
+def test_the_spread_tells_the_bound_on_so_many_more_samples():
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.rand(400, generator=generator).double()
+    pruned = dense + 0.1 * torch.rand(400, generator=generator).square()
+    drop = Drop("loss", 0.01)
+    told = lost_quality(drop, ones(dense), ones(pruned), spread=0.5)
+    more = lost_quality(drop, ones(dense.repeat(4)), ones(pruned.repeat(4)))
+    few = lost_quality(drop, ones(dense), ones(pruned))
+    assert_close(told.upper - told.value, more.upper - more.value, relative=1e-2)
+    assert few.upper - few.value > 1.9 * (more.upper - more.value)
+
+
 def test_a_ratio_of_sums_has_the_spread_of_the_jackknife():
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(5, 60, (300,), generator=generator).double()
@@ -156,6 +168,42 @@ def test_the_search_does_not_see_the_samples_of_the_proof():
         return shares
 
     assert tried(torch.zeros(600)) == tried(torch.ones(600))
+
+
+def test_the_search_expects_the_bound_of_the_proof():
+    """It sees half as many samples; with their own bound it would stop too early."""
+    part = torch.rand(300, generator=torch.Generator().manual_seed(0)).double()
+    dense = {"loss": ones(torch.zeros(900))}
+    promise = smallest(
+        [Drop("loss", 0.3)], dense, lambda s: ({"macs": s}, {"loss": ones(part.repeat(3))}),
+        least=0.1, num_probes=2,
+    )  # fmt: skip
+    for point in promise.curve:
+        search, proof = point.search["loss"], point.proof["loss"]
+        assert_close(search.value, proof.value, relative=1e-9)
+        assert_close(search.upper - search.value, proof.upper - proof.value, relative=1e-2)
+
+
+@pytest.mark.parametrize("edge", [0.0, 0.6, 1.0])
+def test_all_bounds_guide_the_search_between_what_can_be_reached(edge):
+    """What is tried besides is larger than what the search found."""
+    dense, shares = {name: ones(torch.ones(900)) for name in ("accuracy", "loss")}, []
+
+    def probe(share):
+        shares.append(share)
+        worse = torch.full((900,), 1.0 if share > edge else 2.0)
+        return {"macs": share}, {"accuracy": ones(torch.ones(900)), "loss": ones(worse)}
+
+    drops = [Drop("accuracy", 0.1), Drop("loss", 0.1)]
+    promise = smallest(drops, dense, probe, least=0.3)
+    assert min(shares) > 0.3
+    found = min([share for share in shares[:6] if share > edge], default=1.0)
+    assert all(share >= found for share in shares[6:])
+    if edge < 1:
+        assert promise.point.macs == found
+        assert found - max(edge, 0.3) <= 0.7 / 2**6
+    else:
+        assert promise.point is None
 
 
 def test_nothing_smaller_than_what_fails_is_chosen():

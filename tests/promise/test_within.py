@@ -107,9 +107,10 @@ def test_norms_of_what_is_promised_are_re_estimated(held_out):
     assert_close(small[3].running_mean, torch.stack(seen).mean(0))
 
 
-def test_a_cut_that_goes_wrong_is_no_promise(trained, held_out, monkeypatch):
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_a_cut_that_goes_wrong_is_no_promise(trained, held_out, monkeypatch, rebuilt):
     """A group that stays whole would make another model than the plan that is returned."""
-    model, graph, saliency, _ = trained
+    model, graph, saliency, batches = trained
     rewrite, wrong = surgery.rewrite, next(iter(graph.groups))
 
     def failing(pruned, _, part):
@@ -119,7 +120,10 @@ def test_a_cut_that_goes_wrong_is_no_promise(trained, held_out, monkeypatch):
 
     monkeypatch.setattr(surgery, "rewrite", failing)
     with pytest.raises(VerificationError) as caught:
-        sosp_hub.allocate_within(model, graph, saliency, held_out, max_drop={"accuracy": 20})
+        sosp_hub.allocate_within(
+            model, graph, saliency, held_out, max_drop={"accuracy": 20},
+            rebuild=batches if rebuilt else None,
+        )  # fmt: skip
     assert caught.value.groups == (wrong,)
 
 
@@ -130,6 +134,8 @@ def test_what_cannot_be_promised_says_the_best_that_can(trained, held_out):
             model, graph, saliency, held_out, max_drop={"divergence": 1e-9}, num_probes=2
         )
     assert str(one.value).count("% of the MACs") >= 3  # what was tried, and the best of it
+    _, largest, *_, last = str(one.value).splitlines()
+    assert f"the best of these is {largest.strip()}" in last
 
 
 @pytest.mark.parametrize(("drop", "needed"), [(0.1, "4,493"), (1.0, "449")])

@@ -132,6 +132,42 @@ def test_what_was_frozen_is_so_after_adapters_too():
         assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
+def test_rank_alpha_and_dropout_are_those_of_the_recipe():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(5, 4)
+    before = model(x)
+    with adapted(model, LoraSection(rank=2, alpha=6, dropout=0.5), seed=0), torch.no_grad():
+        (down,) = [p for name, p in model.named_parameters() if "lora_A" in name]
+        (up,) = [p for name, p in model.named_parameters() if "lora_B" in name]
+        up.normal_()
+        assert (down.shape, up.shape) == ((2, 4), (3, 2))
+        expected = before + 6 / 2 * x @ down.T @ up.T
+        assert_close(model(x), expected, relative=1e-5)
+        assert not torch.equal(model.train()(x), model(x))
+    assert_close(model.eval()(x), expected, relative=1e-5)
+
+
+def test_adapters_begin_as_their_seed_says_and_leave_the_random_numbers():
+    starts = []
+    for noise, seed in ((1, 5), (2, 5), (2, 6)):
+        torch.manual_seed(noise)
+        model, before = nn.Sequential(nn.Linear(4, 3)), torch.get_rng_state()
+        with adapted(model, LoraSection(rank=2), seed=seed):
+            assert torch.equal(torch.get_rng_state(), before)
+            (start,) = [p for name, p in model.named_parameters() if "lora_A" in name]
+            starts.append(start.detach().clone())
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[1], starts[2])
+
+
+def test_depthwise_convolutions_have_none():
+    """The rank would have to be a multiple of their groups."""
+    model = nn.Sequential(nn.Conv2d(3, 9, 1), nn.Conv2d(9, 9, 3, groups=9), nn.Conv2d(9, 2, 1))
+    with adapted(model.eval(), LoraSection(rank=2), seed=0):
+        names = {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert names == {"0", "2"}
+
+
 def test_convolutions_have_adapters_too():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)).eval()
@@ -146,10 +182,12 @@ def test_convolutions_have_adapters_too():
     assert_close(model(x), expected, relative=1e-4)
 
 
-def test_names_that_fit_nothing_are_refused():
+@pytest.mark.parametrize("name", ["nothing", "proj"])
+def test_names_that_fit_nothing_are_refused(name):
+    """What is only the end of a word is no name."""
     with (
-        pytest.raises(ModelError, match=r"\['nothing'\] fits no linear layer.*q_proj"),
-        adapted(llama(), LoraSection(modules=("nothing",)), seed=0),
+        pytest.raises(ModelError, match=rf"\['{name}'\] fits no linear layer.*q_proj"),
+        adapted(llama(), LoraSection(modules=(name,)), seed=0),
     ):
         pass
 

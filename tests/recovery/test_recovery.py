@@ -20,7 +20,7 @@ from sosp_hub.errors import DataError, ModelError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recovery.best import BestState, hold_out
-from sosp_hub.recovery.probe import best_rate
+from sosp_hub.recovery.probe import best_rate, probe_rates
 from sosp_hub.recovery.recover import recover
 from tests.compare import assert_close
 
@@ -232,6 +232,10 @@ def test_after_a_training_another_accelerator_prepares_the_model(monkeypatch):
 def test_too_few_samples_are_refused():
     with pytest.raises(DataError, match=r"finetune.held_out: 0.9 of 5 samples leaves none"):
         recover(net(), Points(5), config(held_out=0.9))
+    part, rest = hold_out(Points(5), Points(5), 0.1, 0, key="share")  # one, and not none or all
+    assert (len(part), len(rest)) == (1, 4)
+    without = recover(net(), Points(5), config(held_out=0.9, epochs=0))
+    assert (without.selected, without.history) == (None, [])
 
 
 def test_a_probe_finds_the_rate_and_leaves_no_trace(caplog):
@@ -262,6 +266,22 @@ def test_a_rate_that_diverges_is_not_chosen():
         recover(model, Points(160), config(held_out=0.25, **keys))
     found = recover(net(), Points(160), config(held_out=0.25, **{**keys, "learning_rate": 0.1}))
     assert len(found.rates) == 5
+
+
+def test_a_rate_whose_loss_is_no_number_is_not_chosen(tmp_path):
+    model, losses = net().train(), iter([math.nan, 2.0, 1.0, math.nan, math.inf])
+
+    def train(short):
+        model.eval()
+        model[0].weight.data.zero_()
+
+    settings = config(probe_steps=1)
+    rates = probe_rates(model, settings, train, lambda: next(losses), tmp_path, batch_size=4)
+    assert best_rate(rates) == settings.rate
+    assert model.training
+    assert model[0].weight.abs().max() > 0
+    again = probe_rates(model, settings, train, lambda: next(losses), tmp_path, batch_size=4)
+    assert again == rates
 
 
 def test_of_rates_that_do_alike_the_smaller_is_taken():

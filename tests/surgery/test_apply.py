@@ -301,6 +301,52 @@ def test_a_plan_that_breaks_a_tie_names_both_groups():
     raise AssertionError("no case has a tie")
 
 
+class Branching(nn.Module):
+    """Takes another way where it is narrow."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.up(x).relu()
+        return self.down(x * 2 if x.shape[-1] > 2 else x)
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_a_count_that_the_code_does_not_take_is_refused(verify):
+    model = fill(Branching().eval())
+    graph = trace(model, (torch.randn(2, 5),))
+    (name,) = graph.groups
+    assert graph.groups[name].exact
+    apply(model, graph, plan_of(graph, {name: (0, 1, 4)}), verify)
+    with pytest.raises(PlanError, match="must not keep 2 of its 6"):
+        apply(model, graph, plan_of(graph, {name: (0, 4)}), verify)
+
+
+class TiedHead(nn.Module):
+    """Writes with the weights that it reads with."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.table = nn.Linear(6, 10, bias=False), nn.Embedding(10, 6)
+        self.table.weight = self.head.weight
+
+    def forward(self, tokens):
+        return self.head(self.table(tokens))
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_gates_are_not_folded_into_what_others_read(verify):
+    """Nor would verification notice: they would be in the dense model too."""
+    model = TiedHead().eval()
+    graph = trace(model, (torch.arange(5)[None],))
+    (name,) = graph.groups
+    plan = PruningPlan({name: (0, 1, 4)}, {name: 6}, gates={name: (2.0, 1.0, 0.5)})
+    with pytest.raises(PlanError, match=r"cannot be folded: 'head\.weight' is tied"):
+        apply(model, graph, plan, verify)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("verify", ["thorough", "fast"])
 def test_a_model_that_is_not_the_traced_one_is_refused(verify, width):

@@ -211,9 +211,13 @@ def test_bad_arguments_are_named(given, words):
         widen(model, graph, **{"copies": {"0:neuron": (2, 1, 1)}, **given})
 
 
-def test_a_wrong_share_is_noticed(monkeypatch):
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_wrong_share_is_noticed(monkeypatch, hidden):
+    """Also behind weights that are zero, as those of a fresh head may be."""
     model, graph = prepared(LLAMA)
     name = next(name for name, group in graph.groups.items() if group.kind == "neuron")
+    if hidden:
+        nn.init.zeros_(model.lm_head.weight)
     monkeypatch.setattr(
         "sosp_hub.surgery.widen._shares", lambda weight, *_: torch.ones_like(weight)
     )
