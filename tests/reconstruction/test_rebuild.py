@@ -21,6 +21,7 @@ from tests.cases import CASES, with_trait
 from tests.compare import assert_close
 from tests.structure.oracles import fill
 from tests.structure.test_experts import build as build_experts
+from tests.surgery.test_apply import WritesToItself
 
 pytestmark = pytest.mark.slow
 
@@ -614,6 +615,18 @@ def test_numbers_that_are_not_finite_are_refused(batches):
     batches[1][0][3, 2] = torch.nan
     with pytest.raises(DataError, match=r"'b\.weight'.*not finite"):
         sosp_hub.rebuild(model, graph, half_of(graph), batches)
+
+
+def test_a_model_whose_pass_writes_to_its_weights_stays():
+    """It clamps and renormalises them in each of the passes that a rebuild takes."""
+    torch.manual_seed(0)
+    model, tokens = WritesToItself().eval(), torch.arange(64).reshape(8, 8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    graph = trace(model, (tokens[:1],))
+    plan = PruningPlan({"first:neuron": tuple(range(9))}, {"first:neuron": 16})
+    rebuilt = rebuilt_weights(model, graph, plan, [(tokens, tokens)], dense_share=0.5)
+    assert [layer.tensor for layer in rebuilt.layers] == ["last.weight"]
+    assert_close(dict(model.state_dict()), before, relative=0)
 
 
 def test_no_data_is_refused(batches):
