@@ -129,6 +129,15 @@ def test_layers_that_keep_different_numbers_leave_the_config_alone():
     assert pruned.config.num_local_experts == 8
 
 
+def test_numbers_that_count_other_experts_stay():
+    """Such as those of a draft model, whose config is in the model's."""
+    model, graph = build("mixtral")
+    model.config.draft = type(model.config)(num_local_experts=5)
+    pruned = apply(model, graph, plan_of(graph, {n: (1, 2, 5) for n in of_experts(graph)}), "fast")
+    assert pruned.config.num_local_experts == 3
+    assert pruned.config.draft.num_local_experts == 5
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_another_kernel_has_the_same_groups(name):
     """`batched_mm` picks the weights by number, biases included."""
