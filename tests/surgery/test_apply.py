@@ -544,12 +544,13 @@ def test_a_model_that_asks_where_its_weights_lie_is_verified_with_copies(caplog)
     assert_close(run(pruned, graph), gated(model, graph, plan))
 
 
-def test_a_deep_model_of_16_bits_is_compared_in_double_precision():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_deep_model_of_16_bits_is_compared_in_double_precision(attention):
     """Its rounding alone is above the tolerance, and its mask has the least number of its dtype."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=1000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4,
+        num_attention_heads=8, num_key_value_heads=4, attn_implementation=attention,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
     tokens = torch.randint(1000, (2, 9))
