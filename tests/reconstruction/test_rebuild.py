@@ -673,6 +673,30 @@ def test_a_layer_under_a_weight_norm_is_refused_by_name_and_the_rest_goes_on(cap
     sosp_hub.apply(rebuilt.model, graph, rebuilt.plan)
 
 
+class Columns(nn.Linear):
+    """Each column is divided by its length and has another one instead."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.lengths = nn.Parameter(0.5 + torch.rand(1, inputs))
+
+    def forward(self, x):
+        return F.linear(x, torch._weight_norm(self.weight, self.lengths, 1), self.bias)
+
+
+def test_columns_of_given_length_are_not_solved(batches):
+    model = Perceptron(bias=True)
+    model.b = Columns(model.b.in_features, model.b.out_features)
+    model = model.double()
+    graph = trace(model, (batches[0][0],))
+    (name,) = [n for n in graph.groups if any(m.tensor == "b.weight" for m in graph.readers(n))]
+    plan = PruningPlan({name: (0, 2, 3)}, {name: graph.groups[name].size})
+    rebuilt = rebuilt_weights(model, graph, plan, batches)
+    assert rebuilt.left == {"b.weight": f"group {name!r}: 'b.weight' is normalised before it reads"}
+    assert not rebuilt.layers
+    sosp_hub.apply(rebuilt.model, graph, rebuilt.plan, strict=True)
+
+
 def test_a_product_that_is_not_followed_is_told_and_the_rest_goes_on(caplog):
     class Odd(nn.Module):
         def __init__(self):

@@ -16,11 +16,11 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
-def stream_of(model, batches):
+def stream_of(model, batches, ends="down.weight"):
     watched = {
         name: Watched(parameter, 1)
         for name, parameter in model.named_parameters()
-        if name.endswith("down.weight")
+        if name.endswith(ends)
     }
     chain = [f"{i}" for i in range(len(model))]
     return Stream(model, watched, batches, [chain], (batches[0][0],), 5)
@@ -71,6 +71,30 @@ def test_a_changed_result_in_place_does_not_reach_what_is_held():
                 for block in model[:position]:
                     x = block(x)
                 torch.testing.assert_close(products[0].rows[0], torch.relu(model[position].up(x)))
+
+
+def test_a_block_that_changes_its_input_in_place_gets_it_whole_each_time():
+    """As many residual networks do, whose block begins with an activation in place."""
+
+    class Doubling(Block):
+        def __init__(self):
+            super().__init__()
+            self.side = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = x.mul_(2)
+            return super().forward(x) + self.side(x)
+
+    model = nn.Sequential(Block(), Doubling(), Doubling()).eval()
+    batches = [(torch.randn(3, 4), torch.zeros(3))]
+    stream = stream_of(model, batches, (".up.weight", ".side.weight"))
+    assert len(stream.order) == 5
+    with torch.no_grad():
+        for name in stream.order:
+            number = int(name.partition(".")[0])
+            x = model[:number](batches[0][0].clone())
+            for products in stream.run(name):
+                torch.testing.assert_close(products[0].rows[0], 2 * x if number else x)
 
 
 def test_hooks_and_forwards_are_as_before():
