@@ -1,5 +1,6 @@
 """What is trained instead of all weights, or with less memory: adapters, checkpointed gradients."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,7 @@ def adapted(model: nn.Module, config: LoraSection | None, seed: int) -> Iterator
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.dropout,
-        target_modules=names,
+        target_modules="|".join(map(re.escape, names)),  # a list of names would be one of ends
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -160,12 +160,24 @@ def test_adapters_begin_as_their_seed_says_and_leave_the_random_numbers():
     assert not torch.equal(starts[1], starts[2])
 
 
-def test_depthwise_convolutions_have_none():
-    """The rank would have to be a multiple of their groups."""
-    model = nn.Sequential(nn.Conv2d(3, 9, 1), nn.Conv2d(9, 9, 3, groups=9), nn.Conv2d(9, 2, 1))
-    with adapted(model.eval(), LoraSection(rank=2), seed=0):
-        names = {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
-    assert names == {"0", "2"}
+NESTED = {
+    "an activation": lambda: nn.Sequential(
+        nn.Linear(4, 5), nn.Sequential(nn.ReLU(), nn.Linear(5, 2))
+    ),
+    "a depthwise convolution": lambda: nn.Sequential(
+        nn.Conv2d(4, 9, 1), nn.Sequential(nn.Conv2d(9, 9, 1, groups=9), nn.Conv2d(9, 2, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize(("modules", "expected"), [(None, {"0", "1.1"}), (("0",), {"0"})])
+def test_a_layer_that_ends_like_one_with_an_adapter_has_none(kind, modules, expected):
+    """Its name is another one: 1.0 is not 0."""
+    model = NESTED[kind]().eval()
+    with adapted(model, LoraSection(rank=2, modules=modules), seed=0):
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {name.partition(".lora_")[0] for name in trained} == expected
 
 
 def test_convolutions_have_adapters_too():
