@@ -24,6 +24,7 @@ from sosp_hub.distributed import (
     is_main,
     logger,
     process_state,
+    process_sum,
     to_device,
     wait_for_everyone,
 )
@@ -53,6 +54,7 @@ class Teacher:
         pairs: Layers whose states are followed, and the teacher's.
         projections: From the student's states to the teacher's, where widths differ: solved once
             by `fit`, and fixed.
+        scales: Mean squares of the teacher's states, found by `fit` as well.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Teacher:
         if config.follows_states():
             self.pairs = layer_pairs(student, teacher, config.layers)
         self.projections: dict[str, Float[Tensor, "theirs mine"]] = {}
+        self.scales: dict[str, Float[Tensor, ""]] = {}
 
     def states(self) -> AbstractContextManager[dict[str, Tensor]]:
         """The student's states of the forward pass that runs inside."""
@@ -79,7 +82,7 @@ class Teacher:
         """Solves the projections by least squares on one batch, or reads them.
 
         Args:
-            batch: The same on every process.
+            batch: Of each process its own: they count together.
             path: Where an earlier start of the same training left them.
 
         Raises:
@@ -90,7 +93,9 @@ class Teacher:
         device = next(self._student.parameters()).device
         check_teacher(self._student, self._teacher, batch, self._loss_fn)
         if path is not None and path.is_file():
-            self.projections = {k: t.to(device) for k, t in load_file(path).items()}
+            for key, tensor in load_file(path).items():
+                kind, _, name = key.partition(" ")
+                getattr(self, kind)[name] = tensor.to(device)
             return
         with self.states() as mine, _states(self._teacher, self.pairs.values()) as theirs:
             check_teacher(self._student, self._teacher, batch, self._loss_fn, quiet=True)
@@ -101,16 +106,26 @@ class Teacher:
                     f"finetune.layers: {name!r} gives {len(one)} rows and the teacher's {other!r} "
                     f"{len(two)}; name layers that work on the same places"
                 )
-            if one.shape[1] == two.shape[1]:
-                continue
             x, y = one.double().cpu(), two.double().cpu()
-            gram = x.T @ x
+            squares = process_sum(torch.tensor([y.square().sum(), y.numel()]))
+            self.scales[name] = (squares[0] / squares[1]).float().to(device)
+            if x.shape[1] == y.shape[1]:
+                continue
+            gram, cross = process_sum(x.T @ x), process_sum(x.T @ y)
             gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-            self.projections[name] = torch.linalg.solve(gram, x.T @ y).T.float().to(device)
-        if path is not None and self.projections:
+            self.projections[name] = torch.linalg.solve(gram, cross).T.float().to(device)
+        if path is not None and self.scales:
             if is_main():
+                found = {"projections": self.projections, "scales": self.scales}
                 draft = path.with_suffix(".draft")
-                save_file({k: t.contiguous() for k, t in self.projections.items()}, draft)
+                save_file(
+                    {
+                        f"{kind} {name}": tensor.contiguous()
+                        for kind, tensors in found.items()
+                        for name, tensor in tensors.items()
+                    },
+                    draft,
+                )
                 draft.replace(path)
             wait_for_everyone()
 
@@ -152,10 +167,10 @@ class Teacher:
         return value
 
     def _distance(self, name: str, mine: Tensor, theirs: Tensor) -> Tensor:
-        """Mean squared distance of states, as a share of the mean square of the teacher's."""
+        """Mean squared distance of states, as a share of what `fit` found for the teacher's."""
         if name in self.projections:
             mine = mine @ self.projections[name].T.to(mine.dtype)
-        return (mine - theirs).square().mean() / theirs.square().mean().clamp_min(1e-12)
+        return (mine - theirs).square().mean() / self.scales[name].clamp_min(1e-12)
 
 
 def relations_apart(name: str, mine: Tensor, theirs: Tensor, batch: Any = None) -> Tensor:

@@ -2,7 +2,10 @@
 
 import atexit
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +118,14 @@ def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accel
 def from_main(value: Any) -> Any:
     """The main process's value, on all processes."""
     return broadcast_object_list([value])[0]
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """One for all processes of a machine, which the main process makes and removes."""
+    with tempfile.TemporaryDirectory() if is_main() else nullcontext() as made:
+        yield Path(from_main(made))
+        wait_for_everyone()
 
 
 class OnDevice(Sequence[Any]):

@@ -109,8 +109,9 @@ def train_model(
     if teacher is not None and isinstance(config, FinetuneSection) and config.follows():
         follow = Teacher(teacher, model, config, loss_fn=loss_fn)
         if not numbered:
-            first = _Reproducible(train, seed).__getitems__(range(min(batch_size, len(train))))  # pyright: ignore
-            follow.fit(first, checkpoint_dir and checkpoint_dir / "projections.safetensors")
+            start = accelerator.process_index * batch_size
+            mine = _Reproducible(train, seed).__getitems__(range(start, start + batch_size))
+            follow.fit(mine, checkpoint_dir and checkpoint_dir / "teacher_states.safetensors")
     wrapped, optimizer, loader = accelerator.prepare(model, _optimizer(model, config), loader)
     accelerator.gradient_accumulation_steps = config.gradient_accumulation
     steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation)

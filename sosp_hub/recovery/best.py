@@ -13,7 +13,7 @@ from torch import nn
 from sosp_hub.atomic import write_text
 from sosp_hub.data.loading import make_loader
 from sosp_hub.data.split import Part, Split
-from sosp_hub.distributed import is_main, wait_for_everyone
+from sosp_hub.distributed import is_main, process_state, wait_for_everyone
 from sosp_hub.errors import DataError
 
 
@@ -115,8 +115,16 @@ class BestState:
         return is_best
 
     def load(self) -> Selected:
-        """Gives the model the best weights."""
+        """Gives the model the best weights.
+
+        Raises:
+            DataError: There are none in the folder.
+        """
         selected = self.selected
-        assert selected is not None
+        if selected is None:
+            raise DataError(
+                f"{self.folder}: the main process's best state is not seen by process "
+                f"{process_state().process_index}; let output.dir be on a shared file system"
+            )
         load_model(self.model, self.folder / self._read()["weights"])
         return selected

@@ -1,7 +1,6 @@
 """Fine-tuning after a cut: the best state seen on held-out samples is what stays."""
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 
 from sosp_hub.data.split import Split
 from sosp_hub.distillation import Numbered, StoredOutputs
-from sosp_hub.distributed import logger, make_accelerator
+from sosp_hub.distributed import logger, make_accelerator, temporary_folder
 from sosp_hub.evaluate import evaluate
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recovery.adapters import adapted, checkpointed
@@ -102,7 +101,7 @@ def recover(
             key="finetune.held_out",
         )
     with ExitStack() as stack:
-        folder = checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = checkpoint_dir or stack.enter_context(temporary_folder())
         followed: nn.Module | StoredOutputs | None = teacher
         if teacher is not None and config.top_k and config.epochs:
             followed = StoredOutputs.make(teacher, rest, config, folder, loss_fn=loss_fn)

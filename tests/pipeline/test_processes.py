@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sosp_hub.prune import main
 from tests.compare import assert_close
-from tests.pipeline import each_process, few_samples, goes_on
+from tests.pipeline import each_process, few_samples, goes_on, own_script
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +42,15 @@ def test_processes_equal_one(num, tmp_path):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert_close(found, expected)
         assert {name: each["kept"] for name, each in found["scored"].items()} == kept
+
+
+def test_a_script_of_ones_own_trains_in_two_processes_as_in_one(tmp_path):
+    done = launch(2, own_script.__name__, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = own_script.results(1)
+    assert len({str(each["weights"]) for each in expected.values()}) == len(expected)
+    for rank in range(2):
+        assert_close(json.loads((tmp_path / f"{rank}.json").read_text()), expected, relative=1e-4)
 
 
 def test_a_killed_process_ends_the_run():
