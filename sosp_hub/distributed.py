@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedType,
     broadcast_object_list,
     gather_object,
     reduce,
@@ -21,7 +22,10 @@ from accelerate.utils import (
 from torch import Tensor
 
 from sosp_hub.compat.accelerate import launched_for_several
+from sosp_hub.errors import ModelError
 from sosp_hub.progress import progress
+
+_SPREAD = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 logger = logging.getLogger("sosp_hub")
 
@@ -98,6 +102,9 @@ def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accel
     Args:
         mixed_precision: ``no``, ``bf16``, ``fp16``; None = as ``accelerate launch`` says.
         seed: Of the order of the samples.
+
+    Raises:
+        ModelError: Accelerate is set up to spread a model's weights over processes.
     """
     process_state()
     accelerator = Accelerator(
@@ -107,6 +114,13 @@ def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accel
             even_batches=False, use_seedable_sampler=True, data_seed=seed
         ),
     )
+    if accelerator.distributed_type in _SPREAD:
+        raise ModelError(
+            f"Accelerate is set up for {accelerator.distributed_type.value}; expected a whole "
+            "model on each device (DDP), as `accelerate launch --multi_gpu` or torchrun start. A "
+            "cut model that is too large to be trained so can be saved, and trained by "
+            "transformers' Trainer"
+        )
     if accelerator.num_processes == 1 and launched_for_several():
         logger.warning(
             "this is one process alone: `accelerate launch --cpu` starts several with "
