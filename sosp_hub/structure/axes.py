@@ -247,14 +247,20 @@ def _match(
 def split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:
     """The axis as a product of ``lead`` and the rest, or None where it is not one."""
     axis = resolve(axis)
-    size = size_of(axis)
     if lead == 1:
         return UNIT, axis
-    if lead == size:
+    if lead == axis.size:
         return axis, UNIT
-    if size % lead:
+    if axis.size % lead:
         return None
-    inner = size // lead
+    halves = _split(axis, lead, why)
+    if halves is None and is_fixed(axis):  # of pieces that nothing cuts there is nothing to learn
+        return fixed(lead, why), fixed(axis.size // lead, why)
+    return halves
+
+
+def _split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:
+    inner = size_of(axis) // lead
     if isinstance(axis, Atom):
         halves = (Atom(lead), Atom(inner))
         _bind(axis, Prod(halves), why)

@@ -89,7 +89,7 @@ class DispatchWatch(DispatchMode):
         terms.steps.append(
             Step(
                 name, terms.modules[-1], inputs, outputs, terms.mixes, floats,
-                terms.picked, terms.counts,
+                terms.picked, terms.counts, terms.draws,
             )
         )  # fmt: skip
 

@@ -53,7 +53,10 @@ def _view(terms: Terms, op: Operation) -> None:
         terms.constrain(size, axis, "a view")
 
 
-@_demand("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full")
+@_demand(
+    *("zeros", "ones", "empty", "full", "rand", "randn"),
+    *("new_zeros", "new_ones", "new_empty", "new_full"),
+)
 def _factory(terms: Terms, op: Operation) -> None:
     given = op.args[1:] if op.args and isinstance(op.tensor, Tensor) else op.args
     sizes = _flat(given[:1] if "full" in op.name else given) or list(op.kwargs.get("size", ()))

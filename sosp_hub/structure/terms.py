@@ -24,6 +24,7 @@ class Step:
         mixes: It combines values along a cuttable axis other than by a weighted sum.
         picked: Its whole numbers are positions along this axis.
         counts: Its result counts what lies before a position, also where a structure is gone.
+        draws: It draws random numbers, as many as there are elements.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Step:
     floats: tuple[float, ...] = ()
     picked: Axis | None = None
     counts: bool = False
+    draws: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,11 @@ class Terms:
     mixes: bool = False
     picked: Axis | None = None
     counts: bool = False
+    draws: bool = False
 
     def begin(self) -> None:
         """Another operation starts."""
-        self.mixes, self.picked, self.counts = False, None, False
+        self.mixes, self.picked, self.counts, self.draws = False, None, False, False
 
     @property
     def where(self) -> str:

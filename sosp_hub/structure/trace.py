@@ -85,6 +85,12 @@ def trace(
             "first and wrap it afterwards"
         )
     model = unwrapped(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"trace: {repr(name) if name else 'the model'} is TorchScript, whose code cannot "
+                "be followed; give the module that it was compiled from"
+            )
     if isinstance(outputs, str | int):
         outputs = (outputs,)
     wanted = None if outputs is None else tuple(outputs)

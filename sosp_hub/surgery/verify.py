@@ -34,7 +34,7 @@ from sosp_hub.structure.constraint_solver import Count
 from sosp_hub.structure.copies import copy_inputs, map_tensors, share_model
 from sosp_hub.structure.deferred import WhereRead, at_once, data_of, deferred, is_deferred
 from sosp_hub.structure.graph import Graph, Route
-from sosp_hub.structure.isolation import isolated
+from sosp_hub.structure.isolation import isolated, random_numbers_kept
 from sosp_hub.structure.modes import body_of
 from sosp_hub.structure.routes import (
     Run,
@@ -800,7 +800,7 @@ class _Replay(DispatchMode):
         return value
 
     def _masked(self, step: Step, func: Any, args: Any, kwargs: Any) -> Any:
-        if step.mixes:
+        if step.mixes or step.draws:
             return self._on_kept(step, func, args, kwargs)
         out = func(*args, **kwargs)
         if step.counts:
@@ -843,7 +843,11 @@ class _Replay(DispatchMode):
             groups = size_of(step.inputs[0][1]) // args[6]
             kept = keep_mask(step.inputs[0][1], self.masks).reshape(args[6], groups).any(1).sum()
             small[4], small[6] = small[0].shape[1], int(kept)
-        full = func(*args, **kwargs)  # for its memory layout, which later operations may look at
+        if name in {"rand", "randn"}:
+            small[0] = [int(keep_mask(axis, self.masks).sum()) for axis in step.outputs[0]]
+        keeps = random_numbers_kept if step.draws else nullcontext
+        with keeps():  # the cut model draws as many numbers as there are elements left
+            full = func(*args, **kwargs)  # for its memory layout, which later operations may see
         parts = list(rules.tensors(func(*small, **small_kwargs)))
         for result, part, result_axes in zip(rules.tensors(full), parts, step.outputs, strict=True):
             if step.picked is not None and part is parts[-1]:  # values come first

@@ -126,7 +126,7 @@ _OPTIONS = {
     name: {"weights_backbone": None, "num_classes": 4}
     | ({"min_size": 64, "max_size": 64} if "_fpn" in name else {})
     for name in _TORCHVISION
-    if "_fpn" in name or "ssd" in name
+    if any(part in name for part in ("_fpn", "ssd", "lraspp", "fcn_", "deeplab"))
 } | {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": True}}
 
 

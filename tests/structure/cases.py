@@ -231,6 +231,26 @@ SHAPES = (
     tokens("narrow", lambda m, x: x.narrow(-1, 0, m.k), 12, 8, (4, 8), k=8),
     tokens("slice from the end", lambda m, x: x[..., -m.k :], 12, 8, (4, 8), k=8),
     tokens("strided slice", lambda m, x: x[..., ::2] * x[..., 1::2], 12, 6, (6,)),
+    tokens("every third token", lambda m, x: x[:, ::3].repeat(1, 2, 1), 6, 6, (6,)),
+    tokens("every fourth channel", lambda m, x: x[..., ::4], 6, 2),
+    tokens(
+        "rows split inside a sample",
+        lambda m, x: torch.cat(x.flatten(0, 1).split([3, 5])[::-1]).view(2, 4, -1), 6, 6, (6,),
+    ),
+    tokens(
+        "channels split inside a block", lambda m, x: torch.cat(
+            x.view(2, 4, m.heads, m.dim).mT.flatten(2).split(m.parts, -1)[::-1], -1
+        ), 12, 12, parts=[5, 7], **HEADS,
+    ),
+    tokens(
+        "rows regrouped across samples",
+        lambda m, x: F.pad(x, (0, 0, 0, 2)).reshape(3, 4, -1).reshape(2, 6, -1)[:, :4], 6, 6, (6,),
+    ),
+    pictures(
+        "padded windows", lambda m, x: F.pad(x, (0, 1, 0, 1)).permute(0, 2, 3, 1).reshape(
+            2, 3, 3, 3, 3, -1
+        ).mean((2, 4)).permute(0, 3, 1, 2), 6, 6, (6,),
+    ),
     tokens("literal slice", lambda m, x: x[..., :8], 12, 8),
     tokens("literal view", lambda m, x: x.view(2, 4, 3, 4).mT.flatten(-2), 12, 12),
     tokens(
@@ -268,6 +288,8 @@ LOOKUPS = (
     tokens("new_zeros", lambda m, x: x + x.new_zeros(x.shape), 6, 6, (6,)),
     tokens("empty", lambda m, x: x + torch.empty(x.shape).zero_(), 6, 6, (6,)),
     tokens("new_empty", lambda m, x: x + x.new_empty(x.shape).fill_(0), 6, 6, (6,)),
+    tokens("random numbers", lambda m, x: x * (torch.rand(x.shape) > -1), 6, 6, (6,)),
+    tokens("normal numbers", lambda m, x: x * (torch.randn(6) < 99), 6, 6),
     tokens("zeros_like", lambda m, x: torch.cat([x, torch.zeros_like(x)], -1), 6, 12, (6,)),
     tokens("a constant of fixed size", lambda m, x: x * torch.ones(6), 6, 6),
     tokens("arange", lambda m, x: x * torch.arange(x.shape[-1]), 6, 6),
@@ -455,6 +477,20 @@ PRODUCTS = (
     pictures("grouped", Built(nn.Conv2d, 6, 12, 3, groups=3), 6, 12, (2, 3, 4)),
     pictures("transposed", Built(nn.ConvTranspose2d, 6, 7, 2, stride=2), 6, 7, (6, 7)),
     pictures("transposed grouped", Built(nn.ConvTranspose2d, 6, 12, 2, groups=3), 6, 12, (2, 3, 4)),
+    tokens(
+        "a convolution over tokens, for each channel", lambda m, x: m.over(x), 6, 6, (6, 6),
+        keeps_zero=False,
+        over=lambda: nn.Sequential(nn.Conv1d(4, 6, 1), nn.Conv1d(6, 4, 1)),
+    ),
+    tokens(
+        "a transposed convolution over tokens", lambda m, x: m.over(x), 6, 6, (6,),
+        keeps_zero=False,
+        over=lambda: nn.ConvTranspose1d(4, 4, 1),
+    ),
+    tokens(
+        "a padded convolution over tokens", lambda m, x: m.over(x), 6, 8,
+        over=lambda: nn.Conv1d(4, 4, 1, padding=1),
+    ),
     pictures("convolution 1d", Built(nn.Conv1d, 6, 7, 3), 6, 7, (6, 7), dims=1),
     pictures("convolution 3d", Built(nn.Conv3d, 6, 7, 3), 6, 7, (6, 7), dims=3),
 )  # fmt: skip

@@ -28,6 +28,16 @@ def test_trace_says_what_is_wrong(model, inputs, outputs, said):
         trace(model, inputs, outputs)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # files of it remain
+@pytest.mark.parametrize("whole", [True, False])
+def test_torchscript_is_refused(whole):
+    script = torch.jit.script(small())
+    model = script if whole else nn.Sequential(script)
+    said = "is TorchScript" if whole else "'0' is TorchScript"
+    with pytest.raises(TraceError, match=said):
+        trace(model, (torch.ones(2, 4),))
+
+
 def test_a_larger_model_is_not_the_traced_one():
     model = small()
     graph = trace(model, (torch.ones(2, 4),))

@@ -345,6 +345,47 @@ def test_a_size_that_becomes_a_value_is_noticed_also_without_data(verify):
         apply(model, graph, plan_of(graph, {name: (0, 1, 5)}), verify=verify, strict=True)
 
 
+class Noisy(nn.Module):
+    """Draws a code from the distribution that it predicts, as a variational autoencoder does."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.mean, self.spread = nn.Linear(5, 6), nn.Linear(5, 6)
+        self.inner, self.last = nn.Linear(6, 7), nn.Linear(7, 3)
+        self.draw = draw
+
+    def forward(self, x):
+        code = self.mean(x) + self.spread(x).exp() * self.draw(self.spread(x))
+        inner = self.inner(code)
+        return self.last(inner + self.draw(inner))
+
+
+DRAWS = {
+    "randn_like": torch.randn_like,
+    "rand_like": torch.rand_like,
+    "of its shape": lambda x: torch.randn(x.shape),
+    "of its sizes": lambda x: torch.rand(*x.size(), device=x.device),
+    "in place": lambda x: torch.empty_like(x).normal_(),
+    "one by one": lambda x: torch.zeros_like(x).exponential_(),
+    "coins": lambda x: torch.bernoulli(x.sigmoid()),
+    "dropout": lambda x: nn.functional.dropout(x, 0.5),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_what_is_drawn_at_random_is_no_fault(monkeypatch, draw):
+    """A cut model draws as many numbers as it has left, and so others for the same structure."""
+    torch.manual_seed(0)
+    model = fill(Noisy(draw).eval())
+    graph = trace(model, (torch.randn(2, 4, 5),))
+    assert sorted(group.size for group in graph.groups.values()) == [6, 7]
+    plan = half(graph)
+    apply(model, graph, plan, strict=True)
+    sabotage_positions(monkeypatch, graph, "inner.weight", 1)
+    with pytest.raises(VerificationError, match="mean:neuron"):
+        apply(model, graph, plan, strict=True)
+
+
 class Pair(nn.Module):
     """Two outputs, of which the second alone reads the group."""
 

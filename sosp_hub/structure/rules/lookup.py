@@ -28,14 +28,14 @@ from sosp_hub.structure.terms import Terms
     "new_full",
     "new_empty",
     "empty_strided",
+    "rand",
+    "randn",
 )
 def _constant(terms: Terms, op: Operation) -> None:
     terms.set(op.out, [free(int(size)) for size in op.out.shape])
 
 
-@rule(
-    "arange", "linspace", "rand", "randn", "randint", "eye", "randperm", "scalar_tensor", "tensor"
-)
+@rule("arange", "linspace", "randint", "eye", "randperm", "scalar_tensor", "tensor")
 def _series(terms: Terms, op: Operation) -> None:
     terms.set(op.out, [fixed(int(size), f"`{op.name}` in {terms.where}") for size in op.out.shape])
 

@@ -108,8 +108,8 @@ def _convolution(terms: Terms, op: Operation) -> None:
     for axis in window:
         terms.fix(axis, "the window of a convolution")
     spatial = [
-        terms.spatial(a, int(s), "a window slides along it")
-        for a, s in zip(window_in, op.out.shape[2:], strict=True)
+        axis if by_itself else terms.spatial(axis, int(size), "a window slides along it")
+        for axis, size, by_itself in zip(window_in, op.out.shape[2:], _one_by_one(op), strict=True)
     ]
     places = window_in if transposed else spatial
     terms.multiply(batch, groups_out, per_group, second, *places, *window)
@@ -153,6 +153,19 @@ def _bilinear(terms: Terms, op: Operation) -> None:
     _contract(terms, right, other, weight, second, where, 2)
     terms.multiply(rows, results, inner, other)
     terms.set(op.out, [rows, results])
+
+
+def _one_by_one(op: Operation) -> list[bool]:
+    """For each spatial dimension whether each place is computed from that place alone."""
+    window = op.args[1].shape[2:]
+    strides, paddings, more = (
+        list(sizes) * (len(window) if len(sizes) == 1 else 1)
+        for sizes in (op.args[3], op.args[4], op.args[7])
+    )
+    return [
+        (size, stride, padding, added) == (1, 1, 0, 0)
+        for size, stride, padding, added in zip(window, strides, paddings, more, strict=True)
+    ]
 
 
 def attention(

@@ -77,7 +77,8 @@ _ELEMENTWISE = frozenset(
         "log_sigmoid_forward",
         "elu",
         "mish",
-        "bernoulli",
+        *("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random"),
+        "uniform",
         "to",
         "type_as",
         "bitwise_not",
@@ -108,6 +109,7 @@ def apply_rule(terms: Terms, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     if chosen is None:
         tagged = torch.Tag.pointwise in getattr(func, "tags", ())
         chosen = elementwise if tagged or plain in _ELEMENTWISE else unknown
+    terms.draws = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
     try:
         chosen(terms, operation)
     except (ArithmeticError, AssertionError, IndexError, TypeError, ValueError):

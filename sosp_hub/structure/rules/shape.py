@@ -35,12 +35,15 @@ def _view(terms: Terms, op: Operation) -> None:
 
 
 def reshape(terms: Terms, axes: list[Axis], sizes: list[int], operation: str) -> list[Axis]:
-    """Row-major regrouping: factors are taken from the left, split where a border falls inside."""
+    """Row-major regrouping: factors are taken from the left, split where a border falls inside.
+
+    Where a factor cannot be split there, it and what it is regrouped with stay whole, and no more.
+    """
     factors: list[Axis] = [axis for axis in axes if size_of(axis) != 1]
     result: list[Axis] = []
-    for position, size in enumerate(sizes):
+    while len(result) < len(sizes):
         taken: list[Axis] = []
-        missing = size
+        missing = sizes[len(result)]
         while missing > 1:
             factor = resolve(factors.pop(0))
             length = size_of(factor)
@@ -48,9 +51,8 @@ def reshape(terms: Terms, axes: list[Axis], sizes: list[int], operation: str) ->
                 taken.append(factor)
                 missing //= length
                 continue
-            parts = list(factor.factors) if isinstance(factor, Prod) else None
-            if parts:
-                factors[:0] = parts
+            if isinstance(factor, Prod):
+                factors[:0] = factor.factors
                 continue
             halves = (
                 split(factor, missing, f"{operation} in {terms.where}")
@@ -58,18 +60,41 @@ def reshape(terms: Terms, axes: list[Axis], sizes: list[int], operation: str) ->
                 else None
             )
             if halves is None:
-                for axis in (*taken, factor, *factors):
-                    terms.fix(
-                        axis, f"`{operation}` regroups {[size_of(a) for a in axes]} as {sizes}"
-                    )
-                return result + [
-                    fixed(rest, f"`{operation}` in {terms.where}") for rest in sizes[position:]
-                ]
+                taken.append(factor)
+                break
             taken.append(halves[0])
             factors.insert(0, halves[1])
             missing = 1
-        result.append(Prod(tuple(taken)) if len(taken) != 1 else taken[0])
+        else:
+            result.append(Prod(tuple(taken)) if len(taken) != 1 else taken[0])
+            continue
+        number = _regroup(taken, factors, sizes[len(result) :])
+        for axis in taken:
+            terms.fix(axis, f"`{operation}` regroups {[size_of(a) for a in axes]} as {sizes}")
+        result += [
+            fixed(size, f"`{operation}` in {terms.where}")
+            for size in sizes[len(result) : len(result) + number]
+        ]
     return result
+
+
+def _regroup(taken: list[Axis], rest: list[Axis], sizes: list[int]) -> int:
+    """Takes more axes from the rest until they are as many elements as the first sizes; how many.
+
+    Args:
+        taken: Axes that must be regrouped; more are added.
+        rest: The axes after them; those that are added are removed.
+        sizes: What is made of all of them.
+    """
+    have, wanted, number = size_of(Prod(tuple(taken))), sizes[0], 1
+    while have != wanted:
+        if have < wanted:
+            taken.append(rest.pop(0))
+            have *= size_of(taken[-1])
+        else:
+            wanted *= sizes[number]
+            number += 1
+    return number
 
 
 @rule("t", "transpose", "numpy_T", "mT", "swapaxes")
@@ -178,7 +203,9 @@ def _split(terms: Terms, op: Operation) -> None:
         else:
             pieces = cut_at(rest, size) if size else (fixed(0, "empty"), rest)
             if pieces is None:
-                raise ValueError("a border falls inside a factor")
+                terms.fix(rest, "a border falls inside a block of the axis")
+                reason = f"a piece in {terms.where}"
+                pieces = fixed(size, reason), fixed(size_of(rest) - size, reason)
             head, rest = pieces
         axes[dim] = head
         terms.set(piece, axes)
@@ -195,15 +222,14 @@ def _slice(terms: Terms, op: Operation) -> None:
     step = op.args[4] if op.name == "slice" and len(op.args) > 4 else 1
     axes = list(terms.of(tensor))
     if step != 1:
+        reason = f"every {step}th element is taken"
         halves = (
             split(axes[dim], size // step, op.name)
             if size % step == 0 and kept * step == size
             else None
         )
-        if halves is None:
-            raise ValueError("a stride that does not divide the axis")
-        terms.fix(halves[1], f"every {step}th element is taken")
-        axes[dim] = halves[0]
+        terms.fix(axes[dim] if halves is None else halves[1], reason)
+        axes[dim] = fixed(kept, f"{reason} in {terms.where}") if halves is None else halves[0]
     elif kept != size:
         axes[dim] = _piece(terms, axes[dim], start, kept)
     terms.set(op.out, axes)
