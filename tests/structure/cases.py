@@ -584,12 +584,12 @@ WINDOWS = (
     ),
     pictures("windows over channels", lambda m, x: x.unfold(1, 3, 3).sum(-1), 6, 2),
     pictures(
-        "boxes", lambda m, x: roi_align(x, [torch.tensor([[0.0, 0, 4, 4]])] * 2, (3, 3)), 6, 6,
+        "boxes", lambda m, x: roi_align(x, [torch.tensor([[0.0, 0, 4, 4]])] * len(x), (3, 3)), 6, 6,
         (6,),
     ),
     pictures(
-        "largest of boxes", lambda m, x: roi_pool(x, [torch.tensor([[0.0, 0, 4, 4]])] * 2, (3, 3)),
-        6, 6, (6,),
+        "largest of boxes",
+        lambda m, x: roi_pool(x, [torch.tensor([[0.0, 0, 4, 4]])] * len(x), (3, 3)), 6, 6, (6,),
     ),
     pictures(
         "windows at learned places", lambda m, x: deform_conv2d(
