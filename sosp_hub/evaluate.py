@@ -19,7 +19,7 @@ from sosp_hub.distributed import process_rows, process_sum, processes_together, 
 from sosp_hub.errors import DataError
 from sosp_hub.modes import evaluating
 from sosp_hub.recipe.metrics import DIVERGENCE
-from sosp_hub.tasks.batches import as_batch
+from sosp_hub.tasks.batches import as_batch, check_batches
 from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.metrics import ROOTS, Meter, OfAll
 from sosp_hub.tasks.predictions import Predictions
@@ -80,6 +80,7 @@ def evaluate(
         >>> accuracy.n, accuracy.stderr < 0.1
         (64, True)
     """
+    check_batches(batches, "evaluate")
     metrics = _known(metrics, meters)
     of_all, own_meters = dict[str, OfAll](), dict[str, Meter]()
     for name in metrics:

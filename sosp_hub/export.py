@@ -68,7 +68,9 @@ def export(
         tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(folder)
         model = from_pretrained(folder if folder.is_dir() else str(folder))
     from sosp_hub.checkpoint.io import check_not_quantised
+    from sosp_hub.compat.torch import unwrapped
 
+    model = unwrapped(model)
     check_not_quantised(model)
     if out is None and folder is None:
         raise CheckpointError("export: a model in memory has no folder; give out=")

@@ -8,23 +8,25 @@ with it.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
 from sosp_hub.allocation import allocate
 from sosp_hub.atomic import write_text
+from sosp_hub.compat.torch import unwrapped
 from sosp_hub.cost import Cost, cost
 from sosp_hub.cut import apply_
 from sosp_hub.errors import BudgetError, PlanError
 from sosp_hub.modes import evaluating
 from sosp_hub.plan import PruningPlan
-from sosp_hub.recipe.schedule import kept_after
+from sosp_hub.recipe.schedule import Share, kept_after
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.carry import carry
+from sosp_hub.tasks.batches import check_batches
 from sosp_hub.training import recalibrate_norm
 from sosp_hub.untrusted import UnreadableError, read_json
 
@@ -45,8 +47,9 @@ class GradualPruning:
             pruning.step()
 
     Args:
-        model: Becomes smaller in place. Of DistributedDataParallel pass the module inside, and wrap
-            it anew after each cut.
+        model: Becomes smaller in place. What ``torch.compile`` or DataParallel makes of one is
+            looked through; of DistributedDataParallel pass the module inside, and wrap it anew
+            after each cut.
         example_inputs: As for ``trace``.
         batches: Calibration batches; scored with, rebuilt with.
         rounds: Cuts.
@@ -94,7 +97,7 @@ class GradualPruning:
         *,
         rounds: int = 5,
         every: int = 100,
-        share: Literal["cubic", "linear"] = "cubic",
+        share: Share = "cubic",
         criterion: str = "taylor",
         optimizer: Optimizer | None = None,
         averages: Sequence[nn.Module] = (),
@@ -109,12 +112,18 @@ class GradualPruning:
                 f"{', '.join(f'{name}=0.5' for name in _COSTS)}"
             )
         ((self._name, self._kept),) = budget.items()
+        if share not in (shares := get_args(Share)):
+            raise BudgetError(
+                f"GradualPruning got share={share!r}; expected one of {', '.join(shares)}"
+            )
         if not 0 < self._kept <= 1 or rounds < 1 or every < 1:
             raise BudgetError(
                 f"GradualPruning got {self._name}={self._kept}, rounds={rounds}, every={every}; "
                 "expected a share in (0, 1], and at least one round and step"
             )
-        self._model, self._inputs, self._batches = model, example_inputs, list(batches)
+        check_batches(batches, "GradualPruning")
+        self._model, self._inputs = unwrapped(model), example_inputs
+        self._batches = list(batches)
         self._rounds, self._every, self._share = rounds, every, share
         self._criterion, self._loss_fn = criterion, loss_fn
         self._optimizer, self._averages = optimizer, list(averages)

@@ -24,7 +24,7 @@ from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.summary import Summarised, Summary, alike
-from sosp_hub.tasks.batches import as_batch, has_targets
+from sosp_hub.tasks.batches import as_batch, check_batches, has_targets
 from sosp_hub.tasks.own_outputs import OwnOutputs
 from sosp_hub.types import DEFAULT_KINDS, GateKind, Kind
 
@@ -149,7 +149,7 @@ def score(
     else:
         method = criterion
     check_per(method, per)
-    _check_batches(batches)
+    check_batches(batches, "score", CriterionError)
     kind = type(batches).__name__
     if method.needs == "labels" and curvature is None:
         batches, loss_fn = _own_outputs_where_alone(batches, loss_fn)
@@ -192,15 +192,6 @@ def score(
 def _shown(names: Iterable[str]) -> str:
     first = sorted(names)
     return ", ".join(first[:4]) + ", ..." * (len(first) > 4)
-
-
-def _check_batches(batches: "Batches") -> None:
-    """Refuses one batch where a list of them is meant."""
-    if isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
-        raise CriterionError(
-            "score got one batch: in it a batch is a Tensor; write [(inputs, labels)], a list of "
-            "batches"
-        )
 
 
 def _copies(batches: "Batches", kind: str) -> "Batches":

@@ -25,7 +25,7 @@ CASES = {
     "trace": (lambda m, g, s, p: sosp_hub.trace(X, m), "must be an nn.Module, got Tensor"),
     "score": (lambda m, g, s, p: sosp_hub.score(g, m, [(X, Y)]), r"a Graph and a Sequential"),
     "batches first": (lambda m, g, s, p: sosp_hub.score(m, [(X, Y)], g), "a Sequential and a list"),
-    "one batch": (lambda m, g, s, p: sosp_hub.score(m, g, (X, Y)), r"a batch is a Tensor"),
+    "one batch": (lambda m, g, s, p: sosp_hub.score(m, g, (X, Y)), r"score got one batch, a tuple"),
     "arrays": (
         lambda m, g, s, p: sosp_hub.score(m, g, [(X.numpy(), Y.numpy())]),
         r"ndarray|without a tensor",
@@ -67,6 +67,30 @@ CASES = {
             ("teacher", nn.Linear(3, 2), {"teacher": "t", "distill": 0.5}, r"got a str"),
             ("frozen", nn.Linear(3, 2).requires_grad_(False), {}, r"nothing to train.*_grad_\("),
             ("no parameters", nn.Flatten(), {}, r"nothing to train"),
+        )
+    },
+    **{
+        f"{verb}, {case}": (
+            lambda m, g, s, p, use=use, given=given: use(m, g, s, p, given),
+            rf"{verb} got .*{words}",
+        )
+        for verb, use in {
+            "score": lambda m, g, s, p, given: sosp_hub.score(m, g, given),
+            "rebuild": lambda m, g, s, p, given: sosp_hub.rebuild(m, g, p, given),
+            "evaluate": lambda m, g, s, p, given: sosp_hub.evaluate(m, given),
+            "allocate_within": lambda m, g, s, p, given: sosp_hub.allocate_within(
+                m, g, s, given, max_drop={"loss": 1.0}
+            ),
+            "GradualPruning": lambda m, g, s, p, given: sosp_hub.GradualPruning(
+                m, (X,), given, params=0.5
+            ),
+        }.items()
+        for case, given, words in (
+            ("one pair", (X, Y), r"one batch, a tuple of .*write \[\(inputs, labels\)\]"),
+            ("one tensor", X, r"one batch, a float32 tensor"),
+            ("one dict", {"x": X}, r"one batch, a dict"),
+            ("nothing", None, r"a NoneType; expected batches"),
+            ("a number", 3, r"a int; expected batches"),
         )
     },
     "load": (lambda m, g, s, p: sosp_hub.from_pretrained(m), "a Sequential; expected a folder"),

@@ -20,6 +20,7 @@ from sosp_hub.promise.search import Promise, not_met, smallest
 from sosp_hub.recipe.metrics import DIVERGENCE, Drop, read_drops
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.structure.graph import Graph
+from sosp_hub.tasks.batches import check_batches
 from sosp_hub.tasks.metrics import Meter, OfAll
 from sosp_hub.training import recalibrate_norm
 
@@ -116,6 +117,8 @@ def allocate_within(
         raise BudgetError(f"budget.{error}") from None
     metrics = [drop.metric for drop in drops]
 
+    for given in (held_out, rebuild or ()):
+        check_batches(given, "allocate_within")
     held_out, rebuild_with = list(held_out), list(rebuild or ())
 
     def rows(pruned: nn.Module) -> dict[str, Tensor]:

@@ -6,12 +6,15 @@ from pydantic import Field
 
 from sosp_hub.recipe.section import Count, Section
 
+Share = Literal["cubic", "linear"]
+"""How the shares of rounds go."""
+
 
 class ScheduleSection(Section):
     """Several cuts with training between them, each scored and rebuilt anew."""
 
     rounds: Annotated[int, Field(ge=2, le=100)] = Field(default=5, description="cuts")
-    share: Literal["cubic", "linear"] = Field(
+    share: Share = Field(
         default="cubic",
         description="cubic cuts most in the first rounds, linear the same in each",
     )

@@ -25,7 +25,7 @@ from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.surgery.apply import Verify, check_arguments, check_model, fold
 from sosp_hub.surgery.tensors import get_tensor
-from sosp_hub.tasks.batches import as_batch, num_samples
+from sosp_hub.tasks.batches import as_batch, check_batches, num_samples
 
 if TYPE_CHECKING:
     from sosp_hub.types import Batches
@@ -151,6 +151,7 @@ def rebuilt_weights(
 ) -> Rebuilt:
     """What ``rebuild`` cuts, and what it did to each layer; arguments as there."""
     _check(model, graph, plan, damping, dense_share)
+    check_batches(batches, "rebuild")
     kept_batches = [as_batch(batch) for batch in batches]
     result = _own_readers(model, graph, plan)
     if plan.gates or plan.shifts:

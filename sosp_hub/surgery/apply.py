@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
-from sosp_hub.structure.copies import share_model, unshared
+from sosp_hub.structure.copies import marked, share_model, unshared
 from sosp_hub.structure.deferred import data_of, deferred, is_deferred
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
@@ -181,7 +181,7 @@ def cut(
                 else:
                     new = _part(old.detach(), positions)
                     if isinstance(old, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=old.requires_grad)
+                        new = marked(nn.Parameter(new, requires_grad=old.requires_grad), old)
                 for alias in (name, *graph.aliases.get(name, ())):
                     put_tensor(model, alias, new)
                 if on_cut is not None:

@@ -1,7 +1,7 @@
 """Batches of any nesting: how many samples they have, and how they are cut into parts."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,29 @@ def as_batch(batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return batch, None
     return (batch[0], None) if isinstance(batch, tuple | list) and len(batch) == 1 else batch
+
+
+def check_batches(batches: Any, verb: str, error: Callable[[str], Exception] = DataError) -> None:
+    """Refuses what is no row of batches, above all one batch; looks at none of them.
+
+    Args:
+        batches: What was given.
+        verb: Who was given it, for the message.
+        error: What it makes of a message is raised.
+    """
+    one = isinstance(batches, Tensor | Mapping) or (
+        isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches)
+    )
+    if one:
+        raise error(
+            f"{verb} got one batch, {described(batches)}; write [(inputs, labels)], a list of "
+            "batches"
+        )
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise error(
+            f"{verb} got {described(batches)}; expected batches, such as [(inputs, labels)] or a "
+            "DataLoader"
+        )
 
 
 def check_batch(batch: Any, *, targets: bool = False) -> Any:

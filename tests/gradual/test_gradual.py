@@ -178,11 +178,27 @@ def test_a_killed_schedule_goes_on_in_the_middle(stop, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"macs": 0}, {"macs": 1.5}, {"rounds": 0}, {"every": 0}, {"flops": 0.5}]
+    "keys",
+    [{"macs": 0}, {"macs": 1.5}, {"rounds": 0}, {"every": 0}, {"flops": 0.5}, {"share": "cubik"}],
 )
 def test_a_schedule_that_is_none_is_refused(keys):
     with pytest.raises(BudgetError, match=r"GradualPruning got"):
         pruning(net(), **keys)
+
+
+def test_a_compiled_model_is_looked_through():
+    plain, model = net(), net()
+    compiled = torch.compile(model, backend="eager")
+    both = []
+    for given, inside in ((plain, plain), (compiled, model)):
+        optimizer = torch.optim.SGD(inside.parameters(), lr=0.1, momentum=0.9)
+        rounds = pruning(given, optimizer, rounds=2, every=1)
+        for _ in range(2):
+            train_step(given, optimizer)
+            rounds.step()
+        both.append(inside.state_dict())
+    assert both[0]["0.weight"].shape != net()[0].weight.shape
+    assert_close(both[1], both[0], relative=1e-6)
 
 
 def test_a_transformers_trainer_cuts_while_it_trains(tmp_path):

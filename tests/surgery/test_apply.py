@@ -123,6 +123,31 @@ def test_frozen_parameters_stay_frozen_and_the_mode_stays():
     assert pruned.model.layers[0].mlp.up_proj.weight.requires_grad
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_code_has_noted_on_a_parameter_stays(in_place, tmp_path):
+    """Trainings find their groups of parameters by it, as Mamba's ``_no_weight_decay``."""
+
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+            for parameter in self.parameters():
+                parameter._no_weight_decay = parameter.dim() == 1
+                parameter.mean = parameter.detach().mean()
+
+    def marks(model):
+        return [vars(parameter).get("_no_weight_decay") for parameter in model.parameters()]
+
+    model = Net()
+    graph = trace(model, (torch.randn(2, 4),))
+    plan = half(graph)
+    expected = marks(model)
+    small = (sosp_hub.apply_ if in_place else sosp_hub.apply)(model, graph, plan)
+    assert marks(small) == expected
+    assert "mean" not in vars(small[0].weight)  # a tensor of what was there before
+    sosp_hub.save_pretrained(small, tmp_path / "small")
+    assert marks(sosp_hub.from_pretrained(tmp_path / "small", model=Net())) == expected
+
+
 def test_tied_weights_stay_tied():
     (case,) = [case for case in with_trait("tied") if case.name == "gpt2"]
     model, graph = prepared(case)

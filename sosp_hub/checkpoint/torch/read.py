@@ -17,6 +17,7 @@ from sosp_hub.checkpoint.torch.skeleton import SKELETON, outline_of, skeleton_of
 from sosp_hub.compat.huggingface_hub import is_mixin
 from sosp_hub.compat.torch import buffer_table, parameter_table, unwrapped
 from sosp_hub.errors import CheckpointError
+from sosp_hub.structure.copies import marked
 
 _SHOWN = 4
 _SAME = "build model= with the arguments that it had before it was cut"
@@ -162,7 +163,9 @@ def _put(model: nn.Module, state: Mapping[str, Tensor], devices: Mapping[str, An
             device = devices.get(name, torch.device("cpu"))
             new = state[name].to("cpu" if device.type == "meta" else device)
             is_parameter = isinstance(old, nn.Parameter)
-            made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+            made[id(old)] = (
+                marked(nn.Parameter(new, old.requires_grad), old) if is_parameter else new
+            )
     for name, old in list(named_tensors(model)):
         if id(old) in made:
             owner, _, key = name.rpartition(".")
