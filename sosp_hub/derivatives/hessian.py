@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
 
 from sosp_hub.compat.torch import out_of_memory
 from sosp_hub.derivatives.average import (
@@ -104,6 +105,18 @@ def hessian_product(
         if exact:
             try:
                 return _add_exact(model, gates, batch, protocol, vector, totals)
+            except CheckpointError as error:
+                if mode == "exact":
+                    raise CriterionError(
+                        "exact second derivatives cannot go through layers that are computed again "
+                        "(torch.utils.checkpoint): switch that off while scores are computed, such "
+                        "as by set_grad_checkpointing(False), or write mode='differences'"
+                    ) from error
+                logger.info(
+                    "finite differences instead of exact second derivatives: layers are computed "
+                    "again (torch.utils.checkpoint)"
+                )
+                exact = False
             except (RuntimeError, NotImplementedError) as error:
                 least = num_samples(batch) == 1  # else smaller micro-batches are tried first
                 if mode == "exact" or not (

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.functional import hessian, hvp
+from torch.utils.checkpoint import checkpoint
 
 from sosp_hub.derivatives import (
     LowRank,
@@ -237,6 +238,24 @@ def test_auto_takes_differences_where_a_kernel_has_no_second_derivative(caplog):
         hessian_product(toy.model, toy.groups, [toy.batch], protocol(), mode="exact")
     with caplog.at_level("INFO"):
         hessian_product(toy.model, toy.groups, [toy.batch], protocol(), mode="auto")
+    assert "differences instead of exact" in caplog.text
+
+
+def test_auto_takes_differences_where_layers_are_computed_again(caplog):
+    """As timm's models do with set_grad_checkpointing, also in eval mode."""
+
+    toy = perceptron()
+    inner = toy.model.b.forward
+    toy.model.b.forward = lambda x: checkpoint(
+        lambda x: torch.relu(inner(x)), x, use_reentrant=False
+    )
+    call = {"groups": toy.groups, "batches": [toy.batch], "protocol": protocol()}
+    expected = hessian_product(toy.model, **call, mode="differences")
+    with pytest.raises(CriterionError, match=r"checkpoint.*or write mode='differences'"):
+        hessian_product(toy.model, **call, mode="exact")
+    with caplog.at_level("INFO"):
+        found = hessian_product(toy.model, **call, mode="auto")
+    assert_close(found.second, expected.second, relative=0)
     assert "differences instead of exact" in caplog.text
 
 
