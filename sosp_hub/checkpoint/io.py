@@ -267,13 +267,15 @@ def fetch(path_or_id: str | Path, kwargs: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from sosp_hub.compat.huggingface_hub import transport_error
+
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=_WANTED, **hub))
     except HFValidationError as error:
         raise CheckpointError(
             f"{shortened(str(path_or_id))}: no such folder, and no hub id either"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, transport_error()) as error:
         raise HubError(
             f"{path_or_id}: no such folder here, and the hub does not give it ({error}); "
             f"without network, pass the folder of a downloaded model"

@@ -16,6 +16,7 @@ _UNREACHABLE = (
     "ConnectionError",
     "ConnectError",
     "ConnectTimeout",
+    "TransportError",
 )
 _UNKNOWN = (
     "GatedRepoError",

@@ -260,6 +260,8 @@ def _fetch(repo_id: str, revision: str | None, folder: Path) -> dict[str, header
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
 
+    from sosp_hub.compat.huggingface_hub import transport_error
+
     try:
         path = hf_hub_download(repo_id, headers.CONFIG, revision=revision)
         (folder / headers.CONFIG).write_bytes(Path(path).read_bytes())
@@ -270,7 +272,7 @@ def _fetch(repo_id: str, revision: str | None, folder: Path) -> dict[str, header
         ) from error
     except NotASafetensorsRepoError as error:
         raise CheckpointError(f"{repo_id}: holds no safetensors weights") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, transport_error()) as error:
         raise HubError(
             f"{repo_id}: no such folder here, and the hub does not give it ({error})"
         ) from error

@@ -45,12 +45,14 @@ def origin_on_hub(repo_id: str, revision: str | None) -> Origin:
     """The origin of weights that were just loaded from the hub, or from its cache."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    from sosp_hub.compat.huggingface_hub import transport_error
+
     file = try_to_load_from_cache(repo_id, "config.json", revision=revision)
     snapshot = _IN_CACHE.search(Path(file).parent.as_posix()) if isinstance(file, str) else None
     commit = snapshot["commit"] if snapshot else None
     try:
         card = _inherited(Path(hf_hub_download(repo_id, "README.md", revision=commit or revision)))
-    except (OSError, ValueError, SospHubError) as error:
+    except (OSError, ValueError, SospHubError, transport_error()) as error:
         log.warning(
             "the card of %s is not readable, so nothing is inherited from it (%s)", repo_id, error
         )

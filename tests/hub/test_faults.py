@@ -6,9 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from huggingface_hub import get_session
 
+import sosp_hub
+from sosp_hub.compat.huggingface_hub import transport_error
+from sosp_hub.data.reach import reaching_hub
 from sosp_hub.errors import HubError
 from sosp_hub.hub.attempts import Patience
 from sosp_hub.hub.push import push_to_hub
+from sosp_hub.inspection.examine import examine
+from sosp_hub.zoo.origin import origin_on_hub
 from tests.hub.conftest import NOW, make_folder
 from tests.hub.loopback import Fault
 from tests.hub.test_push import REPO, local, push
@@ -273,3 +278,40 @@ def _ending(hub, repo_id, folder):
     assert made.index(ours[0]) == 1  # on top of what we saw, never on top of theirs
     assert hub.contents(repo_id) == {**local(folder), "notes.txt": b"mine", **theirs}
     return "complete" if result else "told that it is not known"
+
+
+def _cut(*_, **__):
+    raise transport_error()("connection cut")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: sosp_hub.from_pretrained("me/model"),
+        lambda: examine("me/model"),
+        lambda: _reached("model"),
+    ],
+    ids=["from_pretrained", "inspect", "recipe"],
+)
+def test_a_connection_that_breaks_while_a_model_is_read_is_told(tmp_path, monkeypatch, ask):
+    """Errors of the client's HTTP library are no OSError: with config.json in the cache, inspect
+    ended with one."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", _cut)
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", _cut)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *_, **__: tmp_path / "config.json"
+    )
+    monkeypatch.setattr("sosp_hub.data.reach._answers", lambda: True)
+    with pytest.raises(HubError, match="me/model"):
+        ask()
+
+
+def _reached(section):
+    with reaching_hub(section, "me/model"):
+        _cut()
+
+
+def test_a_connection_that_breaks_while_a_card_is_read_costs_the_card_alone(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", _cut)
+    assert origin_on_hub("me/model", None).card == {}
