@@ -269,11 +269,11 @@ def _check_each_way(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut)
             return before, math.inf
         return before, _change(cut(_deferred_copy(model, graph), graph, plan), graph, ways)
 
-    doubled = _in_double(graph)
-    for ways, exact in zip(ways_apart(model, graph), ways_apart(model, doubled), strict=True):
+    fine = _in_double(graph)
+    for ways, exact in zip(ways_apart(model, graph), ways_apart(model, fine), strict=True):
         before, after = errors(model, ways, graph)
         if TOLERANCE < before < _ROUNDING or TOLERANCE < after < _ROUNDING:
-            before, after = errors(doubled(model, graph.written), exact, doubled)
+            before, after = errors(doubled(model, graph.written), exact, fine)
         if before <= TOLERANCE and not after <= TOLERANCE:
             names = " and ".join(way.name for way in ways)
             raise VerificationError(

@@ -335,6 +335,32 @@ TRACES = {
 }
 
 
+class Rounded(tf.LlamaForCausalLM):
+    """In its outputs the last digits of float32 are the first."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = (3000 * out.logits).sin()
+        return out
+
+
+def test_ways_that_differ_by_rounding_are_compared_in_double_precision():
+    torch.manual_seed(0)
+    model = fill(Rounded(tf.LlamaConfig(**SIZES)).eval())
+    graph = trace(model, {"input_ids": ids()}, outputs="logits")
+    outputs = []
+    with torch.no_grad():
+        for attention in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+            outputs.append(model(ids()).logits)
+    model.set_attn_implementation("sdpa")
+    apart = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
+    assert 1e-4 < apart < 1e-2
+    neurons = [name for name, group in graph.groups.items() if group.kind == "neuron"]
+    pruned = apply(model, graph, plan_of(graph, dict.fromkeys(neurons, tuple(range(7)))))
+    assert pruned.model.layers[0].mlp.up_proj.out_features == 7
+
+
 @pytest.mark.parametrize("name", TRACES)
 def test_other_ways_are_traced_only_where_they_read_what_was_not_read(name, monkeypatch):
     """Each trace costs more than all passes of a small model together."""
