@@ -144,19 +144,24 @@ def _check_outputs(
             return _in_double(real) if double else real
 
         pruned = cut(_deferred_copy(dense, traced), graph, plan)
+        choices = _Choices()
         try:
-            expected, real, shapes = _masked(dense, used, plan, run, graph, with_data)
+            with choices.noted():
+                expected, real, shapes = _masked(dense, used, plan, run, graph, with_data)
         except _OtherPathError as error:
             _LOG.info("only outputs are compared: %s", error)
             way = [(run, used.example_inputs)]
-            if _zeros_mask(graph, plan):
-                zeroed = _zeroed(dense, graph, plan)
-                expected = output_tensors(_results(zeroed, graph, way)[0])
-            else:
-                expected, *_ = _masked(dense, used, plan, run, graph, with_data, loops=True)
-            outputs = _results(pruned, graph, way)[0]
+            with choices.noted():
+                if _zeros_mask(graph, plan):
+                    zeroed = _zeroed(dense, graph, plan)
+                    expected = output_tensors(_results(zeroed, graph, way)[0])
+                else:
+                    expected, *_ = _masked(dense, used, plan, run, graph, with_data, loops=True)
+            with choices.repeated():
+                outputs = _results(pruned, graph, way)[0]
             return _difference(output_tensors(outputs), expected), (pruned, outputs)
-        outputs = _checked_outputs(pruned, real, plan, run, shapes)
+        with choices.repeated():
+            outputs = _checked_outputs(pruned, real, plan, run, shapes)
         return _difference(output_tensors(outputs), expected), (pruned, outputs)
 
     def check(route: Route | None) -> _Ran:
@@ -204,6 +209,57 @@ def _chooses(graph: Graph) -> bool:
 
 
 _CHOICES = {"topk", "sort", "argsort", "nms", "nonzero", "argmax", "argmin", "bucketize"}
+
+
+class _Choices(DispatchMode):
+    """What the masked model chooses, the cut one chooses too if it chooses among the same values.
+
+    Of values that are equal but for rounding, such as the scores of a plain background, one model
+    takes others than the other one, and both are right.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[tuple[str, list[Tensor], Any]] = []
+        self._notes = False
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within it choices are written down, in place of what was written down before."""
+        self._made, self._notes = [], True
+        with self:
+            yield
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Within it those choices are made again, in their order, each where its values return."""
+        self._notes = False
+        with self:
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in _CHOICES:
+            return out
+        given = list(rules.tensors((args, kwargs)))
+        if self._notes:
+            self._made.append((name, *map_tensors((given, out), Tensor.clone)))
+            return out
+        for place, (made, values, choice) in enumerate(self._made):
+            if made == name and _alike(given, values):
+                del self._made[: place + 1]
+                return choice
+        return out
+
+
+def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether numbers are equal but for rounding, and all else is equal."""
+    return len(found) == len(expected) and all(
+        one.shape == two.shape
+        and (_difference([one], [two]) <= TOLERANCE if _has_values(two) else torch.equal(one, two))
+        for one, two in zip(found, expected, strict=True)
+    )
 
 
 def _zeros_mask(graph: Graph, plan: PruningPlan) -> bool:

@@ -727,3 +727,29 @@ def test_what_rounding_chooses_is_compared_in_float64(monkeypatch):
     sabotage_positions(monkeypatch, graph, "two.weight", 1)
     with pytest.raises(VerificationError, match=name):
         apply(model, graph, plan, strict=True)
+
+
+class Ties(nn.Module):
+    """Chooses between two sums that are equal but for the order in which they are rounded."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 64), nn.Linear(64, 1)
+
+    def forward(self, x):
+        x = self.one(x)
+        scores = torch.stack([self.two(x), nn.functional.linear(x * 3, self.two.weight / 3)], -1)
+        scores = scores + torch.stack([torch.zeros(1), self.two.bias], -1)
+        return scores.sort(-1).values + scores.argmax(-1, keepdim=True)
+
+
+def test_a_choice_among_equal_values_is_no_fault(monkeypatch):
+    """Where two models choose otherwise only since both are undecided, both are right."""
+    torch.manual_seed(0)
+    model = fill(Ties().eval())
+    graph = trace(model, (torch.randn(2, 40, 5),))
+    plan = half(graph)
+    apply(model, graph, plan, strict=True)
+    sabotage_positions(monkeypatch, graph, "two.weight", 1)
+    with pytest.raises(VerificationError, match="one:head_dim"):
+        apply(model, graph, plan, strict=True)
