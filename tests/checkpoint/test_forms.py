@@ -135,6 +135,9 @@ def test_inspect_tells_what_the_model_holds(tmp_path, capsys):
     assert layers["model.layers.2.mlp.up_proj"]["dense_shape"] == [48, 32]
     tokens = model.config.max_position_embeddings - 2
     assert layers["model.layers.2.mlp.up_proj"]["macs"] == tokens * 19 * 32
+    attention = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
+    in_layers = sum(layer["macs"] for layer in layers.values())
+    assert found["totals"]["macs"] == in_layers + 2 * attention * tokens**2
     assert inspect.main([str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "19x32 of 48x32" in shown
@@ -148,6 +151,7 @@ def test_inspect_finds_no_fault_in_a_sound_checkpoint(family, tmp_path):
     found = examine(sosp_hub.save_pretrained(model, tmp_path / "small"))
     assert found.faults == []
     assert found.totals["params"] == sum(p.numel() for p in model.parameters())
+    assert found.totals["bytes"] == sum(layer.bytes for layer in found.layers)  # tied ones once
 
 
 def test_macs_of_experts_count(tmp_path):
