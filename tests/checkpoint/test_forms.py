@@ -119,6 +119,22 @@ def test_plan_alone_cuts_its_base_again(tmp_path):
         sosp_hub.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_a_plan_alone_cuts_the_revision_that_it_was_made_for(given, tmp_path, monkeypatch):
+    asked = []
+
+    def stops(path, **kwargs):
+        asked.append((path, kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sosp_hub.checkpoint.io.from_pretrained", stops)
+    plan = PruningPlan({"a": (0,)}, {"a": 2}, base_model="me/llama", base_revision="12ab")
+    folder = weightless.save_plan(plan, tmp_path / "plan")
+    with pytest.raises(KeyboardInterrupt):
+        sosp_hub.apply_plan_file(folder, **({"revision": given} if given else {}))
+    assert asked == [("me/llama", {"revision": given or "12ab"})]
+
+
 # ----------------------------------------------------------------------------------------- inspect
 
 

@@ -167,6 +167,29 @@ def test_timm_wrapper_saves_what_loads(tmp_path):
     assert_close(output(again, {"pixel_values": x}), output(model, (x,)), relative=1e-6)
 
 
+def test_shared_weights_of_timm_are_there_under_every_name(tmp_path):
+    """timm reads them so."""
+    model = cuts.pruned_timm("test_vit")
+    model.blocks[1].norm1.weight = model.blocks[0].norm1.weight
+    folder = sosp_hub.save_pretrained(model, tmp_path / "small")
+    expected = output(model, (torch.ones(1, 3, 160, 160),))
+    for loaded in (
+        sosp_hub.from_pretrained(folder),
+        timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
+    ):
+        assert_close(output(loaded, (torch.ones(1, 3, 160, 160),)), expected, relative=1e-6)
+
+
+def test_what_a_report_says_of_its_base_stays(tmp_path):
+    base = {"model": "mine/dense", "revision": None, "license": "mit"}
+    folder = sosp_hub.save_pretrained(
+        cuts.pruned_timm("test_resnet"), tmp_path / "small", report={"base": base, "task": "a"},
+        base_model="other/dense", base_revision="12ab",
+    )  # fmt: skip
+    record = json.loads((folder / "sosp_report.json").read_text())
+    assert record == {"base": {**base, "revision": "12ab"}, "task": "a"}
+
+
 def test_timm_draws_only_numbers_that_stay(tmp_path):
     """What is read from the file needs none; a head of another size does, and gets them."""
     model = cuts.pruned_timm("test_resnet")
