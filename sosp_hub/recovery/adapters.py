@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sosp_hub.compat.torch import forward_hook_table
+from sosp_hub.compat.torch import forward_hook_table, parameter_table
 from sosp_hub.errors import ModelError
 from sosp_hub.recipe.schema import LoraSection
 
@@ -76,7 +76,7 @@ def _targets(model: nn.Module, config: LoraSection) -> list[str]:
             or (isinstance(module, nn.Conv2d) and module.groups == 1)
             or type(module).__name__ == "Conv1D"
         )
-        and users[id(module.weight)] == 1
+        and users.get(id(parameter_table(module).get("weight"))) == 1  # neither tied nor computed
     ]
     chosen = [
         name

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sosp_hub
@@ -158,6 +159,16 @@ def test_adapters_begin_as_their_seed_says_and_leave_the_random_numbers():
             starts.append(start.detach().clone())
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[1], starts[2])
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm], ids=["weight", "spectral"])
+def test_weights_that_are_computed_have_none(norm):
+    """There is nothing that an adapter could be merged into."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), norm(nn.Linear(5, 2))).eval()
+    with adapted(model, LoraSection(rank=2), seed=0):
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {name.partition(".lora_")[0] for name in trained} == {"0"}
 
 
 NESTED = {
