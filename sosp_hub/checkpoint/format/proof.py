@@ -115,11 +115,8 @@ def same_function(
     if not is_coarse(model):
         return False
     wide = map_tensors(inputs, lambda t: t.double() if t.is_floating_point() else t)
-    for copied in (
-        contextlib.nullcontext,
-        at_once,
-    ):  # code may want more of weights than operations
-        with copied(), WhereRead():
+    for with_copies in (contextlib.nullcontext, at_once):  # code may read more than operations do
+        with with_copies(), WhereRead():
             if same_output(doubled(rebuilt), doubled(model), wide, _ROUNDING):
                 return True
     return False
