@@ -275,7 +275,8 @@ def _check(
         number = isinstance(value, Real) and not isinstance(value, bool)
         least = number and (value > 0 if name in budgets else value >= 0)
         if not (least and value <= 1):
-            raise BudgetError(f"budget: {name} is the share that is kept, in (0, 1]; got {value!r}")
+            span = "in (0, 1]" if name in budgets else "from 0 to 1"
+            raise BudgetError(f"budget: {name} is the share that is kept, {span}; got {value!r}")
     if not isinstance(round_to, Integral) or round_to < 1:
         raise BudgetError(f"budget: round_to must be a whole number of at least 1, got {round_to}")
     if measure is None and (name := next((n for n in MEASURED if n in budgets), None)):

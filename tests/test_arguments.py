@@ -50,6 +50,19 @@ CASES = {
         lambda m, g, s, p: sosp_hub.allocate_within(g, m, s, [(X, Y)], max_drop={"loss": 1.0}),
         r"got a Graph, expected an nn\.Module",
     ),
+    **{
+        f"within, drops {given!r}": (
+            lambda m, g, s, p, given=given: sosp_hub.allocate_within(
+                m, g, s, [(X, Y)], max_drop=given
+            ),
+            r"budget.max_drop: got .*such as \{'accuracy': 1.0\}",
+        )
+        for given in ({}, 5, None)
+    },
+    "a floor above all": (
+        lambda m, g, s, p: sosp_hub.allocate(g, s, params=0.8, keep_at_least=1.5),
+        "keep_at_least is the share that is kept, from 0 to 1; got 1.5",
+    ),
     "within, scores first": (
         lambda m, g, s, p: sosp_hub.allocate_within(m, s, g, [(X, Y)], max_drop={"loss": 1.0}),
         r"a Scores and a Graph",

@@ -109,6 +109,11 @@ def allocate_within(
             "expected allocate_within(model, graph, saliency, held_out, max_drop=...), with what "
             "trace(...) and score(...) return"
         )
+    if not isinstance(max_drop, Mapping) or not max_drop:
+        raise BudgetError(
+            f"budget.max_drop: got {max_drop!r}; expected how much each metric may drop, such as "
+            "{'accuracy': 1.0}"
+        )
     names = ("accuracy", "loss", "perplexity", *meters)
     of_all = [name for name, meter in meters.items() if isinstance(meter, OfAll)]
     try:
