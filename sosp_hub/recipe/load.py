@@ -183,6 +183,12 @@ def _read(path: Path) -> str:
             "model without a recipe give --task and --data"
         )
         raise RecipeError(source, [fault])
+    if path.is_dir():
+        fault = (
+            "is a folder; write the path of a recipe or, for the folder of a model, give --task "
+            "and --data too"
+        )
+        raise RecipeError(source, [fault])
     try:
         return read_text(path, MOST_YAML_BYTES)
     except UnreadableError as error:

@@ -3,6 +3,7 @@
 Each target is one file in ``sosp_hub/targets``, with its own options.
 """
 
+import difflib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -119,10 +120,20 @@ def make_target(name: Any, error: Callable[[str], Exception], /, **options: Any)
     except ValidationError as fault:
         first = fault.errors(include_url=False)[0]
         known = sorted(set(model.model_fields) - {"name"})
+        key = ".".join(map(str, first["loc"]))
+        wrong = (
+            f"no option {key!r}{_meant(key, known)}"
+            if first["type"] == "extra_forbidden"
+            else f"{key}: {first['msg']}, got {first['input']!r}"
+        )
         raise error(
-            f"target {name!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got "
-            f"{first['input']!r}; its options are {', '.join(known) or 'none'}"
+            f"target {name!r}: {wrong}; its options are {', '.join(known) or 'none'}"
         ) from None
+
+
+def _meant(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def as_targets(given: Any, error: Callable[[str], Exception]) -> tuple[Target, ...]:

@@ -268,6 +268,8 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path / "no_such.yaml", tmp_path):
         with pytest.raises(RecipeError, match=re.escape(str(path))):
             load_recipe(path)
+    with pytest.raises(RecipeError, match=r"is a folder; .*for the folder of a model, give --task"):
+        load_recipe(tmp_path)
     binary = tmp_path / "weights.bin"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="UTF-8"):

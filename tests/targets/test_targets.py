@@ -20,6 +20,7 @@ from sosp_hub.export import main
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.recipe.targets import TARGETS
 from sosp_hub.targets.openvino import OpenVino
+from sosp_hub.targets.writers.forms import write_onnx
 from tests.checkpoint import cuts
 from tests.compare import assert_close
 
@@ -428,6 +429,8 @@ def test_what_is_wrong_is_said(tmp_path, traced, capsys):
         sosp_hub.allocate(graph, saliency, params=0.7, target="decy")
     with pytest.raises(CheckpointError, match=r"target 'gguf': quantization: .*'q9'"):
         sosp_hub.export(model, "gguf", tmp_path / "x.gguf", quantization="q9")
+    with pytest.raises(CheckpointError, match=r"no option 'cach' \(did you mean 'cache'\?\); its"):
+        sosp_hub.export(llama(), "onnx", tmp_path / "x.onnx", cach=True)
     with pytest.raises(CheckpointError, match="give out="):
         sosp_hub.export(model, "deci")
     with pytest.raises(BudgetError, match=r"params=0.05 was asked.*target deci"):
@@ -515,3 +518,20 @@ def test_the_module_and_the_function_have_one_name():
     assert callable(sosp_hub.export)
     assert sosp_hub.export.main is main
     assert json.dumps(sorted(TARGETS.known()))
+
+
+def test_onnx_is_written_without_warnings_of_what_could_not_be_computed_ahead(
+    tmp_path, monkeypatch, caplog
+):
+    log = logging.getLogger("onnxscript.optimizer")
+
+    def export(*_, **__):
+        log.warning("Evaluation failed")
+        log.error("a fault")
+
+    monkeypatch.setattr("torch.onnx.export", export)
+    write_onnx(torch.nn.Linear(2, 2), tmp_path / "x.onnx", (torch.ones(1, 2),), None)
+    assert "a fault" in caplog.text
+    assert "Evaluation failed" not in caplog.text
+    log.warning("as before")
+    assert "as before" in caplog.text

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def write_onnx(
         CheckpointError: The packages are missing, or torch cannot export the model.
     """
     try:
-        with _plain_experts(model):
+        with _plain_experts(model), _only_errors("onnxscript"):
             torch.onnx.export(
                 model.eval(),
                 args,
@@ -67,7 +68,7 @@ def write_onnx(
     except Exception as error:
         raise CheckpointError(
             f"ONNX: torch cannot export {type(model).__name__} "
-            f"({last_cause(error)}); export.to_archive writes a torch.export archive, and "
+            f"({last_cause(error)}); the target torch_export writes a torch.export archive, and "
             f"sosp_hub.save_pretrained what transformers and timm load"
         ) from error
     return Path(path)
@@ -115,6 +116,18 @@ def arguments(model: nn.Module, inputs: Inputs | None) -> tuple[tuple[Any, ...],
         caches = hasattr(getattr(model, "config", None), "use_cache")
         return (), {**inputs, **({"use_cache": False} if caches else {})}
     return tuple(inputs), {}
+
+
+@contextlib.contextmanager
+def _only_errors(library: str) -> Iterator[None]:
+    """Its log without warnings, such as of a constant that could not be computed ahead."""
+    log = logging.getLogger(library)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager
