@@ -70,8 +70,8 @@ def export(
     from sosp_hub.checkpoint.io import check_not_quantised
     from sosp_hub.compat.torch import unwrapped
 
-    model = unwrapped(model)
-    check_not_quantised(model)
+    plain = unwrapped(model)
+    check_not_quantised(plain)
     if out is None and folder is None:
         raise CheckpointError("export: a model in memory has no folder; give out=")
     place = Path(out) if out is not None else _beside(Path(str(folder)), target)
@@ -79,10 +79,10 @@ def export(
     from sosp_hub.modes import evaluating
     from sosp_hub.structure.isolation import random_numbers_kept
 
-    with writing(place), random_numbers_kept(), evaluating(model):
+    with writing(place), random_numbers_kept(), evaluating(plain):
         place.parent.mkdir(parents=True, exist_ok=True)
         with draft_folder_in(place.parent, place.name) as draft:
-            target.write(model, draft / place.name, tokenizer)
+            target.write(plain, draft / place.name, tokenizer)
             as_others_are(draft)
             written = sorted(draft.iterdir())
             for path in written:

@@ -66,13 +66,14 @@ def _faults(error: ValidationError, data: Any) -> Iterator[_Fault]:
     of_forms: dict[tuple[str, ...], list[tuple[bool, _Fault]]] = {}
     for fault in error.errors():
         keys: list[str] = []
-        form, value, above, at = None, None, (), data
+        form, value, above = None, None, ()
+        at: Any = data
         for key in fault["loc"]:
             if (isinstance(at, dict) and key in at) or (
                 isinstance(at, list) and isinstance(key, int)
             ):
                 keys.append(str(key))
-                at = at[key]
+                at = at[key]  # pyright: ignore[reportArgumentType, reportCallIssue]
             elif _FORM.fullmatch(str(key)):
                 form, value, above = str(key), at, tuple(keys)
             else:
