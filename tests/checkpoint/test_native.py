@@ -275,6 +275,16 @@ def test_a_uniform_cut_of_heads_that_no_config_can_say_is_said(caplog):
     assert "uniform=True was asked, but no plain config describes the model" in caplog.text
 
 
+def test_a_plain_config_that_builds_another_function_is_none(tmp_path):
+    """Its shapes are right; what it computes is not what the model does."""
+    model = uniform_llama()
+    folder = sosp_hub.save_pretrained(model, tmp_path / "plain")
+    assert "sosp_hub" not in json.loads((folder / "config.json").read_text())
+    model.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(CheckpointError, match="computes something else"):
+        sosp_hub.save_pretrained(model, tmp_path / "other")
+
+
 def test_a_config_that_a_model_refuses_by_an_assertion_is_no_native_one(tmp_path):
     """SqueezeBERT asserts that two numbers agree; a width that is only one of them was tried."""
     config = transformers.SqueezeBertConfig(
