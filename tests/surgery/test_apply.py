@@ -584,6 +584,16 @@ def test_a_deep_model_of_16_bits_is_compared_in_double_precision(attention):
     apply(model, graph, allocate(graph, scores, params=0.7), strict=True)
 
 
+def test_statistics_of_16_bits_are_in_double_precision_too(caplog):
+    """Else the model does not run so, and what is rounded tells nothing."""
+    (case,) = [case for case in CASES if case.name == "test_resnet"]
+    model = fill(case.model()).bfloat16()
+    graph = trace(model, tuple(x.bfloat16() for x in case.inputs()))
+    with caplog.at_level("DEBUG"):
+        apply(model, graph, half(graph, exact), strict=True)
+    assert "with copies of the weights" not in caplog.text
+
+
 class WritesToItself(nn.Module):
     """Clamps weights, renormalises an embedding, counts its passes; all in its forward pass."""
 
