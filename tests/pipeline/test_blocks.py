@@ -107,8 +107,11 @@ class Table:
         return sum(self.alone[n] for n in gone) + sum(self.more.get(frozenset(p), 0) for p in pairs)
 
 
+@pytest.mark.parametrize("budget", [0.01, 0.8])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_least_loss_for_what_is_saved_goes_first_and_is_measured_anew(seed, monkeypatch):
+def test_the_least_loss_for_what_is_saved_goes_first_and_is_measured_anew(
+    seed, budget, monkeypatch
+):
     generator = torch.Generator().manual_seed(seed)
     _, model, graph = traced("llama")
     able = blocks_of(graph, ("attention", "mlp"))
@@ -129,19 +132,23 @@ def test_the_least_loss_for_what_is_saved_goes_first_and_is_measured_anew(seed, 
     context = SimpleNamespace(
         recipe=SimpleNamespace(
             structure=SimpleNamespace(blocks=section),
-            budget=SimpleNamespace(targets=lambda: {"params": 0.01}),
+            budget=SimpleNamespace(targets=lambda: {"params": budget}),
         ),
         graph=graph,
         model=model,
     )
     found = [one["name"] for one in module.blocks._make(context)["removed"]]
-    sizes = {b.name: _params(graph, b) for b in able}
+    sizes, whole = {b.name: _params(graph, b) for b in able}, sosp_hub.cost.cost(graph).params
     expected = []
     for _ in range(3):  # the slow way
         now = table(expected)
         price = {n: (table([*expected, n]) - now) / sizes[n] for n in names if n not in expected}
-        expected.append(min(price, key=lambda name: price[name]))
+        left = whole - sum(sizes[n] for n in expected)
+        price = {n: each for n, each in price.items() if left - sizes[n] >= budget * whole}
+        if price:
+            expected.append(min(price, key=lambda name: price[name]))
     assert found == expected
+    assert (len(found) == 3) == (budget == 0.01)  # the most, or fewer
 
 
 class _Noting:
