@@ -150,8 +150,9 @@ class FunctionWatch(TorchFunctionMode):
         self.terms.begin()
         try:
             rules.attention(
-                self.terms, query, key, value, mask, out, given.get("scale") is not None
-            )
+                self.terms, query, key, value, mask, out,
+                scaled=given.get("scale") is not None, causal=bool(given.get("is_causal")),
+            )  # fmt: skip
         except (AssertionError, ValueError, IndexError):
             rules.unknown(
                 self.terms, rules.Operation("scaled_dot_product_attention", args, kwargs, out)

@@ -613,6 +613,12 @@ def _attend(m: Any, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, **more).transpose(1, 2).reshape(2, 4, -1)
 
 
+def _attend_over_channels(m: Any, q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+    q, k, v = (t.view(2, 4, -1, m.dim).permute(0, 2, 3, 1) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, scale=0.5, **more)
+    return out.permute(0, 3, 1, 2).reshape(2, 4, -1)
+
+
 def _windows(m: Any, x: Tensor) -> Tensor:
     """Overlapping windows of two tokens."""
     (batch, length, width), (sample, row, column) = x.shape, x.stride()
@@ -756,6 +762,15 @@ ATTENTIONS = (
             *(t.view(2, 4, m.heads, -1).transpose(1, 2) for t in (q, k, v)), scale=0.5
         ).transpose(1, 2).reshape(2, 4, -1),
         (12, 12, 15), 15, (3, 4, 5), keeps_zero=False, **HEADS,
+    ),
+    tokens(
+        "attention over channels", _attend_over_channels, (12, 12, 12), 12, (3, 4), (4,),
+        keeps_zero=False, **HEADS,
+    ),
+    tokens(
+        "causal attention over channels",
+        lambda m, *qkv: _attend_over_channels(m, *qkv, is_causal=True), (12, 12, 12), 12, (3,),
+        keeps_zero=False, **HEADS,
     ),
     tokens(
         "attention by hand",

@@ -10,6 +10,7 @@ from sosp_hub.structure.axes import (
     atoms,
     fixed,
     free,
+    is_fixed,
     mark,
     pin,
     size_of,
@@ -176,6 +177,7 @@ def attention(
     mask: Tensor | None,
     out: Tensor,
     scaled: bool,
+    causal: bool,
 ) -> None:
     """``scaled_dot_product_attention`` of (..., heads, length, width), KV heads shared or not."""
     *lead_q, length, width = terms.of(query)
@@ -198,7 +200,10 @@ def attention(
         elif size_of(one) == size_of(two):
             unify(one, two, operation)
     mark(lead_q[-1] if lead_q else UNIT, "head")
-    pin(places, operation)
+    if causal:
+        pin(Sum((length, places)), operation)
+    elif not is_fixed(places):  # channels that take the place of tokens
+        terms.mix(places, "attention runs over it")
     if mask is not None:
         broadcast(terms, [(*lead_q, length, places), terms.of(mask)], operation)
     terms.multiply(*lead_q, length, width, places)
