@@ -107,7 +107,8 @@ def blocks(context: Context) -> dict[str, Any]:
     section = context.recipe.structure.blocks
     assert section is not None
     graph, budget = context.graph, context.recipe.budget.targets()
-    able, model = blocks_of(graph, section.kinds), context.model
+    able = [each for each in blocks_of(graph, section.kinds) if each.group not in context.stuck]
+    model = context.model
     cost_of, unit = CostModel(graph), "macs" if "params" not in budget else "params"
     gone: list[Block] = []
 
@@ -151,7 +152,8 @@ def removed(context: Context) -> list[dict[str, Any]]:
     if context.recipe.structure.blocks is None:
         return []
     if context.scores is not None:
-        return [dict(block) for block in context.scores.blocks]
+        known = context.scores.blocks
+        return [dict(block) for block in known if block["group"] not in context.stuck]
     return blocks(context)["removed"]
 
 

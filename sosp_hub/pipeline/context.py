@@ -50,6 +50,7 @@ class Context:
         scores: Of an earlier run, to be used instead of scoring.
         sources: The other data sets of the recipe, opened.
         original: The dense model, where `model` was cut in rounds before; None = `model`.
+        stuck: Groups whose whole blocks cannot go, as a cut without them was not verified.
     """
 
     recipe: Recipe
@@ -63,6 +64,7 @@ class Context:
     _splits: dict[_Key, Split] = field(default_factory=dict, repr=False)
     _batches: dict[tuple[int, int, int], Sequence[Any]] = field(default_factory=dict, repr=False)
     original: nn.Module | None = None
+    stuck: set[str] = field(default_factory=set)
 
     def turned_to(self, recipe: Recipe, cache: StageCache) -> Self:
         """The same model and data for a recipe that differs in criterion, budget or kinds alone."""

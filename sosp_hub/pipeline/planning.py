@@ -13,7 +13,7 @@ from sosp_hub.allocation import MEASURED, allocate
 from sosp_hub.criteria.compute.compensation import Means
 from sosp_hub.distributed import OnDevice, from_main, logger, process_sum
 from sosp_hub.errors import CriterionError, SospHubError, VerificationError
-from sosp_hub.pipeline.blocks import Block, as_blocks, blocks_of, left_of, removed, shares
+from sosp_hub.pipeline.blocks import Block, as_blocks, blocks, blocks_of, left_of, removed, shares
 from sosp_hub.pipeline.compensation import bias_means, held_out_losses, made_up_for, refine
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.curvature import Curvature, calibration_of, curvature_of
@@ -167,6 +167,16 @@ def decide_and_cut(context: Context, scores: "Saliency") -> tuple[PruningPlan, n
             with context.cache.timed("cut", "cut and verify"):
                 return decided, cut(context, decided)
         except VerificationError as failure:
+            gone = {block["group"] for block in removed(context)}
+            if stuck := gone.intersection(failure.groups):
+                logger.warning(
+                    "%s cannot be left out as a whole and stays; choosing blocks again: %s",
+                    *(", ".join(sorted(stuck)), failure),
+                )
+                context.stuck.update(stuck)
+                for step in (blocks, plan):
+                    context.cache.forget(step)
+                continue
             unproved = [name for name in failure.groups if left.pop(name, None) is not None]
             if not unproved or not left:
                 raise

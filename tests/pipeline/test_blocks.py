@@ -6,7 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import sosp_hub
 from sosp_hub.errors import TraceError
@@ -199,6 +203,45 @@ def test_blocks_and_width_in_one_recipe_and_once_more_at_another_budget(tmp_path
     plan = json.loads((tmp_path / "again" / "sosp_report.json").read_text())["plan"]
     assert plan["provenance"]["blocks"] == gone
     assert load_file(tmp_path / "again" / "model.safetensors")
+
+
+def test_a_block_that_cannot_go_stays_and_another_goes(tmp_path, caplog, monkeypatch):
+    """A Llama asks its first layer's cache for positions, which nothing fills without attention."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"[UNK]": 0, **{f"w{number}": number + 1 for number in range(63)}}
+    core = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="[UNK]", pad_token="[UNK]"
+    ).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i * i % 60}" for i in range(3000)))
+    losses = module._loss
+    monkeypatch.setattr(
+        module, "_loss", lambda context, model, number: _first(model, losses, context, number)
+    )
+    recipe = ["--task", "text-generation", "--data", str(tmp_path / "text.txt"), "--params", "0.8"]
+    keys = [
+        "data.max_length=16", "data.num_train=32", "data.num_test=8", "finetune.epochs=0",
+        "structure.blocks={kinds: [attention], most: 1}", f"output.dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    assert main([str(folder), *recipe, *keys]) == 0
+    report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())
+    (gone,) = report["plan"]["provenance"]["blocks"]
+    assert gone["layer"] != "model.layers.0"
+    assert "model.layers.0.self_attn.q_proj:kv_group cannot be left out" in caplog.text
+    sosp_hub.from_pretrained(tmp_path / "out")
+
+
+def _first(model, losses, context, number):
+    """A loss by which the first layer's attention goes before all others."""
+    off = not model.model.layers[0].self_attn.o_proj.weight.any()
+    return losses(context, model, number) - 5 * off
 
 
 @pytest.mark.parametrize(
