@@ -140,6 +140,7 @@ def test_the_least_loss_for_what_is_saved_goes_first_and_is_measured_anew(
         ),
         graph=graph,
         model=model,
+        stuck=set(),
     )
     found = [one["name"] for one in module.blocks._make(context)["removed"]]
     sizes, whole = {b.name: _params(graph, b) for b in able}, sosp_hub.cost.cost(graph).params
