@@ -53,6 +53,23 @@ def forget_prepared(model: nn.Module) -> None:
 _PREPARED = "_is_accelerate_prepared"
 
 
+@contextmanager
+def in_own_precision(model: nn.Module) -> Iterator[None]:
+    """The model runs without the mixed precision that an accelerator put around its pass."""
+    kept = vars(model)
+    prepared = kept.get("forward") if _OWN_FORWARD in kept else None
+    if prepared is not None:
+        kept["forward"] = kept[_OWN_FORWARD]
+    try:
+        yield
+    finally:
+        if prepared is not None:
+            kept["forward"] = prepared
+
+
+_OWN_FORWARD = "_original_forward"
+
+
 def running_device(model: nn.Module) -> Any:
     """Where the weights of an offloaded model come when it runs; None where nothing says so."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())

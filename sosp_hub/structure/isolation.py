@@ -16,7 +16,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.accelerate import in_own_precision
 from sosp_hub.compat.torch import eagerly, num_writes
 
 _Cache = functools._lru_cache_wrapper
@@ -55,9 +56,9 @@ def isolated(*models: nn.Module | type[nn.Module]) -> Iterator[None]:
 
     Modules (attributes, hooks, buffers of the models themselves), classes, globals, closures and
     default arguments of their code and of all that it imports, the caches in them, and the random
-    number generators, also after an exception. Compiled modules run as they were written, and
-    ``functools`` caches start empty, so that a pass
-    takes one path whatever ran before.
+    number generators, also after an exception. Compiled modules run as they were written, models
+    that Accelerate prepared without its mixed precision, and ``functools`` caches start empty, so
+    that a pass takes one path whatever ran before.
 
     What a model reaches only through threads of its own or through C++ is not seen.
     """
@@ -74,7 +75,10 @@ def isolated(*models: nn.Module | type[nn.Module]) -> Iterator[None]:
     stack.append(known)
     try:
         places.exchange_caches()
-        with eagerly():
+        with eagerly(), ExitStack() as precision:
+            for model in models:
+                if isinstance(model, nn.Module):
+                    precision.enter_context(in_own_precision(model))
             yield
     finally:
         stack.pop()

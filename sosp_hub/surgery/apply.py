@@ -1,6 +1,7 @@
 """``apply``: a plan becomes a smaller model of the same class."""
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Literal, get_args
 
 import torch
@@ -122,6 +123,9 @@ def apply_(
         pruned = cut(twin_of(dense, graph), graph, part, on_cut)
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)
+    for key, value in vars(model).items():  # such as the forward pass that Accelerate puts there
+        if isinstance(value, MethodType) and value.__self__ is pruned:
+            vars(model)[key] = MethodType(value.__func__, model)
     return model
 
 

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import nn
 
 import sosp_hub
+from sosp_hub.compat.accelerate import process_state_kept
 from sosp_hub.cost import cost
 from sosp_hub.errors import BudgetError, PlanError, VerificationError
 from sosp_hub.gradual import GradualPruning
@@ -235,9 +237,9 @@ def test_a_transformers_trainer_cuts_while_it_trains(tmp_path):
         )
         return made[-1]
 
-    def train(model, folder, steps, **given):
+    def train(model, folder, steps, bf16=False, **given):
         arguments = TrainingArguments(
-            str(folder), max_steps=steps, save_steps=6, per_device_train_batch_size=4,
+            str(folder), max_steps=steps, save_steps=6, per_device_train_batch_size=4, bf16=bf16,
             report_to=[], use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
         callback = sosp_hub.trainer_callback(make)
@@ -259,3 +261,42 @@ def test_a_transformers_trainer_cuts_while_it_trains(tmp_path):
     assert made[-1].rounds_done == 2
     assert_close(again.state_dict(), whole.state_dict(), relative=1e-5)
     assert math.isfinite(whole(**batch).loss.item())
+    mixed = train(bert(), tmp_path / "mixed", 8, bf16=True)  # its checkpoints hold the cut model
+    saved = sosp_hub.from_pretrained(tmp_path / "mixed" / "checkpoint-8")
+    assert_close(saved.state_dict(), mixed.state_dict(), relative=0)
+
+
+def test_a_model_that_was_prepared_in_mixed_precision_is_scored_cut_trained_and_saved(tmp_path):
+    """Its pass casts by itself, which second derivatives do not go through and files do not do."""
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return F.dropout(super().forward(x), 0.5, self.training)
+
+    def made():
+        torch.manual_seed(0)
+        return Net(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+
+    images, labels = torch.randn(8, 3, 4, 4), torch.arange(8) % 3
+    with process_state_kept():
+        plain, model = made().eval(), made()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer = Accelerator(cpu=True, mixed_precision="bf16").prepare(model, optimizer)
+        model.eval()
+        graph = sosp_hub.trace(model, (images[:2],))
+        saliency = sosp_hub.score(model, graph, [(images, labels)])
+        expected = sosp_hub.score(plain, graph, [(images, labels)])
+        assert_close(dict(saliency), dict(expected), relative=1e-6)
+        plan = sosp_hub.allocate(graph, saliency, macs=0.6)
+        sosp_hub.apply_(model, graph, plan)
+        sosp_hub.carry(optimizer, model, graph, plan)
+        for mode in (True, False):  # its own pass is the model's, not that of a copy
+            model.train(mode)
+            assert torch.equal(model(images), model(images)) != mode
+        model.train()
+        train = F.cross_entropy(model(images), labels)
+        train.backward()
+        optimizer.step()
+        small = sosp_hub.save_pretrained(model, tmp_path / "small")
+        loaded = sosp_hub.from_pretrained(small, model=made())
+        assert_close(loaded.state_dict(), model.state_dict(), relative=0)

@@ -56,6 +56,18 @@ def models_that_were_prepared() -> None:
         expect("forward" in vars(model), "it is not prepared again")
 
 
+@smoke("saving models while they train in mixed precision")
+def models_in_mixed_precision() -> None:
+    with compat.process_state_kept():
+        model, x = nn.Linear(1, 1), torch.ones(1, 1)
+        Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+        own = nn.Linear(1, 1)
+        own.load_state_dict(model.state_dict())
+        with compat.in_own_precision(model):
+            expect(torch.equal(model(x), own(x)), "it runs in another precision")
+        expect("forward" in vars(model), "the accelerator's pass is not put back")
+
+
 @smoke("an accelerator of one's own after sosp_hub.prune(...)")
 def state_of_the_process() -> None:
     with compat.process_state_kept():
