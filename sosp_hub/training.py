@@ -417,6 +417,7 @@ def _point(losses: list[Tensor], step: int, epoch: float, learning_rate: float) 
     if not mean.isfinite():
         raise ModelError(
             f"the training loss is {mean.item()} at step {step}; expected a finite number: lower"
-            f" the learning rate (now {learning_rate:g}), or train without mixed precision"
+            f" the learning rate (now {learning_rate:g}), train without mixed precision, or take "
+            "weights in float32 or bfloat16 where they are in float16"
         )
     return {"step": step, "epoch": epoch, "loss": mean.item(), "learning_rate": learning_rate}

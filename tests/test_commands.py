@@ -18,6 +18,7 @@ from sosp_hub.recipe.load import load_recipe
 from sosp_hub.recipe.quick import quick_recipe, write_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.shipped import find_recipe, shipped_recipes
+from sosp_hub.recipe.tasks import find_task, tasks
 from sosp_hub.recipe.training import DenseTrainSection
 from sosp_hub.zoo.library import library_of_id
 
@@ -157,6 +158,14 @@ def test_a_model_without_a_recipe_gets_one(tmp_path, monkeypatch):
 def test_what_the_options_lack_is_said(task, data, words):
     with pytest.raises(RecipeError, match=words):
         quick_recipe("a/b", library="transformers", task=task, data=data, budget={})
+
+
+@pytest.mark.parametrize("task", tasks())
+def test_every_task_goes_without_a_recipe(task):
+    """Those without labels have no dense training, which was asked for all the same."""
+    library = "timm" if task == "image-classification" else "transformers"
+    recipe = quick_recipe("a/b", library=library, task=task, data="x/y", budget={"params": 0.8})
+    assert (recipe.model.train is not None) == find_task(task).learns
 
 
 @pytest.mark.parametrize(

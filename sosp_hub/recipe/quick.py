@@ -11,7 +11,7 @@ from sosp_hub.atomic import write_text
 from sosp_hub.errors import RecipeError
 from sosp_hub.recipe.load import dump_recipe, parse_recipe
 from sosp_hub.recipe.schema import Recipe
-from sosp_hub.recipe.tasks import tasks
+from sosp_hub.recipe.tasks import known_task, tasks
 from sosp_hub.types import TABLE_SUFFIXES, Library
 
 
@@ -50,7 +50,7 @@ def quick_recipe(
     record: dict[str, Any] = {
         "model": {
             **{"library": library, "id": model, "task": task},
-            "train": {"epochs": 5, "batch_size": 16, "when": "new_head"},
+            **({"train": _TRAIN} if _learns(task) else {}),
         },
         "data": {"path" if Path(data).exists() or _is_file_name(data) else "id": data},
         "budget": dict(budget),
@@ -61,6 +61,15 @@ def quick_recipe(
     return parse_recipe(
         yaml.safe_dump(record), source, overrides, output_dir=(Path("runs") / name).as_posix()
     )
+
+
+_TRAIN = {"epochs": 5, "batch_size": 16, "when": "new_head"}
+
+
+def _learns(task: str) -> bool:
+    """Whether a dense model can be trained for a task; what is no task is told by the recipe."""
+    known = known_task(task)
+    return known is None or known.learns
 
 
 def _is_file_name(name: str) -> bool:
