@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import batchnorm, conv, dropout
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+from torch.utils.checkpoint import CheckpointError
 from torch.utils.weak import WeakIdKeyDictionary as TensorTable
 
 __all__ = ["DispatchMode", "TensorTable"]
@@ -199,6 +200,10 @@ def out_of_memory(error: BaseException) -> bool:
         or any(each in str(error) for each in words)
         or (error.__cause__ is not None and out_of_memory(error.__cause__))
     )
+
+
+RECOMPUTED_OTHERWISE: type[Exception] = CheckpointError
+"""What ``torch.utils.checkpoint`` raises where a pass that is run again saves other tensors."""
 
 
 def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import CheckpointError
 
-from sosp_hub.compat.torch import out_of_memory
+from sosp_hub.compat.torch import RECOMPUTED_OTHERWISE, out_of_memory
 from sosp_hub.derivatives.average import (
     DEFAULT,
     Protocol,
@@ -105,7 +104,7 @@ def hessian_product(
         if exact:
             try:
                 return _add_exact(model, gates, batch, protocol, vector, totals)
-            except CheckpointError as error:
+            except RECOMPUTED_OTHERWISE as error:
                 if mode == "exact":
                     raise CriterionError(
                         "exact second derivatives cannot go through layers that are computed again "

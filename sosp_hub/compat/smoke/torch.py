@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import fsdp
+from torch.utils.checkpoint import checkpoint
 
 from sosp_hub.compat import torch as compat
 from sosp_hub.compat.smoke import expect, smoke
@@ -62,6 +63,21 @@ def lack_of_memory() -> None:
     else:
         expect(False, "more memory than there is was given")
     expect(not compat.out_of_memory(RuntimeError("shapes")), "every error is one")
+
+
+@smoke("scores of models whose layers are computed again")
+def recomputed_layers() -> None:
+    x, calls = torch.ones(2, requires_grad=True), []
+
+    def other_each_time(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x.exp() if len(calls) == 1 else x[:1].exp()
+
+    try:
+        checkpoint(other_each_time, x, use_reentrant=False).sum().backward()
+    except compat.RECOMPUTED_OTHERWISE:
+        return
+    expect(False, "another pass is not noticed")
 
 
 @smoke("cutting in place: what belongs to a parameter")
