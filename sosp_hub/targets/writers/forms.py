@@ -52,17 +52,21 @@ def write_onnx(
         CheckpointError: The packages are missing, or torch cannot export the model.
     """
     try:
+        from onnxscript import optimizer
+
         with _plain_experts(model), _only_errors("onnxscript"):
-            torch.onnx.export(
+            program: Any = torch.onnx.export(
                 model.eval(),
                 args,
-                str(path),
                 dynamo=True,
                 dynamic_shapes=shapes,
-                external_data=False,
+                optimize=False,  # half of the time, for what readers do themselves as they load
                 verbose=False,
                 **options,
             )
+            optimizer.fold_constants(program.model)
+            optimizer.remove_unused_nodes(program.model)
+            program.save(str(path), external_data=False)
     except ImportError as error:
         raise CheckpointError(f"ONNX: {error}; pip install onnx onnxscript") from error
     except Exception as error:
