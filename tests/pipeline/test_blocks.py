@@ -156,6 +156,30 @@ def test_the_least_loss_for_what_is_saved_goes_first_and_is_measured_anew(
     assert (len(found) == 3) == (budget == 0.01)  # the most, or fewer
 
 
+def test_of_a_layer_either_it_goes_or_its_blocks(monkeypatch):
+    _, model, graph = traced("llama")
+    able = blocks_of(graph, ("attention", "mlp", "layer"))
+    first = next(block for block in able if block.kind == "layer")
+    parts = [b.name for b in able if b.kind != "layer" and b.layer != first.layer]
+    costs = {b.name: 0.1 if b is first else 0.2 if b.name in parts else 0.9 for b in able}
+    table, gone = Table(costs, {}), []
+    monkeypatch.setattr(module, "without", lambda model, graph, blocks: _Noting(gone, blocks))
+    monkeypatch.setattr(module, "_loss", lambda *_: table(list(gone)))
+    section = SimpleNamespace(kinds=("attention", "mlp", "layer"), most=len(able), num_samples=2)
+    context = SimpleNamespace(
+        recipe=SimpleNamespace(
+            structure=SimpleNamespace(blocks=section),
+            budget=SimpleNamespace(targets=lambda: {"params": 0.01}),
+        ),
+        graph=graph,
+        model=model,
+        stuck=set(),
+    )
+    found = [one["name"] for one in module.blocks._make(context)["removed"]]
+    assert found[0] == first.name
+    assert sorted(found[1:]) == sorted(parts)
+
+
 class _Noting:
     def __init__(self, gone, blocks):
         self.gone, self.blocks = gone, blocks
