@@ -55,7 +55,7 @@ def check_batch(batch: Any, *, targets: bool = False) -> Any:
         targets: A loss is wanted: arrays that are no tensors are refused among the targets too.
 
     Raises:
-        DataError: It is something else; says what.
+        DataError: It is something else; says what. Or it has no samples.
     """
     batch = as_batch(batch)
     if isinstance(batch, Mapping):
@@ -74,6 +74,7 @@ def check_batch(batch: Any, *, targets: bool = False) -> Any:
             "the model takes it; both may be lists, tuples and dicts of tensors: of several inputs "
             "((a, b), labels). torch.from_numpy(array) makes a tensor of an array"
         )
+    num_samples(batch)
     return batch
 
 
@@ -114,8 +115,16 @@ def num_samples(batch: Any) -> int:
     A dict without a tensor of its own, only with lists of them, has as many as its lists.
 
     Raises:
-        DataError: It has none.
+        DataError: There is no tensor, or it has no samples.
     """
+    number = _length(batch)
+    if number == 0:
+        shapes = ", ".join(str(tuple(each.shape)) for each in tensors(batch))
+        raise DataError(f"a batch has no samples (shapes {shapes}); leave it out")
+    return number
+
+
+def _length(batch: Any) -> int:
     of_dicts = next((part for part in _lists(batch) if _one_each(part)), None)
     if of_dicts is not None:
         return len(of_dicts)

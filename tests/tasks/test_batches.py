@@ -14,6 +14,7 @@ from sosp_hub.errors import DataError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.tasks.batches import as_batch, is_listed, num_samples, split_batch, tensors
 from sosp_hub.tasks.loss import batch_loss
+from tests.structure.oracles import plan_of
 
 X, Y = torch.arange(24.0).reshape(6, 4) / 24, torch.tensor([0, 1, 2, 0, 1, 2])
 Pair = collections.namedtuple("Pair", "inputs labels")
@@ -166,6 +167,28 @@ class Detector(nn.Module):
                 "loss_size": self.last.weight.square().mean(),
             }
         return [{"scores": row} for row in self.last(values)]
+
+
+NOTHING = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+VERBS = {
+    **{
+        name: lambda model, graph, batches, name=name: sosp_hub.score(model, graph, batches, name)
+        for name in ("taylor", "fisher", "sosp_h", "sosp_i", "activation", "wanda_sp")
+    },
+    "evaluate": lambda model, graph, batches: sosp_hub.evaluate(model, batches),
+    "rebuild": lambda model, graph, batches: sosp_hub.rebuild(
+        model, graph, plan_of(graph, dict.fromkeys(graph.groups, (0, 1))), batches
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_batch_without_samples_is_told(verb):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    graph = sosp_hub.trace(model, (torch.randn(2, 4),))
+    some = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(DataError, match=r"a batch has no samples \(shapes \(0, 4\), \(0,\)\)"):
+        VERBS[verb](model, graph, [some, NOTHING])
 
 
 def test_losses_of_a_detector_are_its_own_loss_in_either_mode():
