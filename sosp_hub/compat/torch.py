@@ -111,6 +111,17 @@ def compiled_from(model: Any) -> Any:
     return getattr(model, "_orig_mod", None)
 
 
+def with_marks(new: nn.Parameter, old: Tensor) -> nn.Parameter:
+    """The parameter with what code has noted on the one that it stands for, tensors left out.
+
+    Such as ``_no_weight_decay``, by which trainings make their groups of parameters.
+    """
+    if new is not old:
+        noted = vars(old).items()
+        vars(new).update({key: value for key, value in noted if not isinstance(value, Tensor)})
+    return new
+
+
 def unwrapped(model: Any) -> Any:
     """The model inside what ``torch.compile`` or a class for several devices made of it."""
     while True:

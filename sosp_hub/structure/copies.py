@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import FakeMode
+from sosp_hub.compat.torch import FakeMode, with_marks
 from sosp_hub.structure.deferred import is_deferred
 
 _PLAIN = {str, int, float, bool, type(None)}
@@ -40,22 +40,11 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
                     memo.setdefault(id(tensor), tensor.detach().clone())
     twin = copy.deepcopy(model, memo)
     for parameter in model.parameters():
-        marked(memo[id(parameter)], parameter)
+        with_marks(memo[id(parameter)], parameter)
     for module, key, cache in caches:
         function = copy.deepcopy(cache.__wrapped__, memo)  # a method of the copy
         vars(memo[id(module)])[key] = functools.lru_cache(**cache.cache_parameters())(function)
     return twin
-
-
-def marked(new: nn.Parameter, old: Tensor) -> nn.Parameter:
-    """The parameter with what code has noted on the one that it stands for, tensors left out.
-
-    Such as ``_no_weight_decay``, by which trainings make their groups of parameters.
-    """
-    if new is not old:
-        noted = vars(old).items()
-        vars(new).update({key: value for key, value in noted if not isinstance(value, Tensor)})
-    return new
 
 
 def share_model(
@@ -78,7 +67,7 @@ def share_model(
             continue
         other = None if instead is None else instead(name, parameter)
         if other is None and not put_off:
-            other = marked(nn.Parameter(parameter.detach(), parameter.requires_grad), parameter)
+            other = with_marks(nn.Parameter(parameter.detach(), parameter.requires_grad), parameter)
         memo[id(parameter)] = parameter if other is None else other
     return copy_model(model, memo)
 

@@ -7,10 +7,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.torch import with_marks
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
-from sosp_hub.structure.copies import marked, share_model, unshared
+from sosp_hub.structure.copies import share_model, unshared
 from sosp_hub.structure.deferred import data_of, deferred, is_deferred
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.attributes import rewrite
@@ -185,7 +186,7 @@ def cut(
                 else:
                     new = _part(old.detach(), positions)
                     if isinstance(old, nn.Parameter):
-                        new = marked(nn.Parameter(new, requires_grad=old.requires_grad), old)
+                        new = with_marks(nn.Parameter(new, requires_grad=old.requires_grad), old)
                 for alias in (name, *graph.aliases.get(name, ())):
                     put_tensor(model, alias, new)
                 if on_cut is not None:

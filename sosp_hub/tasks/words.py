@@ -15,7 +15,7 @@ Compared = tuple[str, str]
 """What the model says, and what it should."""
 
 
-def word_metrics(tokenizer: Any) -> Mapping[str, OfAll]:
+def word_metrics(tokenizer: Any, names: Sequence[str]) -> Mapping[str, OfAll]:
     """Metrics of what a model generates, or CTC reads; it generates once for all of them."""
     collect = partial(_texts, tokenizer)
     values = {
@@ -23,7 +23,7 @@ def word_metrics(tokenizer: Any) -> Mapping[str, OfAll]:
         **{"bleu": bleu, "chrf": chrf},
         **{f"rouge_{kind.lower()}": partial(rouge, kind) for kind in ("1", "2", "L")},
     }
-    return {name: OfAll(collect, value) for name, value in values.items()}
+    return {name: OfAll(collect, values[name]) for name in names}
 
 
 def word_error_rate(texts: Sequence[Compared]) -> float:

@@ -17,6 +17,7 @@ from sosp_hub.errors import DataError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.tasks import maps, words
 from sosp_hub.tasks.average_precision import THRESHOLDS, average_precision, matched
+from sosp_hub.tasks.kinds.text2text_generation import Text2Text
 from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.metrics import OfAll, squared_error
 from sosp_hub.tasks.pairs import retrieval
@@ -241,7 +242,7 @@ def test_rouge_is_the_mean_of_what_texts_share(kind):
 
 
 def test_metrics_of_what_is_written_ask_for_it_once():
-    meters, asked = words.word_metrics(None), []
+    meters, asked = words.word_metrics(None, Text2Text.of_all), []
 
     def collect(model, loss, batch):
         asked.append(batch)
@@ -261,7 +262,7 @@ def test_a_library_that_is_not_installed_is_named(metric, module, monkeypatch):
     for name in (module, f"{module}.functional.text"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match=rf"{metric} needs {module}; pip install 'sosp_hub"):
-        words.word_metrics(None)[metric].value([("not seen yet", "not seen")])
+        words.word_metrics(None, [metric])[metric].value([("not seen yet", "not seen")])
 
 
 def test_ctc_reads_the_likeliest_letters_and_leaves_out_blanks_and_repeats():
@@ -271,7 +272,7 @@ def test_ctc_reads_the_likeliest_letters_and_leaves_out_blanks_and_repeats():
     logits = torch.nn.functional.one_hot(torch.tensor([path]), 8).float()
     loss = Loss(torch.zeros(()), 1, SimpleNamespace(logits=logits), None)
     batch = {"labels": torch.tensor([[5, 5, 4, 7, -100]])}
-    meter = words.word_metrics(tokenizer)["word_error_rate"]
+    meter = words.word_metrics(tokenizer, ["word_error_rate"])["word_error_rate"]
     assert list(meter.collect(torch.nn.Identity(), loss, batch)) == [("aa b", "aa c")]
 
 

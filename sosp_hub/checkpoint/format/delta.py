@@ -33,10 +33,15 @@ from sosp_hub.checkpoint.format.record import (
     Shape,
 )
 from sosp_hub.checkpoint.format.standins import build_standin, describe_standin
-from sosp_hub.compat.torch import buffer_table, child_table, parameter_table, save_buffer
+from sosp_hub.compat.torch import (
+    buffer_table,
+    child_table,
+    parameter_table,
+    save_buffer,
+    with_marks,
+)
 from sosp_hub.compat.transformers import CONFIG_STATE
 from sosp_hub.errors import CheckpointError
-from sosp_hub.structure.copies import marked
 
 _CONFIG_STATE = CONFIG_STATE | {"sosp_hub"}
 
@@ -413,7 +418,9 @@ def _resize(module: nn.Module, key: str, shape: tuple[int, ...], done: dict[int,
             common = tuple(slice(min(pair)) for pair in zip(shape, old.shape, strict=True))
             new = old.detach().new_zeros(shape)
             new[common] = old.detach()[common]
-        done[id(old)] = marked(nn.Parameter(new, old.requires_grad), old) if is_parameter else new
+        done[id(old)] = (
+            with_marks(nn.Parameter(new, old.requires_grad), old) if is_parameter else new
+        )
     table[key] = done[id(old)]
 
 

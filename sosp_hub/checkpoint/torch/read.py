@@ -15,9 +15,8 @@ from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.torch import check
 from sosp_hub.checkpoint.torch.skeleton import SKELETON, outline_of, skeleton_of, torch_version
 from sosp_hub.compat.huggingface_hub import is_mixin
-from sosp_hub.compat.torch import buffer_table, parameter_table, unwrapped
+from sosp_hub.compat.torch import buffer_table, parameter_table, unwrapped, with_marks
 from sosp_hub.errors import CheckpointError
-from sosp_hub.structure.copies import marked
 
 _SHOWN = 4
 _SAME = "build model= with the arguments that it had before it was cut"
@@ -164,7 +163,7 @@ def _put(model: nn.Module, state: Mapping[str, Tensor], devices: Mapping[str, An
             new = state[name].to("cpu" if device.type == "meta" else device)
             is_parameter = isinstance(old, nn.Parameter)
             made[id(old)] = (
-                marked(nn.Parameter(new, old.requires_grad), old) if is_parameter else new
+                with_marks(nn.Parameter(new, old.requires_grad), old) if is_parameter else new
             )
     for name, old in list(named_tensors(model)):
         if id(old) in made:

@@ -257,3 +257,11 @@ def steps_of_optimizers() -> None:
         handle.remove()
     optimizer.step()
     expect(len(seen) == 1 and seen[0] is optimizer, f"{len(seen)} steps were seen, of one")
+
+
+@smoke("what code has noted on a parameter")
+def marks_of_parameters() -> None:
+    old, new = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    old._no_weight_decay, old._like = True, torch.zeros(1)  # pyright: ignore
+    noted = vars(compat.with_marks(new, old))
+    expect(noted == {"_no_weight_decay": True}, f"{noted} was taken over")

@@ -98,7 +98,7 @@ class SpeechRecognition(OwnTask):
 
         del info
         own = getattr(processor, "own", None)
-        return word_metrics(getattr(own, "tokenizer", None))
+        return word_metrics(getattr(own, "tokenizer", None), self.of_all)
 
 
 def _features(features: Any, waves: Sequence[Any]) -> dict[str, Any]:

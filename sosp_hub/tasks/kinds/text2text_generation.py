@@ -81,7 +81,7 @@ class Text2Text(TextTask):
         from sosp_hub.tasks.words import word_metrics
 
         del info
-        return word_metrics(getattr(processor, "tokenizer", None))
+        return word_metrics(getattr(processor, "tokenizer", None), self.of_all)
 
     def use(self) -> list[str]:
         """Twenty tokens."""
