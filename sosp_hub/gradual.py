@@ -21,7 +21,7 @@ from sosp_hub.cut import apply_
 from sosp_hub.errors import BudgetError, PlanError
 from sosp_hub.modes import evaluating
 from sosp_hub.plan import PruningPlan
-from sosp_hub.recipe.schedule import Share, kept_after
+from sosp_hub.recipe.schedule import Curve, kept_after
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
@@ -97,7 +97,7 @@ class GradualPruning:
         *,
         rounds: int = 5,
         every: int = 100,
-        share: Share = "cubic",
+        share: Curve = "cubic",
         criterion: str = "taylor",
         optimizer: Optimizer | None = None,
         averages: Sequence[nn.Module] = (),
@@ -112,7 +112,7 @@ class GradualPruning:
                 f"{', '.join(f'{name}=0.5' for name in _COSTS)}"
             )
         ((self._name, self._kept),) = budget.items()
-        if share not in (shares := get_args(Share)):
+        if share not in (shares := get_args(Curve)):
             raise BudgetError(
                 f"GradualPruning got share={share!r}; expected one of {', '.join(shares)}"
             )

@@ -114,11 +114,12 @@ def compiled_from(model: Any) -> Any:
 def with_marks(new: nn.Parameter, old: Tensor) -> nn.Parameter:
     """The parameter with what code has noted on the one that it stands for, tensors left out.
 
-    Such as ``_no_weight_decay``, by which trainings make their groups of parameters.
+    Such as ``_no_weight_decay``, by which trainings make their groups of parameters. What the
+    parameter has already, as tensors of other classes have their own layout, stays.
     """
-    if new is not old:
-        noted = vars(old).items()
-        vars(new).update({key: value for key, value in noted if not isinstance(value, Tensor)})
+    for key, value in vars(old).items():
+        if not isinstance(value, Tensor):
+            vars(new).setdefault(key, value)
     return new
 
 

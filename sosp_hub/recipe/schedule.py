@@ -6,7 +6,7 @@ from pydantic import Field
 
 from sosp_hub.recipe.section import Count, Section
 
-Share = Literal["cubic", "linear"]
+Curve = Literal["cubic", "linear"]
 """How the shares of rounds go."""
 
 
@@ -14,7 +14,7 @@ class ScheduleSection(Section):
     """Several cuts with training between them, each scored and rebuilt anew."""
 
     rounds: Annotated[int, Field(ge=2, le=100)] = Field(default=5, description="cuts")
-    share: Share = Field(
+    share: Curve = Field(
         default="cubic",
         description="cubic cuts most in the first rounds, linear the same in each",
     )

@@ -262,6 +262,7 @@ def steps_of_optimizers() -> None:
 @smoke("what code has noted on a parameter")
 def marks_of_parameters() -> None:
     old, new = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
-    old._no_weight_decay, old._like = True, torch.zeros(1)  # pyright: ignore
+    old._no_weight_decay, old._like, old._size = True, torch.zeros(1), 2  # pyright: ignore
+    new._size = 1  # pyright: ignore
     noted = vars(compat.with_marks(new, old))
-    expect(noted == {"_no_weight_decay": True}, f"{noted} was taken over")
+    expect(noted == {"_no_weight_decay": True, "_size": 1}, f"{noted} was taken over")
