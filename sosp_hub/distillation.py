@@ -252,7 +252,9 @@ def layer_pairs(
             modules = dict(model.named_modules())
             for name in names:
                 if name not in modules:
-                    near = [other for other in modules if other.count(".") == name.count(".")][:5]
+                    near = [
+                        other for other in modules if other and other.count(".") == name.count(".")
+                    ][:5]
                     raise ModelError(
                         f"finetune.layers: {who} has no module {name!r}; it has {', '.join(near)}"
                     )

@@ -22,6 +22,7 @@ from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import find_task, metric_names
 from sosp_hub.reconstruction.rebuild import Rebuilt, rebuilt_weights
 from sosp_hub.surgery.apply import apply
+from sosp_hub.tasks.metrics import LIBRARIES, library_of
 from sosp_hub.training import recalibrate_norm
 from sosp_hub.zoo.load import Loaded, example_inputs
 
@@ -151,6 +152,8 @@ def check_measuring(context: Context) -> None:
     """Refuses what cannot be measured, before anything long begins."""
     if context.recipe.evaluate.harness and context.data is not None:
         check_harness()
+    for metric in LIBRARIES.keys() & (context.recipe.evaluate.metrics or ()):
+        library_of(metric)
 
 
 def hardware() -> str:

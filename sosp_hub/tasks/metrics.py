@@ -37,12 +37,21 @@ class OfAll:
     value: Callable[[Sequence[Any]], float]
 
 
-def library_of(metric: str, module: str) -> Any:
-    """A module of a library that the package's extra ``metrics`` brings.
+LIBRARIES: Mapping[str, str] = {
+    "span_f1": "seqeval.metrics.sequence_labeling",
+    **dict.fromkeys(("bleu", "chrf"), "sacrebleu"),
+    **dict.fromkeys(("rouge_1", "rouge_2", "rouge_l"), "torchmetrics.functional.text"),
+}
+"""Modules of the libraries that compute a metric; the package's extra ``metrics`` brings them."""
+
+
+def library_of(metric: str) -> Any:
+    """The module that computes a metric.
 
     Raises:
         DataError: It is not installed.
     """
+    module = LIBRARIES[metric]
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -132,7 +141,7 @@ def f1_of_spans(class_names: Sequence[str]) -> Meter:
 
     def meter(loss: Loss, batch: Any) -> tuple[Tensor, Tensor]:
         del batch
-        get_entities = library_of("span_f1", "seqeval.metrics.sequence_labeling").get_entities
+        get_entities = library_of("span_f1").get_entities
         read = _read(loss, "softmax", "span_f1")
         counts, weights = [], []
         rows = zip(read.values.argmax(-1), read.targets, read.weights != 0, strict=True)

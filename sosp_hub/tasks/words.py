@@ -40,13 +40,13 @@ def exact_match(texts: Sequence[Compared]) -> float:
 def bleu(texts: Sequence[Compared]) -> float:
     """Of all texts together (Papineni et al. 2002), from 0 to 1; by sacrebleu, its defaults."""
     found, aims = zip(*texts, strict=True)
-    return library_of("bleu", "sacrebleu").corpus_bleu(found, [aims]).score / 100
+    return library_of("bleu").corpus_bleu(found, [aims]).score / 100
 
 
 def chrf(texts: Sequence[Compared]) -> float:
     """F-score of character n-grams (Popovic 2015), from 0 to 1; by sacrebleu, its defaults."""
     found, aims = zip(*texts, strict=True)
-    return library_of("chrf", "sacrebleu").corpus_chrf(found, [aims]).score / 100
+    return library_of("chrf").corpus_chrf(found, [aims]).score / 100
 
 
 def rouge(kind: str, texts: Sequence[Compared]) -> float:
@@ -63,7 +63,7 @@ def rouge(kind: str, texts: Sequence[Compared]) -> float:
 
 @lru_cache(maxsize=20_000)  # the standard error asks for each pair twenty times
 def _rouge(kind: str, text: str, aim: str) -> float:
-    score = library_of(f"rouge_{kind.lower()}", "torchmetrics.functional.text").rouge_score
+    score = library_of(f"rouge_{kind.lower()}").rouge_score
     return float(score(text, aim, rouge_keys=f"rouge{kind}")[f"rouge{kind}_fmeasure"])
 
 

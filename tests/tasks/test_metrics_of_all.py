@@ -15,6 +15,7 @@ import transformers
 from recipes import make_data
 from sosp_hub.errors import DataError
 from sosp_hub.evaluate import evaluate
+from sosp_hub.pipeline.measuring import check_measuring
 from sosp_hub.tasks import maps, words
 from sosp_hub.tasks.average_precision import THRESHOLDS, average_precision, matched
 from sosp_hub.tasks.kinds.text2text_generation import Text2Text
@@ -263,6 +264,9 @@ def test_a_library_that_is_not_installed_is_named(metric, module, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match=rf"{metric} needs {module}; pip install 'sosp_hub"):
         words.word_metrics(None, [metric])[metric].value([("not seen yet", "not seen")])
+    recipe = SimpleNamespace(evaluate=SimpleNamespace(harness=(), metrics=("loss", metric)))
+    with pytest.raises(DataError, match=f"{metric} needs {module}"):  # before anything long
+        check_measuring(SimpleNamespace(recipe=recipe, data=None))
 
 
 def test_ctc_reads_the_likeliest_letters_and_leaves_out_blanks_and_repeats():
