@@ -46,7 +46,8 @@ def apply(
         plan: Kept indices per group.
         verify: ``thorough`` compares every tensor shape of the cut model's forward pass with the
             predicted one, and its outputs with those of the masked model on the traced inputs;
-            ``fast`` compares shapes only and needs no data.
+            ``fast`` compares shapes only and needs no data, but where the cut model takes other
+            steps than were traced: there outputs are compared, or, without weights, it is told.
         strict: Raise where the cut of a group goes wrong. Else that group stays whole and all
             else is cut; ``graph.unproved`` and a line of the log say which, and why. A plan with
             gates or shifts is cut as it is or not at all.

@@ -93,8 +93,7 @@ def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool,
     Raises:
         Exception: It differs (VerificationError), or whatever the cut or the cut model raises.
     """
-    if not thorough:
-        _check_shapes_on_all_ways(model, graph, plan, cut)
+    if not thorough and _same_steps_on_all_ways(model, graph, plan, cut):
         return
     try:
         _check_outputs(model, graph, plan, cut, double=is_coarse(model))
@@ -108,13 +107,28 @@ def check_cut(model: nn.Module, graph: Graph, plan: PruningPlan, thorough: bool,
         _check_outputs(model, graph, plan, cut, double=False)
 
 
-def _check_shapes_on_all_ways(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> None:
+def _same_steps_on_all_ways(model: nn.Module, graph: Graph, plan: PruningPlan, cut: Cut) -> bool:
+    """Whether the shapes of every step could be compared, or else outputs cannot (no weights)."""
     find_routes(model, graph)
     pruned = cut(twin_of(model, graph), graph, plan)
-    check_shapes(pruned, graph, plan)
+    others = [] if check_shapes(pruned, graph, plan) else [""]
     for route in graph.routes.known:
         with _on(route):
-            check_shapes(pruned, route.graph, plan, route.run)
+            if not check_shapes(pruned, route.graph, plan, route.run):
+                others.append(f" with {route.name}")
+    return not others or not _outputs_instead(model, f"the cut model{others[0]}")
+
+
+def _outputs_instead(model: nn.Module, which: str) -> bool:
+    """Whether outputs can be compared where shapes cannot; what is done is told."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        _LOG.info("%s takes other steps than were traced: its outputs are compared", which)
+        return True
+    _LOG.warning(
+        "%s takes other steps than were traced, so that not all of its shapes were compared; load "
+        "the weights and apply with verify='thorough' to compare what it computes", which,
+    )  # fmt: skip
+    return False
 
 
 def is_coarse(model: nn.Module) -> bool:
@@ -433,15 +447,19 @@ def _on(route: Route | None) -> Iterator[None]:
         raise VerificationError(f"with {route.name}: {told}") from error
 
 
-def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan, run: Program = call) -> None:
-    """Compares the shapes of a pass of the cut model, without data, with the predicted ones."""
+def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan, run: Program = call) -> bool:
+    """Compares the shapes of a pass of the cut model, without data, with the predicted ones.
+
+    Returns:
+        Whether all could be compared: else the model takes other steps than were traced.
+    """
     try:
         taken = steps_taken(pruned, graph.example_inputs, run)
     except Exception as error:
         raise VerificationError(
             f"the cut model does not run: {type(error).__name__}: {error}"
         ) from error
-    _compare_steps(taken, graph, plan)
+    return _compare_steps(taken, graph, plan)
 
 
 def steps_taken(model: nn.Module, inputs: Any, run: Program = call) -> "list[_Taken]":
@@ -479,7 +497,7 @@ class _Taken:
 
 def _compare_steps(
     taken: Sequence[_Taken], graph: Graph, plan: Plan, masked: Sequence[_Shapes] | None = None
-) -> None:
+) -> bool:
     """Raises where a step gives another shape than the trace and the plan predict.
 
     Args:
@@ -488,11 +506,14 @@ def _compare_steps(
         plan: The cut.
         masked: Shapes in the masked model, step by step: how many rows values choose, such as those
             of an expert, the trace of the dense model does not tell.
+
+    Returns:
+        Whether all steps could be compared; else the outputs decide.
     """
     count = graph.count(plan.num_kept())
     steps, taken = _essential(graph.steps), _essential(taken)
     if [_plain(step.name) for step in steps] != [_plain(step.name) for step in taken]:
-        return  # another path through the code (a repeat factor of one): the outputs decide
+        return False  # another path through the code (a repeat factor of one)
     for number, (before, after) in enumerate(zip(steps, taken, strict=True)):
         if _by_dtype(before.floats) != _by_dtype(after.floats):
             raise VerificationError(
@@ -504,12 +525,13 @@ def _compare_steps(
         for axes, real, found in zip(before.outputs, ran, after.shapes, strict=True):
             expected = [_after(axis, size, count) for axis, size in zip(axes, real, strict=True)]
             if expected != found and _without_ones(expected) == _without_ones(found):
-                return  # `einsum` moves axes of size one about: the outputs decide
+                return False  # `einsum` moves axes of size one about
             if expected != found:
                 raise VerificationError(
                     f"{before.name} in {before.module or 'the model'} gives shape {found}, "
                     f"expected {expected}"
                 )
+    return True
 
 
 _LIMITS = {
@@ -588,8 +610,8 @@ def verify_growth(
     grow: Grow,
 ) -> None:
     """Raises unless ``wide`` has the predicted shapes and computes what ``model`` computes."""
-    check_shapes(wide, graph, growth)
-    if not thorough:
+    same_steps = check_shapes(wide, graph, growth)
+    if not thorough and (same_steps or not _outputs_instead(model, "the widened model")):
         return
     dense = _without_zeros(model, graph)
     expected = outputs_of(twin_of(dense, graph), graph)

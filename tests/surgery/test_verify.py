@@ -355,6 +355,37 @@ def test_a_size_that_becomes_a_value_is_noticed_also_without_data(verify):
         apply(model, graph, plan_of(graph, {name: (0, 1, 5)}), verify=verify, strict=True)
 
 
+class Forked(nn.Module):
+    """Does more where it is narrow, which it reads as text."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.up(x).relu()
+        return self.down(x if f"{x.shape[-1]}" == "8" else x * 2)
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_other_steps_than_were_traced_are_no_way_past_verification(caplog, verify):
+    """Shapes cannot be compared then; with weights outputs are, without that is told."""
+    caplog.set_level("INFO", "sosp_hub")
+    model, x = fill(Forked().eval()), (torch.randn(2, 5),)
+    graph = trace(model, x)
+    (name,) = graph.groups
+    plan = plan_of(graph, {name: (0, 1, 5)})
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan, verify=verify, strict=True)
+    with torch.device("meta"):
+        empty = Forked().eval()
+    graph = trace(empty, x)
+    caplog.clear()
+    apply(empty, graph, plan_of(graph, {name: (0, 1, 5)}), verify="fast")
+    (told,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "not all of its shapes were compared" in told.getMessage()
+
+
 class Noisy(nn.Module):
     """Draws a code from the distribution that it predicts, as a variational autoencoder does."""
 
