@@ -25,7 +25,7 @@ from sosp_hub.recipe.schedule import Curve, kept_after
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
-from sosp_hub.surgery.carry import carry
+from sosp_hub.surgery.carry import carrying
 from sosp_hub.tasks.batches import check_batches
 from sosp_hub.training import recalibrate_norm
 from sosp_hub.untrusted import UnreadableError, read_json
@@ -173,16 +173,16 @@ class GradualPruning:
             rebuilt = rebuilt_weights(self._model, graph, plan, self._batches)
             other, plan = rebuilt.model, rebuilt.plan
             _exchange(self._model, other)
+        beside = [] if self._optimizer is None else [self._optimizer]
         try:
+            follow = [carrying(each, graph, plan, self._model) for each in beside + self._averages]
             apply_(self._model, graph, plan, verify="fast", strict=True)
         except BaseException:
             if other is not None:
                 _exchange(self._model, other)
             raise
-        if self._optimizer is not None:
-            carry(self._optimizer, self._model, graph, plan)
-        for average in self._averages:
-            carry(average, self._model, graph, plan)
+        for each in follow:
+            each(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         """What a training that goes on needs beside the states of model and optimizer."""

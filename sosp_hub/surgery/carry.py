@@ -3,7 +3,7 @@
 LoRA adapters need nothing of this: trace the model with its adapters, and they are cut with it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.apply import check_model, cut, fold, fold_into
 from sosp_hub.surgery.layers import names_after
 from sosp_hub.surgery.replaced import replaced
+from sosp_hub.tasks.batches import tensors
 
 Carried = TypeVar("Carried", Optimizer, nn.Module, Mapping[str, Tensor])
 
@@ -35,7 +36,8 @@ def carry(
 
     Args:
         what: An optimizer of the model: it is pointed at the parameters of ``pruned``, its moments
-            are cut like the weights, and its groups and learning rates stay. A copy of the model
+            are cut like the weights, and its groups and learning rates stay, as do parameters of
+            other models that it holds. A copy of the model
             with averaged weights (EMA), or what holds one, such as
             ``torch.optim.swa_utils.AveragedModel``: it is cut in place. Or a dictionary of tensors
             that are named and shaped like the model's: a new one is returned. Gates and shifts
@@ -50,8 +52,9 @@ def carry(
         The optimizer or the module itself; a new dictionary.
 
     Raises:
-        PlanError: A tensor that is none of the model's, or not of its size before the cut; what was
-            given is left as it was.
+        PlanError: A tensor that is none of the model's, or not of its size before the cut, or an
+            optimizer with none of its parameters, or with tensors that do not say how they are cut;
+            what was given is left as it was.
 
     Example:
         >>> import sosp_hub, torch
@@ -72,11 +75,8 @@ def carry(
         )
     plan = graph.provable(plan)
     pruned, dense = unwrapped(pruned), unwrapped(dense)
-    if isinstance(what, Optimizer):
-        _carry_optimizer(what, pruned, graph, plan, dense)
-        return what
-    if isinstance(what, nn.Module):
-        _carry_module(what, graph, plan)
+    if isinstance(what, Optimizer | nn.Module):
+        carrying(what, graph, plan, dense)(pruned)
         return what
     if isinstance(what, Mapping) and all(isinstance(each, Tensor) for each in what.values()):
         return _carry_tensors(what, pruned, graph, plan)
@@ -86,74 +86,138 @@ def carry(
     )
 
 
-def _carry_optimizer(
-    optimizer: Optimizer,
-    pruned: nn.Module,
-    graph: Graph,
-    plan: PruningPlan,
-    dense: nn.Module | None,
-) -> None:
+def carrying(
+    what: Optimizer | nn.Module, graph: Graph, plan: PruningPlan, dense: nn.Module | None = None
+) -> Callable[[nn.Module], None]:
+    """``carry`` in two parts: all that can go wrong is done now, the rest by what is returned.
+
+    Args:
+        what: As there, an optimizer or a module; it changes in the second part.
+        graph: What ``trace`` found in the model before the cut.
+        plan: The plan of the cut.
+        dense: For an optimizer: the model before the cut, unless ``apply_`` has cut it already.
+
+    Returns:
+        What to call with the cut model.
+
+    Raises:
+        PlanError: As there.
+    """
+    if isinstance(what, Optimizer):
+        return _carrying_optimizer(what, graph, plan, dense)
+    average = _copy_of_the_model(what, graph)
+    smaller = cut(fold(copy_model(average), graph, plan), graph, plan)
+
+    def put(_: nn.Module) -> None:
+        average.__dict__.clear()
+        average.__dict__.update(smaller.__dict__)
+
+    return put
+
+
+def _carrying_optimizer(
+    optimizer: Optimizer, graph: Graph, plan: PruningPlan, dense: nn.Module | None
+) -> Callable[[nn.Module], None]:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
     names = {} if dense is None else {id(p): name for name, p in dense.named_parameters()}
-    smaller = dict(pruned.named_parameters())
-    new_name = names_after(pruned, graph, plan)
-    groups: list[list[nn.Parameter]] = []
-    state: dict[Tensor, Any] = {}
-    for group in optimizer.param_groups:
-        groups.append([])
-        for parameter in group["params"]:
-            old = names.get(id(parameter)) or _replaced_name(parameter, plan)
-            if (new := new_name(old)) is None:  # its layer is gone
-                continue
-            if new not in smaller:
-                raise PlanError(f"optimizer: the pruned model has no parameter {new!r}")
-            groups[-1].append(smaller[new])
-            if parameter in optimizer.state:
-                state[smaller[new]] = {
-                    key: _carried_state(value, key, parameter, old, graph, plan)
-                    for key, value in optimizer.state[parameter].items()
-                }
-    optimizer.state.clear()
-    optimizer.state.update(state)
-    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = parameters
+    names |= {id(p): name for p in held if id(p) not in names and (name := _replaced_name(p, plan))}
+    if not any(id(p) in names for p in held):
+        raise PlanError(
+            f"optimizer: none of its {len(held)} parameters belongs to the model before the cut; "
+            "after apply, pass that model as dense="
+        )
+    states = {
+        id(p): {
+            key: _carried_state(value, key, p, names[id(p)], graph, plan)
+            for key, value in optimizer.state[p].items()
+        }
+        for p in held
+        if id(p) in names and p in optimizer.state
+    }
+    beside = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    if any(each is not None for name in names.values() for each in _positions(name, graph, plan)):
+        for each in (beside, *optimizer.param_groups):
+            _check_beside(each)
+
+    def put(pruned: nn.Module) -> None:
+        smaller, new_name = dict(pruned.named_parameters()), names_after(pruned, graph, plan)
+        new: list[dict[str, Any]] = []
+        state: dict[Any, Any] = dict(beside)
+        for group in optimizer.param_groups:
+            given = group.get("param_names") or [""] * len(group["params"])
+            stays: list[tuple[Tensor, str]] = []
+            for parameter, said in zip(group["params"], given, strict=True):
+                if (old := names.get(id(parameter))) is None:  # of another model
+                    stays.append((parameter, said))
+                    if parameter in optimizer.state:
+                        state[parameter] = optimizer.state[parameter]
+                elif (name := new_name(old)) is not None:  # else its layer is gone
+                    if name not in smaller:
+                        raise PlanError(f"optimizer: the pruned model has no parameter {name!r}")
+                    stays.append((smaller[name], name if said == old else said))
+                    if id(parameter) in states:
+                        state[smaller[name]] = states[id(parameter)]
+            new.append({"params": [each for each, _ in stays]})
+            if "param_names" in group:
+                new[-1]["param_names"] = [said for _, said in stays]
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        for group, changed in zip(optimizer.param_groups, new, strict=True):
+            group.update(changed)
+
+    return put
 
 
-def _replaced_name(parameter: Tensor, plan: PruningPlan) -> str:
-    shape = list(parameter.shape)
+def _replaced_name(parameter: Tensor, plan: PruningPlan) -> str | None:
+    """The name of a parameter that ``apply_`` replaced; None for another model's."""
     known = replaced(parameter)
-    if known is None:
+    if known is not None and known.plan != plan:
         raise PlanError(
-            f"optimizer: a parameter of shape {shape} does not belong to the model before the "
-            "cut; after apply, pass that model as dense="
+            f"optimizer: {known.name!r} {list(parameter.shape)} was replaced by a cut with another "
+            "plan"
         )
-    if known.plan != plan:
-        raise PlanError(
-            f"optimizer: {known.name!r} {shape} was replaced by a cut with another plan"
-        )
-    return known.name
+    return known and known.name
 
 
 def _carried_state(
     value: Any, key: str, parameter: Tensor, name: str, graph: Graph, plan: PruningPlan
 ) -> Any:
+    """A state cut like its parameter: a tensor of its shape, also where some dims are 1, or any."""
+    if isinstance(value, dict):
+        return {
+            inner: _carried_state(each, f"{key}.{inner}", parameter, name, graph, plan)
+            for inner, each in value.items()
+        }
+    if type(value) in (list, tuple):
+        return type(value)(
+            _carried_state(each, f"{key}.{i}", parameter, name, graph, plan)
+            for i, each in enumerate(value)
+        )
     if not isinstance(value, Tensor):
         return value
-    if value.shape == parameter.shape:
-        return _cut(value, name, graph, plan)
-    is_cut = any(each is not None for each in _positions(name, graph, plan))
-    if is_cut and value.numel() > 1:
+    positions = _positions(name, graph, plan)
+    if value.ndim == parameter.ndim and all(
+        size in (1, whole) for size, whole in zip(value.shape, parameter.shape, strict=True)
+    ):  # factored moments keep a dim of 1 for what they sum over
+        sizes = zip(positions, value.shape, parameter.shape, strict=False)
+        return _take(value, [kept if size == whole else None for kept, size, whole in sizes])
+    if value.numel() > 1 and any(each is not None for each in positions):
         raise PlanError(
             f"optimizer: its {key!r} of {name!r} is {list(value.shape)}, the parameter "
-            f"{list(parameter.shape)}, so it is not known how to cut it; make a new optimizer"
+            f"{list(parameter.shape)}, so it is not known how to cut it; make a new optimizer, or "
+            "take one whose state has the shape of the weights"
         )
     return value
 
 
-def _carry_module(module: nn.Module, graph: Graph, plan: PruningPlan) -> None:
-    average = _copy_of_the_model(module, graph)
-    smaller = cut(fold(copy_model(average), graph, plan), graph, plan)
-    average.__dict__.clear()
-    average.__dict__.update(smaller.__dict__)
+def _check_beside(values: Mapping[Any, Any]) -> None:
+    """Refuses tensors that stand beside those of the parameters: nothing says whose they are."""
+    for key, value in values.items():
+        if key != "params" and any(each.numel() > 1 for each in tensors(value)):
+            raise PlanError(
+                f"optimizer: {key!r} holds tensors for several parameters, and it is not known how "
+                "to cut them; make a new optimizer, or take one with a state for each parameter"
+            )
 
 
 def _copy_of_the_model(averaged: nn.Module, graph: Graph) -> nn.Module:
@@ -230,7 +294,11 @@ def _positions(name: str, graph: Graph, plan: PruningPlan) -> tuple[Any, ...]:
 
 
 def _cut(tensor: Tensor, name: str, graph: Graph, plan: PruningPlan) -> Tensor:
-    for dim, kept in enumerate(_positions(name, graph, plan)):
+    return _take(tensor, _positions(name, graph, plan))
+
+
+def _take(tensor: Tensor, positions: Iterable[Any]) -> Tensor:
+    for dim, kept in enumerate(positions):
         if kept is not None:
             tensor = tensor.index_select(dim, torch.as_tensor(kept, device=tensor.device))
     return tensor

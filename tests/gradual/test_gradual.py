@@ -85,6 +85,19 @@ def test_a_cut_that_fails_leaves_the_model_as_it_was(at, monkeypatch):
     assert found.rounds_done == 1
 
 
+def test_what_cannot_follow_a_cut_is_told_before_it():
+    """The model would be cut, its optimizer would not, and the round would count as not done."""
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    optimizer.step(lambda: F.cross_entropy(model(X), Y).backward() or torch.tensor(1.0))
+    parameters, expected = list(model.parameters()), model(X).detach()
+    for keys in ({"optimizer": optimizer}, {"averages": [nn.Linear(2, 2)]}):
+        with pytest.raises(PlanError, match="how to cut it|nothing in this Linear is a copy"):
+            pruning(model, **keys).step()
+        assert all(old is new for old, new in zip(parameters, model.parameters(), strict=True))
+        assert_close(model(X), expected, relative=0)
+
+
 def test_optimizer_and_averages_follow_every_cut():
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

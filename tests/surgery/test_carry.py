@@ -236,21 +236,106 @@ def test_two_cuts_are_carried_one_after_the_other():
         carry(optimizer, model, again, second)
 
 
-def test_a_strange_parameter_leaves_the_optimizer_alone():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_parameters_of_another_model_stay_as_they_are(in_place):
+    """One optimizer trains a model and what stands behind it."""
+    model, _, inputs = trained()
+    head = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], lr=0.1)
+    both = nn.Sequential(model, head)
+    step(both, optimizer, inputs)
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in head.parameters()]
+    graph = trace(model, (inputs,))
+    pruned = (apply_ if in_place else apply)(model, graph, plan_of(graph))
+    carry(optimizer, pruned, graph, plan_of(graph), dense=None if in_place else model)
+    expected = [*pruned.parameters(), *head.parameters()]
+    held = optimizer.param_groups[0]["params"]
+    assert all(one is two for one, two in zip(held, expected, strict=True))
+    for parameter, moment in zip(head.parameters(), moments, strict=True):
+        torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], moment)
+    step(nn.Sequential(pruned, head), optimizer, inputs)
+
+
+def test_an_optimizer_of_another_model_is_refused():
     model, _, inputs = trained()
     graph = trace(model, (inputs,))
-    strange = nn.Parameter(torch.zeros(2, 7))
-    optimizer = torch.optim.SGD([*model.parameters(), strange], lr=0.1)
-    with pytest.raises(PlanError, match=r"\[2, 7\]"):
-        carry(optimizer, copy.deepcopy(model), graph, plan_of(graph), dense=model)
-    assert optimizer.param_groups[0]["params"][-1] is strange
+    optimizer = torch.optim.SGD(nn.Linear(2, 7).parameters(), lr=0.1)
+    pruned = apply(model, graph, plan_of(graph))
+    with pytest.raises(PlanError, match="none of its 2 parameters belongs .* pass that model as"):
+        carry(optimizer, pruned, graph, plan_of(graph), dense=model)
 
 
-def test_state_of_another_shape_is_refused():
+def test_names_in_an_optimizer_follow_the_parameters():
+    model, _, inputs, graph, plan = shortened()
+    optimizer = torch.optim.Adam(model.named_parameters())
+    pruned = apply(model, graph, plan)
+    carry(optimizer, pruned, graph, plan, dense=model)
+    (group,) = optimizer.param_groups
+    found = dict(zip(group["param_names"], map(id, group["params"]), strict=True))
+    assert found == {name: id(parameter) for name, parameter in pruned.named_parameters()}
+
+
+class Kept(torch.optim.SGD):
+    """Keeps past gradients: of each parameter in lists, or of all in one place."""
+
+    def __init__(self, parameters, lr, place="state"):
+        super().__init__(parameters, lr)
+        self.place = place
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                own = self.state[parameter if self.place == "state" else "all"]
+                lists = group if self.place == "group" else own
+                lists.setdefault("past", []).append(parameter.grad.clone())
+                own["inner"] = {"last": (parameter.grad.clone(), 1)} if own is lists else {}
+
+
+def test_states_in_lists_and_dicts_are_cut_like_their_parameter():
+    model, optimizer, inputs = trained(Kept)
+    past = [[grad.clone() for grad in optimizer.state[p]["past"]] for p in model.parameters()]
+    graph = trace(model, (inputs,))
+    apply_(model, graph, plan_of(graph))
+    carry(optimizer, model, graph, plan_of(graph))
+    for parameter, gradients, by_hand in zip(model.parameters(), past, CUTS, strict=True):
+        found = optimizer.state[parameter]
+        expected = [by_hand(grad) for grad in gradients]
+        torch.testing.assert_close(found["past"], expected)
+        torch.testing.assert_close(found["inner"]["last"], (expected[-1], 1))
+
+
+def test_factored_moments_are_cut_where_they_have_the_size_of_the_weight():
     model, optimizer, inputs = trained(torch.optim.Adafactor)  # keeps rows and columns
+    rows = optimizer.state[model[0].weight]["row_var"].clone()
+    columns = optimizer.state[model[2].weight]["col_var"].clone()
+    same = optimizer.state[model[0].weight]["col_var"].clone()
     graph = trace(model, (inputs,))
     pruned = apply(model, graph, plan_of(graph))
-    with pytest.raises(PlanError, match="not known how to cut it"):
+    carry(optimizer, pruned, graph, plan_of(graph), dense=model)
+    torch.testing.assert_close(optimizer.state[pruned[0].weight]["row_var"], rows[list(KEPT)])
+    torch.testing.assert_close(optimizer.state[pruned[0].weight]["col_var"], same)
+    torch.testing.assert_close(optimizer.state[pruned[2].weight]["col_var"], columns[:, list(KEPT)])
+    step(pruned, optimizer, inputs)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda *given, **keys: Kept(*given, **keys, place="group"), "'past' holds tensors for"),
+        (lambda *given, **keys: Kept(*given, **keys, place="all"), "'all' holds tensors for"),
+        (torch.optim.Adam, "'exp_avg' of '0.weight' is .* not known how to cut it"),
+    ],
+    ids=["group", "all", "flat"],
+)
+def test_state_that_does_not_say_how_it_is_cut_is_refused(make, words):
+    model, optimizer, inputs = trained(make)
+    if make is torch.optim.Adam:
+        state = optimizer.state[model[0].weight]
+        state["exp_avg"] = state["exp_avg"].flatten()
+    graph = trace(model, (inputs,))
+    pruned = apply(model, graph, plan_of(graph))
+    with pytest.raises(PlanError, match=words):
         carry(optimizer, pruned, graph, plan_of(graph), dense=model)
     assert optimizer.param_groups[0]["params"][0] is model[0].weight
 
