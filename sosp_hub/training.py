@@ -183,7 +183,6 @@ def train_model(
     return history
 
 
-@torch.no_grad()
 def has_norms(model: nn.Module) -> bool:
     """Whether ``recalibrate_norm`` would do anything."""
     return bool(_norms(model))
@@ -193,6 +192,7 @@ def _norms(model: nn.Module) -> list[BatchNorm]:
     return [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
 
 
+@torch.no_grad()
 def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
     """Re-estimates the running statistics of every BatchNorm, in place; needs no labels.
 

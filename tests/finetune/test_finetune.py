@@ -267,6 +267,15 @@ def test_recalibrated_statistics_are_means_over_the_batches():
     assert_close({k: model.state_dict()[k] for k in weights}, weights, relative=0)
 
 
+def test_norms_are_estimated_without_what_a_gradient_needs():
+    """Else a pass over calibration data takes the memory of a training step."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    seen = []
+    model.register_forward_hook(lambda *given: seen.append(given[2].requires_grad))
+    recalibrate_norm(model, [(torch.randn(4, 2), torch.zeros(4).long())])
+    assert seen == [False]
+
+
 def test_a_net_without_batch_norm_has_nothing_to_recalibrate():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     assert recalibrate_norm(model, [(torch.randn(4, 2), torch.zeros(4).long())]) == 0

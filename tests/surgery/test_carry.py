@@ -261,12 +261,12 @@ def test_an_optimizer_of_another_model_is_refused():
     graph = trace(model, (inputs,))
     optimizer = torch.optim.SGD(nn.Linear(2, 7).parameters(), lr=0.1)
     pruned = apply(model, graph, plan_of(graph))
-    with pytest.raises(PlanError, match="none of its 2 parameters belongs .* pass that model as"):
+    with pytest.raises(PlanError, match=r"none of its 2 parameters belongs .* pass that model as"):
         carry(optimizer, pruned, graph, plan_of(graph), dense=model)
 
 
 def test_names_in_an_optimizer_follow_the_parameters():
-    model, _, inputs, graph, plan = shortened()
+    model, _, _, graph, plan = shortened()
     optimizer = torch.optim.Adam(model.named_parameters())
     pruned = apply(model, graph, plan)
     carry(optimizer, pruned, graph, plan, dense=model)
