@@ -19,7 +19,7 @@ from sosp_hub.surgery.layers import drop_layers
 from sosp_hub.surgery.proof import verified_plan
 from sosp_hub.surgery.replaced import Replacing
 from sosp_hub.surgery.tensors import Positions, get_tensor, put_tensor
-from sosp_hub.surgery.verify import twin_of
+from sosp_hub.surgery.verification.twins import twin_of
 
 Verify = Literal["thorough", "fast"]
 

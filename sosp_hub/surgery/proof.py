@@ -11,7 +11,9 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.trace import describe
-from sosp_hub.surgery.verify import Cut, check_cut, outputs_of, twin_of
+from sosp_hub.surgery.verification.check import Cut, check_cut
+from sosp_hub.surgery.verification.outputs import outputs_of
+from sosp_hub.surgery.verification.twins import twin_of
 
 _LOG = logging.getLogger("sosp_hub")
 

@@ -14,7 +14,7 @@ from sosp_hub.structure.copies import copy_model
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.apply import Verify, check_model, cut
 from sosp_hub.surgery.tensors import get_tensor
-from sosp_hub.surgery.verify import verify_growth
+from sosp_hub.surgery.verification.growth import verify_growth
 
 Init = Literal["net2net", "fresh"]
 SPREAD = 0.5

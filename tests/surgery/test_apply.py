@@ -542,7 +542,7 @@ def test_no_model_is_copied_to_be_verified(case, monkeypatch):
     def again():
         raise AssertionError("verified again with copies")
 
-    monkeypatch.setattr("sosp_hub.surgery.verify.at_once", again)
+    monkeypatch.setattr("sosp_hub.surgery.verification.check.at_once", again)
     apply(model, graph, half(graph, exact), strict=True)
 
 

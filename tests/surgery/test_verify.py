@@ -15,11 +15,12 @@ from sosp_hub.structure.deferred import _AT_ONCE
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery import proof
-from sosp_hub.surgery import verify as verify_room
 from sosp_hub.surgery.apply import apply, cut
 from sosp_hub.surgery.carry import carry
 from sosp_hub.surgery.proof import verified_plan
-from sosp_hub.surgery.verify import TOLERANCE, masked_outputs
+from sosp_hub.surgery.verification import check
+from sosp_hub.surgery.verification.masked import masked_outputs
+from sosp_hub.surgery.verification.outputs import TOLERANCE
 from tests.cases import CASES
 from tests.compare import assert_close
 from tests.structure.oracles import difference, fill, gated, half, plan_of, run
@@ -571,9 +572,9 @@ def test_where_memory_lacks_no_copies_are_made(monkeypatch, block, lacks):
         tried.append(_AT_ONCE.get())
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory" if lacks else "no data")
 
-    monkeypatch.setattr(verify_room, "_check_outputs", fails)
+    monkeypatch.setattr(check, "_check_outputs", fails)
     with pytest.raises(RuntimeError):
-        verify_room.check_cut(model, graph, half(graph), True, cut)
+        check.check_cut(model, graph, half(graph), True, cut)
     assert tried == ([False] if lacks else [False, True])
 
 

@@ -14,7 +14,8 @@ from sosp_hub.errors import CheckpointError
 from sosp_hub.structure.copies import map_tensors
 from sosp_hub.structure.deferred import WhereRead, at_once
 from sosp_hub.structure.isolation import isolated
-from sosp_hub.surgery.verify import doubled, is_coarse, steps_taken
+from sosp_hub.surgery.verification.steps import steps_taken
+from sosp_hub.surgery.verification.twins import doubled, is_coarse
 
 OTHER_OUTPUT = (
     "{}: the config and the delta build a model of the same shapes that computes something else; "

@@ -1,0 +1,1 @@
+"""Whether a cut model computes what the masked model computes."""
