@@ -4,7 +4,6 @@ A dense model is trained once for each seed, structures are scored once for each
 seed, and cut at every budget. What is done is kept, cell by cell.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from sosp_hub.pipeline.after_cut import cell as cell_step
 from sosp_hub.pipeline.after_cut import final, follow_up
 from sosp_hub.pipeline.context import Context, open_context
 from sosp_hub.pipeline.curvature import curvature
-from sosp_hub.pipeline.output_folder import alone, check_place, put
+from sosp_hub.pipeline.output_folder import alone, check_place, drafted
 from sosp_hub.pipeline.planning import check, decide_and_cut, plan, saliency, score
 from sosp_hub.pipeline.ranks import rank_correlations
 from sosp_hub.pipeline.rebuilding import rebuilt
@@ -72,12 +71,8 @@ def compare(
     results = _results(recipe, cells, folder, command)
     wait_for_everyone()
     if is_main():
-        draft = folder / "result" / output.name
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write_comparison(results, draft, figures=recipe.output.figures)
-        put(draft, output)
-        shutil.rmtree(folder, ignore_errors=True)
+        with drafted(folder, output) as draft:
+            write_comparison(results, draft, figures=recipe.output.figures)
         if show is not None:
             show(results, output)
     wait_for_everyone()

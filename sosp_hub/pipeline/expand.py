@@ -25,7 +25,7 @@ from sosp_hub.pipeline.growth import (
     widened,
 )
 from sosp_hub.pipeline.measuring import cut
-from sosp_hub.pipeline.output_folder import alone, check_place, put
+from sosp_hub.pipeline.output_folder import alone, check_place, drafted
 from sosp_hub.pipeline.planning import check, decide, score
 from sosp_hub.pipeline.rebuilding import rebuilt
 from sosp_hub.pipeline.result import costs, versions
@@ -78,13 +78,9 @@ def expand(
     results: dict[str, Any] = {}
     if is_main():
         results = _results(recipe, section, results_of_seeds, command)
-        draft = folder / "result" / output.name
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write_expansion(results, draft, figures=recipe.output.figures)
-        shutil.copytree(folder / MODEL, draft / MODEL)
-        put(draft, output)
-        shutil.rmtree(folder, ignore_errors=True)
+        with drafted(folder, output) as draft:
+            write_expansion(results, draft, figures=recipe.output.figures)
+            shutil.copytree(folder / MODEL, draft / MODEL)
         if show is not None:
             show(results, output)
     wait_for_everyone()

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -62,6 +63,17 @@ def put(draft: Path, output: Path) -> None:
     """Puts the whole folder in its place; what was there goes only when the new one has come."""
     with writing(output):
         put_in_place(draft, output)
+
+
+@contextmanager
+def drafted(folder: Path, output: Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of the output; ``folder`` goes."""
+    draft = folder / "result" / output.name
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    put(draft, output)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
