@@ -112,6 +112,11 @@ def evaluate(
     metrics_by_name: dict[str, Metric] = {}
     for name in metrics:
         if name == "per_class_accuracy":
+            if not sums[first_class:, 0].any():
+                raise DataError(
+                    f"evaluate.metrics: {name} needs samples that are of one class each, and the "
+                    "loss of this model reads none of its outputs as such; write accuracy or loss"
+                )
             for label, row in enumerate(sums[first_class:]):
                 if row[0]:
                     shown = class_names[label] if label < len(class_names) else str(label)

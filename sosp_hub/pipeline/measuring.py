@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import find_task, metric_names
 from sosp_hub.reconstruction.rebuild import Rebuilt, rebuilt_weights
 from sosp_hub.surgery.apply import apply
-from sosp_hub.tasks.metrics import LIBRARIES, library_of
+from sosp_hub.tasks.metrics import LIBRARIES, Meter, OfAll, library_of
 from sosp_hub.training import recalibrate_norm
 from sosp_hub.zoo.load import Loaded, example_inputs
 
@@ -52,18 +52,24 @@ def _measured(context: Context, model: nn.Module, split: Split, label: str) -> d
     num_workers = context.recipe.data.num_workers
     loader = make_loader(split, section.batch_size, num_workers=num_workers)
     shown = progress(context.accelerator.prepare_data_loader(loader), f"measure {label}")
-    assert context.data is not None  # nothing is measured without it
-    task, info = find_task(context.recipe.model.task), context.data.info
-    names = metric_names(section.metrics, task, info)
+    names, meters = _metrics(context)
     metrics = evaluate(
         model,
         shown,
         names,
         class_names=split.class_names,
         loss_fn=context.loss_fn(model),
-        meters=task.meters(info, context.loaded.processor),
+        meters=meters,
     )
     return {name: dataclasses.asdict(metric) for name, metric in metrics.items()}
+
+
+def _metrics(context: Context) -> tuple[Sequence[str], Mapping[str, Meter | OfAll]]:
+    """Names of what is measured, and the task's own meters."""
+    assert context.data is not None  # nothing is measured without it
+    task, info = find_task(context.recipe.model.task), context.data.info
+    names = metric_names(context.recipe.evaluate.metrics, task, info)
+    return names, task.meters(info, context.loaded.processor)
 
 
 def cut(
@@ -154,6 +160,13 @@ def check_measuring(context: Context) -> None:
         check_harness()
     for metric in LIBRARIES.keys() & (context.recipe.evaluate.metrics or ()):
         library_of(metric)
+    if context.data is not None and len(context.test):
+        names, meters = _metrics(context)
+        means = [name for name in names if not isinstance(meters.get(name), OfAll)]
+        sample = context.test.__getitems__([0])
+        evaluate(
+            context.model, [sample], means, loss_fn=context.loss_fn(context.model), meters=meters
+        )
 
 
 def hardware() -> str:

@@ -67,12 +67,23 @@ ROOTS: Mapping[str, Callable[[float], tuple[float, float]]] = {
 """Metrics that are functions of a ratio: value and slope."""
 
 
+_FORMS = {"softmax": "one class each", "sigmoid": "several labels each", "squared": "numbers"}
+
+
+def _said(form: Form) -> str:
+    return f"{form} ({_FORMS[form]})"
+
+
 def _read(loss: Loss, form: Form | None, metric: str) -> Predictions:
     if loss.predictions is None or form not in (None, loss.predictions.form):
-        found = "nothing that is known" if loss.predictions is None else loss.predictions.form
+        found = (
+            "nothing that is known" if loss.predictions is None else _said(loss.predictions.form)
+        )
+        counts = loss.predictions is not None and loss.predictions.form != "squared"
         raise DataError(
             f"evaluate.metrics: {metric} needs outputs that the loss reads as "
-            f"{form or 'some form'}; it reads {found}. Write loss"
+            f"{_said(form) if form else 'some form'}; it reads {found}. Write "
+            f"{'accuracy or loss' if counts else 'loss'}"
         )
     return loss.predictions
 

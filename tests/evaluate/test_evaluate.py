@@ -69,6 +69,16 @@ def test_each_class_that_occurs_has_its_accuracy(table):
     assert found["accuracy/2"] == Metric(right[2].item(), 1, None)  # one sample has no spread
 
 
+@pytest.mark.parametrize(
+    "loss_fn", [F.mse_loss, F.binary_cross_entropy_with_logits], ids=["numbers", "several labels"]
+)
+def test_accuracies_of_classes_are_refused_where_a_sample_has_no_class(table, loss_fn):
+    """They were left out without a word."""
+    batches = [(torch.arange(4), torch.rand(4, 5).round())]
+    with pytest.raises(DataError, match="per_class_accuracy needs samples that are of one class"):
+        evaluate(table[0], batches, ("per_class_accuracy", "loss"), loss_fn=loss_fn)
+
+
 def test_a_language_model_is_measured_per_token_with_the_spread_of_its_texts():
     class Model(nn.Module):
         def forward(self, input_ids, labels=None, **_):

@@ -159,6 +159,21 @@ def test_a_recipe_from_rows_to_a_verified_folder(base, tmp_path, key):
             assert checks[f"metric {name}"].holds, checks[f"metric {name}"]
 
 
+def of_one_class(chance):
+    words = sentence(chance)
+    return {"text": " ".join(words), "label": words[0]}
+
+
+@pytest.mark.slow
+def test_a_metric_that_the_labels_do_not_have_is_refused_before_a_training(base, tmp_path, capsys):
+    assert run(base, tmp_path, "text-classification", of_one_class, ["accuracy", "f1"]) == 2
+    told = capsys.readouterr().err
+    assert "f1 needs outputs that the loss reads as sigmoid (several labels each)" in told
+    assert "Write accuracy or loss" in told
+    assert not list((tmp_path / "out.partial").glob("dense*"))
+    assert "train dense" not in told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "sosp_h", "magnitude", "activation"])
 def test_every_kind_of_criterion_scores_spans(base, tmp_path, criterion):
@@ -288,7 +303,7 @@ def test_label_f1_and_errors_are_those_of_sklearn():
 
 def test_a_metric_that_does_not_fit_the_loss_says_so():
     model, batch = torch.nn.Linear(3, 4), (torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0]))
-    with pytest.raises(DataError, match=r"f1 needs outputs .* as sigmoid; it reads softmax"):
+    with pytest.raises(DataError, match=r"f1 needs outputs .* as sigmoid .*; it reads softmax"):
         evaluate(model, [batch], ("f1",), meters={"f1": metrics.f1_of_labels})
 
 
