@@ -20,6 +20,7 @@ from sosp_hub.checkpoint.weightless import holds_only_a_plan
 from sosp_hub.compat.timm import is_whole
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.compat.versions import tell_newer
+from sosp_hub.data.reach import hub_is_off, only_cached
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError, shortened
 
 REPORT = "sosp_report.json"
@@ -264,11 +265,14 @@ def fetch(path_or_id: str | Path, kwargs: dict[str, Any]) -> Path:
     hub = {key: kwargs.pop(key) for key in keys if key in kwargs}
     if (folder := headers.local_folder(path_or_id)) is not None:
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     from sosp_hub.compat.huggingface_hub import transport_error
 
+    cached = only_cached() and not hub.get("force_download")
+    if cached:
+        hub["local_files_only"] = True
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=_WANTED, **hub))
     except HFValidationError as error:
@@ -276,9 +280,13 @@ def fetch(path_or_id: str | Path, kwargs: dict[str, Any]) -> Path:
             f"{shortened(str(path_or_id))}: no such folder, and no hub id either"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, transport_error()) as error:
+        why = f"the hub does not give it ({error})"
+        if cached:
+            off = "is turned off by HF_HUB_OFFLINE" if hub_is_off() else "cannot be reached"
+            why = f"it is not in the cache, and {constants.ENDPOINT} {off}"
         raise HubError(
-            f"{path_or_id}: no such folder here, and the hub does not give it ({error}); "
-            f"without network, pass the folder of a downloaded model"
+            f"{path_or_id}: no such folder here, and {why}; without network, pass the folder of a "
+            "downloaded model"
         ) from error
 
 

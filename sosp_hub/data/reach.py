@@ -48,7 +48,7 @@ def reaching_hub(section: str, name: str) -> Iterator[None]:
         section: ``model`` or ``data``: the section of the recipe that names it.
         name: The hub id.
     """
-    if not _answers():
+    if not hub_answers():
         raise HubError(_offline_advice(section, name))
     try:
         yield
@@ -72,7 +72,16 @@ def hub_is_off() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def _answers() -> bool:
+def only_cached() -> bool:
+    """Whether nothing but the cache is at hand: the hub is turned off, or does not answer.
+
+    To be asked before the hub's clients are, which repeat each request for half a minute.
+    """
+    return hub_is_off() or not hub_answers()
+
+
+def hub_answers() -> bool:
+    """Whether anything answers at the hub's address; also where the hub is turned off."""
     if hub_is_off():
         return True  # nothing will be asked; the cache may have it
     from huggingface_hub import constants

@@ -18,11 +18,13 @@ from sosp_hub.checkpoint.format.bounds import check_code, check_counts
 from sosp_hub.checkpoint.format.record import KEY, Delta, library_in
 from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
+from sosp_hub.checkpoint.io import fetch
 from sosp_hub.checkpoint.skeleton import as_checkpoint_error, build_skeleton, faults_of
 from sosp_hub.checkpoint.torch.read import cut_without_data, misfits, stray
 from sosp_hub.checkpoint.weightless import holds_only_a_plan
 from sosp_hub.compat.torch import FakeMode, grouped_product_flops, parameter_table
 from sosp_hub.compat.transformers import tied_names
+from sosp_hub.data.reach import only_cached
 from sosp_hub.errors import CheckpointError, HubError, shortened
 from sosp_hub.inspection.readers import Reader, readers
 from sosp_hub.structure.inputs import num_samples, one_sample
@@ -96,7 +98,10 @@ def examine(
         CheckpointError: No checkpoint, a config that builds nothing, or another model.
         HubError: The hub cannot be reached, or has no such model.
     """
-    if (folder := headers.local_folder(path_or_id)) is not None:
+    folder = headers.local_folder(path_or_id)
+    if folder is None and only_cached():
+        folder = fetch(path_or_id, {"revision": revision})
+    if folder is not None:
         if holds_only_a_plan(folder):
             return Findings(str(path_or_id), "weightless")
         return _examine(str(path_or_id), folder, headers.read_tensors(folder), model)

@@ -1,10 +1,15 @@
 import socket
+import time
 
 import pytest
+import timm
+import torch
 
+import sosp_hub
 from sosp_hub.data import reach
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import DataError, HubError
+from sosp_hub.inspection.examine import examine
 from sosp_hub.recipe.schema import DataSection
 
 
@@ -98,3 +103,31 @@ def test_hub_images_and_class_names(monkeypatch):
     assert data.info.image_shape == (1, 28, 28)
     assert data.train.pixels[:, 0, 3, 4].tolist() == [0, 10, 20, 30, 40, 50]
     assert list(data.test.labels) == [0, 1]
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """``me/small`` in the cache, as the hub's client leaves it; who waits for the hub fails."""
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    snapshot = tmp_path / "models--me--small" / "snapshots" / ("0" * 40)
+    sosp_hub.save_pretrained(model, snapshot)
+    (tmp_path / "models--me--small" / "refs").mkdir()
+    (tmp_path / "models--me--small" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited for the hub"))
+    return model
+
+
+@pytest.mark.parametrize("off", [False, True], ids=["dead", "turned off"])
+def test_what_the_cache_holds_is_taken_at_once_where_the_hub_is_not_there(
+    dead_hub, cached, off, monkeypatch
+):
+    if off:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(sosp_hub.from_pretrained("me/small")(image), cached(image))
+    assert examine("me/small").totals["params"] == sum(p.numel() for p in cached.parameters())
+    why = "turned off by HF_HUB_OFFLINE" if off else "cannot be reached"
+    for ask in (sosp_hub.from_pretrained, examine):
+        with pytest.raises(HubError, match=f"me/other: .* not in the cache, and http.* {why}"):
+            ask("me/other")

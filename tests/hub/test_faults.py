@@ -302,7 +302,7 @@ def test_a_connection_that_breaks_while_a_model_is_read_is_told(tmp_path, monkey
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download", lambda *_, **__: tmp_path / "config.json"
     )
-    monkeypatch.setattr("sosp_hub.data.reach._answers", lambda: True)
+    monkeypatch.setattr("sosp_hub.data.reach.hub_answers", lambda: True)
     with pytest.raises(HubError, match="me/model"):
         ask()
 
