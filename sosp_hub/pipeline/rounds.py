@@ -97,5 +97,6 @@ def _recipe_of(context: Context, current: Context, number: int) -> Recipe:
         "schedule": None,
     }
     if number < schedule.rounds:
-        changes["finetune"] = recipe.finetune.model_copy(update={"epochs": schedule.epochs})
+        training = {"epochs": schedule.epochs, "tokens": None}
+        changes["finetune"] = recipe.finetune.model_copy(update=training)
     return recipe.model_copy(update=changes)

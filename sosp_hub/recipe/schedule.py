@@ -4,23 +4,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sosp_hub.recipe.section import Count, Section
+from sosp_hub.recipe.section import Section
 
 Curve = Literal["cubic", "linear"]
 """How the shares of rounds go."""
 
 
 class ScheduleSection(Section):
-    """Several cuts with training between them, each scored and rebuilt anew."""
+    """Several cuts, each scored and rebuilt anew, with training between them or without."""
 
     rounds: Annotated[int, Field(ge=2, le=100)] = Field(default=5, description="cuts")
     share: Curve = Field(
         default="cubic",
         description="cubic cuts most in the first rounds, linear the same in each",
     )
-    epochs: Count = Field(
+    epochs: Annotated[int, Field(ge=0)] = Field(
         default=1,
-        description="of training after each cut but the last, which is followed by `finetune`",
+        description="of training after each cut but the last, which is followed by `finetune`; 0 = "
+        "scored anew on what the rebuild has made of it, without training",
     )
 
 

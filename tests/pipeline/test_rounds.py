@@ -1,13 +1,18 @@
 """``schedule`` in recipes: cut, train, cut; told round by round, and continued in the middle."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sosp_hub.checkpoint.io import from_pretrained
 from sosp_hub.cost import cost
 from sosp_hub.pipeline import rounds
 from sosp_hub.prune import main
+from sosp_hub.recipe.load import load_recipe
+from sosp_hub.recipe.schema import Recipe
+from sosp_hub.structure.trace import trace
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +58,43 @@ def test_a_schedule_that_was_killed_goes_on_in_the_middle(recipe, monkeypatch):
     first, second = report_of(recipe), report_of(recipe, "again")
     for key in ("rounds", "metrics", "plan"):
         assert first[key] == second[key]
+
+
+def test_rounds_without_training_score_what_was_rebuilt(recipe):
+    given = [
+        "schedule={rounds: 2, epochs: 0, share: linear}",
+        "rebuild.method=ridge",
+        "finetune.epochs=0",
+    ]
+    assert main([str(recipe), *ROUNDS, *given]) == 0
+    report = report_of(recipe)
+    (first,) = report["rounds"]
+    assert "rebuilt" in first["metrics"]
+    assert "final" not in first["metrics"]
+    assert report["recovery"] is None or not report["recovery"]
+    at_once = [
+        "rebuild.method=ridge",
+        f"output.dir={recipe.parent / 'once'}",
+        "schedule=null",
+        "finetune.epochs=0",
+    ]
+    assert main([str(recipe), *ROUNDS, *at_once]) == 0
+    assert report["plan"]["kept"] != report_of(recipe, "once")["plan"]["kept"]
+
+
+def test_a_round_trains_by_its_own_epochs(recipe):
+    """A number of tokens is of the last training alone."""
+    raw = load_recipe(recipe, [*ROUNDS]).model_dump()
+    raw["finetune"]["tokens"] = 1000
+    context = SimpleNamespace(recipe=Recipe.model_validate(raw), graph=(graph := _graph()))
+    one, last = (rounds._recipe_of(context, SimpleNamespace(graph=graph), n) for n in (1, 3))
+    assert (one.finetune.epochs, one.finetune.tokens) == (1, None)
+    assert last.finetune.tokens == 1000
+
+
+def _graph():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    return trace(net, (torch.randn(1, 4),))
 
 
 @pytest.mark.parametrize(
