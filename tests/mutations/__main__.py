@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 
 def main() -> int:
-    """Runs what was asked for; 1 where something survives unargued."""
+    """Runs what was asked for; 1 where something survives unargued, or a test fails without."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.mutations", description=(__doc__ or "").partition("\n")[0]
     )
@@ -59,12 +59,13 @@ def main() -> int:
         return 0
     _load_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the tests that run end too
+    broken: list[str] = []
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy = _copy_tree(Path(folder, "tree"))
         for _, room in itertools.groupby(asked, lambda mutation: mutation.room):
             fresh = []
             for mutation in room:
-                digest, known = mutation.digest(), records.get(str(mutation), {})
+                digest, known = mutation.digest(copy), records.get(str(mutation), {})
                 if known and (options.untried or known["digest"] == digest) and not options.again:
                     continue
                 record = _try(mutation, copy, options.limit_s)
@@ -79,11 +80,17 @@ def main() -> int:
                 for name in [n for n, record in records.items() if record.get("by") in failing]:
                     del records[name]
                 _write(records, everything)
-                raise SystemExit(f"fails without any mutation: {', '.join(failing)}")
-    survivors = [m for m in asked if records[str(m)]["outcome"] == "survived" and not m.equivalent]
+                broken += failing
+    survivors = [
+        m
+        for m in asked
+        if records.get(str(m), {}).get("outcome") == "survived" and not m.equivalent
+    ]
     for mutation in survivors:
         sys.stdout.write(f"survivor: {mutation}: {mutation.loses}\n")
-    return bool(survivors)
+    for test in broken:
+        sys.stdout.write(f"fails without any mutation: {test}\n")
+    return bool(survivors or broken)
 
 
 def _load_libraries() -> None:
@@ -127,7 +134,8 @@ def _pytest(
 ) -> tuple[int | str, tuple[str, ...]]:
     """The exit code, or that it hung, and what failed."""
     shutil.rmtree(cache := tree / ".mutations_cache", ignore_errors=True)
-    arguments = ["-q", "-o", f"cache_dir={cache}", *tests, *(["-k", select] if select else [])]
+    files = dict.fromkeys(file for test in tests for file in _files(tree, test))
+    arguments = ["-q", "-o", f"cache_dir={cache}", *files, *(["-k", select] if select else [])]
     until = time.monotonic() + limit_s
     process = os.fork()
     if not process:
@@ -147,6 +155,12 @@ def _pytest(
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
     failed = cache / "v" / "cache" / "lastfailed"
     return code, tuple(json.loads(failed.read_text())) if failed.exists() else ()
+
+
+def _files(tree: Path, test: str) -> list[str]:
+    """What is in a folder of tests: pytest would forget that another file was to come first."""
+    inside = sorted((tree / test).rglob("test_*.py"))
+    return [str(file.relative_to(tree)) for file in inside] or [test]
 
 
 def _run_forked(tree: Path, arguments: list[str]) -> NoReturn:
