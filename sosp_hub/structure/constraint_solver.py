@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+from sosp_hub.errors import TraceError
 from sosp_hub.structure.axes import (
     UNIT,
     Atom,
@@ -166,7 +167,11 @@ def _satisfy(
     representative: dict[int, int],
     generator: random.Random,
 ) -> None:
-    """Ties and pins until every constraint holds for counts drawn at random."""
+    """Ties and pins until every constraint holds for counts drawn at random.
+
+    Raises:
+        TraceError: Some hold for no counts.
+    """
     clean = 0
     index = _Index(relevant)
     while clean < _CLEAN_DRAWS:
@@ -183,11 +188,14 @@ def _satisfy(
         if any(refined):
             continue
         touched: set[int] = set()
+        repaired = not violated
         for constraint in violated:
             involved = _involved(constraint, index)
             if touched.isdisjoint(find(atom.id) for atom in involved):
-                _repair(constraint, involved, find, representative)
+                repaired |= _repair(constraint, involved, find, representative)
                 touched |= {find(atom.id) for atom in involved}
+        if not repaired:
+            _pin_bound(violated[0], index)
 
 
 def bar_counts(
@@ -416,15 +424,35 @@ def _repair(
     involved: Sequence[Atom],
     find: Callable[[int], int],
     tied: dict[int, int],
-) -> None:
-    """Ties two equally long axes of a failing constraint, or pins it."""
+) -> bool:
+    """Ties two equally long axes of a failing constraint, or pins it; whether any was left."""
     fixed_sizes = {atom.size for atom in involved if atom.pinned}
     loose = {find(atom.id): atom for atom in involved if not atom.pinned}
     for one, two in itertools.combinations(loose, 2):
         if loose[one].size == loose[two].size and loose[one].size not in fixed_sizes:
             tied[max(one, two)] = min(one, two)
-            return
+            return True
     for atom in loose.values():
+        atom.pinned.setdefault(f"its size is bound to others by {constraint.where}")
+    return bool(loose)
+
+
+def _pin_bound(constraint: Constraint, index: _Index) -> None:
+    """Pins what a failing constraint is bound to by others in between.
+
+    Raises:
+        TraceError: All of it is pinned: sizes contradict each other in the dense model itself.
+    """
+    bound = _bound(constraint, index)
+    involved = [a for c in bound for a in (*atoms(c.axis), *expr_atoms(c.expr))]
+    loose = [atom for atom in involved if not atom.pinned]
+    if not loose:
+        raise TraceError(
+            f"sizes of the model contradict each other in {constraint.where}: "
+            f"{constraint.expr} is to be {size_of(constraint.axis)} there and something else "
+            "elsewhere, with nothing cut"
+        )
+    for atom in loose:
         atom.pinned.setdefault(f"its size is bound to others by {constraint.where}")
 
 

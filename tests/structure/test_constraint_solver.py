@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
+from sosp_hub.errors import TraceError
 from sosp_hub.structure import axes, constraint_solver
-from sosp_hub.structure.axes import UNIT, Atom, Prod, Sum
+from sosp_hub.structure.axes import UNIT, Atom, Prod, Sum, fixed
 from sosp_hub.structure.constraint_solver import settle, solve_attributes
 from sosp_hub.structure.terms import Constraint
 from sosp_hub.structure.traced_int import Attribute, Op, attributes
@@ -179,6 +180,13 @@ def test_two_unknown_attributes_that_no_change_of_one_satisfies_pin():
 
 def true(symbol, left, right):
     return says(Op(symbol, left, right), UNIT)
+
+
+def test_sizes_that_contradict_each_other_are_refused():
+    """The search for pins would go on for ever."""
+    constraints = [says(HEADS, Atom(4)), says(HEADS, fixed(4, "a test")), says(HEADS, fixed(6, ""))]
+    with pytest.raises(TraceError, match=r"contradict each other in a test: .* is to be 6 there"):
+        settle(constraints, ())
 
 
 def test_a_count_that_would_flip_a_branch_is_barred():
