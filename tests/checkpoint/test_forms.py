@@ -154,8 +154,12 @@ def test_inspect_tells_what_the_model_holds(tmp_path, capsys):
     attention = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
     in_layers = sum(layer["macs"] for layer in layers.values())
     assert found["totals"]["macs"] == in_layers + 2 * attention * tokens**2
+    whole = sosp_hub.save_pretrained(type(model)(cuts.FAMILIES["llama"][1]), tmp_path / "whole")
+    dense = examine(whole).totals
+    assert found["totals"]["dense_macs"] == dense["macs"] > found["totals"]["macs"]
     assert inspect.main([str(folder)]) == 0
     shown = capsys.readouterr().out
+    assert f"({found['totals']['params'] / dense['params']:.0%})" in shown
     assert "19x32 of 48x32" in shown
     assert "config, delta and weights agree" in shown
     assert "vLLM: no" in shown

@@ -8,6 +8,7 @@ import torch
 
 from sosp_hub.data.loading import load_split
 from sosp_hub.data.source import open_data
+from sosp_hub.data.texts import MaskedSplit
 from sosp_hub.errors import DataError
 from sosp_hub.recipe.schema import DataSection
 
@@ -93,6 +94,13 @@ def test_one_file_holds_out_its_test(tmp_path):
     data = open_data(DataSection(path=str(file), test=None, validation_share=0.25), CLASSES)
     assert (len(data.train), len(data.test)) == (15, 5)
     assert sorted([*data.train.texts, *data.test.texts]) == sorted(row["text"] for row in ROWS * 4)
+
+
+def test_the_log_says_how_much_is_held_out(tmp_path, caplog):
+    file = write(tmp_path / "all.jsonl", ROWS * 4)
+    with caplog.at_level("INFO", "sosp_hub"):
+        open_data(DataSection(path=str(file), validation_share=0.25), CLASSES)
+    assert "all.jsonl has no splits; 25 % of it are held out for the test" in caplog.text
 
 
 def test_numbers_stay_what_they_are(tmp_path):
@@ -200,6 +208,26 @@ def test_too_little_text(tmp_path, letters):
     data = open_data(DataSection(path=str(tmp_path)), MODEL)
     with pytest.raises(DataError, match="has 7 tokens, fewer than one window of 512"):
         load_split(data, "train", letters())
+
+
+def test_lists_of_classes_go_to_the_outputs_of_the_same_names(tmp_path, letters):
+    """Three classes of which none is at its own place."""
+    rows = [{"text": "t", "label": labels} for labels in (["a"], ["b", "c"], ["c"])]
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", rows)
+    data = open_data(DataSection(path=str(tmp_path)), CLASSES)
+    split = load_split(data, "train", letters(label_order=(2, 0, 1)))  # b, c, a
+    assert split.__getitems__([0, 1, 2])["labels"].tolist() == [[0, 0, 1], [1, 1, 0], [0, 1, 0]]
+
+
+def test_masks_are_those_of_the_seed():
+    windows = torch.arange(200).view(4, 50)
+    first, again, other = (
+        MaskedSplit(windows, 999, seed).__getitems__([0, 1, 2, 3])["input_ids"]
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

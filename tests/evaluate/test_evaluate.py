@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sosp_hub.errors import DataError
-from sosp_hub.evaluate import Metric, evaluate, measure_latency
+from sosp_hub.evaluate import Metric, evaluate, measure_latency, metrics_of_samples
 from sosp_hub.tasks import next_token
 from tests.compare import assert_close
 
@@ -115,6 +115,18 @@ def test_it_measures_in_eval_mode_and_restores_the_mode(table):
     with pytest.raises(IndexError):
         evaluate(model, [(torch.tensor([99]), torch.tensor([0]))])
     assert model.training
+
+
+def test_the_divergence_of_each_sample_is_that_from_the_dense_model_in_evaluation():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).train()
+    pruned = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).train()
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    (rows,) = metrics_of_samples(pruned, [(x, y)], ["divergence"], dense=dense).values()
+    shares, others = (model[1](x).double().softmax(-1) for model in (dense, pruned))
+    expected = (shares * (shares / others).log()).sum(-1).detach()
+    assert_close(rows[:, 0], expected, relative=1e-5)
+    assert dense.training and pruned.training  # noqa: PT018
 
 
 def test_nothing_to_measure_is_refused(table):

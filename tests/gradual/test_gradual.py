@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,37 @@ def test_a_rebuilt_cut_loses_less():
         pruning(model, optimizer, rounds=1, rebuild=rebuild).step()
         losses[rebuild] = F.cross_entropy(model(X), Y).item()
     assert losses[True] < losses[False]
+
+
+def test_limits_hold_in_each_round():
+    found = pruning(net(), limits={"round_to": 8})
+    counts = [count for _ in range(3) for count in found.cut().num_kept().values()]
+    assert {count % 8 for count in counts} == {0}
+
+
+def test_a_loss_of_ones_own_scores_too():
+    def own_loss(outputs, targets):
+        del targets
+        return outputs[:, 0].square().mean()
+
+    graph = sosp_hub.trace(net(), (X[:2],))
+    scores = [
+        sosp_hub.score(net(), graph, BATCHES, criterion="taylor", loss_fn=loss)
+        for loss in (own_loss, None)
+    ]
+    plans = [sosp_hub.allocate(graph, each, macs=0.4) for each in scores]
+    assert plans[0].kept != plans[1].kept
+    assert pruning(net(), rounds=1, loss_fn=own_loss).cut().kept == plans[0].kept
+
+
+def test_one_process_alone_writes_the_schedule_of_a_trainer(tmp_path):
+    callback = sosp_hub.trainer_callback(lambda model, optimizer: pruning(model, optimizer))
+    callback.pruning, given = pruning(net()), SimpleNamespace(output_dir=str(tmp_path))
+    (tmp_path / "checkpoint-3").mkdir()
+    for first in (False, True):
+        state = SimpleNamespace(is_world_process_zero=first, global_step=3)
+        callback.on_save(given, state, None)
+        assert bool([*(tmp_path / "checkpoint-3").iterdir()]) == first
 
 
 def test_norms_of_a_round_are_those_of_the_calibration_data():

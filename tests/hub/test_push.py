@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, constants
 from sosp_hub.errors import HubError
 from sosp_hub.hub.push import check_access, push_to_hub
 from sosp_hub.report.card import render_card
+from tests.checkpoint import cuts
 from tests.hub.conftest import NOW, READER, STRANGER, TOKEN, make_folder
 from tests.hub.loopback import Fault
 
@@ -60,7 +61,9 @@ def test_pushing_the_same_folder_again_makes_no_commit(hub, folder):
 def test_only_changed_files_are_sent_again(hub, folder):
     push(folder)
     (folder / "config.json").write_text('{"architecture": "resnet18", "num_classes": 3}')
-    assert push(folder).added == ("config.json",)
+    result = push(folder)
+    assert result.added == ("config.json",)
+    assert result.num_bytes == (folder / "config.json").stat().st_size
     assert hub.contents(REPO) == local(folder)
 
 
@@ -80,6 +83,11 @@ def test_private_repository_and_a_namespace_of_an_organisation(hub, folder):
     assert hub.repos["lab/small"].private
     with pytest.raises(Exception, match=r"404|401"):
         HfApi(token=STRANGER).model_info("lab/small")
+
+
+def test_a_model_in_memory_is_private_where_a_folder_is(hub):
+    push(cuts.pruned_timm("test_resnet"), private=True)
+    assert hub.repos[REPO].private
 
 
 def test_a_branch_is_made_where_there_is_none(hub, folder):

@@ -134,6 +134,17 @@ def test_a_subset_holds_within_its_spread(copy):
     assert "on 120 test samples" in str(result)
 
 
+def test_on_the_same_samples_two_points_are_a_difference(copy):
+    """The spread of one draw is some points; what is measured again on it is the same."""
+
+    def better(report):
+        final = report["metrics"]["final"]["accuracy"]
+        final["value"] += 0.02 if final["value"] < 0.5 else -0.02
+
+    changed(copy, better)
+    assert checks(verify(str(copy)))["metric accuracy"] is False
+
+
 def test_a_metric_that_is_too_good_is_found(copy):
     changed(copy, lambda report: report["metrics"]["final"]["accuracy"].update(value=0.97))
     result = verify(str(copy))

@@ -8,6 +8,7 @@ from torch import nn
 
 import sosp_hub
 from sosp_hub import latency
+from sosp_hub.cost import cost
 from sosp_hub.errors import BudgetError
 from sosp_hub.latency import Decoder, LatencyTable, ServingMemory, table_path
 from tests.compare import assert_close
@@ -18,9 +19,9 @@ def by_products(monkeypatch):
     """Layers take a nanosecond a product, and the dense model a tenth more than its layers."""
 
     def timed(runs):
-        return {key: 1e-9 * cost(run) for key, run in runs.items()}
+        return {key: 1e-9 * products(run) for key, run in runs.items()}
 
-    def cost(run):
+    def products(run):
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
@@ -28,7 +29,7 @@ def by_products(monkeypatch):
         return counter.get_total_flops() / 2
 
     def whole(models, inputs, budget_s):
-        return [1.1 * cost(lambda: models[0](*inputs)) * 1e-9]
+        return [1.1 * products(lambda: models[0](*inputs)) * 1e-9]
 
     monkeypatch.setattr(latency, "_timed", timed)
     monkeypatch.setattr(latency, "measure_latency", whole)
@@ -81,6 +82,16 @@ def test_layers_that_go_take_no_time(by_products):
     expected = LatencyTable(cut, sosp_hub.trace(cut, inputs), inputs)
     rest = table.dense_s - table.layers_s
     assert_close(table(plan), expected.layers_s + rest, relative=1e-6)
+
+
+def test_layers_that_take_longer_alone_are_scaled_to_the_model(by_products, monkeypatch):
+    """Timed one by one they may miss what the model has in its caches."""
+    model, inputs = conv_net(), (torch.randn(2, 3, 12, 12),)
+    graph = sosp_hub.trace(model, inputs)
+    layers_s = LatencyTable(model, graph, inputs).layers_s
+    monkeypatch.setattr(latency, "measure_latency", lambda *_: [layers_s / 2])
+    table = LatencyTable(model, graph, inputs)
+    assert_close(table(plan_of(graph, {})), table.dense_s, relative=1e-6)
 
 
 def test_a_budget_is_planned_without_a_cut(by_products, monkeypatch):
@@ -153,6 +164,27 @@ def test_what_is_held_is_that_of_the_cut_model(llama):
     weights = sum(t.numel() * t.element_size() for t in state.values())
     assert held(plan) == weights + num_bytes
     assert held.cache_bytes == 2 * 2 * 2 * 8 * 4 * 3 * 20  # layers, k and v, heads, width, bytes
+
+
+def test_a_cache_of_one_head_is_held_whole():
+    """Query heads may go, what they share is cached all the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.arange(24).reshape(2, 12)
+    graph = sosp_hub.trace(model, {"input_ids": ids, "use_cache": False})
+    heads = [name for name, group in graph.groups.items() if group.kind == "head"]
+    assert len(heads) == 2
+    held = ServingMemory(model, graph, batch=3, length=20)
+    num_bytes = 2 * 2 * 8 * 4 * 3 * 20  # layers, k and v, width, bytes
+    assert held.cache_bytes == num_bytes
+    plan = plan_of(graph, dict.fromkeys(heads, 2))
+    assert held(plan) == cost(graph, plan).bytes + num_bytes
 
 
 def test_a_step_of_decoding_is_the_same_each_time(llama):

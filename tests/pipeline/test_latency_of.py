@@ -9,6 +9,7 @@ import transformers
 from sosp_hub.pipeline.measuring import timed_inputs
 from sosp_hub.pipeline.result import costs, decoding_of, latency_of
 from sosp_hub.plan import PruningPlan
+from sosp_hub.report import numbers
 from sosp_hub.report.facts import collect
 from sosp_hub.structure.trace import trace
 from tests.cases import CASES
@@ -37,7 +38,9 @@ def test_generation_is_split_into_prefill_and_decode():
     length = LLAMA.inputs()["input_ids"].shape[1]
     assert (cost["of_one"], cost["tokens"]) == (f"{length} tokens", length)
     report = {"task": "text-generation", "cost": cost, "latency": latency}
-    rows = [row[0] for row in collect(report).costs.rows]
+    found = collect(report).costs.rows
+    assert found[2][1] == numbers.count(cost["before"]["macs"] / length)
+    rows = [row[0] for row in found]
     assert rows == [
         "Parameters",
         f"Multiply-accumulates of one input ({length} tokens)",

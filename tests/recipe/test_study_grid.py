@@ -32,6 +32,7 @@ def test_a_cell_for_each_criterion_budget_and_seed(tmp_path):
         },
         criterion={"num_samples": 7},
         budget={"keep_at_least": 0.2, "macs": 0.9},
+        structure={"exclude": ["head"]},
     )
     cells, none = cells_of(recipe)
     assert none == []
@@ -46,6 +47,7 @@ def test_a_cell_for_each_criterion_budget_and_seed(tmp_path):
         assert cell.recipe.compare is None
         assert cell.recipe.criterion.num_samples == 7
         assert cell.recipe.budget.keep_at_least == 0.2
+        assert cell.recipe.structure.exclude == ("head",)
     assert cells[6].recipe.criterion.selection == "surgeon"
     assert cells[6].recipe.budget.targets() == {"params": 0.8}
     assert cells[6].recipe.budget.round_to == 2

@@ -131,20 +131,22 @@ def test_what_was_solved_again_is_told(image):
         {**fitted, "tensor": "a.weight", "error_cut": 0.5, "error": 0.125},
         {**fitted, "tensor": "b.weight", "error_cut": 0.25, "error": 0.0625, "damping": 0.3},
         {**fitted, "tensor": "c.weight", "error_cut": 0.75, "error": 0.5, "rows": 8},
+        {**fitted, "tensor": "d.weight", "error_cut": 0.25, "error": 0.0625, "rows": 32},
+        {**fitted, "tensor": "e.weight", "error_cut": 0.75, "error": 0.5},
     ]
 
     def tell(report):
         report["rebuild"] = {
             "method": "ridge", "num_samples": 1024, "layers": layers, "seconds": 2.5,
-            "peak_bytes": 3_000_000, "left": {"d.weight": "it is read by an operation"},
+            "peak_bytes": 3_000_000, "left": {"f.weight": "it is read by an operation"},
         }  # fmt: skip
 
     card = render(changed(image, tell))
     assert (
-        "- 3 weights that read what was cut: solved again by least squares toward the uncut "
+        "- 5 weights that read what was cut: solved again by least squares toward the uncut "
         "output, whose squared error fell from 50.0 % to 12.5 % in the median (damping 0.01 to "
         "0.3; 1,024 calibration samples, 2.5 s, 3 MB of memory at the most)\n"
-        "- 1 of them had fewer calibration rows than inputs, the worst 8 for 40\n"
+        "- 2 of them had fewer calibration rows than inputs, the worst 8 for 40\n"
         "- 1 other weight that read what was cut stayed as it was, such as"
     ) in card
     assert "operation" in card
@@ -153,6 +155,54 @@ def test_what_was_solved_again_is_told(image):
         report["rebuild"] = {}
 
     assert "What was done about it" not in render(changed(image, nothing))
+
+
+def test_the_rate_that_a_probe_has_chosen_is_named(image):
+    def probed(report):
+        rates = [[0.001, 0.5], [0.01, 0.25], [0.1, 2.0]]
+        report |= {"history": [{}], "recovery": {"rates": rates}}
+
+    said = "at learning rate 0.01, the best of 0.001, 0.01, 0.1 after a short probe on the same"
+    assert said in " ".join(render(changed(image, probed)).split())
+
+
+def test_what_was_promised_is_told_in_the_unit_of_each_metric(text):
+    drops = [
+        {"metric": "perplexity", "amount": 0.05, "relative": True},
+        {"metric": "accuracy", "amount": 0.01, "relative": False},
+    ]
+    kept = {
+        "perplexity": {"value": 0.03, "upper": 0.045, "holds": True},
+        "accuracy": {"value": 0.002, "upper": 0.008, "holds": True},
+    }
+    broken = {**kept, "perplexity": {"value": 0.06, "upper": 0.08, "holds": False}}
+
+    def promised(report):
+        cost = {"macs": 0.75, "params": 0.8}
+        report["promise"] = {
+            **{"max_drop": drops, "confidence": 0.95, "num_proof": 2000, "chosen": 0},
+            "curve": [{"cost": cost, "proof": kept}, {"cost": {"macs": 0.5}, "proof": broken}],
+        }
+
+    facts = collect(json.loads((changed(text, promised) / "sosp_report.json").read_text()))
+    first, measured = facts.promise
+    assert "at most perplexity by 5 % and accuracy by 1 point worse, with 95 % confidence" in first
+    assert measured == (
+        "Measured after the cut: perplexity 3 % (at most 4.5); accuracy 0.2 points (at most 0.8)"
+    )
+    assert [row[-2:] for row in facts.curve.rows] == [("yes", "chosen"), ("no", "")]
+    assert facts.curve.rows[1][2:4] == ("6 % (at most 8)", "0.2 points (at most 0.8)")
+
+
+def test_what_masks_have_silenced_is_told(image):
+    def masked(report):
+        report["plan"]["provenance"]["masks"] = {
+            **{"sparsity": 0.01, "num_penalized": 1500, "num_steps": 2000, "num_off": 120},
+            "shares": {"macs": 0.5, "params": 0.625, "bytes": 0.75},
+        }
+
+    card = " ".join(render(changed(image, masked)).split())
+    assert "0.01 in 1,500 of 2,000 steps: 120 channels are silent, which leaves 50.0 %" in card
 
 
 def test_a_slower_model_says_so(image):

@@ -132,6 +132,19 @@ def test_the_files_hold_every_cell(tmp_path):
     assert page.count("data:image/svg+xml") == 3
 
 
+def test_what_was_before_the_cut_stands_before_what_is_after(tmp_path):
+    found = results({"a": [0.5, 0.6]})
+    on = {"hardware": "a CPU", "threads": 2, "batch": 8, "dtype": "float32"}
+    for each in found["cells"]:
+        each["latency"] = {"before": {"seconds": 0.02, **on}, "after": {"seconds": 0.005, **on}}
+    write_comparison(found, tmp_path, figures=False)
+    for row in csv.DictReader((tmp_path / "results.csv").read_text().splitlines()):
+        pairs = [("macs", ""), ("params", ""), ("structures", ""), ("latency", "_s")]
+        told = [[float(row[f"{k}_{when}{s}"]) for when in ("before", "after")] for k, s in pairs]
+        assert told == [[100, 50], [10, 4], [8, 4], [0.02, 0.005]]
+    assert "| 50.0 % | 40.0 % | 25 % |" in (tmp_path / "table.md").read_text()
+
+
 def test_criteria_that_keep_unequal_costs_are_told(tmp_path):
     found = results({"a": [0.5, 0.6], "b": [0.1, 0.1]})
     write_comparison(found, tmp_path, figures=False)

@@ -247,6 +247,15 @@ def test_every_target_is_written_from_a_folder_by_the_command(name, traced, tmp_
     assert "is there already" in capsys.readouterr().err
 
 
+def test_the_command_says_how_large_a_file_is(tmp_path, monkeypatch, capsys):
+    with (tmp_path / "small.gguf").open("wb") as file:
+        file.truncate(30_000_000)
+    written = tmp_path / "small.gguf"
+    monkeypatch.setattr(sys.modules["sosp_hub.export"], "export", lambda *_: written)
+    assert main([str(tmp_path), "--to", "gguf"]) == 0
+    assert f"{written}: 30.0 MB, for " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("target", ["deci", "padded"])
 def test_a_checkpoint_of_16_bits_is_filled_up(target, dtype, tmp_path):

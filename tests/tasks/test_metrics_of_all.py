@@ -20,8 +20,9 @@ from sosp_hub.tasks import maps, words
 from sosp_hub.tasks.average_precision import THRESHOLDS, average_precision, matched
 from sosp_hub.tasks.kinds.text2text_generation import Text2Text
 from sosp_hub.tasks.loss import Loss, batch_loss
-from sosp_hub.tasks.metrics import OfAll, squared_error
+from sosp_hub.tasks.metrics import OfAll, f1_of_answers, squared_error
 from sosp_hub.tasks.pairs import retrieval
+from sosp_hub.tasks.predictions import softmax
 from sosp_hub.tasks.series import mean_absolute_error, root_mean_squared_error
 from tests.compare import assert_close
 
@@ -267,6 +268,39 @@ def test_a_library_that_is_not_installed_is_named(metric, module, monkeypatch):
     recipe = SimpleNamespace(evaluate=SimpleNamespace(harness=(), metrics=("loss", metric)))
     with pytest.raises(DataError, match=f"{metric} needs {module}"):  # before anything long
         check_measuring(SimpleNamespace(recipe=recipe, data=None))
+
+
+def test_f1_of_answers_is_that_of_their_tokens():
+    ends = [(2, 4), (2, 2), (1, 6), (5, 3), (0, 1)]
+    truth = [(2, 4), (2, 5), (3, 4), (2, 6), (4, 6)]
+    logits = torch.stack([torch.nn.functional.one_hot(torch.tensor(e), 8) for e in ends]).float()
+    scores = [
+        f_score(len(there & found), len(found), len(there))
+        for found, there in (
+            (set(range(a, b + 1)), set(range(c, d + 1)))
+            for (a, b), (c, d) in zip(ends, truth, strict=True)
+        )
+    ]
+    read = softmax(logits, torch.tensor(truth))
+    loss = Loss(torch.zeros(()), 1, None, read)
+    counts, weights = f1_of_answers(loss, None)
+    assert_close(counts / weights, torch.tensor(scores, dtype=torch.float64), relative=1e-12)
+
+
+def test_an_answer_ends_at_its_last_token():
+    from sosp_hub.tasks.kinds.question_answering import _tokens_of
+
+    class Encoded:
+        """One token a letter; a question of one letter and two marks stand before."""
+
+        def char_to_token(self, row, place, sequence_index):
+            assert sequence_index == 1
+            return 3 + place if place < len("on monday") else None
+
+    assert _tokens_of(Encoded(), 0, (3, 9)) == (6, 11)  # the text ends with it
+    assert _tokens_of(Encoded(), 0, (0, 2)) == (3, 4)
+    assert _tokens_of(Encoded(), 0, (7, 12)) == (0, 0)
+    assert _tokens_of(Encoded(), 0, None) == (0, 0)
 
 
 def test_ctc_reads_the_likeliest_letters_and_leaves_out_blanks_and_repeats():

@@ -75,3 +75,6 @@ def state_of_the_process() -> None:
             Accelerator(cpu=True, mixed_precision="no")
         again = Accelerator(cpu=True, mixed_precision="bf16")
         expect(again.mixed_precision == "bf16", "the first accelerator's precision is kept")
+        with compat.process_state_kept():
+            inner = Accelerator(cpu=True, mixed_precision="no")
+            expect(inner.mixed_precision == "no", "a caller's precision is in the way")

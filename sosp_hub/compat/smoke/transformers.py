@@ -135,6 +135,7 @@ def numbers_of_a_config() -> None:
     config = _llama().config
     expect(compat.is_taken(config, {"num_attention_heads": 4}), "a Llama's config refuses 4 heads")
     expect(not compat.is_taken(config, {"num_attention_heads": 3}), "it takes 3 heads for width 8")
+    expect(config.num_attention_heads == 2, "asking has changed it")
 
 
 @smoke("static caches of models whose layers have other numbers of KV heads")
@@ -160,6 +161,9 @@ def layers_of_configs() -> None:
     expect(layers.per_layer_attributes == set(), "a config read from a file warns")
     compat.drop_layers(config)
     expect(compat.takes_layers(config), "it cannot be taken out again")
+    config.per_layer_config = {0: {"num_key_value_heads": 1}}
+    compat.drop_layers(config)
+    expect(not compat.takes_layers(config), "entries of its own are taken out")
 
 
 @smoke("the base model's name in GGUF files")
