@@ -31,7 +31,8 @@ from tests.mutations.catalogue import TREE, Mutation, mutations, rooms
 
 _RESULTS = TREE / "tests" / "bench" / "results" / "mutations.json"
 _TABLE = _RESULTS.with_suffix(".md")
-_FAILED, _PASSED, _INTERRUPTED = 1, 0, 2  # pytest's exit codes; a module that does not load: 2
+# pytest's exit codes; a module that does not load: 2; nothing is selected: 5
+_FAILED, _PASSED, _INTERRUPTED, _NOTHING = 1, 0, 2, 5
 _HUNG = "hung"
 
 Record = dict[str, Any]
@@ -116,7 +117,10 @@ def _try(mutation: Mutation, tree: Path, limit_s: float) -> Record:
     plain = source.read_text("utf-8")
     source.write_text(mutation.mutant(tree), "utf-8")
     try:
-        code, by = _pytest(tree, mutation.tests, mutation.select, limit_s)
+        code, by = _PASSED, ()
+        for select in (mutation.first, mutation.select) if mutation.first else (mutation.select,):
+            if code in (_PASSED, _NOTHING):
+                code, by = _pytest(tree, mutation.tests, select, limit_s)
     finally:
         source.write_text(plain, "utf-8")
     seconds = round(time.monotonic() - start)

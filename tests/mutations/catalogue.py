@@ -2,8 +2,9 @@
 
 ``file``: below ``sosp_hub/``. ``old``: its exact text there, once. ``new``: what is put in its
 place. ``loses``: what a user would lose. ``tests``: what pytest is given, the files that ought to
-notice (the room's own where it is left out). ``select``: for ``pytest -k``. ``equivalent``: why no
-user can see a difference, for one that survives and may.
+notice (the room's own where it is left out). ``select``: for ``pytest -k``. ``first``: as
+``select``, of those that are run before the others. ``equivalent``: why no user can see a
+difference, for one that survives and may.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ class Mutation:
     loses: str
     tests: tuple[str, ...]
     select: str = ""
+    first: str = ""
     equivalent: str = ""
 
     def __str__(self) -> str:
