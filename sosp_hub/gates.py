@@ -5,7 +5,7 @@ needs to know about the loss are derivatives by a few thousand numbers. Weights 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,8 @@ class Gates:
 
     Attributes:
         values: One leaf tensor per group that takes a gradient: ``(structures,)``, or
-            ``(samples, structures)`` where every sample has its own gates.
+            ``(samples, structures)`` where every sample has its own gates, or
+            ``(samples, tokens, structures)`` where every token has.
     """
 
     def __init__(self, groups: Groups, dtype: torch.dtype, device: torch.device) -> None:
@@ -39,21 +40,19 @@ class Gates:
         self._options = {"dtype": dtype, "device": device}
         self.set_(1.0)
 
-    def set_(
-        self, value: float | Mapping[str, Tensor] = 1.0, *, num_samples: int | None = None
-    ) -> None:
+    def set_(self, value: float | Mapping[str, Tensor] = 1.0, *, own: Sequence[int] = ()) -> None:
         """Gives every gate a value and forgets what the last forward pass recorded.
 
         Args:
             value: One value for all gates, or a tensor per group (1 for a group not listed).
-            num_samples: Own gates for each sample of the next batch; None = shared by all samples.
+            own: ``(samples,)`` or ``(samples, tokens)`` of the next batch, each of which has gates
+                of its own; empty = all share them.
         """
         self.are_one = not isinstance(value, Mapping) and value == 1.0
         self.values: dict[str, Tensor] = {}
         for name, size in self._sizes.items():
             start = value.get(name, 1.0) if isinstance(value, Mapping) else value
-            shape = (size,) if num_samples is None else (num_samples, size)
-            gate = torch.as_tensor(start, **self._options).detach().expand(shape).clone()
+            gate = torch.as_tensor(start, **self._options).detach().expand(*own, size).clone()
             self.values[name] = gate.requires_grad_()
 
 
@@ -197,7 +196,17 @@ class _GateVector:
             )
         shape = [1] * tensor.ndim
         shape[dim] = length
-        if vector.ndim > 1:
+        if vector.ndim == 3:
+            if dim > 1 and tensor.shape[:2] == vector.shape[:2]:
+                shape[:2] = vector.shape[:2]
+            elif dim and len(tensor) == vector.shape[:2].numel():  # rows of all samples' tokens
+                shape[0] = len(tensor)
+            else:
+                raise CriterionError(
+                    f"{self.where}: {vector.shape[0]} samples of {vector.shape[1]} tokens with own "
+                    f"gates are not found in shape {tuple(tensor.shape)}; leave out per_token"
+                )
+        elif vector.ndim == 2:
             repeats, rest = divmod(tensor.shape[0], len(vector))
             if dim == 0 or rest:
                 raise CriterionError(

@@ -95,7 +95,7 @@ def gauss_newton(
     def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
         nonlocal exact, form
         dense = None if at is None else dense_predictions(model, gates, batch, protocol, loss)
-        gates.set_(at or 1.0, num_samples=num_samples(batch))
+        gates.set_(at or 1.0, own=(num_samples(batch),))
         measured = batch_loss(model, batch, protocol.loss_fn)
         predictions = chosen(measured, loss)
         value = measured.value

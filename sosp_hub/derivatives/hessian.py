@@ -152,24 +152,56 @@ def batch_squares(
 
 
 def sample_squares(
-    model: nn.Module, groups: Groups, batches: "Batches", protocol: Protocol = DEFAULT
+    model: nn.Module,
+    groups: Groups,
+    batches: "Batches",
+    protocol: Protocol = DEFAULT,
+    *,
+    per_token: bool = False,
 ) -> GateDerivatives:
     """The gradient and, as ``second``, the mean over samples of each sample's squared gradient.
 
     A sample's gradient is that of its own loss, which for a causal language model is the sum over
     its label tokens.
+
+    Args:
+        model: The model.
+        groups: The groups that have gates.
+        batches: Calibration data, gone through once.
+        protocol: How the loss is measured.
+        per_token: Of each sample the sum of squares of its tokens' shares of that gradient.
+
+    Raises:
+        CriterionError: Among others, batches or layers without tokens.
     """
 
     def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
-        gates.set_(1.0, num_samples=num_samples(batch))
-        seen, rows = first_order(model, gates, batch, protocol)
-        totals[0] += rows.sum(0)
-        totals[1] += rows.square().sum(0)
-        return seen
+        gates.set_(1.0, own=_tokens(batch) if per_token else (num_samples(batch),))
+        loss = batch_loss(model, batch, protocol.loss_fn)
+        gradient = gradient_by(loss.value, gates)
+        at = 0
+        for part, gate in zip(gradient, gates.values.values(), strict=True):
+            end = at + gate.shape[-1]
+            if part is not None and loss.weight:
+                own = part.detach().flatten(0, -2).to("cpu", torch.float64) * loss.weight
+                totals[0][at:end] += own.sum(0)
+                totals[1][at:end] += own.square().sum(0)
+            at = end
+        return Seen(loss.value.item(), loss.weight, used(gradient))
 
     mean = average(model, groups, batches, protocol, 2, step)
     gradient, square = mean.totals[0], mean.totals[1] * (mean.weight / mean.num_samples)
     return GateDerivatives(*mean[:3], by_group(groups, gradient), by_group(groups, square))
+
+
+def _tokens(batch: Any) -> tuple[int, int]:
+    """Samples of a batch and tokens of each."""
+    given = batch.get("input_ids") if isinstance(batch, Mapping) else batch[0]
+    if not isinstance(given, Tensor) or given.ndim != 2 or given.is_floating_point():
+        raise CriterionError(
+            "per_token: needs batches of token ids, (samples, tokens), as `input_ids`; leave it out"
+        )
+    return given.shape[0], given.shape[1]
 
 
 def _add_exact(

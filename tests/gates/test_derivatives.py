@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.functional import hessian, hvp
 from torch.utils.checkpoint import checkpoint
 
@@ -136,6 +137,57 @@ def test_sample_squares_equal_one_sample_at_a_time():
         rows = torch.stack([single[name] for single in singles])
         assert_close(found.gradient[name], rows.mean(0), relative=1e-10)
         assert_close(found.second[name], rows.square().mean(0), relative=1e-10)
+
+
+class Tokens(nn.Module):
+    """A perceptron at each token, whose tokens then see those before; rows of all, or apart."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(7, 4), nn.Linear(4, 5), nn.Linear(5, 7)
+        self.flat = flat
+
+    def forward(self, ids):
+        x = self.up(self.table(ids)).tanh()
+        x = self.down(x.flatten(0, 1) if self.flat else x).view(*ids.shape, -1)
+        return x.cumsum(1) * x
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_token_squares_equal_what_each_token_gives_to_the_gradient(flat):
+    torch.manual_seed(0)
+    model, ids = Tokens(flat).double(), torch.randint(7, (4, 3))
+    groups = {"a": group("a", "neuron", 5, [("down", -1, None)])}
+
+    def loss_fn(outputs, labels):
+        return F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="sum")
+
+    rows = []
+    for sample in ids.split(1):  # by hand: what a token's structure is, times the slope there
+        read = []
+        handle = model.down.register_forward_pre_hook(lambda _, args, to=read: to.append(args[0]))
+        loss = loss_fn(model(sample), sample)
+        handle.remove()
+        (slope,) = torch.autograd.grad(loss, read)
+        rows.append((read[0] * slope).view(3, 5).detach())
+    shares = torch.stack(rows)
+    given = protocol(loss_fn=lambda *pair: loss_fn(*pair) / len(pair[1]))
+    batches = [(ids[:3], ids[:3]), (ids[3:], ids[3:])]
+    found = sample_squares(model, groups, batches, given, per_token=True)
+    assert_close(found.gradient["a"], shares.sum(1).mean(0), relative=1e-10)
+    assert_close(found.second["a"], shares.square().sum(1).mean(0), relative=1e-10)
+    whole = sample_squares(model, groups, batches, given)
+    assert_close(whole.second["a"], shares.sum(1).square().mean(0), relative=1e-10)
+
+
+def test_token_squares_need_tokens():
+    toy = perceptron()
+    with pytest.raises(CriterionError, match=r"per_token: needs batches of token ids"):
+        sample_squares(toy.model, toy.groups, [toy.batch], protocol(), per_token=True)
+    model, ids = Tokens(False).double(), torch.randint(7, (4, 3))
+    elsewhere = {"a": group("a", "neuron", 4, [("up", 0, None)])}
+    with pytest.raises(CriterionError, match=r"4 samples of 3 tokens .* leave out per_token"):
+        sample_squares(model, elsewhere, [(ids, ids[:, 0])], protocol(), per_token=True)
 
 
 def test_batches_count_by_their_samples(toy):

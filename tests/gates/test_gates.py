@@ -58,7 +58,7 @@ def test_each_sample_has_its_own_gates():
     row = torch.rand(len(toy.batch[1]), toy.num_structures, dtype=torch.float64)
     singles = [toy.model(x[None], toy.split(m)) for x, m in zip(toy.batch[0], row, strict=True)]
     with gated(toy.model, toy.groups) as gates:
-        gates.set_(toy.split(row), num_samples=len(row))
+        gates.set_(toy.split(row), own=(len(row),))
         assert_close(toy.model(toy.batch[0]), torch.cat(singles), relative=1e-12)
 
 
@@ -173,9 +173,9 @@ def test_the_rows_of_a_sample_follow_each_other():
     row = torch.rand(2, 3, dtype=torch.float64)
     expected = model(x * row[:, None])
     with gated(model, {"c": group("c", "neuron", 3, [("1", -1, None)])}) as gates:
-        gates.set_({"c": row}, num_samples=2)
+        gates.set_({"c": row}, own=(2,))
         assert_close(model(x), expected, relative=1e-12)
-        gates.set_(1.0, num_samples=3)
+        gates.set_(1.0, own=(3,))
         with pytest.raises(CriterionError, match="1: 3 samples with own gates are not found"):
             model(x)
 
@@ -278,7 +278,7 @@ def test_own_gates_of_samples_need_samples_in_front():
     model = nn.Sequential(nn.Identity(), nn.Linear(4, 2))
     groups = {"n": group("n", "neuron", 3, [("1", 0, None)])}
     with gated(model, groups) as gates:
-        gates.set_(1.0, num_samples=3)
+        gates.set_(1.0, own=(3,))
         with pytest.raises(CriterionError, match="not found along dimension 0"):
             model(torch.randn(3, 4))
 
