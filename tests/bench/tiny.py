@@ -195,6 +195,7 @@ def shrunk(config: Any, level: int = 0) -> dict[str, Any]:
         if hasattr(value, "to_diff_dict"):
             small = shrunk(value, level)
             other = {k: v for k, v in value.to_diff_dict().items() if k not in _HEAD_DIMS}
+            other.pop("per_layer_config", None)  # by the numbers of layers that are gone
             if "out_indices" in small:  # of fewer layers
                 other.pop("out_features", None)
             values[name] = {**other, **small, "model_type": value.model_type}
@@ -278,15 +279,43 @@ def _small(name: str, value: Any, level: int) -> Any:
     return value
 
 
+_EFFICIENT = {
+    "width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320,
+    "out_channels": [16, 24, 40, 80, 112, 192, 320],
+}  # fmt: skip
+_GEMMA3N = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": 96,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 8,
+    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": WORDS,
+}  # fmt: skip
+_GEMMA4_VISION = {
+    "model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "patch_size": 8,
+    "position_embedding_size": 64,
+}  # fmt: skip
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 _GRID = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
 _VALUES: dict[str, dict[str, Any]] = {
-    "gemma3n_text": {
-        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": 96,
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 8,
-        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "hidden_size_per_layer_input": 16,
-        "vocab_size_per_layer_input": WORDS,
+    "gemma3n_text": _GEMMA3N,
+    "gemma3n": {
+        "text_config": _GEMMA3N, "vision_soft_tokens_per_image": 1,
+        "vision_config": {"architecture": "test_resnet", "hidden_size": 96},
     },
+    "gemma4": {"vision_config": _GEMMA4_VISION},
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        "vision_config": _GEMMA4_VISION,
+    },
+    "efficientnet": _EFFICIENT,
+    "align": {"vision_config": _EFFICIENT, "projection_dim": 80, "text_config": {"hidden_size": 80}},
+    "clap": {
+        "audio_config": {"spec_size": 128, "patch_embeds_hidden_size": 16, "hidden_size": 128},
+    },
+    "kosmos-2": {"latent_query_num": 4},
+    "esm": {"pad_token_id": 1},
+    "aria": {"projector_patch_to_query_dict": {"16": 8}},
+    "mobilevitv2": {"image_size": 64},
     "mamba2": {"num_heads": 8},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8, "input_size": PIXELS},
     "oneformer": {"task_seq_len": LENGTH},
@@ -395,6 +424,8 @@ def _variants(model: nn.Module) -> Iterator[dict[str, Any]]:
                         mask = torch.ones(2, length, dtype=torch.long)
                         yield {**found, "input_features": features, name: mask}
     if (wave := found.get("input_values")) is not None:
+        if "input_ids" in found:
+            yield {name: value for name, value in found.items() if name != "input_values"}
         bins = getattr(config, "num_mel_bins", 16)
         longer = torch.randn(2, getattr(config, "max_length", 64), bins)
         for values in (longer, wave.repeat(1, *(1,) * (wave.dim() - 2), 10)):
@@ -456,6 +487,8 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
         "input_features": lambda: noise(2, bins, 2 * getattr(audio, "max_source_positions", 20)),
         "decoder_input_ids": lambda: words(7),
         "bbox": lambda: torch.tensor([1, 2, 10, 20]).repeat(2, LENGTH, 1),
+        "image_attention_mask": lambda: torch.ones(2, LENGTH, 1, dtype=torch.long),
+        "image_embeds_position_mask": lambda: torch.arange(LENGTH).lt(4).long().repeat(2, 1),
         "past_values": lambda: noise(
             *(2, past),
             *([config.num_input_channels] if hasattr(config, "num_input_channels") else []),
@@ -465,7 +498,7 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
         "future_time_features": lambda: noise(
             2, config.prediction_length, getattr(config, "num_time_features", 1)
         ),
-        "future_values": lambda: noise(2, config.prediction_length),
+        "future_values": lambda: noise(2, getattr(config, "prediction_length", 8)),
         "pixel_values_videos": lambda: noise(
             2, getattr(config, "num_frames", 2), channels, height, width
         ),
@@ -478,6 +511,11 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
         found["pixel_values"] = noise(
             32, channels * patch * (getattr(vision, "temporal_patch_size", 1) or 1)
         )
+    if "image_position_ids" in asked and "pixel_values" in found:  # patches, three of them in one
+        side = 2 * getattr(vision, "pooling_kernel_size", 3)
+        found["pixel_values"] = noise(2, side * side, channels * vision.patch_size**2)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)
+        found["image_position_ids"] = places.repeat(2, 1, 1)
     if "attention_mask" in asked and "input_ids" in found and "pixel_values" not in found:
         found["attention_mask"] = torch.ones_like(found["input_ids"])
     if "use_cache" in asked or getattr(text, "use_cache", False):
