@@ -113,10 +113,10 @@ class SoftMasks:
                 before, after = self._hooks(name, masked, on)
                 norm = self.model.get_submodule(name)
                 stack.callback(norm.register_forward_pre_hook(before).remove)
-                stack.callback(norm.register_forward_hook(after).remove)
+                stack.callback(norm.register_forward_hook(after, prepend=True).remove)
             for layer, norms in self._norms_of_layers.items():
-                hook = self._layer_hook(norms, on)
-                stack.callback(self.model.get_submodule(layer).register_forward_hook(hook).remove)
+                hook, module = self._layer_hook(norms, on), self.model.get_submodule(layer)
+                stack.callback(module.register_forward_hook(hook, prepend=True).remove)
             yield
 
     def penalty(self, sparsity: float, weight_decay: float) -> Tensor:

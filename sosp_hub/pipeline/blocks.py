@@ -169,7 +169,8 @@ def without(model: nn.Module, graph: Graph, gone: Sequence[Block]) -> Iterator[N
     try:
         for block in gone:
             if block.kind == "layer":
-                handles.append(model.get_submodule(block.layer).register_forward_hook(hand_on))
+                layer = model.get_submodule(block.layer)
+                handles.append(layer.register_forward_hook(hand_on, prepend=True))
                 continue
             for member in graph.readers(block.group):
                 weight = get_tensor(model, member.tensor)

@@ -81,12 +81,15 @@ def names_after(pruned: nn.Module, graph: Graph, plan: Plan) -> Callable[[str], 
 
 
 def bypassed(model: nn.Module, graph: Graph, plan: Plan) -> None:
-    """Makes the layers that a plan does not keep hand on their input: the masked model."""
+    """Makes the layers that a plan does not keep hand on their input: the masked model.
+
+    Ahead of the model's own hooks, which may record what a layer gives.
+    """
     for name, kept in plan.kept.items():
         group = graph.groups[name]
         for i, layer in enumerate(group.layers):
             if i not in kept:
-                model.get_submodule(layer).register_forward_hook(hand_on)
+                model.get_submodule(layer).register_forward_hook(hand_on, prepend=True)
 
 
 def hand_on(_: nn.Module, args: tuple[Any, ...], result: Any) -> Any:

@@ -1,6 +1,7 @@
 """Stacks whose layers can be left out, nested ones, and stacks that must stay whole."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -211,6 +212,31 @@ def test_a_stack_whose_results_are_collected_but_not_used_can_lose_layers():
     plan = plan_of(graph, {"towers.0.layers:layer": (1,)})
     assert_close(run(apply(model, graph, plan), graph), gated(model, graph, plan))
     assert_close(model.state_dict(), before, relative=0)
+
+
+class Recorded(Tower):
+    """It reads the result of its last layer from a hook, as transformers models do."""
+
+    results: ClassVar[list[torch.Tensor]] = []
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.register_forward_hook(lambda module, args, out: Recorded.results.append(out))
+
+    def forward(self, x):
+        Recorded.results.clear()
+        super().forward(x)
+        return Recorded.results[-1]
+
+
+@pytest.mark.parametrize("kept", [(0, 1), (0, 2), (1, 2)])
+def test_a_stack_whose_last_result_is_recorded_by_a_hook_can_lose_layers(kept):
+    """Also the last one, as of LLaVA-OneVision's vision tower."""
+    model, graph = traced(Recorded(Config("a", 3)))
+    plan = plan_of(graph, {"towers.0.layers:layer": kept})
+    found = run(apply(model, graph, plan, strict=True), graph)
+    assert_close(found, gated(model, graph, plan))
 
 
 def test_settings_of_each_layer_go_with_the_layer():
