@@ -196,8 +196,10 @@ def shrunk(config: Any, level: int = 0) -> dict[str, Any]:
             small = shrunk(value, level)
             other = {k: v for k, v in value.to_diff_dict().items() if k not in _HEAD_DIMS}
             other.pop("per_layer_config", None)  # by the numbers of layers that are gone
-            if "out_indices" in small:  # of fewer layers
-                other.pop("out_features", None)
+            last = f"stage{getattr(value, 'num_hidden_layers', '')}"
+            if "out_indices" in small or last in (other.get("out_features") or ()):
+                other.pop("out_features", None)  # of fewer layers
+                other.pop("out_indices", None)
             values[name] = {**other, **small, "model_type": value.model_type}
         elif name in given and not name.startswith("_"):
             new = _small(name, value, level)
@@ -294,6 +296,16 @@ _GEMMA4_VISION = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "patch_size": 8,
     "position_embedding_size": 64,
 }  # fmt: skip
+_HGNET = {
+    "hidden_sizes": [16, 32, 32, 64], "stem_channels": [3, 8, 8],
+    "stage_in_channels": [8, 16, 32, 32], "stage_mid_channels": [8, 8, 16, 16],
+    "stage_out_channels": [16, 32, 32, 64], "stage_num_blocks": [1, 1, 1, 1],
+    "stage_numb_of_layers": [2, 2, 2, 2],
+}  # fmt: skip
+_DINOV2 = {
+    "model_type": "dinov2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 4,
+}  # fmt: skip
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 _GRID = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
 _VALUES: dict[str, dict[str, Any]] = {
@@ -308,10 +320,16 @@ _VALUES: dict[str, dict[str, Any]] = {
         "vision_config": _GEMMA4_VISION,
     },
     "efficientnet": _EFFICIENT,
-    "align": {"vision_config": _EFFICIENT, "projection_dim": 80, "text_config": {"hidden_size": 80}},
-    "clap": {
-        "audio_config": {"spec_size": 128, "patch_embeds_hidden_size": 16, "hidden_size": 128},
+    "align": {
+        "vision_config": _EFFICIENT, "projection_dim": 80, "text_config": {"hidden_size": 80},
     },
+    "clap": {
+        "audio_config": {
+            "spec_size": 128, "num_mel_bins": 32, "patch_embeds_hidden_size": 16,
+            "hidden_size": 128,
+        },
+    },
+    "maskformer": {"image_size": 64},  # more than one place of one channel, to be normalised
     "kosmos-2": {"latent_query_num": 4},
     "esm": {"pad_token_id": 1},
     "aria": {"projector_patch_to_query_dict": {"16": 8}},
@@ -320,7 +338,20 @@ _VALUES: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8, "input_size": PIXELS},
     "oneformer": {"task_seq_len": LENGTH},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
-    "d_fine": {"backbone_config": {"hidden_sizes": [256, 512, 1024, 2048]}},
+    "d_fine": {
+        "backbone_config": _HGNET, "encoder_in_channels": [32, 32, 64], "encoder_hidden_dim": 64,
+        "decoder_in_channels": [64, 64, 64], "d_model": 64,
+    },
+    "deimv2": {
+        "backbone_config": _HGNET, "encoder_in_channels": [32, 32, 64], "encoder_hidden_dim": 64,
+        "decoder_in_channels": [64, 64, 64], "d_model": 64,
+    },
+    "depth_pro": {
+        "image_size": 64, "patch_size": 16, "intermediate_hook_ids": [1, 0],
+        "scaled_images_feature_dims": [32, 32, 16], "intermediate_feature_dims": [16, 16],
+        "fusion_hidden_size": 16, "merge_padding_value": 1,
+        "image_model_config": _DINOV2, "patch_model_config": _DINOV2, "fov_model_config": _DINOV2,
+    },
     "layoutlmv2": {"coordinate_size": 12, "shape_size": 8},
     "swin": {"image_size": 128},
     "donut-swin": {"image_size": 128},
