@@ -196,8 +196,8 @@ def shrunk(config: Any, level: int = 0) -> dict[str, Any]:
             small = shrunk(value, level)
             other = {k: v for k, v in value.to_diff_dict().items() if k not in _HEAD_DIMS}
             other.pop("per_layer_config", None)  # by the numbers of layers that are gone
-            last = f"stage{getattr(value, 'num_hidden_layers', '')}"
-            if "out_indices" in small or last in (other.get("out_features") or ()):
+            layers = small.get("num_hidden_layers")
+            if "out_indices" in small or (layers and _is_beyond(layers, other)):
                 other.pop("out_features", None)  # of fewer layers
                 other.pop("out_indices", None)
             values[name] = {**other, **small, "model_type": value.model_type}
@@ -245,6 +245,12 @@ def shrunk(config: Any, level: int = 0) -> dict[str, Any]:
         elif name in _IMAGE_TOKENS + _AUDIO_TOKENS and token is None:  # left to the processor
             values[name] = WORDS - 1
     return values
+
+
+def _is_beyond(layers: int, values: dict[str, Any]) -> bool:
+    """Whether a feature is that of a layer after the first few."""
+    named = [name.removeprefix("stage") for name in values.get("out_features") or ()]
+    return any(name.isdecimal() and int(name) > layers for name in named)
 
 
 def _varied(value: list[Any], number: int) -> list[Any]:
@@ -336,7 +342,7 @@ _VALUES: dict[str, dict[str, Any]] = {
     "mobilevitv2": {"image_size": 64},
     "mamba2": {"num_heads": 8},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8, "input_size": PIXELS},
-    "oneformer": {"task_seq_len": LENGTH},
+    "oneformer": {"task_seq_len": LENGTH, "conv_dim": 64, "mask_dim": 64},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
     "d_fine": {
         "backbone_config": _HGNET, "encoder_in_channels": [32, 32, 64], "encoder_hidden_dim": 64,

@@ -151,6 +151,7 @@ def test_damaged_config(text, words, folder, tmp_path):
         (("num_hidden_layers",), 10**9, "num_hidden_layers: 1000000000, the weight files hold"),
         (("num_hidden_layers",), 60, "more than half of the model is missing"),
         (("num_labels",), 10**9, "no size above 96"),
+        (("num_experts",), 10**9, "num_experts: 1000000000, the weight files have no size above"),
         (("head_dim",), 10**7, r"k_proj\.weight'.*\[16, 32\].*\[20000000, 32\]"),
         (("vocab_size",), 10**7, r"\[10000000, 32\]"),
         (("vocab_size",), -1, "-1"),
@@ -186,7 +187,18 @@ def test_timm_arguments_that_build_more_than_the_files_hold(key, value, words, t
         sosp_hub.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("key", ["block_size", "expert_token_id", "stage_token", "layer_index"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("block_size", "expert_token_id", "stage_token", "layer_index"),
+        *(
+            "vocab_size_per_layer_input",
+            "stage_out_channels",
+            "share_expert_dim",
+        ),  # Gemma 3n, HGNet
+        *("depthwise_separable_out_channel", "embed_dim_per_stage", "layer_rope_theta"),
+    ],
+)
 def test_large_numbers_that_count_nothing_are_no_fault(key, dense, tmp_path):
     config = json.loads((dense / "config.json").read_text()) | {key: 10**6}
     write(tmp_path, dense, "config.json", json.dumps(config))

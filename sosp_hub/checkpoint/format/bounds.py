@@ -12,8 +12,8 @@ from sosp_hub.checkpoint.format.record import KEY
 from sosp_hub.errors import CheckpointError
 
 _ALWAYS_ALLOWED = 1000
-_LAYERS = re.compile(r"layer|depth|block|stage|expert")
-_NO_COUNTS = ("_size", "_id", "_index", "_token")
+_LAYERS = re.compile(r"layer|depth|block|stage")
+_NO_COUNTS = re.compile(r"size|channel|dim|width|rope|depthwise|_(id|index|token)$")
 _OTHERS = {KEY, "delta", "id2label", "label2id", "pretrained_cfg"}
 _CODE = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _OWN_IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
@@ -21,7 +21,7 @@ _LABELS = re.compile(r"label|num_classes")
 
 
 def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> None:
-    """Refuses more layers than the files have tensors, and more labels than their largest size.
+    """Refuses more layers than the files have tensors, more labels or experts than a size in them.
 
     Raises:
         CheckpointError: Names the place in ``config.json``.
@@ -31,7 +31,9 @@ def check_counts(config: Mapping[str, Any], tensors: Mapping[str, TensorHeader])
         key = path.rpartition(".")[2].lower()
         if _LABELS.search(key):
             most, limit = largest, f"have no size above {largest}"
-        elif _LAYERS.search(key) and not key.endswith(_NO_COUNTS):
+        elif "expert" in key and not _NO_COUNTS.search(key):  # a router has a row for each
+            most, limit = max(largest, len(tensors)), f"have no size above {largest}"
+        elif _LAYERS.search(key) and not _NO_COUNTS.search(key):
             most, limit = len(tensors), f"hold {len(tensors)} tensors"
         else:
             continue
