@@ -17,6 +17,7 @@ from sosp_hub.checkpoint.format.delta import apply_section, diff
 from sosp_hub.checkpoint.format.record import Section
 from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.errors import CheckpointError
+from sosp_hub.plan import PruningPlan
 from tests.checkpoint import cuts
 from tests.checkpoint.mutations import RECORD
 from tests.checkpoint.test_families import output
@@ -156,6 +157,29 @@ def test_what_the_format_cannot_say_is_refused(change, words):
     change(model)
     with pytest.raises(CheckpointError, match=words):
         diff(Net(), model)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_cut_buffer_that_transformers_fills_by_the_config_is_stored(kept, tmp_path):
+    """Swin V2's bias of positions with one of its two coordinates; its class makes both."""
+    config = transformers.Swinv2Config(
+        image_size=16, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=2
+    )
+    model, images = (
+        transformers.Swinv2ForImageClassification(config).eval(),
+        torch.rand(2, 3, 16, 16),
+    )
+    graph = sosp_hub.trace(model, {"pixel_values": images}, "logits")
+    (name,) = (
+        name
+        for name, group in graph.groups.items()
+        if any(member.tensor.endswith("coords_table") for member in group.members)
+    )
+    pruned = sosp_hub.apply(model, graph, PruningPlan({name: (kept,)}, {name: 2}))
+    with torch.no_grad():
+        expected = pruned(images).logits
+        loaded = sosp_hub.from_pretrained(sosp_hub.save_pretrained(pruned, tmp_path / "cut"))
+        assert_close(loaded(images).logits, expected)
 
 
 def test_buffers_that_cannot_be_recomputed_are_stored(tmp_path):

@@ -129,7 +129,7 @@ def describe(model: PreTrainedModel, traced: Any = None) -> Described:
         plain = dataclasses.replace(delta, base=Section(delta.base.cls), head=None)
         native_config, obstacle = native.uniform_config(model, config, delta)
         rebuilt = None if native_config is None else _rebuild(model, native_config, plain)
-        if rebuilt is not None and not _lasting_buffers(rebuilt, model):
+        if rebuilt is not None and not _lasting_buffers(rebuilt, model, plain):
             proof.adopt(rebuilt, model)
             same = compare(rebuilt, model, inputs)
             if same:
@@ -147,7 +147,7 @@ def _proved(
     """The delta, with the buffers that have to be stored, after it was seen to build the model."""
     delta = parse_delta(json.loads(json.dumps(delta.to_json())))  # what a reader will see
     rebuilt = _rebuild(model, config, delta)
-    if buffers := _lasting_buffers(rebuilt, model):
+    if buffers := _lasting_buffers(rebuilt, model, delta):
         delta = _with_buffers(model, delta, buffers)
         rebuilt = _rebuild(model, config, delta)
     proof.check_tensors(rebuilt, _state(model, delta))
@@ -160,9 +160,26 @@ def _proved(
     return delta
 
 
-def _lasting_buffers(rebuilt: PreTrainedModel, model: PreTrainedModel) -> list[str]:
-    """Buffers that a rebuilt model computes differently or, as an older delta asked, not at all."""
-    return [*proof.changed_buffers(rebuilt, model), *proof.stored_buffers(rebuilt, model)]
+def _lasting_buffers(rebuilt: PreTrainedModel, model: PreTrainedModel, delta: Delta) -> list[str]:
+    """Buffers that a reader computes differently or, as an older delta asked, not at all.
+
+    Those whose size no attribute tells it would fill as they were before the cut.
+    """
+    kept, buffers = model.state_dict(keep_vars=True).keys(), dict(model.named_buffers())
+    resized = [name for name in _sized(model, delta) if name in buffers and name not in kept]
+    changed = proof.changed_buffers(rebuilt, model)
+    return [*dict.fromkeys([*changed, *resized, *proof.stored_buffers(rebuilt, model)])]
+
+
+def _sized(model: PreTrainedModel, delta: Delta) -> list[str]:
+    """Names in the model of the tensors whose shapes a delta tells."""
+    sections = ((delta.base, adapter.base_name(model)), (delta.head, ""))
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for section, prefix in sections
+        if section is not None
+        for name in section.tensors
+    ]
 
 
 def _rebuild(model: PreTrainedModel, config: Any, delta: Delta) -> PreTrainedModel:
