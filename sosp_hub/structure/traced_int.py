@@ -134,6 +134,10 @@ class TracedInt(int):
     def __bool__(self) -> bool:
         return self != 0
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """What numpy computes with a size uses it as a value."""
+        return getattr(ufunc, method)(*map(_leaked, inputs), **kwargs)
+
     __hash__ = int.__hash__
 
     def __neg__(self) -> int:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,13 @@ class PlainConfig(Between):
 class RootOfSize(Between):
     def trick(self, x):
         return x / math.sqrt(x.shape[-1])
+
+
+class RootByNumpy(Between):
+    """As in Reformer."""
+
+    def trick(self, x):
+        return x / np.sqrt(x.shape[-1])
 
 
 class FloatOverSize(Between):
@@ -609,6 +617,7 @@ TRICKS = (
     Trick(LengthOfList, "whole"),
     Trick(PlainConfig, "whole"),
     Trick(RootOfSize, "whole"),
+    Trick(RootByNumpy, "whole"),
     Trick(FloatOverSize, "refused", (12,)),
     Trick(TimesSize, "whole"),
     Trick(TimesAttribute, "cut", (12,)),
