@@ -312,6 +312,10 @@ _DINOV2 = {
     "model_type": "dinov2", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "image_size": 16, "patch_size": 4,
 }  # fmt: skip
+_SAM = {
+    "vision_config": {"output_channels": 64, "num_pos_feats": 32, "global_attn_indexes": [1]},
+    "prompt_encoder_config": {"image_embedding_size": 4},
+}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 _GRID = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
 _VALUES: dict[str, dict[str, Any]] = {
@@ -335,6 +339,12 @@ _VALUES: dict[str, dict[str, Any]] = {
             "hidden_size": 128,
         },
     },
+    "paligemma": {"projection_dim": 64, "vision_config": {"projection_dim": 64}},
+    "sam": _SAM,
+    "sam_hq": {**_SAM, "mask_decoder_config": {"vit_dim": 64}},
+    "timesfm2_5": {"context_length": 128},
+    "zoedepth": {"bottleneck_features": 64},
+    "parakeet_ctc": {"encoder_config": {"num_key_value_heads": 4}},
     "maskformer": {"image_size": 64},  # more than one place of one channel, to be normalised
     "kosmos-2": {"latent_query_num": 4},
     "esm": {"pad_token_id": 1},
@@ -381,7 +391,9 @@ _VALUES: dict[str, dict[str, Any]] = {
                 "num_attention_heads_per_stage": [1, 2, 4, 8], "blocks_per_stage": [1, 1, 2, 1],
             },
             "backbone_channel_list": [128, 64, 32, 16], "fpn_hidden_size": 64,
-        }
+            "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]],
+        },
+        "prompt_encoder_config": {"patch_size": 16},
     },
 }  # fmt: skip
 """What names alone do not tell."""
@@ -467,6 +479,8 @@ def _variants(model: nn.Module) -> Iterator[dict[str, Any]]:
         longer = torch.randn(2, getattr(config, "max_length", 64), bins)
         for values in (longer, wave.repeat(1, *(1,) * (wave.dim() - 2), 10)):
             yield {**found, "input_values": values}
+    if "future_values" in found:
+        yield {name: value for name, value in found.items() if name != "future_values"}
     if (picture := found.get("pixel_values")) is not None:
         yield {**found, "pixel_values": picture[:, None]}
         for number in (2, 3):
@@ -500,7 +514,9 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
     )
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    bins = getattr(audio, "num_mel_bins", None) or getattr(audio, "n_mels", None) or 16
+    names = ("num_mel_bins", "n_mels", "input_feat_per_channel")
+    bins = next((getattr(audio, n) for n in names if getattr(audio, n, None)), 16)
+    each = [config.num_input_channels] if hasattr(config, "num_input_channels") else []
     past = (getattr(config, "context_length", None) or 32) + max(
         getattr(config, "lags_sequence", None) or [0]
     )
@@ -526,11 +542,8 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
         "bbox": lambda: torch.tensor([1, 2, 10, 20]).repeat(2, LENGTH, 1),
         "image_attention_mask": lambda: torch.ones(2, LENGTH, 1, dtype=torch.long),
         "image_embeds_position_mask": lambda: torch.arange(LENGTH).lt(4).long().repeat(2, 1),
-        "past_values": lambda: noise(
-            *(2, past),
-            *([config.num_input_channels] if hasattr(config, "num_input_channels") else []),
-        ),
-        "past_observed_mask": lambda: torch.ones(2, past),
+        "past_values": lambda: noise(2, past, *each),
+        "past_observed_mask": lambda: torch.ones(2, past, *each),
         "past_time_features": lambda: noise(2, past, getattr(config, "num_time_features", 1)),
         "future_time_features": lambda: noise(
             2, config.prediction_length, getattr(config, "num_time_features", 1)
@@ -548,6 +561,12 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
         found["pixel_values"] = noise(
             32, channels * patch * (getattr(vision, "temporal_patch_size", 1) or 1)
         )
+    if "feature_attention_mask" in found and not hasattr(model, "get_audio_features"):
+        found["input_ids"][:, 0] = config.audio_token_id  # one stands for all of a sound
+    if "spatial_shapes" in asked and "pixel_values" in found:  # patches as well
+        found["pixel_values"] = noise(2, 16, channels * vision.patch_size**2)
+        found["spatial_shapes"] = torch.tensor([[4, 4], [4, 4]])
+        found["pixel_attention_mask"] = torch.ones(2, 16, dtype=torch.long)
     if "image_position_ids" in asked and "pixel_values" in found:  # patches, three of them in one
         side = 2 * getattr(vision, "pooling_kernel_size", 3)
         found["pixel_values"] = noise(2, side * side, channels * vision.patch_size**2)
