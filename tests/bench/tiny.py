@@ -514,8 +514,8 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
     )
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    names = ("num_mel_bins", "n_mels", "input_feat_per_channel")
-    bins = next((getattr(audio, n) for n in names if getattr(audio, n, None)), 16)
+    of_bins = ("num_mel_bins", "n_mels", "input_feat_per_channel")
+    bins = next((getattr(audio, n) for n in of_bins if getattr(audio, n, None)), 16)
     each = [config.num_input_channels] if hasattr(config, "num_input_channels") else []
     past = (getattr(config, "context_length", None) or 32) + max(
         getattr(config, "lags_sequence", None) or [0]

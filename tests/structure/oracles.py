@@ -148,7 +148,9 @@ def _gates(model: nn.Module, graph: Graph, plan: PruningPlan) -> Iterator[None]:
             group = graph.groups[name]
             if group.kind == "layer":
                 gone = [layer for i, layer in enumerate(group.layers) if i not in plan.kept[name]]
-                handles += [modules[layer].register_forward_hook(hand_on, prepend=True) for layer in gone]
+                handles += [
+                    modules[layer].register_forward_hook(hand_on, prepend=True) for layer in gone
+                ]
                 continue
             sites = group.sites
             for site in sites:
