@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -149,13 +150,13 @@ _COMPILED = """
 import json, sys
 import torch, transformers
 import sosp_hub
-from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.backends.registry import lookup_backend
 
 compiled = []
 
 def backend(graph, inputs):
     compiled.append(graph)
-    return aot_eager(graph, inputs)
+    return lookup_backend(sys.argv[4])(graph, inputs)
 
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
@@ -165,14 +166,18 @@ print(json.dumps([len(compiled), tokens.tolist()]))
 """
 
 
+_NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++")
+
+
 @pytest.mark.slow
-def test_a_step_of_generation_compiles_as_one_graph(llama, tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=_NO_COMPILER)])
+def test_a_step_of_generation_compiles_as_one_graph(llama, tmp_path, backend):
     """With a static cache and other KV heads in each layer; the tokens of the eager model.
 
     In a process of its own: a code that torch ran before may not be compiled any more.
     """
     folder = sosp_hub.save_pretrained(llama, tmp_path / "small")
-    given = [str(folder), json.dumps(ASK), json.dumps(TOKENS.tolist())]
+    given = [str(folder), json.dumps(ASK), json.dumps(TOKENS.tolist()), backend]
     command = [sys.executable, "-c", _COMPILED, *given]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     num_compiled, tokens = json.loads(done.stdout.splitlines()[-1])
