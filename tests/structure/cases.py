@@ -3,13 +3,14 @@
 Each says which groups must be found (their sizes) and whether the operation keeps zeros.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torchvision.ops import deform_conv2d, roi_align, roi_pool
 
 
@@ -630,14 +631,18 @@ def _as_complex(x: Tensor) -> Tensor:
 
 
 class Recurrent(nn.Module):
-    """An LSTM; its state is another one's result."""
+    """An LSTM, of samples of their own lengths where these are given."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, lengths: Sequence[int] = (), **options: Any) -> None:
         super().__init__()
         self.memory = nn.LSTM(6, 8, batch_first=True, **options)
+        self.lengths = lengths
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.memory(x)[0]
+        if not self.lengths:
+            return self.memory(x)[0]
+        packed = pack_padded_sequence(x, torch.tensor(self.lengths), batch_first=True)
+        return pad_packed_sequence(self.memory(packed)[0], batch_first=True)[0]
 
 
 def _place(m: Any, x: Tensor, y: Tensor, *, expanded: bool) -> Tensor:
@@ -731,6 +736,11 @@ REST = (
     tokens("pairs as complex", lambda m, x: torch.view_as_real(_as_complex(x))[..., 1], 6, 6, (6,)),
     RuleCase(
         "lstm", lambda: Sandwich([nn.Linear(5, 6)], Recurrent(), nn.Linear(8, 3)),
+        lambda: torch.randn(2, 4, 5), (6, 8),
+    ),
+    RuleCase(
+        "packed lstm",
+        lambda: Sandwich([nn.Linear(5, 6)], Recurrent(lengths=(4, 2)), nn.Linear(8, 3)),
         lambda: torch.randn(2, 4, 5), (6, 8),
     ),
     RuleCase(

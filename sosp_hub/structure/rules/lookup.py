@@ -57,6 +57,18 @@ def _embedding_bag(terms: Terms, op: Operation) -> None:
         terms.set(other, [fixed(int(size), f"bags in {terms.where}") for size in other.shape])
 
 
+@rule("_pack_padded_sequence")
+def _packed(terms: Terms, op: Operation) -> None:
+    """Rows of all samples that are no padding, step by step, and how many each step has."""
+    reason = "steps of samples of different lengths are packed"
+    _, _, *inside = terms.of(op.tensor)
+    for axis in terms.of(op.tensor)[:2]:
+        terms.fix(axis, reason)
+    rows, numbers = op.out
+    terms.set(rows, [fixed(len(rows), f"{reason} in {terms.where}"), *inside])
+    terms.set(numbers, [fixed(len(numbers), f"{reason} in {terms.where}")])
+
+
 @rule("bucketize", "searchsorted")
 def _bins(terms: Terms, op: Operation) -> None:
     values, borders = op.args[:2] if op.name == "bucketize" else (op.args[1], op.args[0])
