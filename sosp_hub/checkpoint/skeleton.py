@@ -1,7 +1,7 @@
 """What a config builds, without data, and where the weight files disagree with it."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,57 @@ def as_checkpoint_error() -> Iterator[None]:
         ) from error
 
 
-def faults_of(model: nn.Module, tensors: Mapping[str, headers.TensorHeader]) -> Iterator[str]:
-    """Tensors that are missing, not expected, or of another shape than the model's."""
+def disagreements(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, headers.TensorHeader]
+) -> Iterator[str]:
+    """``misfits``, but for modules whose weights were quantised."""
+    is_timm = library_in(config) == "timm"
+    with as_checkpoint_error():
+        model = build_skeleton(folder, config, is_timm, dense=False)
+    is_packed = not is_timm and packed_by(config)
+    yield from faults_of(model, tensors, packed_modules(model, tensors) if is_packed else ())
+
+
+def packed_by(config: Mapping[str, Any]) -> str | None:
+    """What quantised the weights beside a config of transformers; None where nothing did."""
+    said = config.get("quantization_config")
+    return str(said.get("quant_method", "a library")) if isinstance(said, Mapping) else None
+
+
+def packed_modules(
+    model: nn.Module, tensors: Mapping[str, headers.TensorHeader]
+) -> dict[str, list[str]]:
+    """Modules of which files of quantised weights hold other tensors than they have, and those."""
+    built, modules = as_stored(model), {name for name, _ in model.named_modules()}
+    packed: dict[str, list[str]] = {}
+    for name in tensors.keys() - built.keys():
+        owner = name.rpartition(".")[0]
+        while owner and owner not in modules:
+            owner = owner.rpartition(".")[0]
+        if owner:
+            packed.setdefault(owner, []).append(name)
+    for name in tensors.keys() & built.keys():
+        if (owner := name.rpartition(".")[0]) in packed:
+            packed[owner].append(name)
+    return packed
+
+
+def faults_of(
+    model: nn.Module,
+    tensors: Mapping[str, headers.TensorHeader],
+    packed: Collection[str] = (),
+) -> Iterator[str]:
+    """Tensors that are missing, not expected, or of another shape than the model's.
+
+    Args:
+        model: Without data.
+        tensors: Headers of the files.
+        packed: Modules whose tensors are in another form, and are not compared.
+    """
     built = {name: tuple(tensor.shape) for name, tensor in as_stored(model).items()}
     tied = tied_names(model)
-    for name in sorted(built.keys() | tensors.keys()):
+    names = built.keys() | tensors.keys()
+    for name in sorted(n for n in names if not any(n.startswith(f"{each}.") for each in packed)):
         if name not in tensors:
             if name not in tied:
                 yield f"tensor {name!r}: the config builds {list(built[name])}, no file holds it"

@@ -1,13 +1,17 @@
 """What may be published: a whole model, a card that the hub takes, and no secrets."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_session
 from huggingface_hub.utils import hf_raise_for_status
 
+from sosp_hub.checkpoint.format import headers
+from sosp_hub.checkpoint.format.record import KEY, library_in
+from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.format.weight_files import is_weight_file
-from sosp_hub.errors import HubError, has_token, shortened
+from sosp_hub.errors import CheckpointError, HubError, has_token, shortened
 from sosp_hub.report.facts import hub_id
 from sosp_hub.report.listing import CARD, DENSE, RECIPE, REPORT
 from sosp_hub.report.markers import read_card
@@ -16,6 +20,8 @@ from sosp_hub.untrusted import MOST_CARD_BYTES, UnreadableError, read_text
 
 _TEXT_SUFFIXES = (".md", ".json", ".yaml", ".yml", ".txt", ".html", ".jinja", ".py", ".log")
 _MOST_TEXT_BYTES = 20_000_000
+_MOST_FAULTS = 5
+log = logging.getLogger(__name__)
 
 
 def local_files(folder: Path) -> list[str]:
@@ -63,6 +69,44 @@ def check_folder(folder: Path, secret: str | None = None) -> None:
                 raise HubError(
                     f"{path}: holds an access token; remove it, and revoke it if anyone saw it"
                 )
+
+
+def check_weights(folder: Path) -> None:
+    """Refuses weight files that are damaged, or not those of the config.
+
+    What the config builds can be told of transformers', timm's and sosp_hub's own checkpoints; a
+    folder whose code is not at hand passes.
+
+    Raises:
+        HubError: With the first disagreements.
+    """
+    if not any((folder / name).is_file() for name in (headers.WEIGHTS, headers.INDEX)):
+        return  # of another layout
+    from sosp_hub.checkpoint.skeleton import disagreements  # here: it brings torch
+    from sosp_hub.checkpoint.torch.read import stray
+
+    config = read_checkpoint(folder).config
+    again = "save the model again with sosp_hub.save_pretrained(model, folder)"
+    try:
+        tensors = headers.read_tensors(folder)
+    except CheckpointError as error:
+        raise HubError(f"{error}; {again}") from error
+    try:
+        if library_in(config) == "torch":
+            faults = list(stray(parse_delta(config[KEY]), tensors))
+        else:
+            faults = list(disagreements(folder, config, tensors))
+    except CheckpointError as error:
+        log.debug("%s: config and weights were not compared: %s", folder, error)
+        return
+    if faults:
+        lines = "\n".join(f"  - {fault}" for fault in faults[:_MOST_FAULTS])
+        more = len(faults) - _MOST_FAULTS
+        raise HubError(
+            f"{folder}: config and weights disagree, so that nobody could load the model\n{lines}\n"
+            + (f"  and {more} more, which sosp inspect lists\n" if more > 0 else "")
+            + again
+        )
 
 
 def check_card(folder: Path) -> None:

@@ -32,7 +32,13 @@ from sosp_hub.hub.attempts import (
     persistently,
     status_of,
 )
-from sosp_hub.hub.contents import check_card, check_folder, check_with_hub, local_files
+from sosp_hub.hub.contents import (
+    check_card,
+    check_folder,
+    check_weights,
+    check_with_hub,
+    local_files,
+)
 from sosp_hub.report.markers import readdress
 
 if TYPE_CHECKING:
@@ -129,6 +135,7 @@ def push_to_hub(
     folder = Path(folder_or_model)
     check_folder(folder, secret=token or get_token())
     check_card(folder)
+    check_weights(folder)
     if not dry_run and not (token or get_token()):
         raise HubError(no_token(repo_id))
     push = _Push(folder, repo_id, revision, create_pr, HfApi(token=token), patience or Patience())

@@ -1,11 +1,13 @@
 """What a checkpoint holds, from its config and the headers of its weight files alone."""
 
+import dataclasses
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from torch import nn
@@ -19,7 +21,13 @@ from sosp_hub.checkpoint.format.record import KEY, Delta, library_in
 from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.io import fetch
-from sosp_hub.checkpoint.skeleton import as_checkpoint_error, build_skeleton, faults_of
+from sosp_hub.checkpoint.skeleton import (
+    as_checkpoint_error,
+    build_skeleton,
+    faults_of,
+    packed_by,
+    packed_modules,
+)
 from sosp_hub.checkpoint.torch.read import cut_without_data, misfits, stray
 from sosp_hub.checkpoint.weightless import holds_only_a_plan
 from sosp_hub.compat.torch import FakeMode, grouped_product_flops, parameter_table
@@ -137,8 +145,10 @@ def _examine(
         type(model).__name__,
         sample,
     )
-    findings.faults = list(faults_of(model, tensors))
-    findings.layers = list(_layers(model, dense, tensors, macs))
+    packer = None if is_timm else packed_by(config)
+    packed = packed_modules(model, tensors) if packer else {}
+    findings.faults = list(faults_of(model, tensors, packed))
+    findings.layers = list(_layers(model, dense, tensors, macs, packed))
     findings.totals = {
         "params": _num_params(model),
         "macs": macs.get(""),
@@ -155,6 +165,14 @@ def _examine(
             obstacle=obstacle,
         )
     )
+    if packer:
+        why = f"the weights are quantised ({packer}); export the model that was quantised"
+        findings.readers = [
+            dataclasses.replace(each, loads=False, why=why)
+            if each.target or each.name.startswith("GGUF")
+            else each
+            for each in findings.readers
+        ]
     return findings
 
 
@@ -229,6 +247,7 @@ def _layers(
     dense: nn.Module | None,
     tensors: Mapping[str, headers.TensorHeader],
     macs: Mapping[str, int],
+    packed: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Iterator[Layer]:
     before = {} if dense is None else {name: tuple(p.shape) for name, p in dense.named_parameters()}
     tied = tied_names(model)
@@ -248,7 +267,9 @@ def _layers(
             before.get(largest),
             sum(p.numel() for p in full.values()),
             macs.get(name, 0) if macs else None,
-            sum(
+            sum(tensors[key].num_bytes for key in packed[name])
+            if name in packed
+            else sum(
                 tensors[key].num_bytes if key in tensors else round(p.numel() * item)
                 for key, p in full.items()
                 if key not in tied

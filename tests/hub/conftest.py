@@ -5,8 +5,10 @@ import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy
 import pytest
 from huggingface_hub import close_session, constants
+from safetensors.numpy import save
 
 from sosp_hub.hub.attempts import Patience
 from tests.hub.loopback import Hub, User
@@ -64,12 +66,19 @@ def client_env(hub, tmp_path):
     }
 
 
-def make_folder(path, weights=b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", card=True):
-    """A small folder as a run leaves it; the weights differ each time."""
+def made_weights(num_bytes=16):
+    """Of a model whose code nobody has; they differ each time."""
+    return save({"noise": numpy.frombuffer(uuid.uuid4().bytes * (num_bytes // 16), numpy.uint8)})
+
+
+def make_folder(path, card=True):
+    """A small folder as a run leaves it."""
     report, saliency = reports.image_report()
     reports.write(path, report, saliency)
-    (path / "config.json").write_text('{"architecture": "resnet18", "model_args": {"delta": {}}}')
-    (path / "model.safetensors").write_bytes(weights + uuid.uuid4().bytes)
+    (path / "config.json").write_text(
+        '{"architecture": "my_resnet18", "model_args": {"delta": {}}}'
+    )
+    (path / "model.safetensors").write_bytes(made_weights())
     if card:
         (path / "README.md").write_text("---\nlicense: mit\n---\n# By hand\n")
     return path

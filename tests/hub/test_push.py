@@ -1,16 +1,18 @@
 """Pushing with the real client: what arrives, and what stays away."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 from huggingface_hub import HfApi, constants
 
+import sosp_hub
 from sosp_hub.errors import HubError
 from sosp_hub.hub.push import check_access, push_to_hub
 from sosp_hub.report.card import render_card
 from tests.checkpoint import cuts
-from tests.hub.conftest import NOW, READER, STRANGER, TOKEN, make_folder
+from tests.hub.conftest import NOW, READER, STRANGER, TOKEN, made_weights, make_folder
 from tests.hub.loopback import Fault
 
 pytestmark = pytest.mark.slow
@@ -60,7 +62,7 @@ def test_pushing_the_same_folder_again_makes_no_commit(hub, folder):
 
 def test_only_changed_files_are_sent_again(hub, folder):
     push(folder)
-    (folder / "config.json").write_text('{"architecture": "resnet18", "num_classes": 3}')
+    (folder / "config.json").write_text('{"architecture": "my_resnet18", "num_classes": 3}')
     result = push(folder)
     assert result.added == ("config.json",)
     assert result.num_bytes == (folder / "config.json").stat().st_size
@@ -115,7 +117,7 @@ def test_a_stranger_may_open_a_pull_request(hub, folder):
 
 def test_large_files_are_sent_in_parts(hub, folder):
     hub.part_bytes = 20_000
-    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 300)
+    (folder / "model.safetensors").write_bytes(made_weights(76_800))
     push(folder)
     assert hub.contents(REPO) == local(folder)
     assert (
@@ -287,6 +289,34 @@ def test_a_folder_that_is_no_model(folder, missing, said):
     (folder / missing).unlink()
     with pytest.raises(HubError, match=f"{said}.*save_pretrained"):
         push(folder)
+
+
+@pytest.mark.parametrize(
+    ("cut", "change"),
+    [
+        (cuts.pruned("llama"), {"sosp_hub": None}),  # a delta that was lost
+        (cuts.pruned_timm("test_resnet"), {"num_classes": 9}),
+    ],
+    ids=["transformers", "timm"],
+)
+def test_weights_that_are_not_those_of_the_config_stay_here(cut, change, hub, tmp_path):
+    folder = sosp_hub.save_pretrained(cut, tmp_path / "small")
+    push(folder, dry_run=True)
+    config = {**json.loads((folder / "config.json").read_text()), **change}
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = r"weights disagree[\s\S]*\n  - tensor '[\s\S]*\nsave the model again"
+    with pytest.raises(HubError, match=words):
+        push(folder)
+    assert not writes(hub)
+
+
+def test_damaged_weights_stay_here(hub, folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1])
+    with pytest.raises(HubError, match=r"model.safetensors: .*save the model again"):
+        push(folder)
+    assert not writes(hub)
 
 
 def test_a_folder_that_says_nothing_about_its_model(folder):

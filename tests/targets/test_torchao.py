@@ -1,11 +1,14 @@
 """Quantised after pruning, by torchao: on a model in memory, and on a folder as it is loaded."""
 
+import json
+
 import pytest
 import torch
 import transformers
 
 import sosp_hub
 from sosp_hub.errors import CheckpointError
+from sosp_hub.inspection.examine import examine
 from tests.checkpoint import cuts
 from tests.compare import assert_close
 
@@ -48,3 +51,22 @@ def test_what_was_quantised_in_memory_is_neither_saved_nor_exported(tmp_path):
         with pytest.raises(CheckpointError, match=r"q_proj.weight is quantised .*first, then"):
             write()
     assert not list(tmp_path.iterdir())
+
+
+def test_inspect_knows_quantised_weights(tmp_path):
+    """They are stored in another form than the config builds, and no longer exported."""
+    folder = sosp_hub.save_pretrained(cuts.pruned("llama"), tmp_path / "small")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    packed = load(folder, quantization_config=transformers.TorchAoConfig(int8()))
+    packed.save_pretrained(tmp_path / "int8")
+    found = examine(tmp_path / "int8")
+    assert not found.faults
+    assert sum(layer.bytes for layer in found.layers) == found.totals["bytes"]
+    for reader in found.readers:
+        if reader.target or reader.name.startswith("GGUF"):
+            assert not reader.loads
+            assert "quantised (torchao)" in reader.why
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())
+    config["vocab_size"] = 50
+    (tmp_path / "int8" / "config.json").write_text(json.dumps(config))
+    assert any("embed_tokens" in fault for fault in examine(tmp_path / "int8").faults)
