@@ -181,6 +181,7 @@ def allocate(
         raise BudgetError(
             f"budget: {limits_in_words}, with {', '.join(limits)} over {len(chosen)} groups. "
             "Ask for more, loosen one of these, or allow more kinds of structure"
+            + _without_scores(graph, saliency, allowed)
         )
     counts = candidates.counts(removals)
     found = meter.cost(counts)
@@ -385,6 +386,21 @@ def _eligible(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind,
             f"{', '.join(present) or 'no groups at all'}"
         )
     return chosen
+
+
+def _without_scores(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind, ...]) -> str:
+    """What keeps groups of these kinds whole that a budget could have cut."""
+    names = [
+        name
+        for name, group in graph.groups.items()
+        if group.kind in kinds and name not in saliency and name not in graph.unproved
+    ]
+    if not names:
+        return ""
+    return (
+        f". {len(names)} more of these kinds have no score, as they were left out or the criterion "
+        f"does not score them (another may): {shortened(', '.join(names), 300)}"
+    )
 
 
 def _scores(group: Group, values: "Tensor") -> NDArray[np.float64]:

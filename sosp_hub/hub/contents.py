@@ -1,6 +1,5 @@
 """What may be published: a whole model, a card that the hub takes, and no secrets."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from sosp_hub.untrusted import MOST_CARD_BYTES, UnreadableError, read_text
 _TEXT_SUFFIXES = (".md", ".json", ".yaml", ".yml", ".txt", ".html", ".jinja", ".py", ".log")
 _MOST_TEXT_BYTES = 20_000_000
 _MOST_FAULTS = 5
-log = logging.getLogger(__name__)
 
 
 def local_files(folder: Path) -> list[str]:
@@ -96,8 +94,7 @@ def check_weights(folder: Path) -> None:
             faults = list(stray(parse_delta(config[KEY]), tensors))
         else:
             faults = list(disagreements(folder, config, tensors))
-    except CheckpointError as error:
-        log.debug("%s: config and weights were not compared: %s", folder, error)
+    except CheckpointError:  # of code that is not at hand: nothing to compare with
         return
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults[:_MOST_FAULTS])

@@ -284,6 +284,18 @@ def test_what_cannot_be_met_is_said(arguments, words):
         allocate(graph, random_saliency(graph), **arguments)
 
 
+def test_a_budget_that_is_out_of_reach_names_groups_without_a_score():
+    """Some criteria leave groups whole: fisher the neurons of Mixtral's experts."""
+    graph = graph_of()
+    saliency = random_saliency(graph)
+    first = next(iter(saliency))
+    del saliency[first]
+    with pytest.raises(
+        BudgetError, match=f"1 more of these kinds have no score.*another may.*{first}"
+    ):
+        allocate(graph, saliency, macs=0.001)
+
+
 @pytest.mark.parametrize(
     ("saliency", "words"),
     [
