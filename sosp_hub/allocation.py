@@ -390,11 +390,8 @@ def _eligible(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind,
 
 def _without_scores(graph: Graph, saliency: "Mapping[str, Tensor]", kinds: tuple[Kind, ...]) -> str:
     """What keeps groups of these kinds whole that a budget could have cut."""
-    names = [
-        name
-        for name, group in graph.groups.items()
-        if group.kind in kinds and name not in saliency and name not in graph.unproved
-    ]
+    unscored = graph.groups.keys() - saliency.keys() - graph.unproved.keys()
+    names = [name for name in graph.groups if name in unscored and graph.groups[name].kind in kinds]
     if not names:
         return ""
     return (
