@@ -347,6 +347,7 @@ _VALUES: dict[str, dict[str, Any]] = {
     "parakeet_ctc": {"encoder_config": {"num_key_value_heads": 4}},
     "maskformer": {"image_size": 64},  # more than one place of one channel, to be normalised
     "kosmos-2": {"latent_query_num": 4},
+    "csm": {"depth_decoder_config": {"backbone_hidden_size": 64}},
     "esm": {"pad_token_id": 1},
     "aria": {"projector_patch_to_query_dict": {"16": 8}},
     "mobilevitv2": {"image_size": 64},

@@ -445,6 +445,20 @@ class WritesIntoAnother(Between):
         return out
 
 
+class RowsByMask(Between):
+    """Learned rows are put where a mask says, as those of KOSMOS-2's picture are."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(3, 12))
+
+    def trick(self, x):
+        x, mask = x.clone(), torch.zeros(x.shape[:2], dtype=torch.bool)
+        mask[0, :3] = True
+        x[mask] = self.rows.tanh()
+        return x
+
+
 class InterleavedRotation(Between):
     def trick(self, x):
         turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
@@ -653,6 +667,7 @@ TRICKS = (
     Trick(WritesInPlace, "cut", (6,)),
     Trick(WritesHalf, "cut", (4, 8)),
     Trick(WritesIntoAnother, "cut", (12,)),
+    Trick(RowsByMask, "cut", (12,)),
     Trick(InterleavedRotation, "cut", (6,)),
     Trick(HalvedRotation, "cut", (6,)),
     Trick(ProductWithItself, "whole"),

@@ -121,23 +121,30 @@ def _index(terms: Terms, op: Operation) -> None:
         for covered in range(dim, dim + width):
             if not picks(terms, indices[dim], axes[covered]):
                 terms.fix(axes[covered], "positions along it are picked by an index")
-    if op.name == "index_put":
-        terms.set(op.out, axes)
-        for axis, value in zip(reversed(axes), reversed(terms.of(op.args[2])), strict=False):
-            if size_of(axis) == size_of(value) and size_of(value) != 1:
-                unify(axis, value, f"`{op.name}` in {terms.where}")
-        return
     if any(indices[dim].dtype in {torch.bool, torch.uint8} for dim in used):
         first, width = used[0], indices[used[0]].dim()
         if len(used) > 1:
             raise ValueError("several masks")
-        picked: list[Axis] = [fixed(int(op.out.shape[first]), f"a mask in {terms.where}")]
-        terms.set(op.out, [*axes[:first], *picked, *axes[first + width :]])
+        rest = [*axes[:first], *axes[first + width :]]
+        picked: list[Axis] | None = None
+        at = first
+    else:
+        picked = broadcast(terms, [terms.of(indices[dim]) for dim in used], op.name)
+        rest = [axis for dim, axis in enumerate(axes) if dim not in used]
+        at = used[0] if used == list(range(used[0], used[0] + len(used))) else 0
+    if op.name == "index_put":
+        terms.set(op.out, axes)
+        places = [*rest[:at], *([None] if picked is None else picked), *rest[at:]]
+        for axis, value in zip(reversed(places), reversed(terms.of(op.args[2])), strict=False):
+            if axis is None:
+                terms.fix(value, "it is put, in its order, where a mask says")
+            elif size_of(axis) == size_of(value) and size_of(value) != 1:
+                unify(axis, value, f"`{op.name}` in {terms.where}")
         return
-    picked = broadcast(terms, [terms.of(indices[dim]) for dim in used], op.name)
-    rest = [axis for dim, axis in enumerate(axes) if dim not in used]
-    together = used == list(range(used[0], used[0] + len(used)))
-    at = used[0] if together else 0
+    if picked is None:
+        number = fixed(int(op.out.shape[at]), f"a mask in {terms.where}")
+        terms.set(op.out, [*rest[:at], number, *rest[at:]])
+        return
     terms.set(op.out, [*rest[:at], *picked, *rest[at:]])
     if terms.source.get(tensor) is not None and not rest:
         return
