@@ -611,7 +611,8 @@ _TASK_OUTPUTS = (
     ("logits", "pred_boxes"), ("logits_per_image",), ("logits",), ("prediction_outputs",),
     ("class_queries_logits", "masks_queries_logits"), ("predicted_depth",), ("pred_masks",),
     ("audio_values",), ("waveform",), ("spectrogram",), ("start_logits", "end_logits"),
-    ("prediction_logits",), ("image_embeds", "text_embeds"), ("last_hidden_state",),
+    ("prediction_logits",), ("image_embeds", "text_embeds"), ("full_predictions",),
+    ("last_hidden_state",),
 )  # fmt: skip
 
 
