@@ -116,8 +116,8 @@ class TracedInt(int):
     def __float__(self) -> float:
         return float(self._leaked())
 
-    def __truediv__(self, other: Any) -> float:
-        return _share(self, 1, other)
+    def __truediv__(self, other: Any) -> Any:
+        return _share(self, 1, other) if isinstance(other, int | float) else NotImplemented
 
     def __rtruediv__(self, other: Any) -> float:
         return _leaked(other) / self._leaked()

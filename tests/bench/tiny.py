@@ -316,6 +316,7 @@ _SAM = {
     "vision_config": {"output_channels": 64, "num_pos_feats": 32, "global_attn_indexes": [1]},
     "prompt_encoder_config": {"image_embedding_size": 4},
 }
+_CONFORMER = {"encoder_config": {"num_key_value_heads": 4}}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 _GRID = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
 _VALUES: dict[str, dict[str, Any]] = {
@@ -344,7 +345,9 @@ _VALUES: dict[str, dict[str, Any]] = {
     "sam_hq": {**_SAM, "mask_decoder_config": {"vit_dim": 64}},
     "timesfm2_5": {"context_length": 128},
     "zoedepth": {"bottleneck_features": 64},
-    "parakeet_ctc": {"encoder_config": {"num_key_value_heads": 4}},
+    "parakeet_ctc": _CONFORMER,
+    "parakeet_rnnt": _CONFORMER,
+    "canary": _CONFORMER,
     "maskformer": {"image_size": 64},  # more than one place of one channel, to be normalised
     "kosmos-2": {"latent_query_num": 4},
     "csm": {"depth_decoder_config": {"backbone_hidden_size": 64}},

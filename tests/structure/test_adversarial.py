@@ -107,6 +107,13 @@ class RootByNumpy(Between):
         return x / np.sqrt(x.shape[-1])
 
 
+class SizeOverTensor(Between):
+    """As SigLIP 2 scales its positions, by a size of its table."""
+
+    def trick(self, x):
+        return x * (x.shape[-1] / torch.tensor([[1.0], [2.0], [4.0], [8.0]]))
+
+
 class FloatOverSize(Between):
     """Python never asks the int on the right of a float."""
 
@@ -632,6 +639,7 @@ TRICKS = (
     Trick(PlainConfig, "whole"),
     Trick(RootOfSize, "whole"),
     Trick(RootByNumpy, "whole"),
+    Trick(SizeOverTensor, "whole"),
     Trick(FloatOverSize, "refused", (12,)),
     Trick(TimesSize, "whole"),
     Trick(TimesAttribute, "cut", (12,)),
