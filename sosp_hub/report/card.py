@@ -275,7 +275,8 @@ def _probed(rates: Sequence[Sequence[float]]) -> str:
 def _selected_state(selected: Mapping[str, Any] | None, number: int | None) -> str:
     if not selected:
         return "it was fine-tuned on the training data"
-    judges = f"{number:,} training samples that were held out"
+    judges = f"{number:,} training samples" if number else "training samples"
+    judges += " that were held out"
     if selected["epoch"] == 0:
         return f"fine-tuning found no state that is better on {judges}, so that none of it is here"
     epochs = f"{selected['epoch']:.3g} epoch{'s' * (selected['epoch'] != 1)}"

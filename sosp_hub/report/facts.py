@@ -422,7 +422,9 @@ def _promise(report: Mapping[str, Any]) -> Iterable[str]:
     """What may be lost, and what the cut and the final model lose of it."""
     promise = report.get("promise") or {}
     curve, chosen = promise.get("curve") or [], promise.get("chosen")
-    if not promise.get("max_drop") or chosen is None or chosen >= len(curve):
+    if not all(promise.get(key) for key in ("max_drop", "confidence", "num_proof")):
+        return
+    if chosen is None or chosen >= len(curve):
         return
     drops = {drop["metric"]: Drop(**drop) for drop in promise["max_drop"]}
     asked = " and ".join(drop.words() for drop in drops.values())
@@ -452,8 +454,7 @@ def _curve(promise: Mapping[str, Any]) -> Grid:
     rows = []
     curve: Sequence[Mapping[str, Any]] = promise.get("curve") or []
     for number, tried in enumerate(curve):
-        cost = tried["cost"]
-        shares = [numbers.share(cost[key]) if key in cost else "" for key in ("macs", "params")]
+        shares = _shares(tried["cost"])
         proof = tried["proof"]
         lost = [_loss_words(drops[metric], proof[metric]) for metric in drops if metric in proof]
         chosen = "chosen" if number == promise.get("chosen") else ""
@@ -464,14 +465,20 @@ def _curve(promise: Mapping[str, Any]) -> Grid:
     return Grid("What was tried", head, tuple(rows), note, num_left=0)
 
 
+def _shares(cost: Mapping[str, Any]) -> list[str]:
+    """What is kept of multiply-accumulates and parameters."""
+    given = [cost.get(key) for key in ("macs", "params")]
+    return ["" if share is None else numbers.share(share) for share in given]
+
+
 def _rounds(rounds: Sequence[Mapping[str, Any]]) -> Grid:
     """What was kept and measured after each cut before the last."""
     names = overall_metrics(rounds[0]["metrics"]) if rounds else []
     rows = []
     for number, one in enumerate(rounds, start=1):
-        kept = [numbers.share(one["kept"][key]) for key in ("macs", "params") if key in one["kept"]]
-        metrics = one["metrics"]
-        stages = [metrics.get("cut") or {}, list(metrics.values())[-1] or {}]
+        kept, metrics = _shares(one["kept"]), one["metrics"]
+        last = next(reversed([*metrics.values()]), None)
+        stages = [metrics.get("cut") or {}, last or {}]
         values = [
             with_spread(name, stage[name]) if name in stage else ""
             for name in names

@@ -82,12 +82,16 @@ class _Compensation(_Part):
     steps: list[_Step] | None = None
 
 
+class _Shares(_Part):
+    macs: Amount
+
+
 class _Masks(_Part):
-    sparsity: float | None = None
-    num_steps: Count | None = None
-    num_penalized: Count | None = None
-    num_off: Count | None = None
-    shares: dict[str, float] | None = None
+    sparsity: float
+    num_steps: Count
+    num_penalized: Count
+    num_off: Count
+    shares: _Shares
 
 
 class _Block(_Part):
@@ -162,6 +166,7 @@ class _Teacher(_Part):
     id: str | None = None
     distill: Amount = 0.0
     hidden: Amount = 0.0
+    relations: Amount = 0.0
     top_k: Count | None = None
 
 
@@ -229,6 +234,7 @@ class _Report(_Part):
     recovery: _Recovery | None = None
     promise: _Promise | None = None
     rounds: list[_Round] | None = None
+    timings_s: dict[str, Any] | None = None
 
 
 def check_report(report: Mapping[str, Any], source: str = "report") -> None:

@@ -98,6 +98,71 @@ def image_report():
     return report, saliency
 
 
+def whole_report():
+    """Every section that a run may write, with one entry each."""
+    share, found = {"macs": 0.5, "params": 0.5}, metric(0.9)
+    lost = {"accuracy": {"value": 0.002, "upper": 0.008, "holds": True}}
+    report, _ = image_report()
+    provenance = {
+        "floors": ["layer1.0.conv1:channel"],
+        "blocks": [{"kind": "attention", "layer": "layer1", "loss": 0.5}],
+        "compensation": {
+            **{"groups": 2, "least_gate": 0.5, "largest_gate": 1.5, "damping": 0.1},
+            "steps": [{"divergence": 0.5}, {"divergence": 0.25}],
+        },
+        "masks": {
+            **{"sparsity": 0.1, "num_steps": 10, "num_penalized": 5, "num_off": 3},
+            "shares": share,
+        },
+        "shifted_biases": 3,
+    }
+    layer = {"tensor": "a", "inputs": 40, "rows": 8, "damping": 0.1, "error_cut": 0.5, "error": 0.1}
+    return report | {
+        "task": "text-generation",
+        "plan": {"sizes": {}, "kept": {}, "provenance": provenance},
+        "groups": report["groups"][:1],
+        "metrics": {
+            "dense": {"accuracy": found, "accuracy/a": found},
+            "rebuilt": {"accuracy": found},
+            "recalibrated": {"accuracy": found},
+            "final": {"accuracy": found, "accuracy/a": found, "accuracy@other": found},
+        },
+        "cost": {**report["cost"], "tokens": 7, "of_one": "7 tokens"},
+        "latency": {
+            **{"before": {"seconds": 1.0}, "after": {"seconds": 0.5, "length": 7, "of_one": "x"}},
+            "decode": {"before": {"seconds": 0.1}, "after": {"seconds": 0.05}},
+        },
+        "peak_memory": {
+            "before": {"bytes": 100},
+            "after": {"bytes": 50, "batch": 1, "length": 5, "dtype": "float32"},
+        },
+        "calibration": {
+            **{"data": "d", "num_samples": 5, "seed": 0, "drawn_labels": 2, "seen": ["other"]},
+            "curvature": "empirical",
+        },
+        "rebuild": {
+            **{"layers": [layer], "left": {"d": "why"}},
+            **{"num_samples": 8, "seconds": 1.0, "peak_bytes": 100},
+        },
+        "history": [{"epoch": 1}],
+        "recovery": {
+            "selected": {"epoch": 1.0, "loss": 0.5},
+            **{"num_held_out": 10, "num_samples": 100, "num_tokens": 1000},
+            "rates": [[0.1, 0.5], [0.01, 0.6]],
+            "teacher": {"id": "x", "distill": 0.5, "hidden": 1.0, "relations": 1.0, "top_k": 3},
+            "promise": {"lost": lost, "undone": False},
+        },
+        "promise": {
+            "max_drop": [{"metric": "accuracy", "amount": 0.01, "relative": False}],
+            **{"confidence": 0.95, "num_proof": 1000, "chosen": 0},
+            "curve": [{"cost": share, "proof": lost}],
+        },
+        "rounds": [
+            {"kept": share, "metrics": {"cut": {"accuracy": found}, "trained": {"accuracy": found}}}
+        ],
+    }
+
+
 def text_report(layers=16):
     """A language model: two kinds of structure in every layer, perplexity, a base on the hub."""
     rng = np.random.default_rng(1)

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 from sosp_hub.errors import HubError
 from sosp_hub.report import page as page_room
-from sosp_hub.report.card import render_card
+from sosp_hub.report.card import _calibration, _recovery, render_card
 from sosp_hub.report.facts import collect
 from sosp_hub.report.figures import draw_recovery
 from sosp_hub.report.grid import Grid
@@ -359,7 +359,11 @@ def test_odd_metadata_are_not_pushed_without_a_word(tmp_path, name):
         few_words(error)
 
 
-ODD = (None, 5, -1, 1.5, True, "x", "\x1b[2J", [], [[]], [None], ["x"], {}, {"x": {}}, float("nan"))
+MISSING = object()
+ODD = (
+    *(None, 5, -1, 1.5, True, "x", "\x1b[2J", [], [[]], [None], ["x"], {}, {"x": {}}),
+    *(float("nan"), MISSING),
+)
 
 
 def places(record, above=()):
@@ -369,31 +373,42 @@ def places(record, above=()):
             yield from places(value if isinstance(value, dict) else value[:1], (*above, key))
 
 
-def test_any_odd_value_in_a_report_is_refused_or_told(tmp_path):
-    """Each value of a report in turn is replaced: a typed error or a card, and a page."""
+def few_entries():
     report, _ = reports.image_report()
     report["metrics"] = {
         stage: dict(list(found.items())[:3]) for stage, found in report["metrics"].items()
     }
     report["plan"]["kept"] = dict(list(report["plan"]["kept"].items())[:1])
-    tried = 0
+    return report
+
+
+@pytest.mark.parametrize("make", [few_entries, reports.whole_report])
+def test_any_odd_value_in_a_report_is_refused_or_told(make):
+    """Each value of a report in turn is replaced, or left out: a typed error or all its words."""
+    report, tried = make(), 0
     for path in places(report):
         for odd in ODD:
             changed = copy.deepcopy(report)
             inner = changed
             for key in path[:-1]:
                 inner = inner[key]
-            inner[path[-1]] = odd
+            if odd is MISSING:
+                del inner[path[-1]]
+            else:
+                inner[path[-1]] = odd
             try:
                 facts = collect(changed)
             except HubError as error:
                 few_words(error)
                 continue
             tried += 1
-            grids = [facts.costs, facts.metrics, facts.drops]
-            render_page(
-                title="x", headline=facts.headline, tiles=(), tables=grids, drawn=(), parts=()
-            )
+            _recovery(changed)
+            _calibration(changed.get("calibration") or {})
+            grids = [facts.costs, facts.metrics, facts.drops, facts.curve, facts.rounds]
+            if make is few_entries:
+                render_page(
+                    title="x", headline=facts.headline, tiles=(), tables=grids, drawn=(), parts=()
+                )
             for grid in grids:
                 grid.markdown()
     assert tried > 100
