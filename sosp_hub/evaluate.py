@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sosp_hub.callable_module import make_callable
 from sosp_hub.distributed import process_rows, process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
-from sosp_hub.modes import evaluating
+from sosp_hub.modes import evaluating, outside_inference
 from sosp_hub.recipe.metrics import DIVERGENCE
 from sosp_hub.tasks.batches import as_batch, check_batches
 from sosp_hub.tasks.loss import Loss, batch_loss
@@ -47,6 +47,7 @@ class Metric:
     stderr: float | None
 
 
+@outside_inference
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

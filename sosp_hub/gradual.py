@@ -19,7 +19,7 @@ from sosp_hub.compat.torch import unwrapped
 from sosp_hub.cost import Cost, cost
 from sosp_hub.cut import apply_
 from sosp_hub.errors import BudgetError, PlanError
-from sosp_hub.modes import evaluating
+from sosp_hub.modes import evaluating, outside_inference
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schedule import Curve, kept_after
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
@@ -89,6 +89,7 @@ class GradualPruning:
         (2, True)
     """
 
+    @outside_inference
     def __init__(
         self,
         model: nn.Module,
@@ -145,6 +146,7 @@ class GradualPruning:
         self._steps += 1
         return due
 
+    @outside_inference
     def cut(self) -> PruningPlan:
         """The next round, now.
 

@@ -17,6 +17,7 @@ from sosp_hub.criteria.compute.context import Context
 from sosp_hub.derivatives import GaussNewton
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import has_gate
+from sosp_hub.modes import outside_inference, without_autocast
 from sosp_hub.recipe.criteria import CRITERIA, Criterion, GateCriterion
 from sosp_hub.recipe.faults import explain
 from sosp_hub.structure.copies import copy_inputs
@@ -81,6 +82,7 @@ def make_criterion(name: str, **options: Any) -> Criterion:
         raise CriterionError(f"criterion {name!r}: {faults}") from None
 
 
+@outside_inference
 def score(
     model: nn.Module,
     graph: HasGroups,
@@ -175,7 +177,7 @@ def score(
         curvature=curvature,
         units=units if method.uses_units else None,
     )
-    with isolated(model):
+    with isolated(model), without_autocast(model):
         scores = method.saliency(context)
     if context.unused:
         logger.info(

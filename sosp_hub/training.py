@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _POINTS = 100  # of the loss curve, at most
 
 
+@torch.enable_grad()
 def train_model(
     model: nn.Module,
     train: Dataset[Any],

@@ -1,11 +1,14 @@
 """Verbs leave every module in the mode that it was in, also a norm frozen in a training model."""
 
+import copy
+
 import pytest
+import timm
 import torch
 from torch import nn
 
 import sosp_hub
-from sosp_hub.errors import DataError
+from sosp_hub.errors import DataError, ModelError
 from sosp_hub.evaluate import metrics_of_samples
 from sosp_hub.modes import evaluating
 from sosp_hub.training import recalibrate_norm
@@ -118,3 +121,75 @@ def test_what_cannot_be_measured_is_said(metrics, batches, words):
 
 def test_one_metric_needs_no_list():
     assert set(sosp_hub.evaluate(half_frozen(), BATCHES, "loss")) == {"loss"}
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def every_verb(model, fresh, folder):
+    """What each verb gives, as tensors, and the models that were made."""
+    graph = sosp_hub.trace(model, (X,))
+    found, made = {}, {}
+    for criterion in ("taylor", "sosp_h", "magnitude", "activation"):
+        found[criterion] = dict(sosp_hub.score(model, graph, BATCHES, criterion=criterion))
+    plan = sosp_hub.allocate(graph, found["taylor"], params=0.7)
+    made["apply"] = sosp_hub.apply(model, graph, plan)
+    made["rebuild"] = sosp_hub.rebuild(model, graph, plan, BATCHES)
+    sosp_hub.save_pretrained(made["apply"], folder)
+    made["load"] = sosp_hub.from_pretrained(folder, model=fresh)
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found["carry"] = sosp_hub.carry(average, made["apply"], graph, plan)
+    made["apply_"] = sosp_hub.apply_(model, graph, plan)
+    found |= {name: dict(each.state_dict()) for name, each in made.items()}
+    return found, made
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, autocast])
+def test_modes_of_torch_that_the_caller_is_in_change_nothing(mode, tmp_path):
+    expected, _ = every_verb(half_frozen().eval(), half_frozen(), tmp_path / "plain")
+    model, fresh = half_frozen().eval(), half_frozen()
+    with mode():
+        found, made = every_verb(model, fresh, tmp_path / "within")
+    assert_close(found, expected, relative=1e-6)
+    for model in made.values():
+        nn.functional.cross_entropy(model(X), Y).backward()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_training_in_a_mode_without_gradients_trains(mode):
+    model, samples = half_frozen(), list(zip(X, Y, strict=True))
+    with mode():
+        curve = sosp_hub.finetune_(model, samples, epochs=1, learning_rate=0.01, batch_size=4)
+        value = sosp_hub.evaluate(model, BATCHES, ["loss"])["loss"].value
+    assert curve
+    assert value > 0
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused(tmp_path):
+    with torch.inference_mode():
+        model = half_frozen()
+    for verb in (
+        lambda: sosp_hub.trace(model, (X,)),
+        lambda: sosp_hub.save_pretrained(model, tmp_path),
+    ):
+        with pytest.raises(ModelError, match=r"the Sequential was made in torch.inference_mode"):
+            verb()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_callers_default_dtype_does_not_round_what_is_loaded(dtype, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    sosp_hub.save_pretrained(model, tmp_path / "single")
+    sosp_hub.save_pretrained(copy.deepcopy(model).double(), tmp_path / "double")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [sosp_hub.from_pretrained(tmp_path / name) for name in ("single", "double")]
+    finally:
+        torch.set_default_dtype(before)
+    for each, kind in zip(found, (torch.float32, torch.float64), strict=True):
+        assert {parameter.dtype for parameter in each.parameters()} == {kind}
+        state = {name: tensor.to(kind) for name, tensor in model.state_dict().items()}
+        found_state = {name: tensor.to(kind) for name, tensor in each.state_dict().items()}
+        assert_close(found_state, state, relative=0)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sosp_hub.compat.torch import out_of_memory
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import GateKind, Gates, gated
+from sosp_hub.modes import without_autocast
 from sosp_hub.structure.groups import Groups
 from sosp_hub.tasks.batches import num_samples, split_batch
 from sosp_hub.tasks.predictions import whole
@@ -121,12 +122,7 @@ def average(
 @contextmanager
 def _plain_autograd(model: nn.Module) -> Iterator[None]:
     """Gradients in the dtype of the weights, whatever context the caller is in."""
-    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"} or {"cpu"}
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(model):
         yield
 
 

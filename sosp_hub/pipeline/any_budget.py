@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sosp_hub import cut
 from sosp_hub.checkpoint import io
 from sosp_hub.errors import BudgetError, ModelError
+from sosp_hub.modes import outside_inference
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from sosp_hub.pipeline.scores import Scores
 
 
+@outside_inference
 def from_pretrained(
     path_or_id: "str | Path", *, budget: "float | dict[str, float] | None" = None, **kwargs: Any
 ) -> "nn.Module":

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, default_collate
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.data.split import MadeSplit, Split
 from sosp_hub.errors import DataError, RecipeError
-from sosp_hub.modes import check_models, evaluating
+from sosp_hub.modes import check_models, evaluating, outside_inference
 from sosp_hub.pipeline.guest import as_guest
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import FinetuneSection
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _OF_RECIPES = ("augment", "mixed_precision", "recalibrate_norm", "save_every_steps", "teacher")
 
 
+@outside_inference
 def finetune(
     model: nn.Module,
     train: "Dataset[Any] | Sequence[Any]",
@@ -87,6 +88,7 @@ def finetune(
     return result
 
 
+@outside_inference
 def finetune_(
     model: nn.Module,
     train: "Dataset[Any] | Sequence[Any]",

@@ -14,7 +14,7 @@ from sosp_hub.cost import CostModel
 from sosp_hub.cut import apply
 from sosp_hub.errors import BudgetError
 from sosp_hub.evaluate import metrics_of_samples
-from sosp_hub.modes import check_models
+from sosp_hub.modes import check_models, outside_inference
 from sosp_hub.plan import PruningPlan
 from sosp_hub.promise.search import Promise, not_met, smallest
 from sosp_hub.recipe.metrics import DIVERGENCE, Drop, read_drops
@@ -46,6 +46,7 @@ class Within:
     promise: Promise
 
 
+@outside_inference
 def allocate_within(
     model: nn.Module,
     graph: Graph,

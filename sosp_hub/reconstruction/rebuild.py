@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.cut import apply
 from sosp_hub.errors import DataError, PlanError
-from sosp_hub.modes import evaluating
+from sosp_hub.modes import evaluating, outside_inference, without_autocast
 from sosp_hub.plan import PruningPlan
 from sosp_hub.progress import progress
 from sosp_hub.reconstruction.gram import Gram, ProcessSum
@@ -77,6 +77,7 @@ class Rebuilt:
     left: dict[str, str]
 
 
+@outside_inference
 def rebuild(
     model: nn.Module,
     graph: Graph,
@@ -162,7 +163,7 @@ def rebuilt_weights(
     layers: list[RebuiltLayer] = []
     left = dict(partly.left)
     if partly.readers:
-        with isolated(partly.model), evaluating(result):
+        with isolated(partly.model), evaluating(result), without_autocast(result):
             options = _Options(damping, dense_share, process_sum)
             work = _Work(model, result, graph, partly, kept_batches, options)
             layers += work.run()

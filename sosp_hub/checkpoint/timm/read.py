@@ -10,8 +10,9 @@ from torch import nn
 
 from sosp_hub.checkpoint.format.headers import TensorHeader
 from sosp_hub.errors import CheckpointError
+from sosp_hub.modes import building_in
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_DTYPES = {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def read(folder: Path, tensors: Mapping[str, TensorHeader], kwargs: dict[str, Any]) -> nn.Module:
@@ -27,10 +28,11 @@ def read(folder: Path, tensors: Mapping[str, TensorHeader], kwargs: dict[str, An
         CheckpointError: Tensors are missing, left over, or of another shape.
     """
     dtype = kwargs.pop("dtype", None)
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+    kinds = {each.dtype for each in tensors.values() if each.dtype in _DTYPES}
+    with building_in(torch.float64 if "F64" in kinds else torch.float32):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
     if not kwargs:
         _check_all_read(model, tensors)
-    kinds = {each.dtype for each in tensors.values() if each.dtype in _DTYPES}
     if dtype is None and len(kinds) == 1:
         dtype = _DTYPES[kinds.pop()]
     return model if dtype is None else model.to(dtype)
