@@ -307,6 +307,7 @@ def open_context(
                 )
     with cache.timed("trace", "find groups"):
         graph = _traced(loaded, recipe, accelerator)
+        logger.info("costs are for one input of %s", graph.sized.sample)
     return Context(recipe, cache, accelerator, loaded, graph, data, scores, sources, _splits=splits)
 
 
@@ -316,6 +317,5 @@ def _traced(loaded: Loaded, recipe: Recipe, accelerator: Accelerator) -> Graph:
     length = recipe.data.max_length if recipe.data else None
     sized = None if length is None else example_inputs(loaded, num_tokens=length)
     graph = trace(loaded.model, example_inputs(loaded), outputs=outputs, cost_inputs=sized)
-    logger.info("costs are for one input of %s", graph.sized.sample)
     loaded.model.to(accelerator.device)
     return graph

@@ -65,12 +65,10 @@ def in_rounds(context: Context) -> Rounds:
     for number in range(1, schedule.rounds + 1):
         recipe = _recipe_of(context, current, number)
         cache = StageCache(folder / str(number), recipe)
-        current = dataclasses.replace(
-            current.with_model(current.model, recipe, cache), original=context.model
-        )
+        logger.info("round %d of %d", number, schedule.rounds)
+        current = dataclasses.replace(current.turned_to(recipe, cache), original=context.model)
         if number == schedule.rounds:
             break
-        logger.info("round %d of %d", number, schedule.rounds)
         plan, pruned = decide_and_cut(current, score(current))
         metrics, _ = follow_up(current, plan, pruned)
         found = cost(current.graph, plan)
