@@ -275,7 +275,8 @@ def _scaled_weights(
             if any(gates.values[group].ndim > 1 for vector in vectors for group in vector.names):
                 raise CriterionError(
                     f"{name}: the gates of {', '.join(vectors[0].names)} scale a weight, which all "
-                    "samples share; choose a criterion without per-sample derivatives"
+                    "samples share; leave these groups out, or choose a criterion without "
+                    "derivatives per sample or token"
                 )
             weight: Tensor = plain[name]
             for vector in vectors:

@@ -1,10 +1,10 @@
 """The diagonal of the empirical Fisher matrix in gate space."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sosp_hub.recipe.criteria import CRITERIA, Needs, PerSampleCriterion, gate_words
+from sosp_hub.recipe.criteria import CRITERIA, Criterion, Needs, gate_words
 from sosp_hub.recipe.section import Count
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @CRITERIA.declare
-class Fisher(PerSampleCriterion):
+class Fisher(Criterion):
     """Mean over samples of the squared gate gradient of each sample's own loss.
 
     ``F_s = E_n (dL_n / dm_s)^2``: how much the loss of a sample moves with a structure, whichever
@@ -28,25 +28,32 @@ class Fisher(PerSampleCriterion):
     1801.05787, whose gates on feature maps these are; the labels are the data's (empirical Fisher).
 
     Differs from the paper: the factor 1/2 is left out, which changes no order, and costs are left
-    to the budget. A group that is read by a weight outside of its module stays whole, since all
-    samples share the gate of such a weight. ``per_token`` is ours.
+    to the budget. ``per_token`` is ours.
     """
 
     paper: ClassVar[str] = "arXiv 1801.05787"
     needs: ClassVar[Needs] = "labels"
     formula: ClassVar[str] = "mean over samples of (g_n,s)^2"
     first_order: ClassVar[bool] = True
+    scores_only: ClassVar[str] = "read where a gate can stand"
     words: ClassVar[str] = f"{gate_words()}, g_n of one sample's loss."
 
     name: Literal["fisher"] = "fisher"
     per_token: bool = Field(
         default=False,
         description="square each token's share by itself: texts alone, and layers that see all of "
-        "their tokens",
+        "their tokens, which experts do not",
     )
     micro_batch_size: Count | None = Field(
-        default=None, description="most samples of one pass; null = whole batches"
+        default=None,
+        description="most samples of one pass; null = whole batches; one where experts' weights "
+        "hold the gates",
     )
+
+    @staticmethod
+    def can_score(group: Any) -> bool:
+        """Whether a gate has a place."""
+        return bool(group.sites)
 
     def saliency(self, context: "Context") -> "Saliency":
         """One backward pass per batch, with gates of their own for every sample or token."""

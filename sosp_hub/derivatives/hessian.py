@@ -1,7 +1,8 @@
 """Gradient, Hessian products and squared gradients by the gates."""
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -162,7 +163,8 @@ def sample_squares(
     """The gradient and, as ``second``, the mean over samples of each sample's squared gradient.
 
     A sample's gradient is that of its own loss, which for a causal language model is the sum over
-    its label tokens.
+    its label tokens. Samples of a batch have gates of their own; where gates scale a weight, such
+    as that of an expert, which all samples share, there is one pass for each sample.
 
     Args:
         model: The model.
@@ -174,18 +176,26 @@ def sample_squares(
     Raises:
         CriterionError: Among others, batches or layers without tokens.
     """
+    shared = any(site.module is None for group in groups.values() for site in group.sites)
+    if shared and not per_token:
+        protocol = dataclasses.replace(protocol, micro_batch_size=1)
+
+    def own_gates(batch: Any) -> Sequence[int]:
+        if per_token:
+            return _tokens(batch)
+        return () if shared else (num_samples(batch),)
 
     def step(gates: Gates, batch: Any, totals: list[Tensor]) -> Seen:
-        gates.set_(1.0, own=_tokens(batch) if per_token else (num_samples(batch),))
+        gates.set_(1.0, own=own_gates(batch))
         loss = batch_loss(model, batch, protocol.loss_fn)
         gradient = gradient_by(loss.value, gates)
         at = 0
         for part, gate in zip(gradient, gates.values.values(), strict=True):
             end = at + gate.shape[-1]
             if part is not None and loss.weight:
-                own = part.detach().flatten(0, -2).to("cpu", torch.float64) * loss.weight
-                totals[0][at:end] += own.sum(0)
-                totals[1][at:end] += own.square().sum(0)
+                rows = part.detach().reshape(-1, end - at).to("cpu", torch.float64) * loss.weight
+                totals[0][at:end] += rows.sum(0)
+                totals[1][at:end] += rows.square().sum(0)
             at = end
         return Seen(loss.value.item(), loss.weight, used(gradient))
 

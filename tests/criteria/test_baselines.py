@@ -25,7 +25,8 @@ def of_one_sample(toy, i):
 
 
 def test_fisher_takes_one_sample_at_a_time():
-    for make in (perceptron, residual):
+    """Also where the gates sit on a weight that samples share, as in attention's second layer."""
+    for make in (perceptron, residual, attention):
         toy = make(num_samples=6)
         rows = torch.stack([of_one_sample(toy, i) for i in range(6)])
         found = score(toy.model, toy.graph, [toy.batch], "fisher", loss_fn=F.cross_entropy)

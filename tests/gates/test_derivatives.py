@@ -580,7 +580,7 @@ def test_drawn_tokens_give_the_gauss_newton_matrix_in_the_mean():
 def test_gates_on_a_weight_have_no_samples():
     toy = attention(num_samples=3)
     with pytest.raises(CriterionError, match=r"down\.weight: .* neurons .* all samples share"):
-        sample_squares(toy.model, toy.groups, [toy.batch])
+        gauss_newton(toy.model, toy.groups, [toy.batch])
 
 
 def test_rows_of_a_process_that_waits_for_others_count_once(monkeypatch):
