@@ -257,7 +257,7 @@ def _outcome(metrics: Mapping[str, Any], unit: str) -> str:
 
 def _verdict(dense: Mapping[str, Any], final: Mapping[str, Any], unit: str) -> str:
     n = final.get("n")
-    samples = f"{n:,} {unit}" if n else f"the {unit}"
+    samples = f"{n:,} {unit.removesuffix('s') if n == 1 else unit}" if n else f"the {unit}"
     if dense["value"] == final["value"]:
         return f"the same on {samples}"
     if dense.get("stderr") is None or final.get("stderr") is None:
@@ -322,6 +322,9 @@ def _memory_words(memory: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
+NO_SPREAD = "One sample has no standard error"
+
+
 def _metrics(metrics: Mapping[str, Mapping[str, Any]], seen: Sequence[str]) -> Grid:
     stages = [(stage, label) for stage, label in STAGES if metrics.get(stage)]
     rows = []
@@ -332,7 +335,9 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]], seen: Sequence[str]) -> G
         words = numbers.metric_name(name) + _domain(name, seen)
         rows.append((words, *values, " / ".join(samples)))
     head = ("metric", *(label for _, label in stages), "samples")
-    note = "± is one standard error over the samples. One run with one seed."
+    spread = any("±" in cell for row in rows for cell in row)
+    error = "± is one standard error over the samples" if spread else NO_SPREAD
+    note = f"{error}. One run with one seed."
     return Grid("Quality", head, tuple(rows), note)
 
 

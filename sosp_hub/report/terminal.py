@@ -8,7 +8,14 @@ from typing import Any
 from rich.console import Console
 
 from sosp_hub.report import numbers
-from sosp_hub.report.facts import STAGES, collect, compared_with, overall_metrics, with_spread
+from sosp_hub.report.facts import (
+    NO_SPREAD,
+    STAGES,
+    collect,
+    compared_with,
+    overall_metrics,
+    with_spread,
+)
 from sosp_hub.report.grid import Grid
 from sosp_hub.report.listing import new_console, show_files
 from sosp_hub.report.markup import escaped, html
@@ -75,5 +82,7 @@ def _quality(metrics: Mapping[str, Any]) -> Grid:
         pairs = [(before[name]["value"], metrics["final"][name]["value"]) for name in names]
         changes = [numbers.metric_change(n, *pair) for n, pair in zip(names, pairs, strict=True)]
         rows.append(("change", *changes))
-    note = f"n = {metrics['final'][names[0]]['n']:,}; ± one standard error"
+    spread = any("±" in cell for row in rows for cell in row)
+    error = "± one standard error" if spread else NO_SPREAD.lower()
+    note = f"n = {metrics['final'][names[0]]['n']:,}; {error}"
     return Grid("Quality", ("", *map(numbers.metric_name, names)), tuple(rows), note)

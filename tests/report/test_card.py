@@ -601,3 +601,15 @@ def test_a_kind_of_which_all_is_left_is_said_in_one_word(text):
                 group["kept"] = group["size"]
 
     assert "- KV groups: all 12 remain, in 4 groups\n" in render(changed(text, whole))
+
+
+def test_one_test_sample_has_no_standard_error(image):
+    def of_one(report):
+        for stage in report["metrics"].values():
+            for metric in stage.values():
+                metric.update(n=1, stderr=None, value=1.0)
+
+    card = render(changed(image, of_one))
+    assert "±" not in card
+    assert "the same on 1 test sample)" in card
+    assert "One sample has no standard error. One run with one seed: nothing here says" in card
