@@ -18,6 +18,7 @@ from sosp_hub.checkpoint.format.record import Section
 from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.errors import CheckpointError
 from sosp_hub.plan import PruningPlan
+from tests.bench import tiny
 from tests.checkpoint import cuts
 from tests.checkpoint.mutations import RECORD
 from tests.checkpoint.test_families import output
@@ -157,6 +158,19 @@ def test_what_the_format_cannot_say_is_refused(change, words):
     change(model)
     with pytest.raises(CheckpointError, match=words):
         diff(Net(), model)
+
+
+def test_a_backbone_with_a_config_of_its_own_kind_is_no_base_model(tmp_path):
+    """Its class does not see the delta, which stands in the config of the whole model."""
+    model, inputs, _ = tiny.built("Tipsv2DptForSemanticSegmentation")
+    assert model.base_model_prefix == "backbone"
+    graph = sosp_hub.trace(model, inputs, "logits")
+    name = "backbone.encoder.layer.0.mlp.fc1:neuron"
+    plan = PruningPlan({name: tuple(range(9))}, {name: graph.groups[name].size})
+    pruned = sosp_hub.apply(model, graph, plan, verify="fast")
+    loaded = sosp_hub.from_pretrained(sosp_hub.save_pretrained(pruned, tmp_path / "cut"))
+    with torch.no_grad():
+        assert_close(loaded(**inputs).logits, pruned(**inputs).logits)
 
 
 @pytest.mark.parametrize("kept", [0, 1])

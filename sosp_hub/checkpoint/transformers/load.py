@@ -178,10 +178,14 @@ def config_tree(config: Any) -> Iterator[Any]:
 
 
 def base_name(model: PreTrainedModel) -> str:
-    """Name of the child that holds the base model; empty where the model is its own base."""
+    """Name of the child that holds the base model; empty where the model is its own base.
+
+    A backbone with a config of its own kind is a part: it does not see the delta in the config.
+    """
     prefix = model.base_model_prefix
     inner = child_table(model).get(prefix) if prefix else None
-    return prefix if isinstance(inner, PreTrainedModel) else ""
+    is_base = isinstance(inner, PreTrainedModel) and type(inner.config) is type(model.config)
+    return prefix if is_base else ""
 
 
 def _rewritten(old: Any, new: Any) -> frozenset[tuple[str, Any]]:
