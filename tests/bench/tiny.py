@@ -348,6 +348,9 @@ _VALUES: dict[str, dict[str, Any]] = {
     "parakeet_ctc": _CONFORMER,
     "parakeet_rnnt": _CONFORMER,
     "canary": _CONFORMER,
+    "cohere_asr": _CONFORMER,
+    "hgnet_v2": {"image_size": 96},  # in training, too, more than two values to be normalised
+    "qwen3_vl": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
     "maskformer": {"image_size": 64},  # more than one place of one channel, to be normalised
     "kosmos-2": {"latent_query_num": 4},
     "csm": {"depth_decoder_config": {"backbone_hidden_size": 64}},
