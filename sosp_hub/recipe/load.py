@@ -12,7 +12,7 @@ from sosp_hub.command_name import command_name
 from sosp_hub.errors import RecipeError, shortened
 from sosp_hub.recipe.criteria import CRITERIA, Criterion
 from sosp_hub.recipe.faults import explain
-from sosp_hub.recipe.schema import Recipe, Verb
+from sosp_hub.recipe.schema import Recipe, Verb, with_criterion
 from sosp_hub.recipe.shipped import find_recipe, shipped_recipes
 from sosp_hub.recipe.study_grid import cells_of
 from sosp_hub.untrusted import (
@@ -98,7 +98,7 @@ def parse_recipe(
         given = "nothing" if data is None else f"a {type(data).__name__}"
         fault = f"holds {given}; expected the sections `model:` and `data:` at least"
         raise RecipeError(source, [fault])
-    faults: list[str] = []
+    data, faults = with_criterion(data), list[str]()
     for override in overrides:
         try:
             _override(data, override)

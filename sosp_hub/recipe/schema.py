@@ -11,7 +11,7 @@ from sosp_hub.recipe.metrics import Drop, read_drops
 from sosp_hub.recipe.schedule import ScheduleSection
 from sosp_hub.recipe.section import Count, Scalar, Section, Seed, Share
 from sosp_hub.recipe.targets import Targets
-from sosp_hub.recipe.tasks import find_task, tasks
+from sosp_hub.recipe.tasks import find_task, known_task, tasks
 from sosp_hub.recipe.training import DenseTrainSection, TrainSection
 from sosp_hub.types import DEFAULT_KINDS, BlockKind, Kind, Library
 
@@ -546,6 +546,19 @@ class PushSection(Section):
     )
 
 
+def with_criterion(data: Any) -> Any:
+    """A recipe as it was read, with the criterion that its task has where it names none."""
+    if not isinstance(data, dict):
+        return data
+    model, given = data.get("model"), data.get("criterion", {})
+    name = model.get("task") if isinstance(model, dict) else None
+    task = known_task(name) if isinstance(name, str) else None
+    own = None if task is None else task.criterion
+    if own is None or not isinstance(given, dict) or "name" in given:
+        return data
+    return {**data, "criterion": {"name": own, **given}}
+
+
 class Recipe(Section):
     """A whole run: model, data, decisions, recovery and where the result goes."""
 
@@ -571,6 +584,11 @@ class Recipe(Section):
         default=None, description="for `python -m sosp_hub.expand`; null = one run"
     )
     seed: Seed = Field(default=0, description="of everything random")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _criterion_of_the_task(cls, data: Any) -> Any:
+        return with_criterion(data)
 
     @model_validator(mode="before")
     @classmethod

@@ -106,6 +106,39 @@ def test_criteria_that_decide_for_themselves_have_no_share_as_default(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("task", "given", "overrides", "expected"),
+    [
+        ("image-classification", {}, (), ("sosp_h", 1024)),
+        ("text-generation", {}, (), ("fisher", 1024)),
+        ("causal-lm", {"criterion": {"num_samples": 8}}, (), ("fisher", 8)),
+        ("causal-lm", {}, ["criterion.num_samples=8"], ("fisher", 8)),
+        ("causal-lm", {"criterion": {"name": "taylor"}}, (), ("taylor", 1024)),
+        ("causal-lm", {}, ["criterion.name=sosp_h", "criterion.mode=exact"], ("sosp_h", 1024)),
+        (
+            "causal-lm",
+            {"criterion": {"per_token": True}},
+            ["criterion.name=sosp_h"],
+            ("sosp_h", 1024),
+        ),
+    ],
+)
+def test_the_criterion_is_the_tasks_where_none_is_named(tmp_path, task, given, overrides, expected):
+    model = {"library": "transformers", "id": "a/b", "task": task}
+    recipe = load_recipe(write(tmp_path, {**MINIMAL, "model": model, **given}), overrides)
+    assert (recipe.criterion.name, recipe.criterion.num_samples) == expected
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+    assert Recipe.model_validate({**MINIMAL, "model": model}).criterion.name == (
+        "sosp_h" if task == "image-classification" else "fisher"
+    )
+
+
+def test_an_option_of_another_criterion_names_the_tasks_own(tmp_path):
+    model = {"library": "transformers", "id": "a/b", "task": "causal-lm"}
+    record = {**MINIMAL, "model": model, "criterion": {"mode": "exact"}}
+    assert "which fisher does not have" in " ".join(faults(tmp_path, record))
+
+
 def test_a_recipe_survives_being_written(tmp_path):
     overrides = ["finetune.mixed_precision=no", "push.repo_id=me/small", "budget.params=0.7"]
     recipe = load_recipe(write(tmp_path, README_EXAMPLE), overrides)

@@ -19,6 +19,7 @@ class TextGeneration(LanguageModelTask):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "accuracy", "loss")
     counted: ClassVar[str] = "tokens"
+    criterion: ClassVar[str | None] = "fisher"
 
     def split(self, data: "OpenData", name: str, processor: Any, *, augment: bool) -> "Split":
         """Windows of ``data.max_length`` tokens."""
