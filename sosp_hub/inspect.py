@@ -132,11 +132,10 @@ def _show(findings: "Findings", *, whole: bool) -> None:
     for fault in findings.faults:
         console.print(printable(f"DISAGREES: {fault}"), style="bold")
     if not findings.faults and findings.layers:
-        console.print(
-            "config, delta and weights agree"
-            if findings.tier == "delta"
-            else "config and weights agree"
-        )
+        parts = "config, delta and weights" if findings.tier == "delta" else "config and weights"
+        apart = len(findings.packed)
+        but = f", but for {apart} quantised modules, which cannot be compared" if apart else ""
+        console.print(f"{parts} agree{but}")
 
 
 def _shapes(layer: "Layer") -> str:

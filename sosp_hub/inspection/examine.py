@@ -76,6 +76,7 @@ class Findings:
         sample: How large the one sample is that ``macs`` are for, such as ``128 tokens``.
         totals: ``params``, ``macs``, ``bytes``; ``dense_params`` and ``dense_macs`` where known.
         faults: Where config, delta and weights disagree.
+        packed: Modules whose weights are quantised, and were not compared with the config.
         readers: Who else loads it.
         layers: Modules with weights.
     """
@@ -87,6 +88,7 @@ class Findings:
     sample: str = ""
     totals: dict[str, int | None] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    packed: list[str] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
 
@@ -147,7 +149,7 @@ def _examine(
     )
     packer = None if is_timm else packed_by(config)
     packed = packed_modules(model, tensors) if packer else {}
-    findings.faults = list(faults_of(model, tensors, packed))
+    findings.faults, findings.packed = list(faults_of(model, tensors, packed)), sorted(packed)
     findings.layers = list(_layers(model, dense, tensors, macs, packed))
     findings.totals = {
         "params": _num_params(model),

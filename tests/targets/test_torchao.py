@@ -8,6 +8,7 @@ import transformers
 
 import sosp_hub
 from sosp_hub.errors import CheckpointError
+from sosp_hub.inspect import main
 from sosp_hub.inspection.examine import examine
 from tests.checkpoint import cuts
 from tests.compare import assert_close
@@ -53,7 +54,7 @@ def test_what_was_quantised_in_memory_is_neither_saved_nor_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_inspect_knows_quantised_weights(tmp_path):
+def test_inspect_knows_quantised_weights(tmp_path, capsys):
     """They are stored in another form than the config builds, and no longer exported."""
     folder = sosp_hub.save_pretrained(cuts.pruned("llama"), tmp_path / "small")
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -61,6 +62,10 @@ def test_inspect_knows_quantised_weights(tmp_path):
     packed.save_pretrained(tmp_path / "int8")
     found = examine(tmp_path / "int8")
     assert not found.faults
+    assert main([str(tmp_path / "int8")]) == 0
+    told = f"agree, but for {len(found.packed)} quantised modules, which cannot be compared"
+    assert told in capsys.readouterr().out
+    assert len(found.packed) > 10
     assert sum(layer.bytes for layer in found.layers) == found.totals["bytes"]
     for reader in found.readers:
         if reader.target or reader.name.startswith("GGUF"):
