@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sosp_hub.recipe.criteria import CRITERIA, Criterion, Needs, gate_words
+from sosp_hub.recipe.criteria import CRITERIA, Criterion, Method, Needs, gate_words
 from sosp_hub.recipe.section import Count
 
 if TYPE_CHECKING:
@@ -49,6 +49,13 @@ class Fisher(Criterion):
         description="most samples of one pass; null = whole batches; one where experts' weights "
         "hold the gates",
     )
+
+    def method(self) -> Method:
+        """Of whole samples, or token by token."""
+        if self.per_token:
+            words = f"{gate_words()}, g_nt token t's share of that of one sample's loss."
+            return Method("mean over samples n of sum over tokens t of (g_nt,s)^2", words)
+        return super().method()
 
     @staticmethod
     def can_score(group: Any) -> bool:

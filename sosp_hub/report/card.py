@@ -4,6 +4,7 @@ The generated part stands between two markers. What a person writes outside of t
 metadata that a person has set.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -111,7 +112,10 @@ def card_text(
         where=Markdown(where_it_loads(checkpoint)),
         pictures=drawn,
         criterion=criterion,
-        options=", ".join(f"{k}: {v}" for k, v in (criterion.get("options") or {}).items()),
+        options=", ".join(
+            f"{key}: {value if isinstance(value, str) else json.dumps(value)}"  # as in a recipe
+            for key, value in (criterion.get("options") or {}).items()
+        ),
         method=_method(criterion),
         recovery=_recovery(report),
         calibration=_calibration(report.get("calibration") or {}),

@@ -247,6 +247,11 @@ def test_the_formula_is_the_one_that_was_run(image):
     card = render(image)
     assert "saliency(s) = mean over batches of (g_s)^2" in card
     assert "a gate on the structure's weights" in card
+    fisher = {"name": "fisher", "options": {"per_token": True, "micro_batch_size": None}}
+    changed(image, lambda report: report.update(criterion=fisher))
+    card = render(image)
+    assert "saliency(s) = mean over samples n of sum over tokens t of (g_nt,s)^2" in card
+    assert "by `fisher` (per_token: true, micro_batch_size: null)" in card
 
 
 def test_an_empty_report_makes_a_card_without_a_number(image):
