@@ -223,14 +223,22 @@ def test_processes_exchange_sums_once():
     assert_close(found.second, whole.second)
 
 
+def caused_by(cause):
+    """What code that wraps the errors of its layers raises."""
+    error = RuntimeError("layer 3 went wrong")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("no memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
         RuntimeError("could not create a primitive"),
+        caused_by(torch.OutOfMemoryError("no memory")),
     ],
-    ids=["gpu", "cpu", "onednn"],
+    ids=["gpu", "cpu", "onednn", "told by a layer"],
 )
 def test_out_of_memory_halves_the_batch(monkeypatch, caplog, error):
     toy = perceptron(num_samples=7)
