@@ -545,8 +545,18 @@ def test_padding_takes_no_part():
         assert_close(two.model.get_parameter(name), one.model.get_parameter(name), relative=1e-4)
 
 
-def test_processes_add_up_their_sums(batches):
+def images_of_several_processes():
+    """Of which as many positions are drawn as all samples, not those of one process, ask for."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3)).double()
+    images = torch.randn(6, 3, 20, 20, dtype=torch.float64)
+    return model, [(part, torch.zeros(len(part))) for part in images.split(2)]
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_processes_add_up_their_sums(batches, images):
     model = Perceptron(bias=True).double()
+    if images:
+        model, batches = images_of_several_processes()
     graph = trace(model, (batches[0][0],))
     plan = half_of(graph)
     expected = rebuilt_weights(model, graph, plan, batches)
@@ -569,7 +579,9 @@ def test_processes_add_up_their_sums(batches):
         found = list(pool.map(process, range(3)))
     for one in found:
         assert_close(one.model.state_dict(), expected.model.state_dict(), relative=1e-9)
-        assert [layer.rows for layer in one.layers] == [30, 30]
+        rows = [layer.rows for layer in expected.layers]
+        assert [layer.rows for layer in one.layers] == rows
+        assert images or rows == [30, 30]
         assert_close(one.model.state_dict(), found[0].model.state_dict(), relative=0)
 
 
