@@ -51,7 +51,7 @@ def file_of(tmp_path):
 
 
 def test_a_config_tells_what_the_model_would(llama):
-    told = forecast(as_recipe(llama, (), "prune"))
+    told = forecast(as_recipe(llama, ("criterion.name=sosp_h",), "prune"))
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
     tokens = torch.zeros(2, 24, dtype=torch.long)
     graph = sosp_hub.trace(model, {"input_ids": tokens, "use_cache": False})
