@@ -21,9 +21,8 @@ class Fisher(Criterion):
 
     ``per_token`` squares each token's share of that gradient by itself, ``E_n sum_t (dL_n /
     dm_st)^2``: what one token needs a structure for is not taken off by what another one would
-    rather be without. On SmolLM2-135M, rebuilt, it is ahead in each of three draws,
-    on other texts in two of them
-    (tests/bench/results/rebuild.md).
+    rather be without. On SmolLM2-135M, rebuilt, it is ahead in each of three draws, on
+    other texts in two of them (tests/bench/results/rebuild.md).
 
     Paper: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", arXiv
     1801.05787, whose gates on feature maps these are; the labels are the data's (empirical Fisher).

@@ -23,7 +23,7 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import find_task
-from sosp_hub.report.facts import own_metrics, own_recipe
+from sosp_hub.report.facts import own_metrics, own_recipe, scored_by
 from sosp_hub.report.listing import DENSE
 from sosp_hub.report.markers import read_card
 from sosp_hub.report.numbers import is_share, metric_value
@@ -220,7 +220,7 @@ def _measure(
         return [Check("metrics", None, "the report publishes none, or no recipe to repeat them")]
     try:
         text = own_recipe(folder, str(report["recipe"]))
-        recipe = parse_recipe(text, "the published recipe", overrides)
+        recipe = parse_recipe(text, "the published recipe", overrides, criterion=scored_by(report))
         measured = _evaluate(folder, model, recipe, names, num_samples)
     except SospHubError as error:
         return [Check("metrics", None, f"could not be measured: {error}")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from sosp_hub.errors import ModelError, OutputExistsError, RecipeError
 from sosp_hub.pipeline.calibration_inputs import read_inputs
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import BUDGETS, ModelSection, Recipe
-from sosp_hub.report.facts import own_recipe, with_spread
+from sosp_hub.report.facts import own_recipe, scored_by, with_spread
 from sosp_hub.report.listing import CALIBRATION, CURVATURE, DENSE, REPORT, SALIENCY
 from sosp_hub.report.schema import read_report
 
@@ -152,13 +153,14 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
     folder = Path(folder).expanduser()
     report, source = _report_of(folder), f"the recipe of {folder}"
     text = own_recipe(folder, str(report.get("recipe") or ""))
-    made = parse_recipe(text, source)
+    read = partial(parse_recipe, text, source, criterion=scored_by(report))
+    made = read()
     if made.schedule is not None:
         fault = "schedule: its scores are of models that were cut before; run the recipe again"
         raise RecipeError("--from-scores", [fault])
     _check(folder, made, overrides)
     dropped = [*(f"budget.{name}=null" for name in BUDGETS), "budget.max_drop={}"]
-    first = parse_recipe(text, source, [*dropped, *overrides])
+    first = read([*dropped, *overrides])
     name = "-".join(
         [
             folder.resolve().name,
@@ -167,7 +169,7 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
         ]
     )
     place = [f"output.dir={folder.resolve().with_name(name)}", "push=null"]
-    recipe = parse_recipe(text, source, [*dropped, *place, *overrides])
+    recipe = read([*dropped, *place, *overrides])
     if recipe.budget.max_drop and not _held_out_alike(made, recipe):
         raise RecipeError(
             "--from-scores",
@@ -221,7 +223,9 @@ def recipe_of(folder: Path) -> Recipe:
         OutputExistsError: No output of a run, or one without its scores.
         RecipeError: A recipe that this version does not read.
     """
-    return parse_recipe(str(_report_of(folder).get("recipe") or ""), f"the recipe of {folder}")
+    report = _report_of(folder)
+    text, source = str(report.get("recipe") or ""), f"the recipe of {folder}"
+    return parse_recipe(text, source, criterion=scored_by(report))
 
 
 def _report_of(folder: Path) -> dict[str, Any]:

@@ -80,7 +80,12 @@ def _as_yaml(sections: Mapping[str, Any]) -> str:
 
 
 def parse_recipe(
-    text: str, source: str, overrides: Sequence[str] = (), *, output_dir: str | None = None
+    text: str,
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    output_dir: str | None = None,
+    criterion: str | None = None,
 ) -> Recipe:
     """A recipe from its text, such as ``dump_recipe`` makes.
 
@@ -89,6 +94,7 @@ def parse_recipe(
         source: Where the text comes from, for errors.
         overrides: As for `load_recipe`.
         output_dir: The output folder where neither says one.
+        criterion: What is meant where none is named; None = what the task scores with.
 
     Raises:
         RecipeError: As `load_recipe`.
@@ -98,7 +104,7 @@ def parse_recipe(
         given = "nothing" if data is None else f"a {type(data).__name__}"
         fault = f"holds {given}; expected the sections `model:` and `data:` at least"
         raise RecipeError(source, [fault])
-    data, faults = with_criterion(data), list[str]()
+    data, faults = with_criterion(data, criterion), list[str]()
     for override in overrides:
         try:
             _override(data, override)

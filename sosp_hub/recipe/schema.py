@@ -546,14 +546,14 @@ class PushSection(Section):
     )
 
 
-def with_criterion(data: Any) -> Any:
-    """A recipe as it was read, with the criterion that its task has where it names none."""
+def with_criterion(data: Any, default: str | None = None) -> Any:
+    """A recipe as it was read, with a criterion where it names none: ``default``, or its task's."""
     if not isinstance(data, dict):
         return data
     model, given = data.get("model"), data.get("criterion", {})
     name = model.get("task") if isinstance(model, dict) else None
     task = known_task(name) if isinstance(name, str) else None
-    own = None if task is None else task.criterion
+    own = default or (None if task is None else task.criterion)
     if own is None or not isinstance(given, dict) or "name" in given:
         return data
     return {**data, "criterion": {"name": own, **given}}

@@ -165,6 +165,11 @@ def _trained_here(model: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     return ""
 
 
+def scored_by(report: Mapping[str, Any]) -> str | None:
+    """The criterion of a run: what is meant where its recipe names none, whatever it is today."""
+    return (report.get("criterion") or {}).get("name")
+
+
 def own_recipe(folder: Path, published: str) -> str:
     """The text of a run's recipe: the private file with all paths, where it is of this report."""
     try:

@@ -16,6 +16,7 @@ from sosp_hub.errors import BudgetError, ModelError, OutputExistsError
 from sosp_hub.hub.contents import local_files
 from sosp_hub.hub.push import push_to_hub
 from sosp_hub.pipeline import context
+from sosp_hub.pipeline.scores import recipe_of
 from sosp_hub.prune import main
 from sosp_hub.report.facts import collect
 from sosp_hub.structure.graph import Graph
@@ -502,3 +503,13 @@ def test_paths_of_this_machine_are_known_to_the_next_run_and_to_nobody_else(tmp_
     capsys.readouterr()
     assert main(["--from-scores", str(output), "--with-data", "budget.params=0.9"]) == 2
     assert "data.path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["", "criterion: {mode: exact}\n"])
+def test_the_criterion_of_a_run_is_the_one_that_scored(tmp_path, given):
+    """Its recipe names none, and what its task takes today is another one."""
+    recipe = "model: {library: transformers, id: a/b, task: causal-lm}\ndata: {id: c/d}\n" + given
+    report = {"recipe": recipe, "criterion": {"name": "sosp_h", "options": {}}}
+    (tmp_path / "sosp_report.json").write_text(json.dumps(report))
+    save_file({"a": torch.ones(2)}, tmp_path / "saliency.safetensors")
+    assert recipe_of(tmp_path).criterion.name == "sosp_h"
