@@ -389,6 +389,34 @@ def test_inputs_too_short_for_a_way_are_told(caplog):
         assert f"{name} is not checked: inputs of 4 tokens; 5 are needed" in caplog.text
 
 
+class Loss(nn.Module):
+    """One number for all samples; what is not fused reads the number of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 16), nn.Linear(16, 5)
+        self.dim, self.heads, self.fused_attn = 4, 4, True
+
+    def forward(self, x):
+        sizes = (-1, self.dim) if self.fused_attn else (self.heads, -1)
+        h = self.up(x).view(len(x), *sizes).softmax(1).flatten(1)
+        return (self.down(h) - x).square().mean()
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_a_model_that_gives_no_number_per_sample_is_right_in_every_use(verify):
+    """A loss with another batch is another loss, so outputs tell nothing of other ways."""
+    model, x = fill(Loss().eval()), torch.randn(3, 5)
+    graph = trace(model, (x,))
+    name = next(name for name, group in graph.groups.items() if group.size == 4)
+    assert not graph.groups[name].exact
+    pruned = apply(model, graph, plan_of(graph, {name: (0, 2)}), verify=verify)
+    expected = pruned(x)
+    pruned.fused_attn = False
+    assert_close(pruned(x), expected)
+    assert pruned.heads == 2
+
+
 class Decoder(nn.Module):
     """From a cache it reads the number of heads, else their width."""
 
