@@ -84,7 +84,7 @@ def audio_column(table: "Dataset", column: str, where: str) -> AudioColumn:
 
 def _decoded(value: Any) -> tuple[Wave, int]:
     if isinstance(value, dict) and value.get("array") is not None:
-        return np.asarray(value["array"], np.float32).reshape(-1), int(value["sampling_rate"])
+        return _of_array(value["array"]), int(value["sampling_rate"])
     if isinstance(value, dict):
         value = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
     if not isinstance(value, str | io.BytesIO):
@@ -96,6 +96,16 @@ def _decoded(value: Any) -> tuple[Wave, int]:
         return _wave(source)
     values, rate = soundfile.read(source, dtype="float32", always_2d=True)
     return values.mean(1), rate
+
+
+def _of_array(given: Any) -> Wave:
+    """Values as they are; what is several channels or not between -1 and 1 is not guessed at."""
+    values = np.asarray(given, np.float32)
+    if values.ndim != 1:
+        raise ValueError(f"its array has the shape {list(values.shape)}; write one channel")
+    if values.size and np.abs(values).max() > 1 and (values == values.round()).all():
+        raise ValueError("its array holds whole numbers; divide those of 16 bits by 32768")
+    return values
 
 
 def _wave(source: Any) -> tuple[Wave, int]:

@@ -40,6 +40,10 @@ def sound(rate=16_000, values=4000, width=2):
     return {"bytes": file.getvalue(), "path": None}
 
 
+def played(values, rate=16_000):
+    return {"array": values, "sampling_rate": rate}
+
+
 def picture(width=56, height=56):
     return make_data.png(np.zeros((height, width, 3), np.uint8))
 
@@ -178,6 +182,30 @@ BAD = {
         {},
         "data.score: row 0 .* None, expected a finite number",
     ),
+    "two channels": (
+        "automatic-speech-recognition",
+        [{"audio": played([[0.0, 0.0], [0.5, 0.5]]), "text": "red"}],
+        {},
+        r"data.audio: row 0 .* shape \[2, 2\]; write one channel",
+    ),
+    "whole numbers": (
+        "automatic-speech-recognition",
+        [{"audio": played([0, -300, 32767]), "text": "red"}],
+        {},
+        "data.audio: row 0 .* whole numbers; divide those of 16 bits by 32768",
+    ),
+    "no class": (
+        "zero-shot-image-classification",
+        [{"image": picture(), "label": 0}, {"image": picture(), "label": -1}],
+        {},
+        "data.label: .* has the label -1; expected names, or whole numbers from 0",
+    ),
+    "no class of those that are listed": (
+        "zero-shot-image-classification",
+        [{"image": picture(), "label": 1}, {"image": picture(), "label": -1}],
+        {},
+        "data.label: row 1 of .* has the label -1, which is none of the 2 classes",
+    ),
     "neither captions nor classes": (
         "zero-shot-image-classification",
         [{"image": picture(), "words": "a bag"}],
@@ -196,12 +224,14 @@ def go_through(section, model):
 
 @pytest.mark.parametrize("key", BAD)
 def test_rows_that_cannot_be_right_are_named(folders, tmp_path, key):
-    from datasets import Dataset, Features, Image, Value
+    from datasets import ClassLabel, Dataset, Features, Image, Value
 
     task, rows, keys, said = BAD[key]
     folder = folders(task)
     blob = {"bytes": Value("binary"), "path": Value("string")}
-    kinds = {"image": Image(), "annotation": Image(), "audio": blob}
+    kinds = {"image": Image(), "annotation": Image()}
+    kinds |= {"audio": blob} if "bytes" in rows[0].get("audio", ()) else {}
+    kinds |= {"label": ClassLabel(names=["cat", "dog"])} if key.endswith("are listed") else {}
     table = Dataset.from_list(rows)
     features = {name: kinds.get(name, kind) for name, kind in table.features.items()}
     table = Dataset.from_list(rows, features=Features(features))

@@ -45,15 +45,17 @@ class ZeroShotImageClassification(OwnTask):
     def rows(self, table: Any, section: Any, where: str) -> "Rows":
         """The column of texts where there is one, else that of classes."""
         from sosp_hub.data.columns import check_columns, image_column, labels_of, texts_of
+        from sosp_hub.data.labels import listed_classes
         from sosp_hub.data.rows import ImageRows, TableRows
 
         if section.text in table.column_names:
             texts = texts_of(table, section, "text", where)
         else:
             check_columns(table, section, ("label",), where)
-            labels, names = labels_of(table, section.label)
-            named = [names[label] if names else str(label) for label in labels]
-            texts = [PROMPT.format(name) for name in named]
+            labels, listed = labels_of(table, section.label)
+            lists = [[label] for label in labels]
+            names, numbers = listed_classes(lists, listed, where, "label", least=1)
+            texts = [PROMPT.format(names[number]) for (number,) in numbers(lists)]
         images = image_column(table, section.image)
         none, numbers = [0] * len(table), range(len(table))
         rows = ImageRows(numbers, images, none, f"in row {{}} of {where}")
