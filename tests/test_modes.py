@@ -171,6 +171,7 @@ def test_a_model_that_was_made_in_inference_mode_is_refused(tmp_path):
         model = half_frozen()
     for verb in (
         lambda: sosp_hub.trace(model, (X,)),
+        lambda: sosp_hub.trace(model=model, example_inputs=(X,)),
         lambda: sosp_hub.save_pretrained(model, tmp_path),
     ):
         with pytest.raises(ModelError, match=r"the Sequential was made in torch.inference_mode"):
@@ -186,6 +187,7 @@ def test_the_callers_default_dtype_does_not_round_what_is_loaded(dtype, tmp_path
     torch.set_default_dtype(dtype)
     try:
         found = [sosp_hub.from_pretrained(tmp_path / name) for name in ("single", "double")]
+        assert nn.Linear(1, 1).weight.dtype == dtype  # what the caller builds next
     finally:
         torch.set_default_dtype(before)
     for each, kind in zip(found, (torch.float32, torch.float64), strict=True):

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sosp_hub.derivatives import Protocol, sample_squares
 from sosp_hub.errors import CriterionError
 from sosp_hub.scoring import score
 from tests.compare import assert_close
 from tests.criteria.processes import in_processes
-from tests.gates.toys import attention, group, perceptron, residual, stand_in
+from tests.gates.toys import Tokens, attention, group, perceptron, residual, stand_in
 
 
 def of_one_sample(toy, i):
@@ -32,6 +33,40 @@ def test_fisher_takes_one_sample_at_a_time():
         found = score(toy.model, toy.graph, [toy.batch], "fisher", loss_fn=F.cross_entropy)
         assert_close(found, toy.split(rows.square().mean(0)), relative=1e-9)
         assert_close(in_processes(toy, "fisher"), found, relative=1e-9)
+
+
+def test_fisher_of_tokens_is_that_of_each_token():
+    torch.manual_seed(0)
+    model, ids = Tokens(False).double(), torch.randint(7, (4, 3))
+    graph = stand_in(group("a", "neuron", 5, [("down", -1, None)]))
+    batches = [(ids, ids)]
+
+    def loss_fn(outputs, labels):
+        return F.cross_entropy(outputs.flatten(0, 1), labels.flatten())
+
+    of_tokens, whole = (
+        sample_squares(model, graph.groups, batches, Protocol(loss_fn), per_token=each).second
+        for each in (True, False)
+    )
+    assert (of_tokens["a"] > 1.1 * whole["a"]).any()
+    found = score(model, graph, batches, "fisher", per_token=True, loss_fn=loss_fn)
+    assert_close(found, of_tokens, relative=1e-9)
+    assert_close(score(model, graph, batches, "fisher", loss_fn=loss_fn), whole, relative=1e-9)
+
+
+def test_fisher_takes_no_more_samples_at_once_than_it_may():
+    toy, sizes = perceptron(num_samples=6), []
+
+    def loss_fn(outputs, labels):
+        sizes.append(len(labels))
+        return F.cross_entropy(outputs, labels)
+
+    whole = score(toy.model, toy.graph, [toy.batch], "fisher", loss_fn=loss_fn)
+    assert sizes == [6]
+    options = {"micro_batch_size": 2, "loss_fn": loss_fn}
+    found = score(toy.model, toy.graph, [toy.batch], "fisher", **options)
+    assert sizes == [6, 2, 2, 2]
+    assert_close(found, whole, relative=1e-9)
 
 
 def test_lamp():

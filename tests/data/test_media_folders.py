@@ -3,12 +3,15 @@
 import json
 import wave
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sosp_hub.data.source import open_data
 from sosp_hub.errors import DataError
 from sosp_hub.recipe.schema import DataSection
+from tests.compare import assert_close
 
 RATE = 16_000
 
@@ -65,6 +68,26 @@ def test_texts_of_sounds_in_splits(tmp_path, suffix):
     assert (len(data.train), len(data.test)) == (3, 2)
     assert data.test.columns["text"] == ["word 0", "word 1"]
     assert len(data.test.columns["audio"].read(1, RATE)) == RATE
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_recording_is_heard_as_it_was_made(tmp_path, width, channels):
+    """Of several channels the mean, and silence is 0 however many bits there are."""
+    values = np.array([[0.0, 0.5], [-0.5, 0.25], [0.0, 0.0]])[:, :channels]
+    kind, middle = {1: (np.uint8, 128), 2: ("<i2", 0), 4: ("<i4", 0)}[width]
+    for i in range(2):
+        with wave.open(str(tmp_path / f"{i}.wav"), "wb") as file:
+            file.setnchannels(channels)
+            file.setsampwidth(width)
+            file.setframerate(RATE)
+            file.writeframes((values * 2 ** (8 * width - 1) + middle).astype(kind).tobytes())
+    write_rows(
+        tmp_path / "metadata.jsonl", [{"file_name": f"{i}.wav", "text": "a"} for i in range(2)]
+    )
+    data = opened(tmp_path, "automatic-speech-recognition")
+    heard = data.train.columns["audio"].read(0, RATE)
+    assert_close(torch.from_numpy(heard), torch.from_numpy(values.mean(1)), relative=1e-7)
 
 
 def test_masks_have_files_of_their_own(tmp_path):

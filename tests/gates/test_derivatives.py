@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.autograd.functional import hessian, hvp
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +20,7 @@ from sosp_hub.derivatives import (
 from sosp_hub.errors import CriterionError
 from sosp_hub.tasks import next_token
 from tests.compare import assert_close
-from tests.gates.toys import TOYS, Toy, attention, group, perceptron, residual, stand_in
+from tests.gates.toys import TOYS, Tokens, Toy, attention, group, perceptron, residual, stand_in
 
 
 def protocol(**options):
@@ -137,20 +136,6 @@ def test_sample_squares_equal_one_sample_at_a_time():
         rows = torch.stack([single[name] for single in singles])
         assert_close(found.gradient[name], rows.mean(0), relative=1e-10)
         assert_close(found.second[name], rows.square().mean(0), relative=1e-10)
-
-
-class Tokens(nn.Module):
-    """A perceptron at each token, whose tokens then see those before; rows of all, or apart."""
-
-    def __init__(self, flat):
-        super().__init__()
-        self.table, self.up, self.down = nn.Embedding(7, 4), nn.Linear(4, 5), nn.Linear(5, 7)
-        self.flat = flat
-
-    def forward(self, ids):
-        x = self.up(self.table(ids)).tanh()
-        x = self.down(x.flatten(0, 1) if self.flat else x).view(*ids.shape, -1)
-        return x.cumsum(1) * x
 
 
 @pytest.mark.parametrize("flat", [False, True])

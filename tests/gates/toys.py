@@ -143,6 +143,20 @@ def stand_in(*groups: Group) -> Any:
     return SimpleNamespace(groups={group.name: group for group in groups})
 
 
+class Tokens(nn.Module):
+    """A perceptron at each token, whose tokens then see those before; rows of all, or apart."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(7, 4), nn.Linear(4, 5), nn.Linear(5, 7)
+        self.flat = flat
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.up(self.table(ids)).tanh()
+        x = self.down(x.flatten(0, 1) if self.flat else x).view(*ids.shape, -1)
+        return x.cumsum(1) * x
+
+
 def _toy(model: nn.Module, inputs: Tensor, *groups: Group) -> Toy:
     labels = torch.arange(len(inputs)) % 3
     return Toy(model.double().eval(), stand_in(*groups), (inputs.double(), labels))

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sosp_hub.errors import OutputExistsError
-from sosp_hub.pipeline.output_folder import check_place, locked, put
+from sosp_hub.pipeline.output_folder import check_place, drafted, locked, put
 from sosp_hub.prune import main
 
 pytestmark = pytest.mark.slow
@@ -123,6 +123,19 @@ def test_a_kill_at_any_step_of_the_final_rename_loses_nothing(tmp_path, present)
             in_place = texts(place / "out")
         assert in_place == {"new"}
         assert killed or [path.name for path in place.iterdir()] == ["out"]
+
+
+def test_what_a_killed_run_had_written_is_not_in_the_next_result(tmp_path):
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        drafted(tmp_path / "out.partial", tmp_path / "out") as draft,
+    ):
+        (draft / "model-00003-of-00003.safetensors").write_text("of a larger model")
+        raise KeyboardInterrupt
+    assert not (tmp_path / "out").exists()
+    with drafted(tmp_path / "out.partial", tmp_path / "out") as draft:
+        (draft / "model.safetensors").write_text("whole")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
 
 def test_a_folder_that_is_read_only_is_told(tmp_path, monkeypatch):

@@ -92,6 +92,11 @@ def test_a_hostile_recipe_is_refused_in_few_words(tmp_path, name):
     check_words(str(caught.value))
 
 
+def test_what_aliases_stand_for_is_counted_before_anything_is_made_of_it():
+    with pytest.raises(RecipeError, match="more than 50000 values, with its aliases written out"):
+        parse_recipe(GOOD + bomb(5) + "\nseed: *a4", "recipe.yaml")
+
+
 def check_words(words):
     assert len(words) < _LONGEST, f"{len(words)} characters: {words[:300]}"
     odd = [c for c in words if not (c.isprintable() or c == "\n")]
