@@ -1,15 +1,18 @@
 """Where a checkpoint loads without the package: every rule of another runtime, case by case."""
 
 import copy
+import json
 
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sosp_hub
 from sosp_hub.checkpoint.format.standins import RemovedAttention
-from sosp_hub.errors import SospHubError
+from sosp_hub.errors import HubError, SospHubError
+from sosp_hub.hub.contents import check_weights
 from sosp_hub.inspect import _show, main
 from sosp_hub.inspection.examine import Findings, Layer, examine
 from sosp_hub.inspection.readers import readers
@@ -229,3 +232,27 @@ def test_costs_are_those_of_a_text_of_usual_length(positions, tokens, tmp_path, 
     assert found.totals["macs"] == tokens * (weights + attention)
     assert main([str(tmp_path)]) == 0
     assert f"MACs are for one sample of {tokens} tokens" in capsys.readouterr().out
+
+
+def test_a_quantised_folder_is_sound_and_not_for_export(tmp_path):
+    """Whatever library packed its weights: inspect and push compare what is as it was."""
+    folder = sosp_hub.save_pretrained(cuts.pruned("llama"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        tensors[f"{name}_packed"] = tensors.pop(name).to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = examine(folder)
+    assert not found.faults
+    assert found.packed
+    for reader in found.readers:
+        if reader.target or reader.name.startswith("GGUF"):
+            assert not reader.loads
+            assert "quantised (compressed-tensors)" in reader.why
+    check_weights(folder)
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HubError, match=r"model\.norm\.weight"):
+        check_weights(folder)

@@ -417,6 +417,29 @@ def test_a_model_that_gives_no_number_per_sample_is_right_in_every_use(verify):
     assert pruned.heads == 2
 
 
+class Padding(nn.Module):
+    """Where a token is padding it reads the number of heads, else their width."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(96, 5)
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 5)
+        self.dim, self.heads = 4, 12 // 4
+
+    def forward(self, input_ids, attention_mask):
+        h = self.up(self.words(input_ids))
+        sizes = (-1, self.dim) if attention_mask.all() else (self.heads, -1)
+        return self.down(h.view(*h.shape[:-1], *sizes).softmax(-1).flatten(-2))
+
+
+def test_what_only_a_padded_batch_reads_follows():
+    model, whole = fill(Padding().eval()), torch.ones(2, 9, dtype=torch.long)
+    graph = trace(model, {"input_ids": ids(), "attention_mask": whole})
+    pruned = apply(model, graph, plan_of(graph, {heads_of(graph): (0, 2)}))
+    assert "a padded batch" not in graph.routes.unchecked
+    assert_close(pruned(**padded()), pruned(ids(), whole))
+
+
 class Decoder(nn.Module):
     """From a cache it reads the number of heads, else their width."""
 
