@@ -17,7 +17,7 @@ from sosp_hub.command_name import command_name
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import CheckpointError, PlanError, SospHubError
-from sosp_hub.modes import outside_inference
+from sosp_hub.modes import in_own_modes
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.trace import trace
@@ -25,7 +25,7 @@ from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery.apply import Verify
 
 
-@outside_inference
+@in_own_modes
 def apply(
     model: nn.Module,
     graph: Graph,
@@ -79,7 +79,7 @@ def apply(
     return pruned
 
 
-@outside_inference
+@in_own_modes
 def apply_(
     model: nn.Module,
     graph: Graph,
@@ -152,7 +152,7 @@ def apply_plan_file(
 ) -> Path: ...
 
 
-@outside_inference
+@in_own_modes
 def apply_plan_file(
     path: str | Path,
     base: "nn.Module | str | Path | None" = None,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sosp_hub.callable_module import make_callable
 from sosp_hub.distributed import process_rows, process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
-from sosp_hub.modes import evaluating, outside_inference
+from sosp_hub.modes import as_the_caller, evaluating, in_own_modes
 from sosp_hub.recipe.metrics import DIVERGENCE
 from sosp_hub.tasks.batches import as_batch, check_batches
 from sosp_hub.tasks.loss import Loss, batch_loss
@@ -47,7 +47,7 @@ class Metric:
     stderr: float | None
 
 
-@outside_inference
+@in_own_modes
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -95,7 +95,7 @@ def evaluate(
     first_class = _METERS + len(used)
     sums = torch.zeros(first_class, 6, dtype=torch.float64)
     with evaluating(model):
-        for batch in batches:
+        for batch in as_the_caller(batches):
             batch = to_device(as_batch(batch))
             loss = batch_loss(model, batch, loss_fn)
             own = [_moments_of(*meter(loss, batch)) for meter in own_meters.values()]

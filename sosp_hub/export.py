@@ -76,20 +76,26 @@ def export(
         raise CheckpointError("export: a model in memory has no folder; give out=")
     place = Path(out) if out is not None else _beside(Path(str(folder)), target)
     _check_free(place)
+    from sosp_hub.modes import in_own_modes
+
+    in_own_modes(_write)(plain, target, place, tokenizer)
+    return place
+
+
+def _write(model: "nn.Module", target: Target, place: Path, tokenizer: Any) -> None:
     from sosp_hub.modes import evaluating
     from sosp_hub.structure.isolation import random_numbers_kept
 
-    with writing(place), random_numbers_kept(), evaluating(plain):
+    with writing(place), random_numbers_kept(), evaluating(model):
         place.parent.mkdir(parents=True, exist_ok=True)
         with draft_folder_in(place.parent, place.name) as draft:
-            target.write(plain, draft / place.name, tokenizer)
+            target.write(model, draft / place.name, tokenizer)
             as_others_are(draft)
             written = sorted(draft.iterdir())
             for path in written:
                 _check_free(place.with_name(path.name))
             for path in written:
                 put_in_place(path, place.with_name(path.name))
-    return place
 
 
 def _check_given(model: Any, out: Any, tokenizer: Any) -> None:

@@ -19,7 +19,7 @@ from sosp_hub.compat.torch import unwrapped
 from sosp_hub.cost import Cost, cost
 from sosp_hub.cut import apply_
 from sosp_hub.errors import BudgetError, PlanError
-from sosp_hub.modes import evaluating, outside_inference
+from sosp_hub.modes import as_the_caller, evaluating, in_own_modes
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schedule import Curve, kept_after
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
@@ -89,7 +89,7 @@ class GradualPruning:
         (2, True)
     """
 
-    @outside_inference
+    @in_own_modes
     def __init__(
         self,
         model: nn.Module,
@@ -124,7 +124,7 @@ class GradualPruning:
             )
         check_batches(batches, "GradualPruning")
         self._model, self._inputs = unwrapped(model), example_inputs
-        self._batches = list(batches)
+        self._batches = list(as_the_caller(batches))
         self._rounds, self._every, self._share = rounds, every, share
         self._criterion, self._loss_fn = criterion, loss_fn
         self._optimizer, self._averages = optimizer, list(averages)
@@ -146,7 +146,7 @@ class GradualPruning:
         self._steps += 1
         return due
 
-    @outside_inference
+    @in_own_modes
     def cut(self) -> PruningPlan:
         """The next round, now.
 
@@ -195,6 +195,7 @@ class GradualPruning:
             "plans": [plan.to_json() for plan in self.plans],
         }
 
+    @in_own_modes
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Cuts the dense model, its optimizer and averages as they were when the state was saved.
 

@@ -1,12 +1,17 @@
 """Modes of models and of torch that a verb does not take over from its caller, nor leave to it."""
 
 import functools
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from sosp_hub.errors import ModelError
 
@@ -14,13 +19,15 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def outside_inference(verb: Callable[Given, Result]) -> Callable[Given, Result]:
-    """A verb that also works where its caller is in ``torch.inference_mode``.
+def in_own_modes(verb: Callable[Given, Result]) -> Callable[Given, Result]:
+    """A verb that also works in its caller's ``torch.inference_mode`` and with a default device.
 
-    Operations below Python are not seen there, and what is made there can never be trained.
+    In inference mode operations below Python are not seen, and what is made there can never be
+    trained. Its own tensors and generators are on the CPU, where it asks for no device; a model on
+    the caller's default device still runs with it, as its forward may count on that.
 
     Raises:
-        ModelError: A model that was made in that mode.
+        ModelError: A model that was made in inference mode.
     """
 
     @functools.wraps(verb)
@@ -32,12 +39,114 @@ def outside_inference(verb: Callable[Given, Result]) -> Callable[Given, Result]:
                     "torch.inference_mode(), where weights are neither followed nor trained; build "
                     "or load it outside of that, or in torch.no_grad()"
                 )
-        if not torch.is_inference_mode_enabled():
-            return verb(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return verb(*args, **kwargs)
+        device = torch.get_default_device()
+        callers = _callers_device.set(device)
+        try:
+            with ExitStack() as stack:
+                if torch.is_inference_mode_enabled():
+                    stack.enter_context(torch.inference_mode(False))
+                    stack.enter_context(torch.no_grad())
+                if device != _CPU:
+                    stack.enter_context(_CPU)
+                    stack.enter_context(_models_as_the_caller(device))
+                    if callable(loss_fn := kwargs.get("loss_fn")):
+                        kwargs["loss_fn"] = called_as_the_caller(loss_fn)
+                return verb(*args, **kwargs)
+        finally:
+            _callers_device.reset(callers)
 
     return run
+
+
+_CPU = torch.device("cpu")
+_callers_device: ContextVar[torch.device] = ContextVar("_callers_device", default=_CPU)
+
+
+def callers_device() -> torch.device:
+    """The default device of whoever called the innermost verb."""
+    return _callers_device.get()
+
+
+@contextmanager
+def _models_as_the_caller(device: torch.device) -> Iterator[None]:
+    """Models with a tensor on this kind of device run with it as the default."""
+    thread = threading.get_ident()
+    running: list[ExitStack] = []
+
+    def before(module: nn.Module, _: Any) -> None:
+        if thread == threading.get_ident():
+            running.append(ExitStack())
+            held = chain(module.parameters(), module.buffers())
+            if len(running) == 1 and any(tensor.device.type == device.type for tensor in held):
+                running[-1].enter_context(device)
+
+    def after(*_: Any) -> None:
+        if thread == threading.get_ident():
+            running.pop().close()
+
+    hooks = (
+        register_module_forward_pre_hook(before),
+        register_module_forward_hook(after, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for left in running:  # an interrupt passes by the hooks
+            left.close()
+
+
+def called_as_the_caller(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """A function of the caller's, with the default device of whoever called the innermost verb."""
+    device = callers_device()
+    of = function.func if isinstance(function, functools.partial) else function
+    if device == _CPU or str(getattr(of, "__module__", "")).startswith("torch."):
+        return function  # torch's own losses are recognised by what they are
+
+    @functools.wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with device:
+            return function(*args, **kwargs)
+
+    return call
+
+
+def as_the_caller(batches: Iterable[Any]) -> Iterable[Any]:
+    """Batches that are made with the default device of the caller of the verb that asks for this.
+
+    An iterator stays one, and what has a length keeps it.
+    """
+    device = callers_device()
+    if device == _CPU or isinstance(batches, list | tuple):
+        return batches
+    if isinstance(batches, Iterator):
+        return _made_on(device, batches)
+    return _MadeOn(device, batches)
+
+
+@dataclass(frozen=True)
+class _MadeOn(Iterable[Any]):
+    device: torch.device
+    batches: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return _made_on(self.device, self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+
+def _made_on(device: torch.device, batches: Iterable[Any]) -> Iterator[Any]:
+    with device:
+        iterator = iter(batches)
+    while True:
+        with device:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from sosp_hub.criteria.compute.context import Context
 from sosp_hub.derivatives import GaussNewton
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import has_gate
-from sosp_hub.modes import outside_inference, without_autocast
+from sosp_hub.modes import as_the_caller, in_own_modes, without_autocast
 from sosp_hub.recipe.criteria import CRITERIA, Criterion, GateCriterion
 from sosp_hub.recipe.faults import explain
 from sosp_hub.structure.copies import copy_inputs
@@ -82,7 +82,7 @@ def make_criterion(name: str, **options: Any) -> Criterion:
         raise CriterionError(f"criterion {name!r}: {faults}") from None
 
 
-@outside_inference
+@in_own_modes
 def score(
     model: nn.Module,
     graph: HasGroups,
@@ -169,7 +169,7 @@ def score(
     context = Context(
         model=model,
         groups=groups,
-        batches=_copies(batches, kind),
+        batches=_copies(as_the_caller(batches), kind),
         loss_fn=loss_fn,
         seed=seed,
         process_sum=process_sum,

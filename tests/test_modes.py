@@ -1,6 +1,7 @@
 """Verbs leave every module in the mode that it was in, also a norm frozen in a training model."""
 
 import copy
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import timm
@@ -10,12 +11,17 @@ from torch import nn
 import sosp_hub
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.evaluate import metrics_of_samples
-from sosp_hub.modes import evaluating
+from sosp_hub.modes import evaluating, in_own_modes
+from sosp_hub.pipeline import any_budget
+from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.training import recalibrate_norm
 from tests.compare import assert_close
 
 X, Y = torch.randn(8, 3, 6, 6), torch.randint(3, (8,))
 BATCHES = [(X, Y)]
+IMAGES = torch.randn(2, 3, 160, 160)  # the size that is exported
+SAMPLES = list(zip(X, Y, strict=True))
+CRITERIA = ("taylor", "sosp_h", "sosp_i", "magnitude", "activation", "random", "flap", "scp")
 
 
 def half_frozen():
@@ -127,11 +133,25 @@ def autocast():
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def default_device(device="meta"):
+    """A stand-in for an accelerator: generators of the CPU do not work with it."""
+    return torch.device(device)
+
+
+@contextmanager
+def set_device(device="meta"):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
 def every_verb(model, fresh, folder):
     """What each verb gives, as tensors, and the models that were made."""
     graph = sosp_hub.trace(model, (X,))
     found, made = {}, {}
-    for criterion in ("taylor", "sosp_h", "magnitude", "activation"):
+    for criterion in CRITERIA:
         found[criterion] = dict(sosp_hub.score(model, graph, BATCHES, criterion=criterion))
     plan = sosp_hub.allocate(graph, found["taylor"], params=0.7)
     made["apply"] = sosp_hub.apply(model, graph, plan)
@@ -145,7 +165,9 @@ def every_verb(model, fresh, folder):
     return found, made
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, autocast])
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, autocast, default_device, set_device]
+)
 def test_modes_of_torch_that_the_caller_is_in_change_nothing(mode, tmp_path):
     expected, _ = every_verb(half_frozen().eval(), half_frozen(), tmp_path / "plain")
     model, fresh = half_frozen().eval(), half_frozen()
@@ -156,14 +178,115 @@ def test_modes_of_torch_that_the_caller_is_in_change_nothing(mode, tmp_path):
         nn.functional.cross_entropy(model(X), Y).backward()
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_a_training_in_a_mode_without_gradients_trains(mode):
-    model, samples = half_frozen(), list(zip(X, Y, strict=True))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [torch.inference_mode, set_device])
+def test_a_model_is_exported_and_saved_by_its_library_in_any_mode(mode, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    graph = sosp_hub.trace(model, (IMAGES,))
+    scores = sosp_hub.score(model, graph, [], criterion="magnitude")
+    plan = sosp_hub.allocate(graph, scores, params=0.7)
     with mode():
-        curve = sosp_hub.finetune_(model, samples, epochs=1, learning_rate=0.01, batch_size=4)
-        value = sosp_hub.evaluate(model, BATCHES, ["loss"])["loss"].value
-    assert curve
-    assert value > 0
+        small = sosp_hub.apply(model, graph, plan)
+        timm.models.save_for_hf(small, tmp_path / "own", safe_serialization=True)
+        sosp_hub.save_pretrained(small, tmp_path / "saved")
+        program = sosp_hub.export(tmp_path / "saved", "torch-export", tmp_path / "small.pt2")
+        sosp_hub.push_to_hub(small, "me/small", dry_run=True)
+    expected = small(IMAGES)
+    assert_close(torch.export.load(program).module()(IMAGES), expected, relative=1e-5)
+    assert_close(sosp_hub.from_pretrained(tmp_path / "own")(IMAGES), expected, relative=1e-5)
+
+
+class Counting(nn.Module):
+    """Numbers its inputs on the default device, as much code for accelerators does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.devices = half_frozen(), set()
+
+    def forward(self, x):
+        self.devices.add(torch.get_default_device())
+        return self.layers(x[torch.arange(len(x))])
+
+
+def test_what_is_the_callers_runs_with_the_callers_default_device(tmp_path):
+    """Models on it, losses, batches that are made when asked for, samples."""
+    asked = set()
+
+    def loss_fn(outputs, targets):
+        asked.add(("loss", torch.get_default_device()))
+        return nn.functional.cross_entropy(outputs, targets)
+
+    class Made(list):
+        def __iter__(self):
+            asked.add(("batches", torch.get_default_device()))
+            yield from super().__iter__()
+
+        def __getitem__(self, index):
+            asked.add(("samples", torch.get_default_device()))
+            return super().__getitem__(index)
+
+    class Lazy:
+        def __iter__(self):
+            return iter(Made(BATCHES))
+
+    model, graphless = Counting().eval(), Counting().eval()
+    with set_device("cpu:0"):
+        graph = sosp_hub.trace(model, (X,))
+        scores = sosp_hub.score(model, graph, Lazy(), criterion="taylor", loss_fn=loss_fn)
+        plan = sosp_hub.allocate(graph, scores, params=0.7)
+        small = sosp_hub.rebuild(model, graph, plan, Lazy())
+        sosp_hub.evaluate(small, (batch for batch in Lazy()), "loss", loss_fn=loss_fn)
+        options = {"epochs": 1, "learning_rate": 0.01, "batch_size": 4}
+        sosp_hub.finetune(graphless, Made(SAMPLES), loss_fn=loss_fn, **options)
+    devices = model.devices | small.devices | graphless.devices
+    assert devices | {device for _, device in asked} == {torch.device("cpu:0")}
+    assert {name for name, _ in asked} == {"loss", "batches", "samples"}
+
+
+def test_own_tensors_of_a_pass_are_not_on_the_callers_default_device():
+    """Measurements inside a pass of a model that has a part on that device."""
+    expected = {}
+    for within in (nullcontext(), set_device()):
+        model = half_frozen().eval()
+        model.register_buffer("beside", torch.zeros(1, device="meta"), persistent=False)
+        with within:
+            graph = sosp_hub.trace(model, (X,))
+            found = {
+                criterion: dict(sosp_hub.score(model, graph, BATCHES, criterion=criterion))
+                for criterion in CRITERIA
+            }
+            plan = sosp_hub.allocate(graph, found["taylor"], params=0.7)
+            rebuilt = in_own_modes(rebuilt_weights)(model, graph, plan, BATCHES * 4).model
+        assert_close(found, expected.setdefault("scores", found), relative=1e-6)
+        state = {name: value for name, value in rebuilt.state_dict().items() if name != "beside"}
+        assert_close(state, expected.setdefault("rebuilt", state), relative=1e-6)
+
+
+def test_a_model_is_loaded_to_the_default_device(tmp_path, monkeypatch):
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    sosp_hub.save_pretrained(model, tmp_path / "a")
+    with default_device("meta"):
+        loaded = sosp_hub.from_pretrained(tmp_path / "a")
+    assert_close(dict(loaded.state_dict()), dict(model.state_dict()), relative=0)
+    moved = []
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: moved.append(device) or self)
+    monkeypatch.setattr(any_budget, "callers_device", lambda: torch.device("mps"))
+    sosp_hub.from_pretrained(tmp_path / "a")
+    assert moved[-1] == torch.device("mps")
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, set_device])
+def test_a_training_in_a_mode_without_gradients_trains(mode):
+    found = []
+    for within in (nullcontext(), mode()):
+        model = half_frozen()
+        options = {"epochs": 3, "learning_rate": 0.01, "batch_size": 4}
+        with within:
+            curve = sosp_hub.finetune_(model, SAMPLES, teacher=model, distill=0.5, **options)
+            value = sosp_hub.evaluate(model, BATCHES, ["loss"])["loss"].value
+        assert curve
+        found.append(dict(model.state_dict()) | {"loss": torch.tensor(value)})
+    assert_close(*found, relative=1e-6)
 
 
 def test_a_model_that_was_made_in_inference_mode_is_refused(tmp_path):

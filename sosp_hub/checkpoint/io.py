@@ -22,7 +22,7 @@ from sosp_hub.compat.torch import unwrapped
 from sosp_hub.compat.versions import tell_newer
 from sosp_hub.data.reach import hub_is_off, only_cached
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError, shortened
-from sosp_hub.modes import outside_inference
+from sosp_hub.modes import in_own_modes
 
 REPORT = "sosp_report.json"
 _PACKERS = ("torchao", "bitsandbytes")
@@ -30,7 +30,7 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _LOG = logging.getLogger(__name__)
 
 
-@outside_inference
+@in_own_modes
 def save_pretrained(
     model: Any,
     folder: str | Path,
@@ -158,7 +158,7 @@ def tell_obstacle(obstacle: str) -> None:
         )
 
 
-@outside_inference
+@in_own_modes
 def from_pretrained(path_or_id: str | Path, **kwargs: Any) -> nn.Module:
     """Loads a checkpoint that holds weights; see `sosp_hub.cut.from_pretrained`.
 

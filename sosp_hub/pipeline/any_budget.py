@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sosp_hub import cut
 from sosp_hub.checkpoint import io
 from sosp_hub.errors import BudgetError, ModelError
-from sosp_hub.modes import outside_inference
+from sosp_hub.modes import callers_device, in_own_modes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sosp_hub.pipeline.scores import Scores
 
 
-@outside_inference
+@in_own_modes
 def from_pretrained(
     path_or_id: "str | Path", *, budget: "float | dict[str, float] | None" = None, **kwargs: Any
 ) -> "nn.Module":
@@ -41,7 +41,7 @@ def from_pretrained(
             goes to the library. With ``budget`` only those for the hub.
 
     Returns:
-        The model in eval mode.
+        The model in eval mode, on torch's default device.
 
     Raises:
         CheckpointError: Damaged or hostile files, or weights that are not those of the config.
@@ -64,6 +64,13 @@ def from_pretrained(
         True
         >>> half = sosp_hub.from_pretrained("runs/any-budget", budget=0.5)  # doctest: +SKIP
     """
+    placed = kwargs.keys() & {"device_map", "model"}
+    model = _loaded(path_or_id, budget, kwargs)
+    device = callers_device()
+    return model if placed or device.type in ("cpu", "meta") else model.to(device)
+
+
+def _loaded(path_or_id: "str | Path", budget: Any, kwargs: dict[str, Any]) -> "nn.Module":
     if budget is None:
         return cut.from_pretrained(path_or_id, **kwargs)
     folder = io.fetch(path_or_id, kwargs)

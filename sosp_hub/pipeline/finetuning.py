@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, default_collate
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.data.split import MadeSplit, Split
 from sosp_hub.errors import DataError, RecipeError
-from sosp_hub.modes import check_models, evaluating, outside_inference
+from sosp_hub.modes import called_as_the_caller, check_models, evaluating, in_own_modes
 from sosp_hub.pipeline.guest import as_guest
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import FinetuneSection
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _OF_RECIPES = ("augment", "mixed_precision", "recalibrate_norm", "save_every_steps", "teacher")
 
 
-@outside_inference
+@in_own_modes
 def finetune(
     model: nn.Module,
     train: "Dataset[Any] | Sequence[Any]",
@@ -76,19 +76,18 @@ def finetune(
     result = copy_model(unwrapped(model))
     finetune_(
         result,
-        train,
+        _split(train, collate),
         learning_rate=learning_rate,
         epochs=epochs,
         loss_fn=loss_fn,
         teacher=teacher,
-        collate=collate,
         seed=seed,
         **options,
     )
     return result
 
 
-@outside_inference
+@in_own_modes
 def finetune_(
     model: nn.Module,
     train: "Dataset[Any] | Sequence[Any]",
@@ -168,4 +167,5 @@ def _split(train: Any, collate: Callable[[list[Any]], Any]) -> Split:
             f"train: got {type(train).__name__}, expected samples with a length and an index: a "
             "list or a torch Dataset of (inputs, target) or of dicts"
         )
-    return MadeSplit(len(train), lambda indices: collate([train[i] for i in indices]))
+    made = called_as_the_caller(lambda indices: collate([train[i] for i in indices]))
+    return MadeSplit(len(train), made)

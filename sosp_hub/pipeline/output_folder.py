@@ -13,6 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from sosp_hub.atomic import put_in_place, writing
 from sosp_hub.distributed import is_main
 from sosp_hub.errors import OutputExistsError
+from sosp_hub.modes import in_own_modes
 from sosp_hub.recipe.schema import Recipe
 
 try:
@@ -109,6 +110,7 @@ def locked(output: Path) -> Iterator[None]:
 def alone(run: Callable[Concatenate[Recipe, Options], Result]) -> Callable[..., Result]:
     """A run that the main process does while no other process writes the same output."""
 
+    @in_own_modes
     @functools.wraps(run)
     def guarded(recipe: Recipe, *arguments: Options.args, **options: Options.kwargs) -> Result:
         place = Path(str(recipe.output.dir)).expanduser()

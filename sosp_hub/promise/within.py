@@ -14,7 +14,7 @@ from sosp_hub.cost import CostModel
 from sosp_hub.cut import apply
 from sosp_hub.errors import BudgetError
 from sosp_hub.evaluate import metrics_of_samples
-from sosp_hub.modes import check_models, outside_inference
+from sosp_hub.modes import as_the_caller, check_models, in_own_modes
 from sosp_hub.plan import PruningPlan
 from sosp_hub.promise.search import Promise, not_met, smallest
 from sosp_hub.recipe.metrics import DIVERGENCE, Drop, read_drops
@@ -46,7 +46,7 @@ class Within:
     promise: Promise
 
 
-@outside_inference
+@in_own_modes
 def allocate_within(
     model: nn.Module,
     graph: Graph,
@@ -125,7 +125,7 @@ def allocate_within(
 
     for given in (held_out, rebuild or ()):
         check_batches(given, "allocate_within")
-    held_out, rebuild_with = list(held_out), list(rebuild or ())
+    held_out, rebuild_with = list(as_the_caller(held_out)), list(as_the_caller(rebuild or ()))
 
     def rows(pruned: nn.Module) -> dict[str, Tensor]:
         return metrics_of_samples(

@@ -194,7 +194,7 @@ class Products(TorchFunctionMode):
 
     def _keys(self, num_rows: int) -> Tensor | None:
         each, rest = divmod(num_rows, len(self.keys))
-        return None if rest else torch.tensor(self.keys).repeat_interleave(each)
+        return None if rest else torch.tensor(self.keys, device="cpu").repeat_interleave(each)
 
 
 def sample_keys(batch: Any) -> list[int]:
@@ -299,10 +299,10 @@ def patches(
     x = x[(..., *window)]
     sizes = x.shape[2 : 2 + num]
     total = sizes.numel()
-    chosen = torch.arange(total).expand(len(x), -1)
+    chosen = torch.arange(total, device="cpu").expand(len(x), -1)
     if total > places:
-        draws = (torch.randperm(total, generator=_generator(seed))[:places] for seed in seeds)
-        chosen = torch.stack(list(draws))
+        draws = (torch.randperm(total, generator=_generator(s), device="cpu") for s in seeds)
+        chosen = torch.stack([draw[:places] for draw in draws])
     at = torch.unravel_index(chosen.to(x.device), sizes)
     samples = torch.arange(len(x), device=x.device)[:, None]
     x = x[(samples, slice(None), *at)]  # (samples, places, channels, window)

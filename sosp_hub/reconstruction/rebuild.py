@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.cut import apply
 from sosp_hub.errors import DataError, PlanError
-from sosp_hub.modes import evaluating, outside_inference, without_autocast
+from sosp_hub.modes import as_the_caller, evaluating, in_own_modes, without_autocast
 from sosp_hub.plan import PruningPlan
 from sosp_hub.progress import progress
 from sosp_hub.reconstruction.gram import Gram, ProcessSum
@@ -77,7 +77,7 @@ class Rebuilt:
     left: dict[str, str]
 
 
-@outside_inference
+@in_own_modes
 def rebuild(
     model: nn.Module,
     graph: Graph,
@@ -153,7 +153,7 @@ def rebuilt_weights(
     """What ``rebuild`` cuts, and what it did to each layer; arguments as there."""
     _check(model, graph, plan, damping, dense_share)
     check_batches(batches, "rebuild")
-    kept_batches = [as_batch(batch) for batch in batches]
+    kept_batches = [as_batch(batch) for batch in as_the_caller(batches)]
     result = _own_readers(model, graph, plan)
     if plan.gates or plan.shifts:
         fold(result, graph, plan)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from sosp_hub.compat.torch import FAKE_LOG, SHARDED, FakeMode, unwrapped
 from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import TraceError
-from sosp_hub.modes import outside_inference
+from sosp_hub.modes import in_own_modes
 from sosp_hub.structure import rules
 from sosp_hub.structure import traced_int as ints
 from sosp_hub.structure.axes import Axis, Sum, atoms, fixed, free, pin
@@ -36,7 +36,7 @@ Run = tuple[nn.Module, Terms, dict[str, Axes], dict[str, Axes]]
 _FAKE_LOG = logging.getLogger(FAKE_LOG)
 
 
-@outside_inference
+@in_own_modes
 def trace(
     model: nn.Module,
     example_inputs: Any,

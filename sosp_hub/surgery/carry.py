@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.errors import PlanError
-from sosp_hub.modes import outside_inference
+from sosp_hub.modes import in_own_modes
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.copies import copy_model
@@ -25,7 +25,7 @@ from sosp_hub.tasks.batches import tensors
 Carried = TypeVar("Carried", Optimizer, nn.Module, Mapping[str, Tensor])
 
 
-@outside_inference
+@in_own_modes
 def carry(
     what: Carried,
     pruned: nn.Module,

@@ -13,6 +13,7 @@ from sosp_hub.checkpoint.timm.load import CUT
 from sosp_hub.checkpoint.timm.save import complete_config, describe
 from sosp_hub.compat.timm import get_config_writer, set_config_writer
 from sosp_hub.errors import CheckpointError
+from sosp_hub.modes import in_own_modes
 
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
 
@@ -49,7 +50,7 @@ def _saving(timms_own: Callable[..., None]) -> Callable[..., None]:
             timms_own(model, config_path, *args, **kwargs)
             return
         try:
-            described = describe(model)
+            described = in_own_modes(describe)(model)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{type(model).__name__} was cut, and timm's config alone would not load these "

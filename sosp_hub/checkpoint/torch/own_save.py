@@ -24,6 +24,7 @@ from sosp_hub.checkpoint.torch.save import (
 from sosp_hub.checkpoint.torch.skeleton import SKELETON
 from sosp_hub.compat.huggingface_hub import MIXIN_STEPS, get_mixin_step, set_mixin_step
 from sosp_hub.errors import CheckpointError
+from sosp_hub.modes import in_own_modes
 
 _ORIGINALS: dict[str, Any] = {}
 
@@ -76,7 +77,7 @@ def _saving(mixins_own: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(self, nn.Module) or SKELETON not in vars(self):
             return mixins_own(self, save_directory, *args, **kwargs)
         check_saveable(self)
-        delta = describe(self)
+        delta = in_own_modes(describe)(self)
         result = mixins_own(self, save_directory, *args, **kwargs)
         path = Path(save_directory) / headers.CONFIG
         written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -111,8 +112,9 @@ def _loading(mixins_own: Any) -> Callable[..., Any]:
         if library_in(config) != "torch":
             return mixins_own.__get__(None, cls)(model, model_file, map_location, *args)
         delta = parse_delta(config[KEY], f"config.json: {KEY}")
-        built = fill(model, delta, folder, headers.read_tensors(folder)).to(map_location).eval()
-        check.compare(built, config.get(check.KEY))
+        tensors = headers.read_tensors(folder)
+        built = in_own_modes(fill)(model, delta, folder, tensors).to(map_location).eval()
+        in_own_modes(check.compare)(built, config.get(check.KEY))
         return built
 
     return load

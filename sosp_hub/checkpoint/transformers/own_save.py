@@ -14,6 +14,7 @@ from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.checkpoint.transformers.load import PENDING
 from sosp_hub.compat.transformers import saves_adapters_only
 from sosp_hub.errors import CheckpointError
+from sosp_hub.modes import in_own_modes
 
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
 
@@ -45,7 +46,7 @@ def _saving(transformers_own: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if PENDING in vars(self) and not saves_adapters_only(self):
             try:
-                _attach(self)
+                in_own_modes(_attach)(self)
             except CheckpointError as error:
                 raise CheckpointError(
                     f"{type(self).__name__} was cut, and its config alone would not load these "

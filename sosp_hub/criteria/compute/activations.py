@@ -50,13 +50,13 @@ class Seen(NamedTuple):
         index = torch.from_numpy(self.site.index)
         order = index.argsort(stable=True)[int((index < 0).sum()) :]
         each, rest = divmod(len(order), self.group.size)
-        alike = torch.arange(self.group.size).repeat_interleave(each)
+        alike = torch.arange(self.group.size, device=index.device).repeat_interleave(each)
         if rest or not torch.equal(index[order], alike):
             raise CriterionError(
                 f"group {self.group.name!r} ({self.group.kind}): its structures have different "
                 "numbers of positions; score it with a criterion on gates, such as `taylor`"
             )
-        plain = torch.equal(order, torch.arange(self.rows.shape[-1]))
+        plain = torch.equal(order, torch.arange(self.rows.shape[-1], device=order.device))
         parts = self.rows if plain else self.rows[..., order.to(self.rows.device)]
         return parts.unflatten(-1, (self.group.size, each)).permute(2, 0, 1, 3)
 
