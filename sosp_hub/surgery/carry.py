@@ -249,10 +249,12 @@ def _carry_tensors(
         )
     for name, tensor in tensors.items():
         _check_whole(name, tensor, main, pruned, graph)
-    folded = {main.get(name, name): tensor for name, tensor in tensors.items()}
+    first: dict[str, str] = {}
     for name, tensor in tensors.items():
-        if not torch.equal(tensor, folded[main.get(name, name)]):
-            raise PlanError(f"carry: {name!r} differs from {main[name]!r}, to which it is tied")
+        tied = first.setdefault(main.get(name, name), name)
+        if not torch.equal(tensor, tensors[tied]):
+            raise PlanError(f"carry: {name!r} differs from {tied!r}, to which it is tied")
+    folded = {known: tensors[name] for known, name in first.items()}
     if plan.gates or plan.shifts:
         folded = {name: tensor.detach().clone() for name, tensor in folded.items()}
         with torch.no_grad():

@@ -115,6 +115,16 @@ def test_last_modules_of_a_list_and_optional_children_can_go():
     assert skeleton.extra is None
 
 
+def test_a_module_in_the_middle_of_a_list_cannot_go():
+    """Those behind it would move up, and their weights have other names."""
+    model = Net()
+    del model.blocks[2]
+    _, section = carried(model)
+    damaged = dataclasses.replace(section, dropped=("blocks.0",))
+    with pytest.raises(CheckpointError, match="of 'blocks' only the last modules can go"):
+        apply_section(Net(), damaged, "sosp_hub.base")
+
+
 def test_leading_slices_stay():
     model, skeleton = Net(), Net()
     cuts.keep(model.first, out=torch.arange(2, 7))

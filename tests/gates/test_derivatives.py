@@ -173,6 +173,10 @@ def test_token_squares_need_tokens():
     elsewhere = {"a": group("a", "neuron", 4, [("up", 0, None)])}
     with pytest.raises(CriterionError, match=r"4 samples of 3 tokens .* leave out per_token"):
         sample_squares(model, elsewhere, [(ids, ids[:, 0])], protocol(), per_token=True)
+    model, chosen = Tokens(True), {"a": group("a", "neuron", 5, [("down", -1, None)])}
+    model.down.register_forward_pre_hook(lambda _, args: args[0][::2], prepend=True)
+    with pytest.raises(CriterionError, match=r"4 samples of 3 tokens .* leave out per_token"):
+        sample_squares(model, chosen, [(ids, ids)], protocol(), per_token=True)
 
 
 def test_batches_count_by_their_samples(toy):

@@ -275,6 +275,16 @@ def test_names_in_an_optimizer_follow_the_parameters():
     assert found == {name: id(parameter) for name, parameter in pruned.named_parameters()}
 
 
+def test_names_that_a_caller_gave_to_parameters_stay():
+    model, _, _, graph, plan = shortened()
+    told = {id(p): f"mine {i}" for i, p in enumerate(model.parameters())}
+    optimizer = torch.optim.Adam([(told[id(p)], p) for p in model.parameters()])
+    carry(optimizer, apply(model, graph, plan), graph, plan, dense=model)
+    layers = (0, 2, 3)  # those that stay
+    stay = [p for i in layers for p in model.layers[i].parameters()] + [*model.head.parameters()]
+    assert optimizer.param_groups[0]["param_names"] == [told[id(p)] for p in stay]
+
+
 class Kept(torch.optim.SGD):
     """Keeps past gradients: of each parameter in lists, or of all in one place."""
 
@@ -355,3 +365,31 @@ def test_what_is_not_the_models_is_refused(what, words):
     pruned = apply(model, graph, plan_of(graph))
     with pytest.raises(PlanError, match=words):
         sosp_hub.carry(what, pruned, graph, plan_of(graph))
+
+
+class Tied(nn.Module):
+    """What reads words and what says them share a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.words.weight
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(self.up(self.words(ids)).relu()))
+
+
+def test_an_average_that_has_come_apart_is_refused():
+    """Which of two tables is meant, where the model has one, nobody knows."""
+    torch.manual_seed(0)
+    model = Tied()
+    graph = trace(model, (torch.arange(7),))
+    name = next(name for name, group in graph.groups.items() if group.size == 6)
+    plan = PruningPlan({name: KEPT}, {name: 6})
+    pruned, average = apply(model, graph, plan), dict(model.state_dict())
+    carried = carry(average, pruned, graph, plan)
+    assert torch.equal(carried["head.weight"], carried["words.weight"])
+    average["head.weight"] = average["head.weight"] + 1
+    with pytest.raises(PlanError, match=r"'\w+\.weight' differs from '\w+\.weight', .* tied"):
+        carry(average, pruned, graph, plan)

@@ -795,3 +795,26 @@ def test_a_choice_among_equal_values_is_no_fault(monkeypatch):
     sabotage_positions(monkeypatch, graph, "two.weight", 1)
     with pytest.raises(VerificationError, match="one:head_dim"):
         apply(model, graph, plan, strict=True)
+
+
+class ChoosesAlone(nn.Module):
+    """Of the numbers that it computes only the place of the largest one comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.words = nn.Linear(5, 64), nn.Linear(64, 6), nn.Embedding(6, 3)
+
+    def forward(self, x):
+        return self.words(self.two(self.one(x).relu()).argmax(-1))
+
+
+def test_a_choice_among_other_values_is_the_cut_models_own(monkeypatch):
+    torch.manual_seed(0)
+    model = fill(ChoosesAlone().eval())
+    graph = trace(model, (torch.randn(40, 5),))
+    (name,) = (name for name, group in graph.groups.items() if group.size == 64)
+    plan = plan_of(graph, {name: range(1, 64, 2)})
+    apply(model, graph, plan, strict=True)
+    sabotage_positions(monkeypatch, graph, "two.weight", 1)
+    with pytest.raises(VerificationError, match=name):
+        apply(model, graph, plan, strict=True)

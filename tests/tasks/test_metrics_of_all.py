@@ -120,7 +120,8 @@ def test_perfect_boxes_are_worth_one_and_none_zero():
 def test_mean_iou_is_that_of_the_confusion_matrix():
     from sklearn.metrics import jaccard_score
 
-    logits, labels = torch.randn(5, 4, 6, 6), torch.randint(4, (5, 12, 12))
+    logits, labels = torch.randn(5, 6, 6, 6), torch.randint(5, (5, 12, 12))
+    logits[:, [2, 5]] -= 100  # one is there and never found, the other neither
     labels[:, :3] = 255
     loss = Loss(torch.zeros(()), 5, SimpleNamespace(logits=logits), None)
     areas = maps.mean_iou.collect(torch.nn.Identity(), loss, {"labels": labels})
