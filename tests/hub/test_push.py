@@ -11,6 +11,7 @@ import sosp_hub
 from sosp_hub.errors import HubError
 from sosp_hub.hub.push import check_access, push_to_hub
 from sosp_hub.report.card import render_card
+from sosp_hub.report.listing import DENSE, RECIPE
 from tests.checkpoint import cuts
 from tests.hub.conftest import NOW, READER, STRANGER, TOKEN, made_weights, make_folder
 from tests.hub.loopback import Fault
@@ -136,12 +137,13 @@ def test_a_push_that_was_cut_off_does_not_send_its_shards_twice(hub, folder):
     assert sum(request.startswith("PUT") for request in writes(hub)) == sent
 
 
-def test_hidden_and_unfinished_files_stay_here(hub, folder):
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "state").write_text("x")
-    (folder / "README.md.part").write_text("x")
+def test_hidden_unfinished_and_private_files_stay_here(hub, folder):
+    private = [".cache/state", "README.md.part", f"{DENSE}/model.safetensors", RECIPE]
+    for name in private:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
     push(folder)
-    assert not {".cache/state", "README.md.part"} & hub.contents(REPO).keys()
+    assert not {*private} & hub.contents(REPO).keys()
 
 
 def test_the_published_card_names_the_repository(hub, folder):

@@ -155,6 +155,17 @@ def test_what_does_not_fit_is_told_with_keys_that_a_recipe_takes(llama, monkeypa
     assert all(after[name] < before[name] for name in after)
 
 
+def test_a_teacher_needs_the_room_of_its_weights(llama):
+    told = [
+        forecast(as_recipe(llama, ("finetune.epochs=1", f"finetune.distill={share}"), "prune"))
+        for share in (0.0, 0.5)
+    ]
+    alone, following = (
+        next(stage.memory_bytes for stage in each.stages if stage.name == "final") for each in told
+    )
+    assert following - alone == told[0].bytes
+
+
 def test_json_on_the_command_line(llama, file_of, capsys, tmp_path):
     assert main([file_of(llama), "--plan-only", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
