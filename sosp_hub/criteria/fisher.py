@@ -57,6 +57,10 @@ class Fisher(Criterion):
             return Method("mean over samples n of sum over tokens t of (g_nt,s)^2", words)
         return super().method()
 
+    def of_tokens(self) -> str | None:
+        """Token by token."""
+        return "per_token" if self.per_token else None
+
     @staticmethod
     def can_score(group: Any) -> bool:
         """Whether a gate has a place."""

@@ -45,6 +45,11 @@ class Point:
     proof: Mapping[str, Lost]
 
     @property
+    def is_whole(self) -> bool:
+        """Whether nothing is cut."""
+        return min(self.cost.values()) >= 1
+
+    @property
     def holds(self) -> bool:
         """Whether the proof is within every bound."""
         return all(lost.holds for lost in self.proof.values())
@@ -196,6 +201,8 @@ def not_met(promise: Promise, budgets: Mapping[str, float]) -> BudgetError:
         if best
         else f"the best of these is {_described(promise, promise.curve[0])}"
     )
+    if best and best.is_whole:
+        told = "only the whole model keeps it"
     lines = "\n".join(f"  {_described(promise, point)}" for point in promise.curve)
     return BudgetError(
         f"budget.max_drop: {asked} at most cannot be promised{beside * bool(budgets)}, with "

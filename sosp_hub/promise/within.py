@@ -216,7 +216,7 @@ def search(
     promise = smallest(
         drops, dense, probe, least=least, confidence=confidence, num_probes=num_probes
     )
-    if promise.point is None:
+    if promise.point is None or promise.point.is_whole:
         raise not_met(promise, {})
     kept = {"macs": promise.point.macs}
     plan = plan_of(kept)

@@ -166,6 +166,10 @@ class Criterion(Declared):
         """Whether what is kept makes up for what is cut."""
         return bool(self.compensate)
 
+    def of_tokens(self) -> str | None:
+        """The option that asks for samples of token ids, where one does."""
+        return None
+
     def by_damping(self) -> bool:
         """Whether the scores depend on the damping."""
         return False

@@ -642,6 +642,12 @@ class Recipe(Section):
                 )
         for key, conflict in criterion.conflicts():
             raise ValueError(f"criterion.{key}: {conflict}")
+        task = known_task(self.model.task)
+        if (option := criterion.of_tokens()) and task and not task.tokens:
+            raise ValueError(
+                f"criterion.{option}: needs texts, and samples of {task.name} have no tokens; "
+                "leave it out"
+            )
         return self
 
     @model_validator(mode="after")

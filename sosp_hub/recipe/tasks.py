@@ -24,6 +24,7 @@ class Task(ABC):
         other_auto_classes: Others, for models that it does not build.
         by_type: Classes of transformers by ``model_type``, where no `auto_class` has them.
         inputs: What a sample is; ``own`` = what the model's own processor makes of a row.
+        tokens: Whether samples may be token ids.
         auto_processor: Class of transformers that loads it, for ``own``; None = there is none.
         columns: Keys of the recipe's section ``data`` whose columns are read.
         more_columns: Keys of columns that are read where the data has them.
@@ -47,6 +48,7 @@ class Task(ABC):
     other_auto_classes: ClassVar[tuple[str, ...]] = ()
     by_type: ClassVar[Mapping[str, str]] = {}
     inputs: ClassVar[Inputs]
+    tokens: ClassVar[bool] = True
     auto_processor: ClassVar[str | None] = None
     columns: ClassVar[tuple[str, ...]]
     more_columns: ClassVar[tuple[str, ...]] = ()

@@ -1,5 +1,6 @@
 """``apply``: a plan becomes a smaller model of the same class."""
 
+import logging
 from collections.abc import Callable
 from types import MethodType
 from typing import Literal, get_args
@@ -7,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import with_marks
+from sosp_hub.compat.torch import has_hooks, with_marks
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
@@ -20,6 +21,8 @@ from sosp_hub.surgery.proof import verified_plan
 from sosp_hub.surgery.replaced import Replacing
 from sosp_hub.surgery.tensors import Positions, get_tensor, put_tensor
 from sosp_hub.surgery.verification.twins import twin_of
+
+_LOG = logging.getLogger("sosp_hub")
 
 Verify = Literal["thorough", "fast"]
 
@@ -119,15 +122,35 @@ def apply_(
 ) -> nn.Module:
     """What `sosp_hub.apply_` does, without that description."""
     dense, part = _verified(model, graph, plan, verify, strict=strict)
+    _tell_left(model)
+    twin = twin_of(dense, graph)
+    for old, new in zip(model.parameters(), twin.parameters(), strict=True):
+        new.grad = old.grad
     with Replacing(model, graph, part) as replacing:
         on_cut = replacing.put if dense is model else None
-        pruned = cut(twin_of(dense, graph), graph, part, on_cut)
+        pruned = cut(twin, graph, part, on_cut)
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)
     for key, value in vars(model).items():  # such as the forward pass that Accelerate puts there
         if isinstance(value, MethodType) and value.__self__ is pruned:
             vars(model)[key] = MethodType(value.__func__, model)
     return model
+
+
+def _tell_left(model: nn.Module) -> None:
+    """Names parameters with what a cut one cannot take over: it was made for the size before."""
+    left = [
+        name
+        for name, parameter in model.named_parameters()
+        if has_hooks(parameter)
+        or any(isinstance(value, Tensor) for value in vars(parameter).values())
+    ]
+    if left:
+        _LOG.warning(
+            "apply_: hooks and tensors that were set on parameters stay with the old ones (%s); "
+            "set them again on those of the cut model",
+            ", ".join(left[:4]) + ", ..." * (len(left) > 4),
+        )
 
 
 def check_arguments(model: object, graph: object, plan: object) -> None:
@@ -187,6 +210,8 @@ def cut(
                     new = _part(old.detach(), positions)
                     if isinstance(old, nn.Parameter):
                         new = with_marks(nn.Parameter(new, requires_grad=old.requires_grad), old)
+                        if old.grad is not None:
+                            new.grad = _part(old.grad, positions)
                 for alias in (name, *graph.aliases.get(name, ())):
                     put_tensor(model, alias, new)
                 if on_cut is not None:
@@ -201,7 +226,7 @@ def _part(tensor: Tensor, positions: Positions) -> Tensor:
     for dim, kept in enumerate(positions):
         if kept is not None:
             tensor = tensor.index_select(dim, torch.as_tensor(kept, device=tensor.device))
-    return tensor.contiguous()
+    return tensor if tensor.is_sparse else tensor.contiguous()
 
 
 def _deferred_part(tensor: Tensor, positions: Positions) -> nn.Parameter:

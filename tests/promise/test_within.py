@@ -145,6 +145,22 @@ def test_what_cannot_be_promised_says_the_best_that_can(normed, held_out):
     assert f"the best of these is {largest.strip()}" in last
 
 
+def test_a_model_of_which_nothing_is_cut_is_no_answer():
+    """It keeps every promise; whether it was among what is tried is a matter of rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+    model = nn.Sequential(*model, nn.Linear(16, 4)).eval()
+    x = torch.randn(1500, 2)
+    batches = list(zip(x.split(100), model(x).argmax(-1).split(100), strict=True))
+    graph = sosp_hub.trace(model, (x[:2],))
+    saliency = sosp_hub.score(model, graph, batches, criterion="fisher")
+    with pytest.raises(BudgetError, match=r"divergence by 1e-12 at most cannot be promised") as one:
+        sosp_hub.allocate_within(
+            model, graph, saliency, batches, max_drop={"divergence": 1e-12}, num_probes=12
+        )
+    assert "only the whole model keeps it" in str(one.value)
+
+
 @pytest.mark.parametrize(("drop", "needed"), [(0.1, "4,493"), (1.0, "449")])
 def test_too_few_samples_say_how_many_are_needed(trained, held_out, drop, needed):
     model, graph, saliency, _ = trained

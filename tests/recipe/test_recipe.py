@@ -15,6 +15,7 @@ from sosp_hub.recipe.describe import describe_recipe
 from sosp_hub.recipe.load import dump_recipe, load_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.section import Section
+from sosp_hub.recipe.tasks import tasks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = {
@@ -137,6 +138,21 @@ def test_an_option_of_another_criterion_names_the_tasks_own(tmp_path):
     model = {"library": "transformers", "id": "a/b", "task": "causal-lm"}
     record = {**MINIMAL, "model": model, "criterion": {"mode": "exact"}}
     assert "which fisher does not have" in " ".join(faults(tmp_path, record))
+
+
+def test_squares_of_tokens_need_samples_that_have_some(tmp_path):
+    """Told before anything is trained, loaded or downloaded."""
+    told = set()
+    for task in tasks():
+        model = {"library": "transformers", "id": "a/b", "task": task}
+        record = {**MINIMAL, "model": model, "criterion": {"name": "fisher", "per_token": True}}
+        try:
+            load_recipe(write(tmp_path, record))
+        except RecipeError as error:
+            told |= {task for fault in error.faults if "per_token: needs texts" in fault}
+    assert told == {name for name, task in tasks().items() if not task.tokens}
+    assert {"image-classification", "audio-classification"} < told
+    assert not {"text-generation", "self", "image-text-to-text"} & told
 
 
 def test_a_recipe_survives_being_written(tmp_path):

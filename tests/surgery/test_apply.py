@@ -148,6 +148,51 @@ def test_what_code_has_noted_on_a_parameter_stays(in_place, tmp_path):
     assert marks(sosp_hub.from_pretrained(tmp_path / "small", model=Net())) == expected
 
 
+def test_gradients_are_cut_in_place_like_the_weights(caplog):
+    """A step after a cut between backward and it moves what is left."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 6, sparse=True)
+            self.layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, tokens):
+            return self.layers(self.table(tokens))
+
+    model, tokens = Net(), torch.arange(9).view(3, 3)
+    graph = trace(model, (tokens,))
+    plan = half(graph)
+    model(tokens).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad.to_dense())
+    sosp_hub.apply_(model, graph, plan)
+    assert model.layers[0].out_features < 8
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad.to_dense(), parameter.detach(), relative=0)
+        assert parameter.grad.is_sparse == gradients[name].is_sparse
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        lambda parameter: parameter.register_hook(torch.zeros_like),
+        lambda parameter: parameter.register_post_accumulate_grad_hook(print),
+        lambda parameter: setattr(parameter, "mask", torch.ones(8, 4)),
+    ],
+)
+def test_what_cannot_follow_a_cut_in_place_is_told(mark, caplog):
+    """A gradient that was held at zero would move again without a word."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    graph = trace(model, (torch.randn(2, 4),))
+    mark(model[0].weight)
+    sosp_hub.apply_(model, graph, half(graph))
+    assert "stay with the old ones (0.weight)" in caplog.text
+
+
 def test_tied_weights_stay_tied():
     (case,) = [case for case in with_trait("tied") if case.name == "gpt2"]
     model, graph = prepared(case)

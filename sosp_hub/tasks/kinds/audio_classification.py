@@ -18,6 +18,7 @@ class AudioClassification(OwnTask):
     name: ClassVar[str] = "audio-classification"
     auto_class: ClassVar[str] = "AutoModelForAudioClassification"
     auto_processor: ClassVar[str | None] = "AutoFeatureExtractor"
+    tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("audio", "label")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits",)
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "per_class_accuracy")

@@ -26,6 +26,7 @@ class SpeechRecognition(OwnTask):
     auto_class: ClassVar[str] = "AutoModelForCTC"
     other_auto_classes: ClassVar[tuple[str, ...]] = ("AutoModelForSpeechSeq2Seq",)
     auto_processor: ClassVar[str | None] = "AutoProcessor"
+    tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("audio", "text")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits",)
     head: ClassVar[bool] = False

@@ -26,6 +26,7 @@ class DepthEstimation(OwnTask):
     name: ClassVar[str] = "depth-estimation"
     auto_class: ClassVar[str] = "AutoModelForDepthEstimation"
     auto_processor: ClassVar[str | None] = "AutoImageProcessor"
+    tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("image", "depth")
     outputs: ClassVar[tuple[str, ...] | None] = ("predicted_depth",)
     head: ClassVar[bool] = False

@@ -24,6 +24,7 @@ class ImageFeatureExtraction(ImageTask):
 
     name: ClassVar[str] = "image-feature-extraction"
     auto_class: ClassVar[str] = "AutoModel"
+    tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("image",)
     pixels: ClassVar[bool] = True
     head: ClassVar[bool] = False

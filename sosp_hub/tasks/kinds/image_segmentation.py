@@ -25,6 +25,7 @@ class ImageSegmentation(OwnTask):
     aliases: ClassVar[tuple[str, ...]] = ("semantic-segmentation",)
     auto_class: ClassVar[str] = "AutoModelForSemanticSegmentation"
     auto_processor: ClassVar[str | None] = "AutoImageProcessor"
+    tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("image", "mask")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits",)
     metrics: ClassVar[tuple[str, ...]] = ("mean_iou", "accuracy", "loss")

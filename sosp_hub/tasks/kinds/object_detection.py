@@ -26,6 +26,7 @@ class ObjectDetection(OwnTask):
     name: ClassVar[str] = "object-detection"
     auto_class: ClassVar[str] = "AutoModelForObjectDetection"
     auto_processor: ClassVar[str | None] = "AutoImageProcessor"
+    tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("image", "objects")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits", "pred_boxes")
     metrics: ClassVar[tuple[str, ...]] = ("mean_average_precision", "average_precision_50", "loss")

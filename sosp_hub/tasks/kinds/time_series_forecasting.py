@@ -31,6 +31,7 @@ class TimeSeriesForecasting(OwnTask):
         "patchtsmixer": "PatchTSMixerForPrediction",
         "time_series_transformer": "TimeSeriesTransformerForPrediction",
     }
+    tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("series",)
     head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = (
