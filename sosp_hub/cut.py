@@ -12,6 +12,7 @@ from sosp_hub.checkpoint import io
 from sosp_hub.checkpoint.cut_files import cut_files
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.checkpoint.own_save import describe_cut, skeleton_before, why_not_plain
+from sosp_hub.checkpoint.unregistered import tell_unregistered
 from sosp_hub.checkpoint.weightless import holds_only_a_plan, read_plan
 from sosp_hub.command_name import command_name
 from sosp_hub.compat.torch import unwrapped
@@ -74,6 +75,7 @@ def apply(
     model = unwrapped(model)
     pruned = surgery.apply(model, graph, plan, verify, strict=strict)
     describe_cut(pruned, skeleton_before(model), _shown(graph, verify))
+    tell_unregistered(pruned)
     if plan.provenance.get("uniform") is True:
         io.tell_obstacle(why_not_plain(pruned))
     return pruned
@@ -121,6 +123,7 @@ def apply_(
     skeleton = skeleton_before(inside) if isinstance(inside, nn.Module) else None
     surgery.apply_(inside, graph, plan, verify, strict=strict)
     describe_cut(inside, skeleton, _shown(graph, verify))
+    tell_unregistered(inside)
     if plan.provenance.get("uniform") is True:
         io.tell_obstacle(why_not_plain(inside))
     return model

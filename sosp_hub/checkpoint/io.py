@@ -16,6 +16,7 @@ from sosp_hub.checkpoint.format.bounds import check_code, check_counts, is_widen
 from sosp_hub.checkpoint.format.folder import replaced_folder
 from sosp_hub.checkpoint.format.record import Builder, library_in
 from sosp_hub.checkpoint.skeleton import misfits, model_class
+from sosp_hub.checkpoint.unregistered import tell_unregistered
 from sosp_hub.checkpoint.weightless import holds_only_a_plan
 from sosp_hub.compat.timm import is_whole
 from sosp_hub.compat.torch import unwrapped
@@ -93,6 +94,7 @@ def save_pretrained(
     folder = Path(folder)
     model = unwrapped(model)
     check_not_quantised(model)
+    tell_unregistered(model)
     is_sentences = sentence.is_sentence_transformer(model)
     library = "torch" if is_sentences else library_of(model)
     with replaced_folder(folder) as fresh:

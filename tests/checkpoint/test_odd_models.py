@@ -1,5 +1,7 @@
 """Models whose modules, configs or weights are not where others have them."""
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
@@ -78,3 +80,37 @@ def test_it_is_saved_and_loads_again(build, tmp_path):
 def test_a_rebuilt_model_that_fails_is_not_the_same():
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(4, 2)
     assert proof.same_output(other, model, (torch.ones(1, 3),)) is False
+
+
+class Listed(torch.nn.Module):
+    """Its own projection is in a plain list; that of ``shared`` is registered beside."""
+
+    def __init__(self, keep=lambda module: [module]):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(6, 16), torch.nn.Linear(16, 3)
+        self.registered = torch.nn.Linear(16, 16)
+        self.shared = [self.registered]
+        self.own = keep(torch.nn.Linear(16, 16))
+
+    def forward(self, x):
+        return self.outer(self.own[0](self.shared[0](self.inner(x).relu())))
+
+
+def test_what_no_file_will_hold_is_told_when_it_is_cut_and_saved(tmp_path, caplog):
+    model, inputs = Listed().eval(), (torch.randn(2, 6),)
+    graph = sosp_hub.trace(model, inputs)
+    for act in (
+        lambda: sosp_hub.apply(model, graph, half(graph)),
+        lambda: sosp_hub.apply_(copy.deepcopy(model), graph, half(graph)),
+        lambda: sosp_hub.save_pretrained(model, tmp_path),
+    ):
+        caplog.clear()
+        act()
+        assert "'own[0].weight' and 1 more are not among the parameters" in caplog.text
+        assert "nn.ModuleList" in caplog.text
+
+
+def test_a_list_of_what_is_registered_is_not_told(tmp_path, caplog):
+    model = Listed(lambda module: torch.nn.ModuleList([module])).eval()
+    sosp_hub.save_pretrained(model, tmp_path)
+    assert "nn.ModuleList" not in caplog.text
