@@ -13,7 +13,7 @@ PLACES = {
     "dropped": lambda name: [name],
     "replaced": lambda name: {name: {"as": "mlp"}},
 }
-NAMES = ("layer;x", "layer x", "layer\n", "layer/../x", "layer-1", "läyer", "layer.", "a" * 2000)
+NAMES = ("layer;x", "layer x", "layer\n", "layer/../x", "-layer", "layer.-1", "läyer", "layer.", "a" * 2000)
 
 
 def delta(place, name):
@@ -25,6 +25,16 @@ def delta(place, name):
 @pytest.mark.parametrize("place", PLACES)
 def test_a_plain_name_is_read(place):
     parse_delta(delta(place, "layer_1"))
+
+
+@pytest.mark.parametrize("place", sorted(PLACES.keys() - {"attributes"}))
+def test_a_name_of_a_module_may_hold_a_hyphen(place):
+    parse_delta(delta(place, "block1.block1-0.proj"))
+
+
+def test_a_name_of_an_attribute_holds_none():
+    with pytest.raises(CheckpointError):
+        parse_delta(delta("attributes", "layer-1"))
 
 
 @pytest.mark.parametrize("place", PLACES)

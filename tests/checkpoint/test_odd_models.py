@@ -1,6 +1,7 @@
 """Models whose modules, configs or weights are not where others have them."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ def test_it_is_saved_and_loads_again(build, tmp_path):
 def test_a_rebuilt_model_that_fails_is_not_the_same():
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(4, 2)
     assert proof.same_output(other, model, (torch.ones(1, 3),)) is False
+
+
+def test_a_module_whose_name_holds_a_hyphen_is_saved(tmp_path):
+    """As those of torchvision's RegNet."""
+
+    def build():
+        layers = {"block1-0": torch.nn.Linear(6, 16), "act": torch.nn.ReLU()}
+        return torch.nn.Sequential(OrderedDict(**layers, head=torch.nn.Linear(16, 3))).eval()
+
+    model, inputs = build(), (torch.randn(2, 6),)
+    graph = sosp_hub.trace(model, inputs)
+    pruned = sosp_hub.apply(model, graph, half(graph))
+    folder = sosp_hub.save_pretrained(pruned, tmp_path / "small")
+    loaded = sosp_hub.from_pretrained(folder, model=build())
+    assert_close(loaded(*inputs), pruned(*inputs), relative=1e-6)
 
 
 class Listed(torch.nn.Module):

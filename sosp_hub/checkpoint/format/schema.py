@@ -42,7 +42,8 @@ _LONGEST_VERSION = 64
 _MOST_NUMBERS = 4096
 _MOST_DIMENSIONS = 8
 _NAME = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*")
-_PATH = re.compile(r"(?!__)(?!.*\.__)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_-]*"  # torchvision's RegNet has a "block1-0"
+_PATH = re.compile(rf"(?!__)(?!.*\.__){_PART}(\.{_PART})*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _CLASS = re.compile(r"[^\W0-9]\w*")
 
