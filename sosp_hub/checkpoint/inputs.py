@@ -60,7 +60,8 @@ def _made_up(
     elif main == "input_features" and (bins := getattr(config, "num_mel_bins", None)):
         frames = 2 * getattr(config, "max_source_positions", 50)
         inputs = {main: _noise((1, bins, frames), place, dtype)}
-    if getattr(config, "is_encoder_decoder", False) and inputs:
+    has_words = main != "pixel_values" or hasattr(config, "vocab_size")  # detectors have none
+    if getattr(config, "is_encoder_decoder", False) and inputs and has_words:
         inputs["decoder_input_ids"] = _tokens(config, place, num_tokens)
     return inputs if inputs and all(value is not None for value in inputs.values()) else None
 
@@ -76,8 +77,12 @@ def _tokens(config: Any, place: torch.device, num_tokens: int) -> Tensor | None:
     return values % vocabulary
 
 
+_ANY_SIZE = 64
+"""Of a picture, where a config tells none: what begins with convolutions takes any."""
+
+
 def _image(config: Any, place: torch.device, dtype: torch.dtype) -> Tensor | None:
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    size, channels = getattr(config, "image_size", _ANY_SIZE), getattr(config, "num_channels", 3)
     size = (size, size) if isinstance(size, int) else size
     if not isinstance(size, tuple | list) or len(size) != 2:
         return None

@@ -11,8 +11,11 @@ from sosp_hub.structure.groups import Group
 from sosp_hub.structure.terms import Axes, Constraint
 from sosp_hub.structure.traced_int import attributes
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 """What configs call the number of layers of a stack."""
+
+LAYER_POSITIONS = ("fullatt_block_indexes",)
+"""What configs, and modules around a stack, call the positions of some of its layers."""
 
 Uses = Mapping[tuple[str, int], Iterable[str]]
 """The modules whose code computes with a result, by the module that made it and its position."""

@@ -10,7 +10,7 @@ from sosp_hub.compat.torch import child_table
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan
 from sosp_hub.structure.graph import Graph
-from sosp_hub.structure.layers import LAYER_COUNTS
+from sosp_hub.structure.layers import LAYER_COUNTS, LAYER_POSITIONS
 from sosp_hub.structure.shadow import is_config
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_number")
@@ -19,8 +19,8 @@ _NUMBERS = ("layer_idx", "layer_id", "layer_number")
 def drop_layers(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Removes in place the layers that a plan does not keep.
 
-    The rest moves up: positions, ``layer_idx`` and the config's layer count and per-layer lists
-    follow, so that caches of key and value tensors stay in step.
+    The rest moves up: positions, ``layer_idx``, lists of positions, and the config's layer count
+    and per-layer lists follow, so that caches of key and value tensors stay in step.
     """
     for name in sorted(plan.kept, key=lambda name: -name.count(".")):  # the innermost first
         group, kept = graph.groups[name], plan.kept[name]
@@ -37,6 +37,8 @@ def drop_layers(model: nn.Module, graph: Graph, plan: Plan) -> None:
                 del stack[position]  # type: ignore[attr-defined]
         for position, old in enumerate(stays):
             _renumber(children[old][1], position)
+        around = vars(model.get_submodule(stack_name.rpartition(".")[0]))
+        around |= {key: _moved(around[key], stays) for key in LAYER_POSITIONS if key in around}
         _rewrite_configs(model, stack_name, len(children), stays)
 
 
@@ -119,8 +121,9 @@ def _rewrite_configs(model: nn.Module, stack: str, before: int, stays: list[int]
     owner = max((name for name in holders if _inside(stack, name)), key=len)
     done: dict[int, Any] = {}
     for name, module in holders.items():
-        if _inside(stack, name) or _inside(name, owner):
-            for key, config in _configs(module).items():
+        over_stack = _inside(stack, name) or _inside(name, owner)
+        for key, config in _configs(module).items():
+            if over_stack or id(config) in done:  # the same one, held elsewhere too
                 vars(module)[key] = _shortened(config, described, before, stays, done)
 
 
@@ -154,6 +157,8 @@ def _shortened(
             continue
         elif key in LAYER_COUNTS and value == before:
             new[key] = len(stays)
+        elif key in LAYER_POSITIONS:
+            new[key] = _moved(value, stays)
         elif isinstance(value, list) and len(value) == before and key.startswith("layer"):
             new[key] = [value[i] for i in stays]
     twin = config
@@ -162,6 +167,11 @@ def _shortened(
         vars(twin).update(new)
     done[id(config)] = twin
     return twin
+
+
+def _moved(positions: list[int], stays: list[int]) -> list[int]:
+    """Where layers of a stack are once those that stay moved up; without those that go."""
+    return [stays.index(old) for old in positions if old in stays]
 
 
 def _alike(one: Any, two: Any) -> bool:

@@ -10,7 +10,7 @@ import transformers as tf
 import sosp_hub
 from sosp_hub.checkpoint.format import proof
 from tests.compare import assert_close
-from tests.structure.oracles import fill, half, run
+from tests.structure.oracles import fill, half, plan_of, run
 
 BACKBONE = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 16],
@@ -73,6 +73,41 @@ def test_it_is_saved_and_loads_again(build, tmp_path):
     model, inputs, outputs = build()
     graph = sosp_hub.trace(fill(model.eval()), inputs, outputs)
     pruned = sosp_hub.apply(model, graph, half(graph), verify="fast")
+    loaded = sosp_hub.from_pretrained(sosp_hub.save_pretrained(pruned, tmp_path / "small"))
+    for found, expected in zip(run(loaded, graph), run(pruned, graph), strict=True):
+        assert_close(found, expected, relative=1e-6)
+
+
+def two_towers():
+    """The embeddings of its pictures hold the config that counts the layers beside them."""
+    tower = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": 32, "patch_size": 8, "vocab_size": 40,
+    }  # fmt: skip
+    config = tf.CLIPConfig(text_config=tower, vision_config=tower, projection_dim=16)
+    inputs = {"input_ids": tokens(), "pixel_values": pixels()}
+    return tf.CLIPModel(config), inputs, "logits_per_image", "vision_model.encoder.layers"
+
+
+def of_any_size():
+    """Its config says nothing of the size of pictures."""
+    config = tf.DetrConfig(
+        backbone_config=BACKBONE, use_timm_backbone=False, backbone=None, d_model=32,
+        encoder_layers=2, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=4, decoder_attention_heads=4, num_queries=5,
+    )  # fmt: skip
+    inputs = {"pixel_values": torch.randn(2, 3, 64, 64)}
+    return tf.DetrForObjectDetection(config), inputs, "logits", "model.encoder.layers"
+
+
+@pytest.mark.parametrize("build", [two_towers, of_any_size])
+def test_a_cut_of_layers_alone_is_saved(build, tmp_path):
+    """No tensor has another size: the config has to say it."""
+    torch.manual_seed(0)
+    model, inputs, outputs, stack = build()
+    graph = sosp_hub.trace(fill(model.eval()), inputs, outputs)
+    plan = plan_of(graph, {f"{stack}:layer": (1,)})
+    pruned = sosp_hub.apply(model, graph, plan, verify="fast")
     loaded = sosp_hub.from_pretrained(sosp_hub.save_pretrained(pruned, tmp_path / "small"))
     for found, expected in zip(run(loaded, graph), run(pruned, graph), strict=True):
         assert_close(found, expected, relative=1e-6)

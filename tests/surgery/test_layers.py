@@ -249,6 +249,37 @@ def test_settings_of_each_layer_go_with_the_layer():
     assert model.towers[0].config.layer_types == settings
 
 
+class Seeing(Inner):
+    """A layer that is told whether it sees all places."""
+
+    def forward(self, x, everywhere):
+        seen = x.mean(1, keepdim=True) if everywhere else x
+        return x + self.down(self.up(seen).relu())
+
+
+class Windowed(nn.Module):
+    """Tells by the positions of its layers which of them see all places, as Qwen2.5-VL does."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Seeing() for _ in range(3)])
+        self.fullatt_block_indexes = [1]
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        for number, block in enumerate(self.blocks):
+            x = block(x, number in self.fullatt_block_indexes)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("kept", "left"), [((1, 2), [0]), ((0, 2), [])])
+def test_positions_of_layers_move_up_with_them(kept, left):
+    model = fill(Windowed().eval())
+    graph = trace(model, (torch.randn(2, 4, 6),))
+    pruned = apply(model, graph, plan_of(graph, {"blocks:layer": kept}), strict=True)
+    assert pruned.fullatt_block_indexes == left
+
+
 def test_a_sliding_window_stays_with_its_layer(tmp_path):
     """Sliding, full, full attention: without the first layer no attention slides."""
     config = transformers.Qwen2Config(
