@@ -13,7 +13,17 @@ PLACES = {
     "dropped": lambda name: [name],
     "replaced": lambda name: {name: {"as": "mlp"}},
 }
-NAMES = ("layer;x", "layer x", "layer\n", "layer/../x", "-layer", "layer.-1", "läyer", "layer.", "a" * 2000)
+NAMES = (
+    "layer;x",
+    "layer x",
+    "layer\n",
+    "layer/../x",
+    "-layer",
+    "l.-1",
+    "läyer",
+    "layer.",
+    "a" * 2000,
+)
 
 
 def delta(place, name):

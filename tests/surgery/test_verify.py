@@ -771,6 +771,33 @@ def test_what_rounding_chooses_is_compared_in_float64(monkeypatch):
         apply(model, graph, plan, strict=True)
 
 
+class Indexed(nn.Module):
+    """Each place reads two of those up to it, by scores that dead neurons make all equal."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.key = nn.Embedding(12, 6), nn.Linear(6, 4)
+        self.norm = nn.LayerNorm(4)
+        self.score, self.head = nn.Linear(4, 1, bias=False), nn.Linear(6, 3)
+
+    def forward(self, input_ids):
+        words = self.words(input_ids)
+        scores = self.score(self.norm(self.key(words).relu())).squeeze(-1)[:, None, :]
+        later = torch.ones(2 * (input_ids.shape[1],), dtype=torch.bool).triu(1)
+        scores, chosen = scores.masked_fill(later, -torch.inf).topk(2)
+        read = torch.stack([row[places] for row, places in zip(words, chosen, strict=True)])
+        return self.head((read * scores.isfinite()[..., None]).sum(2))
+
+
+def test_a_choice_among_equal_values_may_depend_on_their_number():
+    torch.manual_seed(0)
+    model = fill(Indexed().eval())
+    with torch.no_grad():
+        model.key.bias.copy_(torch.tensor([9.0, 9.0, -99.0, -99.0]))
+    graph = trace(model, {"input_ids": torch.arange(12).reshape(2, 6)})
+    apply(model, graph, plan_of(graph, {"key:neuron": (2, 3)}), strict=True)
+
+
 class Ties(nn.Module):
     """Chooses between two sums that are equal but for the order in which they are rounded."""
 

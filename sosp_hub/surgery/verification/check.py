@@ -18,7 +18,7 @@ from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.routes import Run, alike, all_ways, find_routes, tell_unchecked, ways_apart
 from sosp_hub.structure.trace import Program, call, output_tensors, trace, wanted_outputs
-from sosp_hub.surgery.verification.choices import Choices, chooses
+from sosp_hub.surgery.verification.choices import Choices, FirstOfEqual, chooses
 from sosp_hub.surgery.verification.masked import (
     OtherPathError,
     masked_pass,
@@ -246,10 +246,11 @@ def _change(model: nn.Module, graph: Graph, ways: Sequence[Run], plain: Any = No
         plain: What it returned for the traced inputs.
     """
     runs = [(way.run, way.inputs) for way in ways]
-    if plain is None:
-        plain, *found = results_of(model, graph, [(call, graph.example_inputs), *runs])
-    else:
-        found = results_of(model, graph, runs)
+    with FirstOfEqual():
+        if plain is None:
+            plain, *found = results_of(model, graph, [(call, graph.example_inputs), *runs])
+        else:
+            found = results_of(model, graph, runs)
     pairs = alike(ways, found, plain)
     if not any(has_values(tensor) for tensor, _ in pairs):
         return math.inf

@@ -65,6 +65,22 @@ class Choices(DispatchMode):
         return out
 
 
+class FirstOfEqual(DispatchMode):
+    """``topk`` takes the first of equal values; torch's choice depends on how many there are."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.topk.default or not args[0].dim():
+            return func(*args, **(kwargs or {}))
+        return _first(*args, **(kwargs or {}))
+
+
+def _first(
+    values: Tensor, k: int, dim: int = -1, largest: bool = True, *_: Any
+) -> tuple[Tensor, Tensor]:
+    found, places = values.sort(stable=True, dim=dim, descending=largest)
+    return found.narrow(dim, 0, k).contiguous(), places.narrow(dim, 0, k).contiguous()
+
+
 def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether numbers are equal but for rounding, and all else is equal."""
     return len(found) == len(expected) and all(
