@@ -1,5 +1,6 @@
 """The surroundings of every test: no hub, no telemetry, no display, one thread, one seed."""
 
+import logging
 import os
 import random
 import shutil
@@ -63,3 +64,12 @@ def _seeded():
         sys.modules["numpy"].random.seed(_SEED)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(_SEED)
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """A command run in this process sets how much is told; the next test starts anew."""
+    log = logging.getLogger("sosp_hub")
+    level = log.level
+    yield
+    log.setLevel(level)

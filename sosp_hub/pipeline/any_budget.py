@@ -135,7 +135,7 @@ def _at_budget(scores: "Scores") -> "nn.Module":
     plan = allocated(recipe, graph, scores.saliency, recipe.budget.targets(), gone=gone)
     verify = recipe.structure.verify
     if recipe.rebuilds():
-        options = {"damping": recipe.rebuild.damping, "dense_share": recipe.rebuild.dense_share}
+        options = recipe.rebuild.options()
         small = rebuild(loaded.model, graph, plan, batches, verify=verify, **options)
     else:
         small = cut.apply(loaded.model, graph, plan, verify=verify)

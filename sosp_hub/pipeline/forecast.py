@@ -292,9 +292,13 @@ def _stages(
     yield Stage("cut", graph.num_samples, None, need, "cpu"), 4.0 * cost.macs
     if recipe.rebuilds():
         grams, work = _gram_cost(graph, recipe)
-        num = recipe.rebuild.num_samples
-        need = 2 * weights + grams + largest * num + 3 * largest * criterion.batch_size
-        yield Stage("rebuilt", num, None, need, place), num * (3.0 * cost.macs + work)
+        num, batch = recipe.rebuild.num_samples, criterion.batch_size
+        need = 2 * weights + grams + largest * num + 3 * largest * batch
+        macs = num * (3.0 * cost.macs + work)
+        if steps := recipe.rebuild.refine_steps:
+            need += 3 * largest * num  # what a block is given, gives, and gave uncut
+            macs += 3.0 * (num + steps * batch) * cost.macs
+        yield Stage("rebuilt", num, None, need, place), macs
     config = recipe.finetune
     left = round(kept * weights)
     if config.epochs:

@@ -99,9 +99,8 @@ def rebuild_weights(context: Context, plan: PruningPlan) -> Rebuilt:
         context.graph,
         plan,
         OnDevice(batches),
-        damping=config.damping,
-        dense_share=config.dense_share,
         process_sum=process_sum if context.accelerator.num_processes > 1 else None,
+        **config.options(),
     )
 
 

@@ -33,6 +33,7 @@ def rebuilt(context: Context, decided: PruningPlan) -> dict[str, Any]:
         "method": config.method,
         "num_samples": context.at_most(config.num_samples),
         "layers": [dataclasses.asdict(layer) for layer in made.layers],
+        "blocks": [dataclasses.asdict(block) for block in made.blocks],
         "left": made.left,
     }
 

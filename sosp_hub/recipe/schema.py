@@ -304,9 +304,18 @@ class RebuildSection(Section):
         description="target: 0 = the layer's own uncut output of what it is given now, 1 = its "
         "output in the dense model, between = a mix",
     )
+    refine_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="then so many steps of Adam on all weights of each block toward its uncut "
+        "output, without labels; about twice the time with 100",
+    )
     num_samples: Count = Field(
         default=256, description="calibration samples, over all processes; no labels are needed"
     )
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of ``sosp_hub.rebuild``."""
+        return self.model_dump(include={"damping", "dense_share", "refine_steps"})
 
 
 class TeacherSection(Section):

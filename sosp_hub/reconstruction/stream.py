@@ -1,13 +1,14 @@
 """Runs a model again and again on the same batches, each time on from where it is final."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from sosp_hub.reconstruction.products import Product, Products, Watched, sample_keys
+from sosp_hub.reconstruction.refine import Call
 from sosp_hub.structure.copies import copy_inputs, map_tensors
 from sosp_hub.structure.trace import call, output_tensors
 from sosp_hub.tasks.batches import tensors
@@ -128,8 +129,61 @@ class Stream:
         Yields:
             The products of this weight, batch by batch.
         """
+        found: list[Product] = []
+        products = Products(
+            {tensor: self._watched[tensor]}, found.append, self._refuse, self._num_samples
+        )
         number = self.order.index(tensor)
         final = {name for name, needed in self._needs.items() if needed <= number}
+        for _ in self._passes(final, self._frame[tensor], products):
+            yield list(found)
+            found.clear()
+
+    def calls(self, block: str) -> list[Call]:
+        """Runs all batches through a block whose weights are all solved, but may change yet."""
+        number = self._needs[block]
+        final = {
+            name
+            for name, needed in self._needs.items()
+            if needed <= number and not _inside(name, block) and not _inside(block, name)
+        }
+        for name in [name for name in self._kept if _inside(name, block)]:
+            del self._kept[name]
+        given: list[tuple[Any, Any]] = []
+        results: list[Any] = []
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            given.append(copy_inputs((args, kwargs)))
+
+        def leave(_: nn.Module, __: Any, result: Any) -> None:
+            results.append(copy_inputs(result))
+
+        module = self._model.get_submodule(block)
+        with ExitStack() as stack:
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+            for _ in self._passes(final, block, nullcontext()):
+                pass
+        masks = [
+            batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            for batch in self._batches
+        ]
+        return [
+            Call(args, kwargs, mask, result)
+            for (args, kwargs), mask, result in zip(given, masks, results, strict=True)
+        ]
+
+    def holds_once(self, block: str) -> bool:
+        """Whether a module runs once in a pass, so that it can be run by itself."""
+        return block in self._needs
+
+    def _passes(
+        self, final: Collection[str], last: str, around: AbstractContextManager[Any]
+    ) -> Iterator[int]:
+        """Runs the batches until the module ``last`` is left; numbers of batches.
+
+        What ``final`` modules give is kept, or handed out where it was.
+        """
         outermost = {
             name
             for name in final
@@ -147,28 +201,23 @@ class Stream:
 
                 module = self._model.get_submodule(name)
                 stack.callback(module.register_forward_hook(keep).remove)
-            frame = self._frame[tensor]
             ends = [0]
 
             def end(*_: Any) -> None:
                 ends[0] += 1
-                if ends[0] == self._calls[frame]:
+                if ends[0] == self._calls[last]:
                     raise _Stop
 
-            module = self._model.get_submodule(frame)
+            module = self._model.get_submodule(last)
             stack.callback(module.register_forward_hook(end).remove)
             for i, batch in enumerate(self._batches):
                 place[0], ends[0] = i, 0
-                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                found: list[Product] = []
-                products = Products(
-                    {tensor: self._watched[tensor]}, found.append, self._refuse,
-                    self._num_samples,
-                )  # fmt: skip
-                products.begin(self._keys[i], mask)
-                with products, torch.no_grad(), suppress(_Stop):
+                if isinstance(around, Products):
+                    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                    around.begin(self._keys[i], mask)
+                with around, torch.no_grad(), suppress(_Stop):
                     forward(self._model, batch)
-                yield found
+                yield i
         self._keep({name: v for name, v in fresh.items() if len(v) == len(self._batches)})
 
     def _keep(self, fresh: Mapping[str, list[Any]]) -> None:

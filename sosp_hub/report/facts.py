@@ -413,6 +413,16 @@ def _rebuilt(told: Mapping[str, Any]) -> Iterable[str]:
             f"by least squares toward the uncut output, whose squared error fell from {errors[0]} "
             f"to {errors[1]} in the median (damping {words}; {', '.join(took)})"
         )
+    if blocks := told.get("blocks"):
+        errors = [
+            numbers.share(statistics.median(block[key] for block in blocks))
+            for key in ("error_before", "error")
+        ]
+        yield (
+            f"{len(blocks)} block{'s' * (len(blocks) != 1)} trained toward the uncut output: the "
+            f"squared error on held-out calibration samples fell from {errors[0]} to {errors[1]} "
+            "in the median"
+        )
     scarce = [layer for layer in layers if layer["rows"] < layer["inputs"]]
     if scarce:
         worst = min(scarce, key=lambda layer: layer["rows"] / layer["inputs"])

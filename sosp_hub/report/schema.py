@@ -135,8 +135,15 @@ class _RebuiltLayer(_Part):
     error: Amount
 
 
+class _RefinedBlock(_Part):
+    name: str
+    error_before: Amount
+    error: Amount
+
+
 class _Rebuild(_Part):
     layers: list[_RebuiltLayer] | None = None
+    blocks: list[_RefinedBlock] | None = None
     left: dict[str, str] | None = None
     num_samples: Count | None = None
     seconds: Amount | None = None

@@ -105,19 +105,22 @@ def test_with_its_data_it_is_measured_and_trained(run, monkeypatch):
 # Any budget from one folder, with the rebuild ---------------------------------------------------
 
 
+_REBUILT = ["finetune={epochs: 0}", "rebuild.refine_steps=4"]
+
+
 @pytest.fixture(scope="module")
 def any_budget(tmp_path_factory):
     """A run that keeps the inputs of its rebuild; nothing is trained after the cut."""
     folder = tmp_path_factory.mktemp("any_budget")
     (folder / "recipe.yaml").write_text(RECIPE)
-    given = ["output.any_budget=true", "finetune={epochs: 0}", f"output.dir={folder / 'out'}"]
+    given = ["output.any_budget=true", *_REBUILT, f"output.dir={folder / 'out'}"]
     assert main([str(folder / "recipe.yaml"), *given]) == 0
     return folder / "out"
 
 
 def test_any_budget_is_what_a_run_at_that_budget_makes(any_budget, tmp_path, monkeypatch, caplog):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    alone = ["budget.params=0.4", "finetune={epochs: 0}", f"output.dir={tmp_path / 'alone'}"]
+    alone = ["budget.params=0.4", *_REBUILT, f"output.dir={tmp_path / 'alone'}"]
     assert main([str(tmp_path / "recipe.yaml"), *alone]) == 0
     expected = sosp_hub.from_pretrained(tmp_path / "alone").state_dict()
     monkeypatch.setattr(context, "open_data", unreachable)

@@ -42,6 +42,24 @@ def test_it_is_on_by_default_and_lowers_the_loss_of_a_cut(rebuilding):
     assert "64 calibration samples" in card
 
 
+def test_blocks_are_trained_where_the_recipe_says_so_and_that_is_told(rebuilding):
+    given = ["model.train={epochs: 2, learning_rate: 3.0e-3}", "criterion.batch_size=8"]
+    assert main([str(rebuilding), *given, "rebuild.refine_steps=24"]) == 0
+    told = report_of(rebuilding)["rebuild"]
+    cut = [layer["tensor"] for layer in told["layers"] if layer["tensor"].endswith("conv2.weight")]
+    assert [block["name"] for block in told["blocks"]] == [
+        n.removesuffix(".conv2.weight") for n in cut
+    ]
+    errors = [(block["error_before"], block["error"]) for block in told["blocks"]]
+    assert all(after <= before for before, after in errors)
+    assert any(after < before for before, after in errors)
+    card = (rebuilding.parent / "out" / "README.md").read_text()
+    assert (
+        f"- {len(cut)} blocks trained toward the uncut output: the squared error on held-out"
+        in card
+    )
+
+
 def test_without_data_the_cut_stays_as_it_is_and_that_is_told(rebuilding, caplog):
     assert main([str(rebuilding)]) == 0
     again = rebuilding.parent / "again"
