@@ -13,6 +13,7 @@ a variant.
 import argparse
 import copy
 import gzip
+import itertools
 import time
 from pathlib import Path
 
@@ -88,12 +89,15 @@ def resnet(args):
             plan = sosp_hub.allocate(graph, saliency, structures=kept)
             print(f"{name} {kept} scored in {scoring:.1f} s", flush=True)
             report("cut", sosp_hub.apply(model, graph, plan, "fast"), calibration, test)
-            for damping in args.dampings:
+            for damping, steps in itertools.product(args.dampings, args.refine_steps):
                 start = time.process_time()
-                found = rebuilt_weights(model, graph, plan, calibration, damping=damping)
+                found = rebuilt_weights(
+                    model, graph, plan, calibration, damping=damping, refine_steps=steps
+                )
                 seconds = time.process_time() - start
                 small = sosp_hub.apply(found.model, graph, found.plan, "fast")
-                report(f"damping {damping}, {seconds:.1f} s", small, calibration, test)
+                what = f"damping {damping}, {steps} steps, {seconds:.1f} s"
+                report(what, small, calibration, test)
 
 
 def report(what, small, calibration, test):
@@ -150,18 +154,21 @@ def text(args):
     batches = [{"input_ids": part, "labels": part} for part in seen.split(4)]
     start = time.process_time()
     saliency = sosp_hub.score(
-        model, graph, batches[: args.num_scored // 4], "fisher", kinds=args.kinds
-    )
+        model, graph, batches[: args.num_scored // 4], "fisher", kinds=args.kinds,
+        per_token=args.per_token,
+    )  # fmt: skip
     print(f"scored in {time.process_time() - start:.0f} s", flush=True)
     for params in args.params:
         plan = sosp_hub.allocate(graph, saliency, params=params)
         show(f"cut {params}", sosp_hub.apply(model, graph, plan, "fast"), test, dense)
-        for damping in args.dampings:
+        for damping, steps in itertools.product(args.dampings, args.refine_steps):
             start = time.process_time()
-            found = rebuilt_weights(model, graph, plan, batches, damping=damping)
+            found = rebuilt_weights(
+                model, graph, plan, batches, damping=damping, refine_steps=steps
+            )
             seconds = time.process_time() - start
             small = sosp_hub.apply(found.model, graph, found.plan, "fast")
-            show(f"{params} damping {damping}, {seconds:.0f} s", small, test, dense)
+            show(f"{params} damping {damping}, {steps} steps, {seconds:.0f} s", small, test, dense)
 
 
 def show(what, small, test, dense):
@@ -189,6 +196,7 @@ def main():
     two.add_argument("--num-test", type=int, default=16)
     two.add_argument("--length", type=int, default=128)
     two.add_argument("--beside", type=Path)
+    two.add_argument("--per-token", action="store_true")
     two.add_argument("--kinds", nargs="+", default=["kv_group", "neuron"])
     two.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     two.set_defaults(run=text)
@@ -197,6 +205,7 @@ def main():
             "--dampings", nargs="+", default=DAMPINGS,
             type=lambda given: given if given == "auto" else float(given),
         )  # fmt: skip
+        verb.add_argument("--refine-steps", nargs="+", type=int, default=[0])
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.run(args)

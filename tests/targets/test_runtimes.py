@@ -53,6 +53,7 @@ def test_executorch_programs_have_no_cache(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:read_binary is deprecated:DeprecationWarning")  # its own reader
 def test_executorch_computes_the_same(tmp_path):
     runtime = executorch()
     model = cuts.pruned_timm("test_resnet")
