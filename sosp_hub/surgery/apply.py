@@ -131,6 +131,7 @@ def apply_(
         pruned = cut(twin, graph, part, on_cut)
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)
+    replacing.leave_to_others()
     for key, value in vars(model).items():  # such as the forward pass that Accelerate puts there
         if isinstance(value, MethodType) and value.__self__ is pruned:
             vars(model)[key] = MethodType(value.__func__, model)

@@ -1,5 +1,6 @@
 """Parameters that ``apply_`` replaces, and the optimizers that still hold them."""
 
+import gc
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -49,7 +50,7 @@ class Replacing:
 
     def __init__(self, model: nn.Module, graph: Graph, plan: PruningPlan) -> None:
         self._model, self._graph, self._plan = model, graph, plan
-        self._undo: list[tuple[str, Callable[[], Tensor]]] = []
+        self._undo: list[tuple[list[_Place], Callable[[], Tensor]]] = []
         self._before = {name: weakref.ref(p) for name, p in model.named_parameters()}
 
     def __enter__(self) -> "Replacing":
@@ -57,12 +58,25 @@ class Replacing:
 
     def put(self, name: str, positions: Positions, new: Tensor) -> None:
         """Puts a cut tensor in the place of the model's."""
-        self._undo.append((name, _way_back(get_tensor(self._model, name), positions, new)))
-        self._put(name, new)
+        places = [self._place(each) for each in (name, *self._graph.aliases.get(name, ()))]
+        self._undo.append((places, _way_back(get_tensor(self._model, name), positions, new)))
+        _put(places, new)
 
-    def _put(self, name: str, tensor: Tensor) -> None:
-        for each in (name, *self._graph.aliases.get(name, ())):
-            put_tensor(self._model, each, tensor)
+    def _place(self, name: str) -> "_Place":
+        owner, _, leaf = name.rpartition(".")
+        return weakref.ref(self._model.get_submodule(owner)), leaf
+
+    def leave_to_others(self) -> None:
+        """Gives submodules that the model no longer has, but somebody else, their tensors back."""
+        if any(self._others(places) for places, _ in self._undo):
+            gc.collect()  # those that hold nobody but themselves
+        while self._undo:
+            places, old = self._undo.pop()
+            if others := self._others(places):
+                _put(others, old())
+
+    def _others(self, places: "list[_Place]") -> "list[_Place]":
+        return [place for place in places if place[0]() not in (None, self._model)]
 
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
@@ -72,9 +86,19 @@ class Replacing:
             note_replaced(alive, self._plan)
             return
         while self._undo:
-            name, old = self._undo[-1]
-            self._put(name, old())
+            places, old = self._undo[-1]
+            _put(places, old())
             self._undo.pop()
+
+
+_Place = tuple[weakref.ref[nn.Module], str]
+"""A module and the name of a tensor in it."""
+
+
+def _put(places: list[_Place], tensor: Tensor) -> None:
+    for held, leaf in places:
+        if (module := held()) is not None:
+            put_tensor(module, leaf, tensor)
 
 
 def _way_back(old: Tensor, positions: Positions, new: Tensor) -> Callable[[], Tensor]:

@@ -193,6 +193,19 @@ def test_what_cannot_follow_a_cut_in_place_is_told(mark, caplog):
     assert "stay with the old ones (0.weight)" in caplog.text
 
 
+def test_a_part_that_another_model_has_too_stays_as_it_is():
+    """As a backbone with two heads, or a layer that somebody has fetched before the cut."""
+    shared = nn.Linear(4, 8)
+    model, other = (nn.Sequential(shared, nn.ReLU(), nn.Linear(8, 2)) for _ in range(2))
+    x = torch.randn(3, 4)
+    expected, weight = other(x), shared.weight
+    graph = trace(model, (x,))
+    sosp_hub.apply_(model, graph, half(graph))
+    assert model[0].weight.shape == (4, 4)
+    assert other[0].weight is weight
+    assert_close(other(x), expected, relative=0)
+
+
 def test_tied_weights_stay_tied():
     (case,) = [case for case in with_trait("tied") if case.name == "gpt2"]
     model, graph = prepared(case)
