@@ -430,10 +430,14 @@ def _training(run: Run) -> None:
 
 
 def _set_training(model: nn.Module) -> None:
+    """Without what is drawn at random: a model of fewer layers draws less."""
     model.train()
     for module in model.modules():
         if isinstance(module, _DROPOUTS):
-            module.p = 0.0  # nothing random to compare
+            module.p = 0.0
+    for holder in (*model.modules(), *_configs(model)):
+        shares = [key for key, value in vars(holder).items() if isinstance(value, float)]
+        vars(holder).update({key: 0.0 for key in shares if "drop" in key})
 
 
 _WAYS = (

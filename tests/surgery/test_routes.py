@@ -241,6 +241,38 @@ def test_heads_of_training_are_cut_with_what_they_read():
     assert_close(pruned.train()(x), masked(x))
 
 
+class Dropping(nn.Module):
+    """A layer that drops by a number of its own, as attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.dropout = nn.Linear(6, 8), nn.Linear(8, 6), 0.5
+
+    def forward(self, x):
+        inner = nn.functional.dropout(self.up(x).relu(), self.dropout, self.training)
+        return x + self.down(inner)
+
+
+class Masking(nn.Module):
+    """In training an embedding stands where something is hidden, as in Wav2Vec2."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.Sequential(*(Dropping() for _ in range(3))), nn.Linear(6, 2)
+        self.hidden = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        x = torch.cat([self.hidden.expand_as(x[:, :1]), x[:, 1:]], 1) if self.training else x
+        return self.head(self.layers(x))
+
+
+def test_what_fewer_layers_drop_in_training_is_no_fault():
+    model = fill(Masking().eval())
+    graph = trace(model, (torch.randn(2, 4, 6),))
+    assert graph.only_in_training
+    apply(model, graph, plan_of(graph, {"layers:layer": (1, 2)}), strict=True)
+
+
 def test_a_wrong_head_of_training_is_noticed(monkeypatch):
     from sosp_hub.surgery import apply as surgery
 
