@@ -100,7 +100,7 @@ def _models_as_the_caller(device: torch.device) -> Iterator[None]:
 def called_as_the_caller(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """A function of the caller's, with the default device of whoever called the innermost verb."""
     device = callers_device()
-    of = function.func if isinstance(function, functools.partial) else function
+    of = getattr(function, "func", function)  # of a partial
     if device == _CPU or str(getattr(of, "__module__", "")).startswith("torch."):
         return function  # torch's own losses are recognised by what they are
 
