@@ -232,3 +232,12 @@ def test_images_of_one_class(tmp_path):
     small(tmp_path / "a" / "0.png")
     with pytest.raises(DataError, match="only the class a"):
         opened(tmp_path, IMAGES)
+
+
+def test_line_ends_within_texts_are_no_rows(tmp_path):
+    """Also where the file is read in several blocks, of which one ends within a text."""
+    from sosp_hub.data.tables import read_table
+
+    text = "\n".join(["a line"] * 1000)
+    (tmp_path / "rows.csv").write_text("text,label\n" + f'"{text}",x\n' * 400)
+    assert read_table([tmp_path / "rows.csv"])["text"][:] == [text] * 400
