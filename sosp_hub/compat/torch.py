@@ -101,6 +101,15 @@ def has_hooks(parameter: nn.Parameter) -> bool:
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
+def hook_tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """What is called before and after a module's passes, by number, of each kind of hook."""
+    return {
+        name: table
+        for name, table in vars(module).items()
+        if "hooks" in name and "state_dict" not in name and isinstance(table, dict)
+    }
+
+
 def num_writes(tensor: Tensor) -> int:
     """How often a tensor was changed in place; views count with what they show."""
     return tensor._version

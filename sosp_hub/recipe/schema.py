@@ -373,7 +373,8 @@ class FinetuneSection(TrainSection):
     recalibrate_norm: bool | None = Field(
         default=None,
         description="re-estimate BatchNorm statistics on the calibration data, before fine-tuning; "
-        "null = yes, but for compensate_steps, whose gates are made for the statistics as they are",
+        "null = yes, but for compensate_steps and refine_steps, which are made for the statistics "
+        "as they are",
     )
     distill: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="weight of the dense model's outputs"
@@ -815,7 +816,9 @@ class Recipe(Section):
     def recalibrates(self) -> bool:
         """Whether BatchNorm statistics are re-estimated after a cut."""
         asked = self.finetune.recalibrate_norm
-        return self.criterion.compensate_steps == 0 if asked is None else asked
+        refines = self.rebuilds() and self.rebuild.refine_steps > 0
+        trained = self.criterion.compensate_steps > 0 or refines
+        return not trained if asked is None else asked
 
     def rebuilds(self) -> bool:
         """Whether weights are solved again after a cut, where there is calibration data."""

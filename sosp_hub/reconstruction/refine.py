@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from sosp_hub.reconstruction.gram import ProcessSum
 from sosp_hub.structure.copies import copy_model, map_tensors
@@ -112,13 +111,12 @@ def refined(
         return "there are too few batches to hold some out (4 at the least), or its outputs are 0"
     scale = sum(float(_size(target)) for _, target in fit) / max(len(fit), 1) or 1.0
     sizes = [float(p.detach()[~frozen[n]].square().mean().sqrt()) for n, p in trained.items()]
-    groups = [
-        {"params": [p], "lr": _RATE * r} for p, r in zip(trained.values(), sizes, strict=True)
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    schedule = LambdaLR(optimizer, lambda at: min(1.0, (at + 1) / _WARM_UP) * (1 - at / steps))
+    optimizer = torch.optim.Adam([{"params": [p]} for p in trained.values()], betas=(0.9, 0.95))
     order = _orders(len(fit))
     for step in range(steps):
+        rate = _RATE * min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = rate * size
         optimizer.zero_grad()
         if fit:
             call, target = fit[next(order)]
@@ -129,7 +127,6 @@ def refined(
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = add(grad.masked_fill(frozen[name], 0.0))
         optimizer.step()
-        schedule.step()
         if (step + 1) % max(1, steps // _CHECKS) == 0 and (now := error()) < best:
             best, state = now, snapshot()
     return state, first, best

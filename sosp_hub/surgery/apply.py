@@ -1,14 +1,14 @@
 """``apply``: a plan becomes a smaller model of the same class."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import has_hooks, with_marks
+from sosp_hub.compat.torch import has_hooks, hook_tables, with_marks
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
@@ -126,9 +126,12 @@ def apply_(
     twin = twin_of(dense, graph)
     for old, new in zip(model.parameters(), twin.parameters(), strict=True):
         new.grad = old.grad
+    pairs = zip(model.modules(), twin.modules(), strict=True)
+    hooks = [(new, hook_tables(old)) for old, new in pairs]
     with Replacing(model, graph, part) as replacing:
         on_cut = replacing.put if dense is model else None
         pruned = cut(twin, graph, part, on_cut)
+    _keep_hooks(hooks, model, pruned)
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)
     replacing.leave_to_others()
@@ -136,6 +139,41 @@ def apply_(
         if isinstance(value, MethodType) and value.__self__ is pruned:
             vars(model)[key] = MethodType(value.__func__, model)
     return model
+
+
+def _keep_hooks(
+    hooks: Sequence[tuple[nn.Module, Mapping[str, dict[Any, Any]]]],
+    model: nn.Module,
+    pruned: nn.Module,
+) -> None:
+    """The caller's own hooks stay those that are called, and their handles remove them.
+
+    The cut model has copies of them. Those that are methods of the model's modules are such of its
+    own, as copies are.
+
+    Args:
+        hooks: Modules of the cut model, and the tables of hooks that each had before.
+        model: The model before the cut; it takes the place of ``pruned``.
+        pruned: The cut model.
+    """
+    own = {id(module) for module in model.modules()}
+    for module, tables in hooks:
+        for name, table in tables.items():
+            copies = vars(module)[name]
+            bound = {key for key, hook in table.items() if id(_owner(hook)) in own}
+            if not bound:
+                vars(module)[name] = table
+                continue
+            for key, hook in table.items():
+                if key not in bound:
+                    copies[key] = hook
+                elif _owner(copies[key]) is pruned:
+                    copies[key] = MethodType(copies[key].__func__, model)
+
+
+def _owner(hook: Any) -> Any:
+    """The object that a method is of; None where it is no method."""
+    return hook.__self__ if isinstance(hook, MethodType) else None
 
 
 def _tell_left(model: nn.Module) -> None:

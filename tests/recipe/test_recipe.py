@@ -417,12 +417,13 @@ def test_recipes_and_help_need_no_torch():
     assert "budget.macs: got 7" in done.stderr
 
 
+@pytest.mark.parametrize("key", ["criterion.compensate_steps", "rebuild.refine_steps"])
 @pytest.mark.parametrize(
     ("steps", "asked", "expected"),
     [(0, "null", True), (0, "false", False), (2, "null", False), (2, "true", True)],
 )
-def test_norms_are_re_estimated_unless_gates_were_made_for_them(steps, asked, expected):
-    keys = ["criterion.compensate=true", f"criterion.compensate_steps={steps}"]
+def test_norms_are_re_estimated_unless_steps_were_made_for_them(key, steps, asked, expected):
+    keys = ["criterion.compensate=true", f"{key}={steps}"]
     keys.append(f"finetune.recalibrate_norm={asked}")
     assert load_recipe(RECIPES / "quickstart.yaml", keys).recalibrates() is expected
 

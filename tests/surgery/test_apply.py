@@ -193,6 +193,60 @@ def test_what_cannot_follow_a_cut_in_place_is_told(mark, caplog):
     assert "stay with the old ones (0.weight)" in caplog.text
 
 
+class Recorder:
+    """Of a caller: as an object that is called, and with a method for it."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def __call__(self, _, args, output):
+        self.shapes.append(tuple(output.shape))
+
+    def method(self, _, args, output):
+        self(_, args, output)
+
+
+class Counting(nn.Module):
+    """Counts what its first layer gives, by a hook that is a method of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.seen = nn.Linear(6, 12), nn.Linear(12, 3), 0
+        self.up.register_forward_hook(self.count)
+
+    def count(self, _, args, output):
+        self.seen += len(output)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("kind", ["object", "method", "function"])
+def test_hooks_of_the_caller_stay_her_own_in_a_cut_in_place(kind):
+    recorder = Recorder()
+    hook = {
+        "object": recorder, "method": recorder.method,
+        "function": lambda *given: recorder(*given),
+    }[kind]  # fmt: skip
+    model = Counting().eval()
+    x = torch.randn(2, 6)
+    graph = trace(model, (x,))
+    handles = [module.register_forward_hook(hook) for module in (model.up, model.down, model)]
+    plan = half(graph)
+    sosp_hub.apply_(model, graph, plan)
+    recorder.shapes.clear()
+    model.seen = 0
+    model(x)
+    width = len(plan.kept["up:neuron"])
+    assert recorder.shapes == [(2, width), (2, 3), (2, 3)]
+    assert model.seen == 2  # the model that was cut, not a copy of it
+    for handle in handles[1:]:
+        handle.remove()
+    model(x)
+    assert recorder.shapes[3:] == [(2, width)]
+    assert model.seen == 4
+
+
 def test_a_part_that_another_model_has_too_stays_as_it_is():
     """As a backbone with two heads, or a layer that somebody has fetched before the cut."""
     shared = nn.Linear(4, 8)

@@ -89,6 +89,22 @@ def hooks_of_a_parameter() -> None:
         expect(compat.has_hooks(parameter), f"{register} is not seen")
 
 
+@smoke("cutting in place: what is called with a module's passes")
+def hooks_of_a_module() -> None:
+    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        module, called = nn.Linear(2, 2), []
+        handle = getattr(module, f"register_{kind}_hook")(lambda *_, to=called: to.append(1))
+        other = nn.Linear(2, 2)
+        for name, table in compat.hook_tables(module).items():
+            expect(name in compat.hook_tables(other), f"a module has no {name}")
+            vars(other)[name] = table
+        other(torch.ones(1, 2, requires_grad=True)).sum().backward()
+        expect(len(called) == 1, f"a {kind} hook is not called by another module")
+        handle.remove()
+        other(torch.ones(1, 2, requires_grad=True)).sum().backward()
+        expect(len(called) == 1, f"the handle of a {kind} hook does not remove it")
+
+
 @smoke("cutting, saving and loading: tensors and modules are replaced where they are")
 def tables_of_a_module() -> None:
     module = nn.BatchNorm1d(3)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sosp_hub.compat.torch import DispatchMode
+from sosp_hub.compat.torch import DispatchMode, aten
 from sosp_hub.structure import rules
 from sosp_hub.structure.copies import map_tensors
 from sosp_hub.structure.graph import Graph
@@ -69,7 +69,7 @@ class FirstOfEqual(DispatchMode):
     """``topk`` takes the first of equal values; torch's choice depends on how many there are."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.topk.default or not args[0].dim():
+        if func is not aten.topk.default or not args[0].dim():
             return func(*args, **(kwargs or {}))
         return _first(*args, **(kwargs or {}))
 
