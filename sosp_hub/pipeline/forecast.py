@@ -19,6 +19,7 @@ from sosp_hub.data.source import DataInfo
 from sosp_hub.distributed import process_state
 from sosp_hub.errors import BudgetError
 from sosp_hub.pipeline.eligible import eligible_groups
+from sosp_hub.pipeline.output_folder import check_usable
 from sosp_hub.pipeline.planning import allocated
 from sosp_hub.recipe.criteria import SecondOrderCriterion
 from sosp_hub.recipe.schema import Recipe
@@ -176,6 +177,8 @@ def forecast(recipe: Recipe) -> Forecast:
     Raises:
         SospHubError: What a run of the recipe would raise too before it opens weights or data.
     """
+    if recipe.output.dir is not None:
+        check_usable(Path(recipe.output.dir))
     data = DataInfo(image_size=recipe.data.image_size)
     loaded = load_model(recipe.model, data=data, weights=False)
     inputs = example_inputs(loaded, num_tokens=recipe.data.max_length)

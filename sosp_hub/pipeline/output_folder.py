@@ -36,8 +36,7 @@ def check_place(output: Path, report: str, overwrite: bool) -> None:
     Raises:
         OutputExistsError: Says what is there.
     """
-    if output.exists() and not output.is_dir():
-        raise OutputExistsError(f"output.dir: {output} is a file; write the name of a new folder")
+    check_usable(output)
     if output.is_dir() and any(output.iterdir()):
         if not (output / report).is_file():
             raise OutputExistsError(
@@ -49,6 +48,12 @@ def check_place(output: Path, report: str, overwrite: bool) -> None:
                 f"output.dir: {output} holds a finished run; write another output.dir=FOLDER, or"
                 " add --overwrite to replace it"
             )
+
+
+def check_usable(output: Path) -> None:
+    """Refuses the place of an output folder that is a file, or where none can be made."""
+    if output.exists() and not output.is_dir():
+        raise OutputExistsError(f"output.dir: {output} is a file; write the name of a new folder")
     nearest = next(
         path for path in (output.absolute(), *output.absolute().parents) if path.exists()
     )

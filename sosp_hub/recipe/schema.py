@@ -475,7 +475,7 @@ class EvaluateSection(Section):
 class OutputSection(Section):
     """Where the result goes."""
 
-    dir: str | None = Field(
+    dir: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="output folder; null = runs/NAME_OF_THE_RECIPE"
     )
     max_shard_size: Annotated[str, Field(pattern=_SIZE)] = Field(
@@ -652,12 +652,21 @@ class Recipe(Section):
                 )
         for key, conflict in criterion.conflicts():
             raise ValueError(f"criterion.{key}: {conflict}")
-        task = known_task(self.model.task)
-        if (option := criterion.of_tokens()) and task and not task.tokens:
-            raise ValueError(
-                f"criterion.{option}: needs texts, and samples of {task.name} have no tokens; "
-                "leave it out"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_of_texts(self) -> Self:
+        task, option = known_task(self.model.task), self.criterion.of_tokens()
+        if task is None or task.tokens:
+            return self
+        for key, asked, instead in (
+            (f"criterion.{option}", option, "leave it out"),
+            ("finetune.tokens", self.finetune.tokens, "write finetune.epochs"),
+        ):
+            if asked:
+                raise ValueError(
+                    f"{key}: needs texts, and samples of {task.name} have no tokens; {instead}"
+                )
         return self
 
     @model_validator(mode="after")

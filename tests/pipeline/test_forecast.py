@@ -195,3 +195,10 @@ def test_faults_are_typed(llama, file_of, capsys):
 def test_positions_of_a_long_text_do_not_become_pieces_of_length_one(llama):
     llama["data"]["max_length"] = 1500
     assert forecast(as_recipe(llama, (), "prune")).sample == "1500 tokens"
+
+
+def test_an_output_that_cannot_be_written_is_told_before_a_run(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    for place in (tmp_path / "taken", tmp_path / "taken" / "inside"):
+        assert main(["quickstart", f"output.dir={place}", "--plan-only"]) == 2
+        assert "is a file; write the name of a new folder" in capsys.readouterr().err

@@ -140,16 +140,23 @@ def test_an_option_of_another_criterion_names_the_tasks_own(tmp_path):
     assert "which fisher does not have" in " ".join(faults(tmp_path, record))
 
 
-def test_squares_of_tokens_need_samples_that_have_some(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [
+        ("criterion.per_token", {"criterion": {"name": "fisher", "per_token": True}}),
+        ("finetune.tokens", {"finetune": {"tokens": "50M"}}),
+    ],
+)
+def test_tokens_need_samples_that_have_some(key, section, tmp_path):
     """Told before anything is trained, loaded or downloaded."""
     told = set()
     for task in tasks():
         model = {"library": "transformers", "id": "a/b", "task": task}
-        record = {**MINIMAL, "model": model, "criterion": {"name": "fisher", "per_token": True}}
+        record = {**MINIMAL, "model": model, **section}
         try:
             load_recipe(write(tmp_path, record))
         except RecipeError as error:
-            told |= {task for fault in error.faults if "per_token: needs texts" in fault}
+            told |= {task for fault in error.faults if f"{key}: needs texts" in fault}
     assert told == {name for name, task in tasks().items() if not task.tokens}
     assert {"image-classification", "audio-classification"} < told
     assert not {"text-generation", "self", "image-text-to-text"} & told
