@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 
+import sosp_hub
 from sosp_hub.checkpoint.format.standins import RemovedAttention, RemovedMlp
 from sosp_hub.errors import CheckpointError, ModelError
 from sosp_hub.targets.writers.deci import filling, read_width, to_deci
@@ -152,6 +154,18 @@ def test_readers_compute_what_the_model_does(name, tmp_path):
     assert_close(run(folder, TOKENS[0]), expected.double(), relative=1e-5)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mlx_lm_computes_what_the_model_does(name, tmp_path):
+    """By its own runtime: ``pip install 'mlx-lm[cpu]'`` where there is none of Apple's chips."""
+    core = pytest.importorskip("mlx.core")
+    load = pytest.importorskip("mlx_lm.utils").load_model
+    model = MODELS[name]()
+    folder = sosp_hub.export(model, "mlx", tmp_path / "mlx")
+    read, _ = load(folder)
+    found = torch.from_numpy(np.array(read(core.array(TOKENS.tolist()))))
+    assert_close(found, model(TOKENS).logits, relative=1e-5)
 
 
 @pytest.mark.parametrize("hidden", [32, 72, 576, 2048, 4096, 8192])
