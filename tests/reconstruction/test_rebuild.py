@@ -106,6 +106,27 @@ def test_two_layers_equal_lstsq_on_what_is_pruned_so_far(rows, bias, share):
         assert_close(found.c.bias, constant, relative=1e-9)
 
 
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_errors_are_shares_of_what_a_layer_computes_of_its_own_inputs(share):
+    batches = [(torch.randn(n, 6, dtype=torch.float64), torch.zeros(n)) for n in (9, 17, 4)]
+    model = Perceptron(bias=False).double()
+    graph = trace(model, (batches[0][0],))
+    plan = PruningPlan({"a:neuron": (0, 2), "b:neuron": (1, 4, 5)}, {"a:neuron": 8, "b:neuron": 7})
+    found = rebuilt_weights(model, graph, plan, batches, damping=DAMPING, dense_share=share)
+    told = found.layers[1]
+    assert told.tensor == "c.weight"
+    with torch.no_grad():
+        x = torch.cat([inputs for inputs, _ in batches])
+        dense = torch.tanh(model.b(torch.relu(model.a(x))))
+        own = torch.tanh(found.model.b(torch.relu(model.a(x))))
+        target = model.c((1 - share) * own + share * dense)
+        gone = [i for i in range(7) if i not in plan.kept["b:neuron"]]
+        kept = own.index_fill(1, torch.tensor(gone), 0)
+        for error, reader in ((told.error_cut, model.c), (told.error, found.model.c)):
+            off = (reader(kept) - target).square().sum() / model.c(own).square().sum()
+            assert error == pytest.approx(float(off), rel=1e-9)
+
+
 CONVOLUTIONS = {
     "plain": (nn.Conv2d(6, 4, 3), F.unfold, {"kernel_size": 3}),
     "strided": (nn.Conv2d(6, 4, 3, 2, 1), F.unfold, {"kernel_size": 3, "stride": 2, "padding": 1}),
