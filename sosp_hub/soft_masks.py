@@ -262,6 +262,19 @@ class PenaltyControl:
         self.num_penalized += self._penalize
         return self.weight if self._penalize else 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a training that goes on needs, so that it ends as if it had never stopped."""
+        return {
+            "num_steps": self.num_steps,
+            "num_penalized": self.num_penalized,
+            "penalizes": self._penalize,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.num_steps, self.num_penalized = state["num_steps"], state["num_penalized"]
+        self._penalize = state["penalizes"]
+
     def shares(self) -> dict[str, float]:
         """What the masks leave of each quantity, as a share of the dense model's."""
         scores = margins(self.masks.model, self.masks.groups, self.masks.t, self.masks.c0)

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -46,6 +46,18 @@ if TYPE_CHECKING:
 _POINTS = 100  # of the loss curve, at most
 
 
+class Resumable(Protocol):
+    """What a training that was killed goes on with."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and texts by name."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them over."""
+        ...
+
+
 @torch.enable_grad()
 def train_model(
     model: nn.Module,
@@ -60,6 +72,7 @@ def train_model(
     num_workers: int = 0,
     description: str = "fine-tune",
     penalty: Callable[[], Tensor] | None = None,
+    also: Resumable | None = None,
     after_part: Callable[[float], None] | None = None,
     parts_per_epoch: int = 1,
 ) -> list[dict[str, float]]:
@@ -78,6 +91,7 @@ def train_model(
         num_workers: Processes that load data.
         description: In front of the progress bar.
         penalty: Added to each loss; the loss curve is without it.
+        also: What else goes on from where it was, such as what the penalty counts.
         after_part: Gets the number of epochs that are done, before any state is kept; the model
             may be in eval mode afterwards.
         parts_per_epoch: How often it is called in an epoch, at most once a step.
@@ -122,7 +136,7 @@ def train_model(
         total = math.ceil(config.tokens / per_step)
         epochs = math.ceil(total / steps_per_epoch)
     save_every = config.save_every_steps or steps_per_epoch
-    saved = _Saved(checkpoint_dir, accelerator, total)
+    saved = _Saved(checkpoint_dir, accelerator, total, also)
     step, history = saved.load()
     losses: list[Tensor] = []
     last: Any = None
@@ -300,8 +314,10 @@ class _Reproducible(Dataset):
 class _Saved:
     """Resumable state of a training run: always one whole folder, never half of one."""
 
-    def __init__(self, folder: Path | None, accelerator: Accelerator, total: int) -> None:
-        self.folder, self.accelerator = folder, accelerator
+    def __init__(
+        self, folder: Path | None, accelerator: Accelerator, total: int, also: Resumable | None
+    ) -> None:
+        self.folder, self.accelerator, self.also = folder, accelerator, also
         self.shape = {"total_steps": total, "num_processes": accelerator.num_processes}
 
     def load(self) -> tuple[int, list[dict[str, float]]]:
@@ -317,6 +333,8 @@ class _Saved:
             self._clear()
             return 0, []
         self.accelerator.load_state(str(last))
+        if self.also is not None and "also" in record:
+            self.also.load_state_dict(record["also"])
         logger.info("resuming from step %d of %d", record["step"], record["total_steps"])
         return record["step"], record["history"]
 
@@ -336,6 +354,8 @@ class _Saved:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             record = {"step": step, **self.shape, "history": history}
+            if self.also is not None:
+                record["also"] = self.also.state_dict()
             (draft / "progress.json").write_text(json.dumps(record))
             put_in_place(draft, final)
         self._clear(but=final)

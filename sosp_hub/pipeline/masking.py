@@ -1,6 +1,5 @@
 """Training with masks, for the criterion `scp`: the epoch is selected on held-out samples."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from sosp_hub.atomic import write_text
 from sosp_hub.data.split import Part, Split
-from sosp_hub.distributed import is_main, logger
+from sosp_hub.distributed import logger
 from sosp_hub.evaluate import evaluate
 from sosp_hub.recipe.training import MaskTrainSection
 from sosp_hub.recovery.best import BestState, Selected, held_out_loader, hold_out
@@ -75,9 +73,6 @@ class MaskTraining:
         num_steps = self.config.epochs * math.ceil(per_epoch / self.config.gradient_accumulation)
         weight = self.config.penalty_weight(num_steps, steered=bool(budget))
         control = PenaltyControl(self.masks, graph, budget, weight)
-        counters = self.state / "penalty.json"
-        if counters.exists():  # of a training that goes on
-            control.num_steps, control.num_penalized = json.loads(counters.read_text())
         with self.masks.installed():
             history, selected = self._trained(
                 part,
@@ -85,7 +80,6 @@ class MaskTraining:
                 "train masks",
                 lambda: self.masks.penalty(control(), self.config.weight_decay),
                 control,
-                counters,
             )
             met = control.holds()
         num_off = self.masks.harden_()
@@ -130,7 +124,6 @@ class MaskTraining:
         description: str,
         penalty: Callable[[], Tensor],
         control: PenaltyControl | None = None,
-        counters: Path | None = None,
     ) -> tuple[list[dict[str, float]], Selected]:
         """Trains and gives the model the best of the last epochs, those that meet the budget."""
         config, model = self.config, self.masks.model
@@ -139,9 +132,6 @@ class MaskTraining:
         best = BestState(model, self.state)
 
         def select(epoch: float) -> None:
-            if control and counters and is_main():
-                numbers = [control.num_steps, control.num_penalized]
-                write_text(counters, json.dumps(numbers))
             last = epoch >= config.epochs and best.selected is None
             if last or (epoch >= first and (control is None or control.holds())):
                 measured = evaluate(model, loader, ("loss",), loss_fn=self.loss_fn)
@@ -158,6 +148,7 @@ class MaskTraining:
             num_workers=self.num_workers,
             description=description,
             penalty=penalty,
+            also=control,
             after_part=select,
         )
         return history, best.load()

@@ -249,6 +249,36 @@ def test_the_penalty_is_on_while_the_budget_is_missed():
     assert (control.num_steps, control.num_penalized) == (41, 21)
 
 
+def test_a_training_with_a_penalty_that_was_cut_off_ends_like_one_that_was_not(tmp_path):
+    """Between two looks at the masks, once while the penalty is on and once while it is off."""
+    net, x = spread(timm.create_model("cifar_resnet20")), torch.randn(1, 3, 16, 16)
+    masks, graph = masks_of(net, x, c0=0.6), trace(net, (x,))
+    settings = TrainSection(
+        epochs=6, batch_size=8, learning_rate=0.02, optimizer="sgd", save_every_steps=3
+    )
+
+    def trained(points, folder):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 2)
+        control = PenaltyControl(masks, graph, {"macs": 0.5}, 5.0)
+        control.holds = lambda: float(model.bias.detach().square().sum()) < 0.05
+        train_model(
+            model, points, settings, seed=7, checkpoint_dir=folder, also=control,
+            penalty=lambda: control() * model.bias.square().sum(),
+        )  # fmt: skip
+        return model.state_dict(), control.num_steps, control.num_penalized
+
+    whole = trained(Points(64, 1.0), None)
+    assert whole[1] == 48
+    assert 0 < whole[2] < 48
+    for stop_after in (5, 10, 12):
+        with pytest.raises(KeyboardInterrupt):
+            trained(Points(64, 1.0, stop_after), tmp_path)
+    resumed = trained(Points(64, 1.0), tmp_path)
+    assert_close(resumed[0], whole[0], relative=0)
+    assert resumed[1:] == whole[1:]
+
+
 def test_what_masks_leave_is_what_a_cut_costs():
     model, x = resnet_without_a_layer().eval(), torch.randn(1, 3, 16, 16)
     masks, graph = masks_of(model, x, c0=0.6), trace(model, (x,))
