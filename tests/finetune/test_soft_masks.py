@@ -14,8 +14,11 @@ from torch.nn import functional as F
 import sosp_hub.zoo.timm
 from sosp_hub.allocation import allocate
 from sosp_hub.cost import CostModel
+from sosp_hub.data.split import MadeSplit
+from sosp_hub.distributed import make_accelerator
+from sosp_hub.pipeline.masking import MaskTraining
 from sosp_hub.prune import main
-from sosp_hub.recipe.training import TrainSection
+from sosp_hub.recipe.training import MaskTrainSection, TrainSection
 from sosp_hub.scoring import score
 from sosp_hub.soft_masks import PenaltyControl, SoftMasks, off_probability
 from sosp_hub.structure.trace import trace
@@ -277,6 +280,41 @@ def test_a_training_with_a_penalty_that_was_cut_off_ends_like_one_that_was_not(t
     resumed = trained(Points(64, 1.0), tmp_path)
     assert_close(resumed[0], whole[0], relative=0)
     assert resumed[1:] == whole[1:]
+
+
+def test_a_training_with_masks_that_was_killed_in_an_epoch_tells_all_its_steps(tmp_path):
+    images, labels = torch.randn(60, 3, 8, 8), torch.arange(60) % 10
+
+    def trained(folder, stop_after=None):
+        left = [stop_after]
+
+        def make(indices):
+            if left[0] is not None:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+            return images[list(indices)], labels[list(indices)]
+
+        torch.manual_seed(0)
+        model, split = timm.create_model("cifar_resnet20", num_classes=10), MadeSplit(60, make)
+        section = MaskTrainSection(
+            epochs=2, batch_size=8, learning_rate=0.01, save_every_steps=2, held_out=0.2
+        )
+        accelerator = make_accelerator(seed=0)
+        training = MaskTraining(
+            masks_of(model, images[:1], c0=0.6), split, split, section, None, folder, accelerator,
+            seed=0, num_workers=0,
+        )  # fmt: skip
+        told = training.run(trace(model, (images[:1],)), {"macs": 0.9})
+        return told, model.state_dict()
+
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed", stop_after=5)
+    resumed = trained(tmp_path / "killed")
+    assert whole[0]["num_steps"] == 12
+    assert resumed[0] == whole[0]
+    assert_close(resumed[1], whole[1], relative=0)
 
 
 def test_what_masks_leave_is_what_a_cut_costs():
