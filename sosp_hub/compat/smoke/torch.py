@@ -1,5 +1,6 @@
 """Smoke tests of `sosp_hub.compat.torch`."""
 
+import copy
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def hooks_of_a_module() -> None:
     for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
         module, called = nn.Linear(2, 2), []
         handle = getattr(module, f"register_{kind}_hook")(lambda *_, to=called: to.append(1))
-        other = nn.Linear(2, 2)
+        other = copy.deepcopy(module)
         for name, table in compat.hook_tables(module).items():
             expect(name in compat.hook_tables(other), f"a module has no {name}")
             vars(other)[name] = table
