@@ -4,6 +4,7 @@ The same loop trains the dense model before it is pruned. Everything random depe
 the step alone, so that a run that was killed and continued ends as one that was not.
 """
 
+import importlib
 import json
 import math
 import shutil
@@ -399,13 +400,13 @@ def _optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
     ]
     if config.optimizer == "adamw_8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+            optimizers = importlib.import_module("bitsandbytes.optim")
         except ImportError as error:
             raise ModelError(
                 "finetune.optimizer: adamw_8bit needs bitsandbytes; pip install bitsandbytes, or "
                 "write adamw"
             ) from error
-        return AdamW8bit(groups, lr=config.rate)
+        return optimizers.AdamW8bit(groups, lr=config.rate)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.rate)
     nesterov = config.momentum > 0

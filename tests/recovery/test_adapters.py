@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 
 import pytest
 import timm
@@ -266,10 +267,17 @@ def test_tokens_that_are_none(tokens):
         config(tokens=tokens)
 
 
-def test_an_optimizer_that_is_not_installed_is_told():
-    pytest.importorskip("torch")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(ModelError, match="adamw_8bit needs bitsandbytes"):
-            recover(cut_llama(), windows(), config(optimizer="adamw_8bit"))
+def test_an_optimizer_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ModelError, match="adamw_8bit needs bitsandbytes"):
+        recover(cut_llama(), windows(), config(optimizer="adamw_8bit"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes
+def test_an_optimizer_of_8_bits_trains():
+    pytest.importorskip("bitsandbytes")
+    model = cut_llama()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    history = recover(model, windows(), config(optimizer="adamw_8bit", epochs=4)).history
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
