@@ -101,13 +101,16 @@ def has_hooks(parameter: nn.Parameter) -> bool:
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
+_HOOK_TABLES = [
+    name
+    for name, table in vars(nn.Module()).items()
+    if "hooks" in name and "state_dict" not in name and isinstance(table, dict)
+]
+
+
 def hook_tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
     """What is called before and after a module's passes, by number, of each kind of hook."""
-    return {
-        name: table
-        for name, table in vars(module).items()
-        if "hooks" in name and "state_dict" not in name and isinstance(table, dict)
-    }
+    return {name: vars(module)[name] for name in _HOOK_TABLES}
 
 
 def num_writes(tensor: Tensor) -> int:

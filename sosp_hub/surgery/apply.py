@@ -1,7 +1,9 @@
 """``apply``: a plan becomes a smaller model of the same class."""
 
+import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, Literal, get_args
 
@@ -127,11 +129,11 @@ def apply_(
     for old, new in zip(model.parameters(), twin.parameters(), strict=True):
         new.grad = old.grad
     pairs = zip(model.modules(), twin.modules(), strict=True)
-    hooks = [(new, hook_tables(old)) for old, new in pairs]
+    twins = [(new, weakref.ref(old)) for old, new in pairs]
     with Replacing(model, graph, part) as replacing:
         on_cut = replacing.put if dense is model else None
         pruned = cut(twin, graph, part, on_cut)
-    _keep_hooks(hooks, model, pruned)
+    _keep_hooks(twins, model, pruned)
     model.__dict__.clear()
     model.__dict__.update(pruned.__dict__)
     replacing.leave_to_others()
@@ -142,27 +144,28 @@ def apply_(
 
 
 def _keep_hooks(
-    hooks: Sequence[tuple[nn.Module, Mapping[str, dict[Any, Any]]]],
-    model: nn.Module,
-    pruned: nn.Module,
+    twins: Sequence[tuple[nn.Module, weakref.ref[nn.Module]]], model: nn.Module, pruned: nn.Module
 ) -> None:
     """The caller's own hooks stay those that are called, and their handles remove them.
 
     The cut model has copies of them. Those that are methods of the model's modules are such of its
-    own, as copies are.
+    own, as copies are. A module that somebody else holds too keeps its hooks in a table of its own.
 
     Args:
-        hooks: Modules of the cut model, and the tables of hooks that each had before.
+        twins: Modules of the cut model, and those that they were copied from.
         model: The model before the cut; it takes the place of ``pruned``.
         pruned: The cut model.
     """
     own = {id(module) for module in model.modules()}
-    for module, tables in hooks:
-        for name, table in tables.items():
+    for module, held in twins:
+        before = held()
+        assert before is not None  # the model holds it
+        for name, table in hook_tables(before).items():
             copies = vars(module)[name]
             bound = {key for key, hook in table.items() if id(_owner(hook)) in own}
             if not bound:
                 vars(module)[name] = table
+                vars(before)[name] = copy.copy(table)
                 continue
             for key, hook in table.items():
                 if key not in bound:

@@ -247,6 +247,23 @@ def test_hooks_of_the_caller_stay_her_own_in_a_cut_in_place(kind):
     assert model.seen == 4
 
 
+def test_hooks_set_after_a_cut_in_place_are_not_shared_with_another_model():
+    shared, called = nn.Linear(4, 8), []
+    shared.hooks = {"mine": torch.ones(2)}  # a name of the caller's
+    model, other = (nn.Sequential(shared, nn.ReLU(), nn.Linear(8, 2)) for _ in range(2))
+    shared.register_forward_hook(lambda *_: called.append("before"))
+    x = torch.randn(3, 4)
+    graph = trace(model, (x,))
+    sosp_hub.apply_(model, graph, half(graph))
+    model[0].register_forward_hook(lambda *_: called.append("after"))
+    called.clear()
+    other(x)
+    assert called == ["before"]
+    model(x)
+    assert called == ["before", "before", "after"]
+    assert model[0].hooks is not shared.hooks
+
+
 def test_a_part_that_another_model_has_too_stays_as_it_is():
     """As a backbone with two heads, or a layer that somebody has fetched before the cut."""
     shared = nn.Linear(4, 8)
