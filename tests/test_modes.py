@@ -273,6 +273,10 @@ def test_a_model_is_loaded_to_the_default_device(tmp_path, monkeypatch):
     monkeypatch.setattr(any_budget, "callers_device", lambda: torch.device("mps"))
     sosp_hub.from_pretrained(tmp_path / "a")
     assert moved[-1] == torch.device("mps")
+    moved.clear()
+    monkeypatch.setattr(timm.models.ResNet, "is_quantized", True, raising=False)
+    sosp_hub.from_pretrained(tmp_path / "a")
+    assert torch.device("mps") not in moved  # those refuse to move
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, set_device])

@@ -67,6 +67,7 @@ def from_pretrained(
     placed = kwargs.keys() & {"device_map", "model"}
     model = _loaded(path_or_id, budget, kwargs)
     device = callers_device()
+    placed = placed or getattr(model, "is_quantized", False)  # by its library, and refuses to move
     return model if placed or device.type in ("cpu", "meta") else model.to(device)
 
 
