@@ -566,6 +566,24 @@ def test_padding_takes_no_part():
         assert_close(two.model.get_parameter(name), one.model.get_parameter(name), relative=1e-4)
 
 
+def in_processes(num, work):
+    """What ``work(rank, process_sum)`` gives in each of several, which are threads here."""
+    barrier, sent = threading.Barrier(num, timeout=60), {}
+
+    def process(rank):
+        def process_sum(tensor):
+            sent[rank] = tensor
+            barrier.wait()
+            total = torch.stack([sent[other] for other in range(num)]).sum(0)
+            barrier.wait()
+            return total
+
+        return work(rank, process_sum)
+
+    with ThreadPoolExecutor(num) as pool:
+        return list(pool.map(process, range(num)))
+
+
 def images_of_several_processes():
     """Of which as many positions are drawn as all samples, not those of one process, ask for."""
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3)).double()
@@ -582,22 +600,12 @@ def test_processes_add_up_their_sums(batches, images):
     plan = half_of(graph)
     expected = rebuilt_weights(model, graph, plan, batches)
     shares = [batches[:1], batches[1:], []]
-    barrier, sent = threading.Barrier(3, timeout=60), {}
-
-    def process(rank):
-        def process_sum(tensor):
-            sent[rank] = tensor
-            barrier.wait()
-            total = torch.stack([sent[other] for other in range(3)]).sum(0)
-            barrier.wait()
-            return total
-
-        return rebuilt_weights(
+    found = in_processes(
+        3,
+        lambda rank, process_sum: rebuilt_weights(
             copy.deepcopy(model), graph, plan, shares[rank], process_sum=process_sum
-        )
-
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(process, range(3)))
+        ),
+    )
     for one in found:
         assert_close(one.model.state_dict(), expected.model.state_dict(), relative=1e-9)
         rows = [layer.rows for layer in expected.layers]

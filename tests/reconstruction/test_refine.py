@@ -2,8 +2,6 @@
 
 import copy
 import logging
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.structure.trace import trace
 from tests.cases import CASES
 from tests.compare import assert_close
-from tests.reconstruction.test_rebuild import half_of
+from tests.reconstruction.test_rebuild import half_of, in_processes
 from tests.structure.oracles import fill
 
 pytestmark = pytest.mark.slow
@@ -176,23 +174,13 @@ def test_padding_takes_no_part():
 def test_processes_train_together():
     model, graph, plan, batches = net(12)
     shares = [batches[:4], batches[4:], []]
-    barrier, sent = threading.Barrier(3, timeout=60), {}
-
-    def process(rank):
-        def process_sum(tensor):
-            sent[rank] = tensor
-            barrier.wait()
-            total = torch.stack([sent[other] for other in range(3)]).sum(0)
-            barrier.wait()
-            return total
-
-        return rebuilt_weights(
+    found = in_processes(
+        3,
+        lambda rank, process_sum: rebuilt_weights(
             copy.deepcopy(model), graph, plan, shares[rank], refine_steps=40,
             process_sum=process_sum,
-        )  # fmt: skip
-
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(process, range(3)))
+        ),
+    )  # fmt: skip
     for one in found:
         assert_close(one.model.state_dict(), found[0].model.state_dict(), relative=0)
         assert one.blocks == found[0].blocks

@@ -15,19 +15,6 @@ from sosp_hub.errors import DataError, ModelError, SospHubError
 from sosp_hub.recipe.schema import DataSection, ModelSection
 from sosp_hub.recipe.tasks import find_task
 from sosp_hub.zoo.load import load_model
-from tests.tasks.made import CASES, make
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    made = {}
-
-    def of(key):
-        if key not in made:
-            made[key] = make(CASES[key], tmp_path_factory.mktemp("task"))
-        return made[key]
-
-    return of
 
 
 def sound(rate=16_000, values=4000, width=2):

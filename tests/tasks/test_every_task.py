@@ -23,7 +23,7 @@ from sosp_hub.tasks.loss import batch_loss
 from sosp_hub.tasks.metrics import OfAll
 from sosp_hub.zoo.load import example_inputs, load_model
 from tests.compare import assert_close
-from tests.tasks.made import CASES, make
+from tests.tasks.made import CASES
 
 RECIPE = """
 model: {{library: transformers, id: {folder}/model, task: {task}}}
@@ -36,19 +36,6 @@ finetune: {{epochs: 1, batch_size: 8, held_out: 0}}
 evaluate: {{batch_size: 4, latency: false}}
 output: {{dir: {folder}/out, figures: false}}
 """
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Makes the model and data of a case once."""
-    made = {}
-
-    def of(key):
-        if key not in made:
-            made[key] = make(CASES[key], tmp_path_factory.mktemp("task"))
-        return made[key]
-
-    return of
 
 
 def opened(folder, case):

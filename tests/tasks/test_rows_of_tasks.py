@@ -17,18 +17,6 @@ from tests.tasks.made import CASES, make
 from tests.tasks.test_other_families import siglip
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def of(key):
-        if key not in made:
-            made[key] = make(CASES[key], tmp_path_factory.mktemp("task"))
-        return made[key]
-
-    return of
-
-
 def opened(folder, key, model="model", **keys):
     """The model, and its train split."""
     task = CASES[key].task
