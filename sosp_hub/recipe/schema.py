@@ -307,7 +307,7 @@ class RebuildSection(Section):
     refine_steps: Annotated[int, Field(ge=0)] = Field(
         default=0,
         description="then so many steps of Adam on all weights of each block toward its uncut "
-        "output, without labels; about twice the time with 100",
+        "output, without labels; takes several times as long",
     )
     num_samples: Count = Field(
         default=256, description="calibration samples, over all processes; no labels are needed"

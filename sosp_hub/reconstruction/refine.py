@@ -18,6 +18,7 @@ _WARM_UP = 5
 _CHECKS = 4
 """How often in a block the error on held-out batches is measured."""
 _TOLERANCE = 1e-3
+"""Of squares, within which a block gives again what it gave: 16 bits beside 32 differ by less."""
 
 
 @dataclass(frozen=True)
