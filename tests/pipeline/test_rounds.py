@@ -1,6 +1,7 @@
 """``schedule`` in recipes: cut, train, cut; told round by round, and continued in the middle."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +12,11 @@ from sosp_hub.cost import cost
 from sosp_hub.pipeline import rounds
 from sosp_hub.prune import main
 from sosp_hub.recipe.load import load_recipe
-from sosp_hub.recipe.schema import Recipe
 from sosp_hub.structure.trace import trace
 
 pytestmark = pytest.mark.slow
 
+TEXTS = Path(__file__).parents[2] / "recipes" / "smollm2_135m.yaml"
 ROUNDS = ["budget={macs: 0.6}", "schedule={rounds: 3}", "finetune.epochs=1", "data.num_train=48"]
 
 
@@ -82,11 +83,10 @@ def test_rounds_without_training_score_what_was_rebuilt(recipe):
     assert report["plan"]["kept"] != report_of(recipe, "once")["plan"]["kept"]
 
 
-def test_a_round_trains_by_its_own_epochs(recipe):
+def test_a_round_trains_by_its_own_epochs():
     """A number of tokens is of the last training alone."""
-    raw = load_recipe(recipe, [*ROUNDS]).model_dump()
-    raw["finetune"]["tokens"] = 1000
-    context = SimpleNamespace(recipe=Recipe.model_validate(raw), graph=(graph := _graph()))
+    given = [*ROUNDS, "finetune.tokens=1000"]
+    context = SimpleNamespace(recipe=load_recipe(TEXTS, given), graph=(graph := _graph()))
     one, last = (rounds._recipe_of(context, SimpleNamespace(graph=graph), n) for n in (1, 3))
     assert (one.finetune.epochs, one.finetune.tokens) == (1, None)
     assert last.finetune.tokens == 1000
