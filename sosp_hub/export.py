@@ -30,7 +30,8 @@ def export(
     Args:
         model: A model, or a folder or hub id that ``from_pretrained`` loads. It stays as it is.
         to: Name of a target, such as ``deci``, ``gguf``, ``onnx``, ``padded``.
-        out: File or new folder; None = beside the model's folder, with the target's name.
+        out: New folder, or file with the ending of the target; None = beside the model's folder,
+            with the name of the target.
         tokenizer: Goes into the files; None = the folder's own, where it has one.
         **options: Of the target.
 
@@ -75,6 +76,12 @@ def export(
     if out is None and folder is None:
         raise CheckpointError("export: a model in memory has no folder; give out=")
     place = Path(out) if out is not None else _beside(Path(str(folder)), target)
+    if target.suffix and place.suffix != target.suffix:
+        instead = place / "model" if place.is_dir() else place
+        raise CheckpointError(
+            f"{place}: what {target.name} writes is a file that ends in {target.suffix}; give "
+            f"{instead}{target.suffix}"
+        )
     _check_free(place)
     from sosp_hub.modes import in_own_modes
 
@@ -191,7 +198,11 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="FOLDER", help="a folder or a hub id")
     parser.add_argument("--to", required=True, metavar="TARGET", help="see below")
-    parser.add_argument("--out", metavar="PATH", help="file or new folder; null = beside FOLDER")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="new folder, or file with the ending of the target; null = beside FOLDER",
+    )
     parser.add_argument("option", nargs="*", metavar="KEY=VALUE", help="options of the target")
     return parser
 

@@ -64,11 +64,12 @@ def test_executorch_computes_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [("openvino", "llama"), ("executorch.exir", "vit")]
+    ("name", "family", "file"),
+    [("openvino", "llama", "model.xml"), ("executorch.exir", "vit", "model.pte")],
 )  # ExecuTorch takes no model that generates text
-def test_a_missing_package_is_named(name, family, tmp_path, monkeypatch):
+def test_a_missing_package_is_named(name, family, file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     package = name.partition(".")[0]
     with pytest.raises(CheckpointError, match=f"pip install {package}"):
-        sosp_hub.export(cuts.pruned(family), package, tmp_path / "model")
+        sosp_hub.export(cuts.pruned(family), package, tmp_path / file)
     assert not list(tmp_path.iterdir())

@@ -61,7 +61,7 @@ def test_export_does_what_inspect_says(name, tmp_path):
     assert {key for key, each in found.items() if each.loads is None} <= SEEN_BY_WRITING
     for target, each in found.items():
         if target not in SEEN_BY_WRITING:
-            place = tmp_path / f"out{TARGETS.known()[target].suffix}-{target}"
+            place = tmp_path / f"out-{target}{TARGETS.known()[target].suffix}"
             done, result = written(folder, target, place)
             assert done is each.loads, (target, each.why, result)
             if not done:

@@ -494,6 +494,12 @@ MISUSES = {
     "processes that share no heads": (
         lambda m: (m, "deci", {"tensor_parallel": 3}), CheckpointError, "8 query heads .*divisor",
     ),
+    "a file with another ending": (
+        lambda m: (m, "openvino", {"out": "m.openvino"}), CheckpointError, r"give m\.openvino\.xml",
+    ),
+    "a folder for a file": (
+        lambda m: (m, "gguf", {"out": "."}), CheckpointError, r"give model\.gguf$",
+    ),
 }  # fmt: skip
 
 
@@ -501,8 +507,9 @@ MISUSES = {
 def test_a_misuse_of_export_is_answered(name, tmp_path):
     make, kind, words = MISUSES[name]
     model, target, options = make(llama())
+    out = tmp_path / f"x{(TARGETS.known()[target] if isinstance(target, str) else target).suffix}"
     with pytest.raises(kind, match=words):
-        sosp_hub.export(model, target, **{"out": tmp_path / "x", **options})
+        sosp_hub.export(model, target, **{"out": out, **options})
     assert not list(tmp_path.iterdir())
 
 

@@ -24,6 +24,8 @@ import torch
 from transformers import AutoTokenizer
 
 import sosp_hub
+from sosp_hub.errors import CheckpointError
+from sosp_hub.recipe.targets import make_target
 
 PROMPT = "The state of our union"
 
@@ -134,7 +136,7 @@ def main():
             if importlib.util.find_spec(package) is None:
                 print(f"{name}: {package} is not installed", flush=True)
                 return
-            out = place / f"{name}{'' if target == 'deci' else '.' + target}"
+            out = place / f"{name}{make_target(target, CheckpointError).suffix}"
             start = time.process_time()
             sosp_hub.export(args.folder, target, out, **options)
             seconds = time.process_time() - start
