@@ -43,13 +43,14 @@ from sosp_hub.recipe.tasks import Inputs, Task, find_task, tasks
 from sosp_hub.types import TABLE_SUFFIXES
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 log = logging.getLogger(__name__)
 
 DIGITS = "sklearn/digits"
 SplitName = Literal["train", "test"]
 _STATISTICS_OF = 10_000  # images; enough for a mean
+_SHUFFLED = 1000  # streamed rows that are shuffled with each other, our choice
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,12 @@ def _in_memory(train: ImageRows, test: ImageRows) -> tuple[Rows, Rows]:
 
 def _find(section: DataSection, task: Task) -> tuple[str, Any, Any]:
     """Name, train and test; test is None where it has to be held out of train."""
+    path = Path(section.path or section.id or "").expanduser()
+    if section.num_streamed and (section.path or section.id == DIGITS or path.exists()):
+        raise DataError(
+            f"data.num_streamed: {path} is on this machine and read whole; leave the key out, and "
+            "write num_train and num_test for a part of it"
+        )
     if section.path is None and section.id == DIGITS:
         _need_pixels(task, DIGITS)
         for key, expected in (("train", ("train",)), ("test", ("test", None))):
@@ -245,7 +252,6 @@ def _find(section: DataSection, task: Task) -> tuple[str, Any, Any]:
                 raise _no_split(section, key, DIGITS, "train and test")
         train, test = read_digits()
         return DIGITS, train, test if section.test is not None else None
-    path = Path(section.path or section.id or "").expanduser()
     if path.exists():
         name = section.id if section.path and section.id else path.name
         return (name, *_local(path, section, task))
@@ -370,7 +376,11 @@ def _from_hub(section: DataSection, task: Task) -> tuple[Rows, Rows | None]:
             if split is None:
                 continue
             try:
-                table = load_dataset(**where, split=split)
+                if section.num_streamed:
+                    stream = load_dataset(**where, split=split, streaming=True)
+                    table = _first_rows(stream, section.num_streamed)
+                else:
+                    table = load_dataset(**where, split=split)
             except (
                 ValueError
             ) as error:  # no such split or configuration; the message lists those there are
@@ -381,6 +391,14 @@ def _from_hub(section: DataSection, task: Task) -> tuple[Rows, Rows | None]:
                 raise _no_split(section, key, name, listed) from error
             splits.append(_columns(table, section, task, name))
     return splits[0], splits[1] if len(splits) > 1 else None
+
+
+def _first_rows(stream: "IterableDataset", num: int) -> "Dataset":
+    """So many rows, in the same order each time; images and recordings as their bytes."""
+    from datasets import Dataset
+
+    shuffled = stream.decode(False).shuffle(seed=0, buffer_size=min(num, _SHUFFLED))
+    return Dataset.from_list(list(shuffled.take(num)), features=stream.features)
 
 
 def _columns(table: "Dataset", section: DataSection, task: Task, where: str) -> Rows:

@@ -125,6 +125,11 @@ class SourceSection(Section):
     series: str = Field(default="target", description="column of lists of numbers over time")
     num_train: Count | None = Field(default=None, description="training samples used; null = all")
     num_test: Count | None = Field(default=None, description="test samples used; null = all")
+    num_streamed: Count | None = Field(
+        default=None,
+        description="rows of each split of a hub data set that are streamed, the first after a "
+        "shuffle of its files and of a buffer of 1000 rows; null = it is downloaded whole",
+    )
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:

@@ -115,6 +115,7 @@ class Hub:
 
     # --------------------------------------------------------------------------------- answers
     def answer(self, method, path, query, headers, body: Path | bytes) -> Answer:
+        path = re.sub("^/api/datasets/", "/api/models/", path).removeprefix("/datasets")
         for pattern, handler in ROUTES:
             found = re.fullmatch(pattern, f"{method} {path}")
             if found:
