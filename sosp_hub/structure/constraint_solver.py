@@ -215,7 +215,10 @@ def bar_counts(
     index = _Index(constraints)
     live = index.by_attribute.keys()
     for comparison in comparisons:
-        if _dead(comparison) and not attributes(comparison.expr) & live:
+        asked = attributes(comparison.expr)
+        if _dead(comparison) and not asked & live:
+            continue
+        if _may_differ_otherwise(comparison.expr) and asked <= live:
             continue
         bound = _bound(comparison, index)
         involved = [a for c in (comparison, *bound) for a in (*atoms(c.axis), *expr_atoms(c.expr))]
@@ -243,6 +246,14 @@ def bar_counts(
             atom.pinned.setdefault(f"its size decides {comparison.where}")
         pinned |= bool(stuck)
     return pinned
+
+
+def _may_differ_otherwise(expr: Expr) -> bool:
+    """Whether two sizes of the model were found to differ: any two others may differ instead.
+
+    They are not kept from meeting, unless one is a number that no cut changes.
+    """
+    return isinstance(expr, Op) and expr.symbol == "!=" and not isinstance(expr.right, int)
 
 
 def _flips(

@@ -239,7 +239,7 @@ def _comparison(symbol: str) -> Callable[[TracedInt, Any], Any]:
         sign = symbol if truth else _OPPOSITE[symbol]
         if isinstance(other, TracedInt) and sign == "==":
             _listeners[-1].equal(self.expr, other.expr)
-        elif not (isinstance(other, TracedInt) and sign == "!="):  # what differs may go on so
+        else:
             _listeners[-1].true(Op(sign, self.expr, expr_of(other)))
         return truth
 

@@ -179,6 +179,18 @@ class BranchOnSize(Between):
         return x * 2 if x.shape[-1] > 8 else x
 
 
+class GrowsByItsWidths(Between):
+    """Nothing but the comparison uses the width before, so no cut changes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.now = 6, 12
+
+    def trick(self, x):
+        x = x.view(2, -1, self.now)
+        return torch.relu(x) if self.before != self.now else x
+
+
 class ChecksItsSize(Between):
     def __init__(self):
         super().__init__()
@@ -650,6 +662,7 @@ TRICKS = (
     Trick(ScaleFromConstructor, "cut", (12,)),
     Trick(BranchOnValues, "whole", (12,)),
     Trick(BranchOnSize, "cut", (12,)),
+    Trick(GrowsByItsWidths, "cut", (12,)),
     Trick(ChecksItsSize, "cut", (12,)),
     Trick(AnotherLayout, "cut", (8, 12)),
     Trick(LoopOverHeads, "cut", (4,)),

@@ -12,6 +12,7 @@ from sosp_hub.structure.terms import Constraint
 from sosp_hub.structure.traced_int import Attribute, Op, attributes
 
 HEADS, WIDTH, DIM = Attribute("a", "heads"), Attribute("a", "width"), Attribute("a", "dim")
+BEFORE = Attribute("a", "before", dense=4)
 
 
 def says(expr, axis):
@@ -195,6 +196,20 @@ def test_a_count_that_would_flip_a_branch_is_barred():
     assert check([says(HEADS, atom)], [atom], [true(">", HEADS, 2)]) == 4
     assert atom.barred == {1, 2}
     assert not atom.pinned
+
+
+def test_a_width_does_not_become_one_that_it_is_compared_with_and_no_cut_changes():
+    """if self.before != self.width: project; what was before is a number that nothing uses."""
+    atom = Atom(6)
+    assert check([says(WIDTH, atom)], [atom], [true("!=", BEFORE, WIDTH)]) == 5
+    assert atom.barred == {4}
+
+
+def test_two_widths_that_differ_may_differ_otherwise():
+    wide, narrow = Atom(6), Atom(4)
+    says_both = [says(WIDTH, wide), says(HEADS, narrow)]
+    settle(says_both, (), [true("!=", WIDTH, HEADS)])
+    assert not wide.barred and not wide.pinned and not narrow.pinned
 
 
 def test_a_group_is_pinned_where_every_count_flips_a_branch():

@@ -140,7 +140,7 @@ def test_sizes_that_are_found_equal_are_told(told):
     assert (width != heads) is False
     assert told == ([], [(WIDTH, HEADS)] * 2, [])
     assert width != TracedInt(3, HEADS)
-    assert told == ([], [(WIDTH, HEADS)] * 2, []), "what differs may go on differing"
+    assert told == ([], [(WIDTH, HEADS)] * 2, [Op("!=", WIDTH, HEADS)])
 
 
 def test_copies_stay_traced_and_what_is_stored_is_plain():
