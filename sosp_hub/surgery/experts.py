@@ -1,6 +1,7 @@
 """What counts the experts of a model beside their tensors."""
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ def recount_experts(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Sets the numbers of experts that the traced code did not read.
 
     Routers and blocks say how many experts their own layer has; a config says it for all layers,
-    and is left alone where they differ.
+    and is left alone where they differ, as where a table chooses the experts of some layers.
     """
     count = graph.count(plan.num_kept())
     layers: dict[str, tuple[int, int]] = {}
@@ -32,10 +33,28 @@ def recount_experts(model: nn.Module, graph: Graph, plan: Plan) -> None:
             _recount(vars(module), sizes)
     if len(set(layers.values())) == 1:
         sizes = next(iter(layers.values()))
+        if _others_stay(model, layers, sizes):
+            return
         configs: dict[int, Any] = {}
         for module in model.modules():
             _recount(vars(module), sizes)
             _recount_configs(vars(module), sizes, configs)
+
+
+def _others_stay(model: nn.Module, blocks: Collection[str], sizes: tuple[int, int]) -> bool:
+    """Whether a module outside of these blocks counts experts whose tensors were left whole."""
+    before, after = sizes
+    inside = tuple(f"{block}." for block in blocks)
+    return before != after and any(
+        _counts(module, before)
+        and any(parameter.shape[:1] == (before,) for parameter in module.parameters(recurse=False))
+        for name, module in model.named_modules()
+        if not f"{name}.".startswith(inside)
+    )
+
+
+def _counts(module: nn.Module, before: int) -> bool:
+    return any(vars(module).get(name) == before for name in _COUNTS)
 
 
 def _recount(values: dict[str, Any], sizes: tuple[int, int]) -> None:

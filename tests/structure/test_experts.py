@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch.overrides import TorchFunctionMode
 
 from sosp_hub import allocate
@@ -198,3 +199,26 @@ def test_neurons_of_experts_are_left_in_numbers_that_the_kernel_takes(dtype, rou
             seen.add(count)
         run(apply(model, graph, plan, verify="fast"), graph)
     assert seen, "something was cut"
+
+
+def test_layers_whose_experts_a_table_chooses_keep_theirs():
+    """DeepSeek V4's first layers look the experts of a token up; they stay whole."""
+    config = transformers.DeepseekV4Config(
+        vocab_size=32, hidden_size=16, moe_intermediate_size=12, num_hidden_layers=2,
+        num_attention_heads=2, head_dim=8, q_lora_rank=8, o_groups=2, o_lora_rank=8,
+        qk_rope_head_dim=2, hc_mult=2, hc_sinkhorn_iters=1, n_routed_experts=4,
+        num_experts_per_tok=2, sliding_window=8, mlp_layer_types=["hash_moe", "moe"],
+        layer_types=["sliding_attention", "sliding_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = fill(transformers.DeepseekV4ForCausalLM(config).eval())
+    graph = trace(model, {"input_ids": torch.randint(32, (2, 6))}, "logits")
+    plan = half(graph, lambda group: group.kind == "expert")
+    assert [*plan.kept] == ["model.layers.1.mlp.gate:expert"]
+    pruned = apply(model, graph, plan, strict=True)
+    found = [layer.mlp.experts.num_experts for layer in pruned.model.layers]
+    assert (found, pruned.config.n_routed_experts) == ([4, 2], 4)
+    twin = copy.deepcopy(model)
+    with NeverChosen(twin, graph, plan):
+        expected = run(twin, graph)
+    assert_close(run(pruned, graph), expected, what="minus infinity")
