@@ -69,6 +69,7 @@ VERBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_modes_are_as_they_were(verb):
     model = half_frozen()
@@ -165,6 +166,7 @@ def every_verb(model, fresh, folder):
     return found, made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", [torch.inference_mode, torch.no_grad, autocast, default_device, set_device]
 )
@@ -208,6 +210,7 @@ class Counting(nn.Module):
         return self.layers(x[torch.arange(len(x))])
 
 
+@pytest.mark.slow
 def test_what_is_the_callers_runs_with_the_callers_default_device(tmp_path):
     """Models on it, losses, batches that are made when asked for, samples."""
     asked = set()
@@ -279,6 +282,7 @@ def test_a_model_is_loaded_to_the_default_device(tmp_path, monkeypatch):
     assert torch.device("mps") not in moved  # those refuse to move
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, set_device])
 def test_a_training_in_a_mode_without_gradients_trains(mode):
     found = []

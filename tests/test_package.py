@@ -31,6 +31,7 @@ def test_every_public_name_is_there(name):
     assert name in dir(sosp_hub)
 
 
+@pytest.mark.slow
 def test_loading_a_name_leaves_random_numbers_as_they_were():
     code = (
         "import random, sys, sosp_hub; state = random.getstate(); "
@@ -40,6 +41,7 @@ def test_loading_a_name_leaves_random_numbers_as_they_were():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tasks.OwnOutputs", "tasks.squared", "errors.PlanError"])
 def test_public_rooms_need_no_import_of_their_own(name):
     code = f"import sosp_hub; print(sosp_hub.{name}.__name__)"

@@ -108,6 +108,7 @@ def _net():
     return net
 
 
+@pytest.mark.slow
 def test_finetune_gives_a_better_copy_and_leaves_all_else_as_it_was():
     net, data, before = _net(), _samples(), random_states()
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -131,6 +132,7 @@ def test_finetune_gives_a_better_copy_and_leaves_all_else_as_it_was():
     assert (done.num_held_out, done.selected.epoch > 0) == (8, True)
 
 
+@pytest.mark.slow
 def test_finetune_follows_a_teacher_and_says_what_is_wrong():
     data, teacher = _samples(), _net()
     options = {"learning_rate": 0.05, "batch_size": 8}

@@ -86,6 +86,7 @@ BUDGETS = st.fixed_dictionaries(
 ).filter(bool)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["block", "llama", "test_resnet"]), BUDGETS, st.integers(0, 99),

@@ -139,6 +139,7 @@ def test_experts_that_go_and_are_stored_one_by_one(tmp_path):
     assert any(".experts.2." in name for name in tensors(tmp_path / "dense"))
 
 
+@pytest.mark.slow
 def test_shards_are_read_and_written(tmp_path):
     memory, disk = both("llama", tmp_path, how={"max_shard_size": "30KB"})
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) >= 3
@@ -147,6 +148,7 @@ def test_shards_are_read_and_written(tmp_path):
     assert (disk / "model.safetensors.index.json").is_file()
 
 
+@pytest.mark.slow
 def test_blocks_of_rows_make_the_same_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_BYTES", 300)
     assert_same(*both("llama", tmp_path))
@@ -167,6 +169,7 @@ def test_gates_and_shifts_are_folded_in_blocks(tmp_path, monkeypatch):
     assert_same(*both("bert", tmp_path, plan=plan))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_and_how_to_generate_come_along(tmp_path):
     folder = dense_folder("llama", tmp_path)
     (folder / "tokenizer_config.json").write_text("{}")
@@ -182,6 +185,7 @@ def test_a_tokenizer_and_how_to_generate_come_along(tmp_path):
     assert not {"sosp_report.json", "README.md"} & names
 
 
+@pytest.mark.slow
 def test_what_is_written_wrongly_is_seen(tmp_path, monkeypatch):
     folder = dense_folder("llama", tmp_path)
     plan = some_plan(
@@ -195,6 +199,7 @@ def test_what_is_written_wrongly_is_seen(tmp_path, monkeypatch):
     assert not (tmp_path / "disk").exists()
 
 
+@pytest.mark.slow
 def test_refusals_are_typed_and_leave_nothing(tmp_path):
     folder = dense_folder("llama", tmp_path)
     model = sosp_hub.from_pretrained(folder)
@@ -220,6 +225,7 @@ def test_refusals_are_typed_and_leave_nothing(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path, capsys):
     folder = dense_folder("llama", tmp_path)
     model = sosp_hub.from_pretrained(folder)

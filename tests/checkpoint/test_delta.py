@@ -170,6 +170,7 @@ def test_what_the_format_cannot_say_is_refused(change, words):
         diff(Net(), model)
 
 
+@pytest.mark.slow
 def test_a_backbone_with_a_config_of_its_own_kind_is_no_base_model(tmp_path):
     """Its class does not see the delta, which stands in the config of the whole model."""
     model, inputs, _ = tiny.built("Tipsv2DptForSemanticSegmentation")
@@ -183,6 +184,7 @@ def test_a_backbone_with_a_config_of_its_own_kind_is_no_base_model(tmp_path):
         assert_close(loaded(**inputs).logits, pruned(**inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 1])
 def test_a_cut_buffer_that_transformers_fills_by_the_config_is_stored(kept, tmp_path):
     """Swin V2's bias of positions with one of its two coordinates; its class makes both."""

@@ -85,6 +85,7 @@ def no_room(*_, **__):
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "fails", "words"),
     [
@@ -106,6 +107,7 @@ def test_a_save_that_fails_is_typed_and_changes_nothing(place, fails, words, mod
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(tmp_path):
     """A limit of the system on the size of a file, met inside the writer of safetensors."""
     code = f"""
@@ -260,6 +262,7 @@ def test_implementations_of_the_library_may_be_named(value, llama, tmp_path):
 ODD = ["x", -1, 0, 1e308, 10**400, True, None, [1], [3, -4, 5], [3, 10**6, 10**6], {"a": 1}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key", ["num_classes", "input_size", "fixed_input_size", "pool_size", "crop_pct", "classifier"]
 )

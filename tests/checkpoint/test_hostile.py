@@ -316,6 +316,7 @@ def test_a_failed_delta_changes_nothing(config):
     assert model.layers[0].mlp.intermediate_size == 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", mutations.TARGETS)
 def test_mutated_files_raise_nothing_else(target):
     mutations.TARGETS[target]()

@@ -181,6 +181,7 @@ TOKENS = torch.arange(3, 13).reshape(2, 5)
 FIVE = {**cuts.GQA, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "is_plain"), [(4, True), (3, False), (2, True)])
 def test_a_uniform_cut_that_needs_a_delta_is_said(kept, is_plain, tmp_path, caplog):
     """Llama's config wants heads that divide the hidden size."""
@@ -213,6 +214,7 @@ PLAIN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_uniform_cut_keeps_numbers_that_a_plain_config_can_say(name, tmp_path, caplog):
     kinds, changes = PLAIN[name]
@@ -236,6 +238,7 @@ def test_a_uniform_cut_keeps_numbers_that_a_plain_config_can_say(name, tmp_path,
     assert "uniform" not in caplog.text
 
 
+@pytest.mark.slow
 def test_configs_inside_a_config_are_asked_too(caplog):
     """Of a vision-language model: the text model's heads divide its hidden size."""
     torch.manual_seed(0)
@@ -262,6 +265,7 @@ def test_configs_inside_a_config_are_asked_too(caplog):
     assert "does not run on inputs that its config tells" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_uniform_cut_of_heads_that_no_config_can_say_is_said(caplog):
     cls, config, _ = cuts.FAMILIES["bert"]
     torch.manual_seed(0)

@@ -67,6 +67,7 @@ def tokens():
     return torch.arange(3, 15).reshape(2, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [mask_transformer, detector, recurrent, sparse])
 def test_it_is_saved_and_loads_again(build, tmp_path):
     torch.manual_seed(0)
@@ -100,6 +101,7 @@ def of_any_size():
     return tf.DetrForObjectDetection(config), inputs, "logits", "model.encoder.layers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [two_towers, of_any_size])
 def test_a_cut_of_layers_alone_is_saved(build, tmp_path):
     """No tensor has another size: the config has to say it."""

@@ -176,6 +176,7 @@ class Backbone(nn.Module):
         return self.head(self.body(images))
 
 
+@pytest.mark.slow
 def test_a_librarys_model_inside_with_a_part_taken_out(tmp_path):
     images = (torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)),)
     small = cut(dense(Backbone), images, macs=0.7)
@@ -275,6 +276,7 @@ def test_state_that_is_no_tensor(tmp_path):
         sosp_hub.save_pretrained(Counting(), tmp_path / "small")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # peft asks deprecated properties
 def test_adapters_have_to_be_merged(tmp_path):
     peft = pytest.importorskip("peft")

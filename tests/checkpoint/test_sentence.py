@@ -102,6 +102,7 @@ def features():
     return ({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},)
 
 
+@pytest.mark.slow
 def test_its_own_folder_holds_the_cut_model(model, tmp_path):
     graph = sosp_hub.trace(model, features(), outputs="sentence_embedding")
     scores = sosp_hub.score(model, graph, [], "magnitude")

@@ -90,6 +90,7 @@ def test_own_names_are_no_ones_business():
     assert list(private_names(source)) == []
 
 
+@pytest.mark.slow
 def test_no_other_file_touches_a_private_name():
     assert len(FILES) > 100
     found = {

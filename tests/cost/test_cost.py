@@ -127,6 +127,7 @@ def test_batches_do_not_matter():
     assert len({cost(trace(model, case.inputs(n), outputs="logits")) for n in (2, 3, 5)}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantity", ["macs", "params", "bytes"])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "llama"])
 def test_a_unit_costs_what_a_cut_of_it_alone_saves(name, quantity):

@@ -159,6 +159,7 @@ def test_hap_of_structures_that_do_not_interact():
     assert_close(found["g"], model(x).square().mean(0) / 2, relative=1e-9)
 
 
+@pytest.mark.slow
 def test_hap_is_the_diagonal_and_noise_that_shrinks():
     toy = perceptron()
     hessian = toy.hessian()

@@ -28,6 +28,7 @@ def _mean_output(model, module, inputs):
     return torch.cat(seen).mean(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "test_vit"])
 def test_the_mean_output_of_the_reader_stays(name, gated):

@@ -263,6 +263,7 @@ def test_folded_equals_gated(make):
     assert_close(toy.model(toy.batch[0]), expected, relative=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", with_trait("residual"), ids=str)
 def test_a_compensated_plan_equals_the_gated_model(case):
     """Every second structure goes; what is cut and folded computes what the gated model does."""

@@ -147,6 +147,7 @@ def test_the_constraint_and_the_first_layer_where_it_breaks(case):
             assert answer[1] in found[name].why
 
 
+@pytest.mark.slow
 def test_one_width_is_that_of_the_widest_layer():
     model = cuts.pruned("llama")  # layer 0 has all heads and most neurons
     own, first = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0]))
@@ -168,6 +169,7 @@ def test_exports(given, name, loads, words):
     assert words in found.why
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt2", "opt"])
 def test_gguf_is_promised_where_it_is_written(family, tmp_path):
     pytest.importorskip("gguf")
@@ -234,6 +236,7 @@ def test_costs_are_those_of_a_text_of_usual_length(positions, tokens, tmp_path, 
     assert f"MACs are for one sample of {tokens} tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_quantised_folder_is_sound_and_not_for_export(tmp_path):
     """Whatever library packed its weights: inspect and push compare what is as it was."""
     folder = sosp_hub.save_pretrained(cuts.pruned("llama"), tmp_path)

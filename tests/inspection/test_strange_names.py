@@ -18,6 +18,7 @@ def folder(tmp_path):
     return sosp_hub.save_pretrained(cuts.pruned("llama"), tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_a_tensor_that_is_left_over_is_named(folder, capsys):
     file = folder / "model.safetensors"
     save_file({**load_file(file), NAME: torch.zeros(2)}, file, metadata={"format": "pt"})

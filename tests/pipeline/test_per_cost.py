@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -13,6 +14,7 @@ from tests.compare import assert_close
 KEYS = ("criterion.name=magnitude", "criterion.per=macs")
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_divided(recipe, tmp_path):
     assert main([str(recipe), *KEYS]) == 0
     report = json.loads((tmp_path / "out" / "sosp_report.json").read_text())

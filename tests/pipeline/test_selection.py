@@ -7,6 +7,7 @@ import pytest
 from sosp_hub.prune import main
 
 
+@pytest.mark.slow
 def test_groups_are_left_out_and_given_shares_by_name(recipe, tmp_path):
     keys = [
         "structure.exclude=['layer1*', 'conv1*']",
@@ -23,6 +24,7 @@ def test_groups_are_left_out_and_given_shares_by_name(recipe, tmp_path):
     assert plan["provenance"]["groups"] == {"layer2.*": 0.5}
 
 
+@pytest.mark.slow
 def test_shares_by_name_alone_leave_the_others_whole(recipe, tmp_path):
     keys = ["budget={groups: {'layer2.*': 0.5}}", "criterion.name=magnitude"]
     assert main([str(recipe), *keys]) == 0

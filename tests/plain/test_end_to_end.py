@@ -169,6 +169,7 @@ LARGE = ("fcn", "deeplab", "lr-aspp", "yolo")
 PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in EXAMPLES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMS)
 def test_four_lines(name, tmp_path):
     one = EXAMPLES[name]

@@ -83,6 +83,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_recipe_is_refused_in_few_words(tmp_path, name):
     path = tmp_path / "recipe.yaml"

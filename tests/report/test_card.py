@@ -464,6 +464,7 @@ def test_the_load_snippet_gives_half_precision_weights_an_image_of_their_type(tm
 
 
 # ------------------------------------------------------------------------------------- figures
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [reports.image_report, reports.text_report])
 def test_figures_are_drawn_and_shown(tmp_path, make):
     folder = make_folder(tmp_path / "net", card=False)

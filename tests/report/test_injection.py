@@ -257,6 +257,7 @@ def test_a_study_shows_words_and_obeys_none(tmp_path, harm):
     assert "<script" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 def test_pictures_take_any_name(tmp_path):
     """All names in one report, which draws each picture once; metrics by three, as are shown."""
@@ -382,6 +383,7 @@ def few_entries():
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [few_entries, reports.whole_report])
 def test_any_odd_value_in_a_report_is_refused_or_told(make):
     """Each value of a report in turn is replaced, or left out: a typed error or all its words."""

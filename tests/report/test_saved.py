@@ -12,6 +12,7 @@ def folder(tmp_path):
     return sosp_hub.save_pretrained(cuts.pruned("llama"), tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_saved_model_can_be_pushed(folder):
     result = sosp_hub.push_to_hub(folder, "me/small", dry_run=True)
     assert {"README.md", "config.json", "model.safetensors"} <= set(result.added)

@@ -141,6 +141,7 @@ def test_numbers_that_count_other_experts_stay():
     assert pruned.config.draft.num_local_experts == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_another_kernel_has_the_same_groups(name):
     """`batched_mm` picks the weights by number, biases included."""
@@ -175,6 +176,7 @@ def test_the_gate_of_an_expert_scales_what_it_contributes(traced):
     assert_close(found[0], 2 * found[1], what="twice the contribution")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("round_to", [1, 6])
 def test_neurons_of_experts_are_left_in_numbers_that_the_kernel_takes(dtype, round_to):

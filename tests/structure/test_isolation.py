@@ -460,6 +460,7 @@ def test_nothing_differs_after_an_exception(hostile, verb, monkeypatch):
     assert_same(owned.everything(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hostile", HOSTILE, ids=name_of)
 def test_outputs_are_what_they_were(hostile):
     """The five lines that showed it: a model after its trace, and a new one of its class."""
@@ -547,6 +548,7 @@ def rt_detr():
     ).eval()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_detector_of_transformers_runs_after_its_trace():
     torch.manual_seed(0)
     model, inputs = rt_detr(), {"pixel_values": torch.randn(1, 3, 64, 64)}

@@ -66,6 +66,7 @@ MODELS = {  # with the number of groups behind pairs
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_readers_see_zeros_where_the_pair_is_off(name):
     size, expected = MODELS[name]

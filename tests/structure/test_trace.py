@@ -46,6 +46,7 @@ def test_the_model_and_its_inputs_are_not_touched(case, fake):
         assert not module._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_train_mode_eval_mode_and_frozen_weights_give_one_graph():
     models = RESNET.model(), RESNET.model().train(), RESNET.model().requires_grad_(False)
     assert len({str(trace(model, RESNET.inputs())) for model in models}) == 1

@@ -63,6 +63,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
     assert after == {key: value for key, value in before.items() if key != "tensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_cut_model_is_smaller_and_the_given_one_is_untouched(case):
     model, graph = prepared(case)
@@ -104,6 +105,7 @@ def test_it_trains(case):
     assert changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_it_can_be_copied(case, copied):
@@ -332,6 +334,7 @@ def test_the_cut_llama_generates_what_the_gated_llama_generates(use_cache):
         assert_close(logits, expected[:, -1], what=f"logits after {length} tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traced", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.library == "transformers"], ids=str
@@ -362,6 +365,7 @@ def test_masks_and_other_lengths_work_as_well():
 # --- in place ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_in_place_gives_the_same_model(case):
     model, graph = prepared(case)
@@ -443,6 +447,7 @@ def test_a_plan_for_another_size_names_given_and_expected():
         apply(model, graph, PruningPlan({name: (0,)}, {name: group.size + 1}))
 
 
+@pytest.mark.slow
 def test_a_plan_that_breaks_a_tie_names_both_groups():
     for case in CASES:
         model, graph = prepared(case)
@@ -618,6 +623,7 @@ def blocks(num, dtype=torch.float32):
     return nn.Sequential(*layers).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("cutting", "most"), [(apply, 1.65), (apply_, 1.3)])
 def test_a_thorough_cut_holds_one_tensor_more_than_the_models(cutting, most, dtype):
@@ -662,6 +668,7 @@ def test_a_cut_in_place_that_is_stopped_halfway_is_undone(monkeypatch):
     assert model[0].weight.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_model_is_copied_to_be_verified(case, monkeypatch):
     """All parameters are computed where an operation reads them."""
@@ -698,6 +705,7 @@ def test_a_model_that_asks_where_its_weights_lie_is_verified_with_copies(caplog)
     assert_close(run(pruned, graph), gated(model, graph, plan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_deep_model_of_16_bits_is_compared_in_double_precision(attention):
     """Its rounding alone is above the tolerance, and its mask has the least number of its dtype."""

@@ -223,6 +223,7 @@ def test_steps_of_other_optimizers_are_left_alone():
     step(model, torch.optim.SGD(model.parameters(), lr=0.1), inputs)
 
 
+@pytest.mark.slow
 def test_two_cuts_are_carried_one_after_the_other():
     model, optimizer, inputs = trained()
     graph = trace(model, (inputs,))

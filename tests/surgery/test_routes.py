@@ -397,6 +397,7 @@ def test_ways_that_differ_by_rounding_are_compared_in_double_precision():
     assert pruned.model.layers[0].mlp.up_proj.out_features == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRACES)
 def test_other_ways_are_traced_only_where_they_read_what_was_not_read(name, monkeypatch):
     """Each trace costs more than all passes of a small model together."""

@@ -95,6 +95,7 @@ def test_other_indices_in_one_tensor_are_noticed(monkeypatch, block, tensor, dim
         apply(model, graph, plan, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [LLAMA, RESNET], ids=str)
 def test_every_tensor_of_a_real_model_is_watched(monkeypatch, case):
     """Nothing can be cut at other indices without being noticed."""

@@ -15,6 +15,7 @@ from tests.targets.test_cached import MODELS, expected, generated
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
+@pytest.mark.slow
 def test_openvino_generates_the_same_tokens(tmp_path):
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
@@ -31,6 +32,7 @@ def test_openvino_generates_the_same_tokens(tmp_path):
     assert torch.equal(found, expected(model, 8))
 
 
+@pytest.mark.slow
 def test_openvino_computes_the_same(tmp_path):
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
@@ -46,6 +48,7 @@ def executorch():
     return pytest.importorskip("executorch.runtime").Runtime.get()
 
 
+@pytest.mark.slow
 def test_executorch_programs_have_no_cache(tmp_path):
     executorch()
     with pytest.raises(ModelError, match=r"LlamaForCausalLM.*cache=true"):
@@ -53,6 +56,7 @@ def test_executorch_programs_have_no_cache(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:read_binary is deprecated:DeprecationWarning")  # its own reader
 def test_executorch_computes_the_same(tmp_path):
     runtime = executorch()
