@@ -93,6 +93,17 @@ def _pad(terms: Terms, op: Operation) -> None:
             terms.constrain(after, pieces[1], "a padding")
 
 
+@_demand("repeat", "tile")
+def _repeat(terms: Terms, op: Operation) -> None:
+    times = _flat(op.args[1:]) or list(op.kwargs.get("repeats", op.kwargs.get("dims", ())))
+    sizes = [1] * op.out.dim() + [*op.tensor.shape]
+    for number, axis, size in zip(
+        reversed(times), reversed(terms.of(op.out)), reversed(sizes), strict=False
+    ):
+        if size == 1:
+            terms.constrain(number, axis, "a repeat")
+
+
 @_demand("repeat_interleave")
 def _repeat_interleave(terms: Terms, op: Operation) -> None:
     repeats, dim = op.argument(1, "repeats"), op.argument(2, "dim")

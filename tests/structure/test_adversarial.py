@@ -242,6 +242,19 @@ class CopiesForHeads(Between):
         return copies.relu()
 
 
+class RowsByRepeatedNumbers(Between):
+    """As masked autoencoders and detectors pick tokens."""
+
+    def trick(self, x):
+        order = torch.tensor([[3, 0, 1, 2], [1, 0, 3, 2]])
+        return torch.gather(x, 1, order.unsqueeze(-1).repeat(1, 1, x.shape[-1]))
+
+
+class RepeatedByALiteral(Between):
+    def trick(self, x):
+        return x * x.new_ones(1).repeat(12)
+
+
 class SumOfCopies(CopiesForHeads):
     """As many ones as heads, summed: the number of heads as a value."""
 
@@ -667,6 +680,8 @@ TRICKS = (
     Trick(AnotherLayout, "cut", (8, 12)),
     Trick(LoopOverHeads, "cut", (4,)),
     Trick(CopiesForHeads, "cut", (3, 4)),
+    Trick(RowsByRepeatedNumbers, "cut", (12,)),
+    Trick(RepeatedByALiteral, "whole"),
     Trick(SumOfCopies, "cut", (3, 4)),  # the heads are no exact group
     Trick(LoopOverChunks, "cut", (4, 4, 4)),
     Trick(CachesATensor, "cut", (12,)),

@@ -151,13 +151,14 @@ def _repeat(terms: Terms, op: Operation) -> None:
     axes = list(terms.of(op.tensor))
     axes = [UNIT] * (op.out.dim() - len(axes)) + axes
     reason = f"`{op.name}` in {terms.where}"
-    terms.set(
-        op.out,
-        [
-            Prod((fixed(int(s) // size_of(a), reason), a))
-            for a, s in zip(axes, op.out.shape, strict=True)
-        ],
-    )
+    result: list[Axis] = []
+    for axis, size in zip(axes, op.out.shape, strict=True):
+        if size_of(axis) == 1 and size != 1:
+            result.append(free(int(size)))
+            mark(result[-1], "copies")
+        else:
+            result.append(Prod((fixed(int(size) // size_of(axis), reason), axis)))
+    terms.set(op.out, result)
 
 
 @rule("cat", "concatenate", "concat")
