@@ -95,8 +95,14 @@ def bypassed(model: nn.Module, graph: Graph, plan: Plan) -> None:
 
 
 def hand_on(_: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-    """A forward hook that makes a layer give what it was given."""
-    return args[0] if isinstance(result, Tensor) else type(result)((args[0], *result[1:]))
+    """A forward hook that makes a layer give what it was given.
+
+    As contiguous as its own result: operations after it take their steps by the memory layout.
+    """
+    given, made = args[0], result if isinstance(result, Tensor) else result[0]
+    if made.is_contiguous():
+        given = given.contiguous()
+    return given if isinstance(result, Tensor) else type(result)((given, *result[1:]))
 
 
 def _renumber(layer: nn.Module, position: int) -> None:

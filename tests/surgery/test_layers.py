@@ -315,3 +315,39 @@ def test_layers_that_are_left_find_their_place_in_the_cache():
     options = {"max_new_tokens": 6, "do_sample": False}
     texts = [pruned.generate(torch.arange(5)[None], use_cache=c, **options) for c in (True, False)]
     assert texts[0].tolist() == texts[1].tolist()
+
+
+class Normed(Inner):
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = nn.functional.layer_norm(super().forward(x), (6,))
+        return x + self.down(self.more(x).relu())
+
+
+class TimeFirst(nn.Module):
+    """Its first layer reads a transposed tensor, where a linear layer takes other steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Normed() for _ in range(3))
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.first(x).transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x.transpose(0, 1))
+
+
+def test_the_first_layer_goes_where_it_reads_another_memory_layout_than_the_next():
+    """Those after it then took its steps in the record, and its masks (FSMT's decoder)."""
+    torch.manual_seed(0)
+    model = fill(TimeFirst().eval())
+    graph = trace(model, (torch.randn(2, 4, 5),))
+    plan = plan_of(graph, {"layers:layer": (1, 2), "layers.0.up:neuron": (0, 1)})
+    cut_alone = apply(model, graph, plan_of(graph, {"layers:layer": (1, 2)}), strict=True)
+    pruned = apply(model, graph, plan, strict=True)
+    assert_close(run(pruned, graph), run(cut_alone, graph), what="without the layer")
