@@ -63,7 +63,7 @@ def assemble(
     ties: dict[int, list[str]] = {}
     for atom, group in of_atom.items():
         ties.setdefault(tied.get(atom.id, atom.id), []).append(group.name)
-    stacks, undroppable = layer_groups(model, entries, exits, terms.uses, of_sizes)
+    stacks, undroppable = layer_groups(model, entries, exits, terms.uses, of_sizes, terms.beside)
     groups = {group.name: group for group in of_atom.values()} | stacks
     sizes = dict(model.named_parameters())
     return Graph(

@@ -27,6 +27,7 @@ def layer_groups(
     exits: Mapping[str, Axes],
     uses: Uses,
     constraints: Iterable[Constraint] = (),
+    beside: Mapping[str, tuple[tuple[int, ...], ...]] = {},
 ) -> tuple[dict[str, Group], dict[str, str]]:
     """One group for each list of like modules of which at least two keep their stream.
 
@@ -36,6 +37,8 @@ def layer_groups(
         exits: Axes of what each module gave.
         uses: The modules whose code computes with what a module gave.
         constraints: What the sizes of tensors are computed from.
+        beside: Shapes of the further tensors that each module was given by position. A layer given
+            others than most, such as the one where Funnel pools, does what the others do not.
 
     Returns:
         The groups, and for other stacks why none of their layers can be left out: each layer but
@@ -56,7 +59,7 @@ def layer_groups(
                 entries.get(f"{inside}{child_name}"), exits.get(f"{inside}{child_name}")
             )
         )
-        kinds = [_kind(model.get_submodule(layer)) for layer in layers]
+        kinds = [(_kind(model.get_submodule(layer)), beside.get(layer)) for layer in layers]
         if kinds:  # a layer with parameters of its own, such as T5's first, serves the others
             usual = Counter(kinds).most_common(1)[0][0]
             layers = tuple(

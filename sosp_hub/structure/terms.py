@@ -77,6 +77,7 @@ class Terms:
     modules: list[str] = field(default_factory=lambda: [""])
     results: TensorTable = field(default_factory=TensorTable)
     uses: dict[tuple[str, int], dict[str, None]] = field(default_factory=dict)
+    beside: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     refilled: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
     written: set[int] = field(default_factory=set)

@@ -377,6 +377,7 @@ def _watch_modules(
 
         def enter(_: nn.Module, args: Any, name: str = name) -> None:
             terms.modules.append(name)
+            terms.beside[name] = tuple(tuple(a.shape) for a in args[1:] if isinstance(a, Tensor))
             if args and isinstance(args[0], Tensor):
                 entries[name] = terms.of(args[0])
 

@@ -351,3 +351,33 @@ def test_the_first_layer_goes_where_it_reads_another_memory_layout_than_the_next
     cut_alone = apply(model, graph, plan_of(graph, {"layers:layer": (1, 2)}), strict=True)
     pruned = apply(model, graph, plan, strict=True)
     assert_close(run(pruned, graph), run(cut_alone, graph), what="without the layer")
+
+
+class Pooling(nn.Module):
+    """The first layer of its stack reads twice as many positions as it hands on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Reading() for _ in range(3))
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        for number, layer in enumerate(self.layers):
+            pooled = x[:, ::2] if number == 0 else x
+            x = layer(pooled, x)
+        return self.last(x)
+
+
+class Reading(Inner):
+    def forward(self, x, read):
+        return super().forward(x + read.mean(1, keepdim=True))
+
+
+def test_a_layer_that_is_given_tensors_of_other_sizes_stays():
+    """The code gives them to the first of a stack, whichever that is (Funnel)."""
+    torch.manual_seed(0)
+    model = fill(Pooling().eval())
+    graph = trace(model, (torch.randn(2, 4, 5),))
+    assert graph.groups["layers:layer"].layers == ("layers.1", "layers.2")
+    apply(model, graph, plan_of(graph, {"layers:layer": (1,)}), strict=True)
