@@ -1,6 +1,6 @@
 """What a plan costs, without cutting: MACs, parameters, bytes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -34,9 +34,14 @@ Polynomial = dict[tuple[Symbol, ...], int]
 
 
 class CostModel:
-    """The costs of a graph as polynomials in the numbers of kept structures."""
+    """The costs of a graph as polynomials in the numbers of kept structures.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        graph: What ``trace`` found.
+        without: Modules whose own products do not count among the MACs.
+    """
+
+    def __init__(self, graph: Graph, without: Collection[str] = ()) -> None:
         sized = graph.sized
         self._names = {
             atoms[name].id: name
@@ -51,7 +56,9 @@ class CostModel:
             for name, group in graph.groups.items()
             for i, layer in enumerate(group.layers)
         }
-        self._macs = _collect((self._product(f"{m}.", axes), 1) for m, axes in sized.macs)
+        self._macs = _collect(
+            (self._product(f"{m}.", axes), 1) for m, axes in sized.macs if m not in without
+        )
         tensors = {name: self._product(name, axes) for name, axes in graph.tensors.items()}
         self._params = _collect((tensors[name], 1) for name in graph.parameters)
         stored = graph.parameters | graph.buffers

@@ -2,8 +2,10 @@
 
 Layers with weights are timed once, each at a few widths, and the times are kept in a file: what a
 plan leaves takes what its layers take at their new widths (between those that were measured, a
-straight line) and what the dense model spends outside of them. The idea of a table of layers is
-that of ZipLM (arXiv 2302.04089).
+straight line), what products of activations with each other take (attention; timed in the dense
+model, and less by the multiply-accumulates that are cut of them), and what the dense model spends
+on all else, of which the part that goes over the numbers that layers give is less by those that
+are cut. The idea of a table of layers is that of ZipLM (arXiv 2302.04089).
 """
 
 import json
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sosp_hub.atomic import write_text
 from sosp_hub.compat.transformers import cache_in
@@ -35,6 +38,8 @@ from sosp_hub.untrusted import UnreadableError, read_json
 
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of a width, at which a layer is timed
 _SECONDS = 0.02  # of timing one layer at one width, about
+_PASSES = 3  # over what a layer gives (norm, activation, sum), our choice
+_ELEMENTS = 2**20  # numbers of the product that is timed for them
 
 
 def table_path(hardware: str) -> Path:
@@ -55,6 +60,7 @@ class _Layer:
         options: Stride, padding, dilation and groups of a convolution.
         axes: Of its weight.
         grid: Sizes of each dimension of the weight at which it is timed, ascending.
+        elements: Numbers that it gives in the dense model.
     """
 
     name: str
@@ -63,6 +69,12 @@ class _Layer:
     options: tuple[Any, ...]
     axes: tuple[Axis, ...]
     grid: tuple[tuple[int, ...], ...]
+    elements: int
+
+    @property
+    def given(self) -> Axis:
+        """The features or channels that it gives."""
+        return self.axes[1 if self.kind == "transposed" else 0]
 
     def key(self, weight: Sequence[int]) -> str:
         """What is timed, as text: layers that are alike share it."""
@@ -101,6 +113,7 @@ class LatencyTable:
     Attributes:
         dense_s: Measured seconds of the dense model.
         layers_s: What its layers take of that by the table.
+        products_s: What products of activations take of it.
     """
 
     def __init__(
@@ -124,34 +137,56 @@ class LatencyTable:
             for weight in product(*layer.grid)
             if layer.key(weight) not in times
         }
+        if "elements" not in times:
+            ones = like.new_ones(_ELEMENTS)
+            missing["elements"] = lambda: ones * ones
         times |= _timed(missing)
         if path is not None and missing:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(known, indent=1))
         self._times = times
         self.dense_s = measure_latency([model], inputs, 0.5)[0]
-        whole = PruningPlan({}, {})
-        self.layers_s = self._of_layers(whole)
-        self._scale = min(1.0, self.dense_s / self.layers_s) if self.layers_s else 1.0
+        self.layers_s = self._of_layers(PruningPlan({}, {}))
+        self.products_s = _products_s(model, inputs)
+        self._products = CostModel(graph, without={layer.name for layer in self._layers})
+        self._elements = self._given(PruningPlan({}, {}))
+        told = self.layers_s + self.products_s
+        self._scale = min(1.0, self.dense_s / told) if told else 1.0
+        rest = max(0.0, self.dense_s - told)
+        self._by_elements = min(rest, _PASSES * times["elements"] / _ELEMENTS * self._elements)
+        self._fixed = rest - self._by_elements
 
     def __call__(self, plan: PruningPlan) -> float:
         """Seconds by the table."""
-        rest = max(0.0, self.dense_s - self.layers_s)
-        return rest + self._scale * self._of_layers(plan)
+        products = self._products(plan.num_kept(), plan.kept).macs / max(self._products().macs, 1)
+        given = self._given(plan) / max(self._elements, 1)
+        timed = self._of_layers(plan) + products * self.products_s
+        return self._fixed + given * self._by_elements + self._scale * timed
+
+    def _given(self, plan: PruningPlan) -> float:
+        """Numbers that all layers give."""
+        count = self._graph.count(plan.num_kept())
+        return sum(
+            layer.elements * size_of(layer.given, count) / size_of(layer.given)
+            for layer in self._left(plan)
+        )
 
     def _of_layers(self, plan: PruningPlan) -> float:
         count = self._graph.count(plan.num_kept())
+        return sum(
+            self._seconds(layer, [size_of(axis, count) for axis in layer.axes])
+            for layer in self._left(plan)
+        )
+
+    def _left(self, plan: PruningPlan) -> list[_Layer]:
+        """Those that are not in a block that goes."""
         gone = tuple(
             f"{layer}."
             for name, kept in plan.kept.items()
             for number, layer in enumerate(self._graph.groups[name].layers)
             if number not in kept
         )
-        return sum(
-            self._seconds(layer, [size_of(axis, count) for axis in layer.axes])
-            for layer in self._layers
-            if not layer.name.startswith(gone)
-        )
+        return [layer for layer in self._layers if not layer.name.startswith(gone)]
 
     def _seconds(self, layer: _Layer, weight: Sequence[int]) -> float:
         """Between the widths that were timed, a straight line in each direction."""
@@ -191,6 +226,7 @@ def _layers_of(model: nn.Module, graph: Graph, inputs: Any) -> list[_Layer]:
             _: nn.Module,
             given: tuple[Any, ...],
             named: Mapping[str, Any],
+            result: Tensor,
             name: str = name,
             kind: str = kind,
             options: tuple[Any, ...] = options,
@@ -199,9 +235,10 @@ def _layers_of(model: nn.Module, graph: Graph, inputs: Any) -> list[_Layer]:
             axes = graph.tensors[weight]
             grid = _grid(kind, options, axes)
             features = next(iter((*given, *named.values())))
-            found.append(_Layer(name, kind, tuple(features.shape), options, axes, grid))
+            shape = tuple(features.shape)
+            found.append(_Layer(name, kind, shape, options, axes, grid, result.numel()))
 
-        handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        handles.append(module.register_forward_hook(note, with_kwargs=True))
     positional, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     try:
         with torch.no_grad():
@@ -210,6 +247,48 @@ def _layers_of(model: nn.Module, graph: Graph, inputs: Any) -> list[_Layer]:
         for handle in handles:
             handle.remove()
     return found
+
+
+class _Products(TorchFunctionMode):
+    """Adds up the seconds of matrix products between activations."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func not in _PRODUCTS or any(isinstance(given, nn.Parameter) for given in args):
+            return func(*args, **(kwargs or {}))
+        synchronize = torch.accelerator.synchronize if torch.accelerator.is_available() else int
+        synchronize()
+        start = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        synchronize()
+        self.seconds += time.perf_counter() - start
+        return result
+
+
+_PRODUCTS = {
+    *(F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm),
+}
+
+
+def _products_s(model: nn.Module, inputs: Any) -> float:
+    """Median seconds that a forward pass takes for them."""
+    positional, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    seconds = []
+    with torch.no_grad():
+        for _ in range(7):
+            with _Products() as products:
+                model(*positional, **named)
+            seconds.append(products.seconds)
+    return statistics.median(seconds[2:])
 
 
 def _kind(module: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -84,6 +85,48 @@ def test_layers_that_go_take_no_time(by_products):
     assert_close(table(plan), expected.layers_s + rest, relative=1e-6)
 
 
+def test_attention_takes_what_it_takes_in_the_cut_model(by_products, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def attention(model, inputs):
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs)
+        flops = counter.get_flop_counts()["Global"]
+        return 1e-9 * sum(num for op, num in flops.items() if "bmm" in str(op)) / 2
+
+    monkeypatch.setattr(latency, "_products_s", attention)
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=5).eval()
+    for block in model.blocks:
+        block.attn.fused_attn = False  # in steps that are counted
+    inputs = (torch.randn(2, 3, 160, 160),)
+    graph = sosp_hub.trace(model, inputs)
+    table = LatencyTable(model, graph, inputs)
+    heads = {name: 1 for name, group in graph.groups.items() if group.kind == "head"}
+    plan = plan_of(graph, heads)
+    cut = sosp_hub.apply(model, graph, plan)
+    expected = LatencyTable(cut, sosp_hub.trace(cut, inputs), inputs)
+    assert 0 < expected.products_s < table.products_s
+    rest = table.dense_s - table.layers_s - table.products_s
+    assert_close(table(plan), expected.layers_s + expected.products_s + rest, relative=1e-6)
+
+
+def test_what_goes_over_the_numbers_that_layers_give_is_less_by_those_that_are_cut(
+    by_products, monkeypatch
+):
+    timed = latency._timed
+    monkeypatch.setattr(latency, "_timed", lambda runs: {**timed(runs), "elements": 1.0})
+    model, inputs = conv_net(), (torch.randn(2, 3, 12, 12),)
+    graph = sosp_hub.trace(model, inputs)
+    table = LatencyTable(model, graph, inputs)
+    plan = plan_of(graph, dict(zip(graph.groups, (4, 12), strict=True)))
+    cut = sosp_hub.apply(model, graph, plan)
+    expected = LatencyTable(cut, sosp_hub.trace(cut, inputs), inputs)
+    dense_numbers, numbers = (2 * (a * 144 + b * 25 + 5) for a, b in ((16, 24), (4, 12)))
+    rest = (table.dense_s - table.layers_s) * numbers / dense_numbers
+    assert_close(table(plan), expected.layers_s + rest, relative=1e-6)
+
+
 def test_layers_that_take_longer_alone_are_scaled_to_the_model(by_products, monkeypatch):
     """Timed one by one they may miss what the model has in its caches."""
     model, inputs = conv_net(), (torch.randn(2, 3, 12, 12),)
@@ -113,7 +156,8 @@ def test_times_are_kept_for_the_same_conditions(tmp_path, monkeypatch):
     assert torch.equal(torch.get_rng_state(), rng)
     assert first.layers_s > 0
     (times,) = json.loads(path.read_text()).values()
-    assert len(times) == 5 + 25 + 5  # widths of each layer, those of the second in both directions
+    num_widths = 5 + 25 + 5  # of each layer, those of the second in both directions
+    assert len(times) == num_widths + 1  # and a product of numbers one by one
     asked = []
     monkeypatch.setattr(latency, "_timed", lambda runs: asked.append(len(runs)) or {})
     again = LatencyTable(model, graph, inputs, path=path, conditions="one")
