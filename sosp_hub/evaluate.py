@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sosp_hub.callable_module import make_callable
 from sosp_hub.distributed import process_rows, process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
-from sosp_hub.modes import as_the_caller, evaluating, in_own_modes
+from sosp_hub.modes import as_the_caller, evaluating, in_own_modes, without_autocast
 from sosp_hub.recipe.metrics import DIVERGENCE
 from sosp_hub.tasks.batches import as_batch, check_batches
 from sosp_hub.tasks.loss import Loss, batch_loss
@@ -94,7 +94,7 @@ def evaluate(
     collected: dict[Any, list[Any]] = {meter.collect: [] for meter in of_all.values()}
     first_class = _METERS + len(used)
     sums = torch.zeros(first_class, 6, dtype=torch.float64)
-    with evaluating(model):
+    with evaluating(model), without_autocast(model):
         for batch in as_the_caller(batches):
             batch = to_device(as_batch(batch))
             loss = batch_loss(model, batch, loss_fn)
@@ -103,11 +103,13 @@ def evaluate(
                 samples.extend(collect(model, loss, batch))
             rows = _sums(loss).cpu()
             new = torch.cat([rows[:_METERS], *own, rows[_METERS:]])
-            sums = new + F.pad(sums, (0, 0, 0, len(new) - len(sums)))
-    sums = _over_processes(sums, first_class)
+            num_rows = max(len(new), len(sums))  # a batch without a label knows no class
+            sums = _padded(new, num_rows) + _padded(sums, num_rows)
+    sums = _over_processes(sums)
     if sums[_LOSS, 0] == 0:
         raise DataError(
-            "nothing to evaluate on: there is no batch; in a recipe raise data.num_test"
+            "nothing to evaluate on: there is no batch, or none with a label that counts (-100 "
+            "stands for none); in a recipe raise data.num_test"
         )
     together = {collect: processes_together(samples) for collect, samples in collected.items()}
     metrics_by_name: dict[str, Metric] = {}
@@ -121,6 +123,8 @@ def evaluate(
             for label, row in enumerate(sums[first_class:]):
                 if row[0]:
                     shown = class_names[label] if label < len(class_names) else str(label)
+                    if class_names.count(shown) > 1:  # as two classes of ImageNet are cranes
+                        shown = f"{shown} ({label})"
                     metrics_by_name[f"accuracy/{shown}"] = _ratio(row)
         elif name == "perplexity":
             loss = _ratio(sums[_LOSS])
@@ -192,7 +196,7 @@ def metrics_of_samples(
         if isinstance(meters.get(name), OfAll):
             raise DataError(f"{name}: is of all samples together, and no mean over them")
     rows: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    with evaluating(model, *([] if dense is None else [dense])):
+    with evaluating(model, *([] if dense is None else [dense])), without_autocast(model):
         for batch in batches:
             batch = to_device(as_batch(batch))
             loss = batch_loss(model, batch, loss_fn)
@@ -293,6 +297,7 @@ def _correct(read: Predictions) -> tuple[Float[Tensor, " samples"], Float[Tensor
         right = (read.values > 0) == (read.targets > 0.5)
     else:
         right = read.values.argmax(-1) == _labels(read)
+        right &= ~read.values.isnan().any(-1)  # of these argmax takes the first
     return (right * read.weights.double()).sum(1), read.weights.double().sum(1)
 
 
@@ -328,16 +333,17 @@ def _moments_of(x: Tensor, w: Tensor) -> Float[Tensor, "1 6"]:
 
 
 def _moments(x: Float[Tensor, " samples"], w: Float[Tensor, " samples"]) -> Float[Tensor, " 6"]:
-    terms = torch.stack([torch.ones_like(x), x, w, x * x, x * w, w * w])
+    terms = torch.stack([(w != 0).to(x), x, w, x * x, x * w, w * w])
     return terms.sum(dim=1)
 
 
-def _over_processes(sums: Float[Tensor, "rows 6"], first_class: int) -> Float[Tensor, "all_rows 6"]:
-    """The sum over processes; one that had no batch does not know the number of classes."""
-    had = float(len(sums) > first_class or sums[_LOSS, 0] > 0)
-    rows, num = process_sum(torch.tensor([had * len(sums), had], dtype=torch.float64)).tolist()
-    num_rows = int(rows / num) if num else len(sums)
-    return process_sum(F.pad(sums, (0, 0, 0, num_rows - len(sums))))
+def _over_processes(sums: Float[Tensor, "rows 6"]) -> Float[Tensor, "all_rows 6"]:
+    """The sum over processes; one without a label does not know the number of classes."""
+    return process_sum(_padded(sums, max(processes_together([len(sums)]))))
+
+
+def _padded(rows: Float[Tensor, "rows 6"], num: int) -> Float[Tensor, "num 6"]:
+    return F.pad(rows, (0, 0, 0, num - len(rows)))
 
 
 def _ratio(row: Float[Tensor, " 6"]) -> Metric:
@@ -346,7 +352,8 @@ def _ratio(row: Float[Tensor, " 6"]) -> Metric:
     mean = x / w if w else math.nan
     if num < 2:
         return Metric(mean, int(w), None)
-    variance = max(0.0, xx - 2 * mean * xw + mean * mean * ww) * num / (num - 1)
+    squares = xx - 2 * mean * xw + mean * mean * ww
+    variance = (0.0 if squares < 0 else squares) * num / (num - 1)
     return Metric(mean, int(w), math.sqrt(variance) / w if w else None)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 from sosp_hub.errors import ModelError
 
@@ -27,13 +28,21 @@ def in_own_modes(verb: Callable[Given, Result]) -> Callable[Given, Result]:
     the caller's default device still runs with it, as its forward may count on that.
 
     Raises:
-        ModelError: A model that was made in inference mode.
+        ModelError: A model that was made in inference mode, or whose sizes are not known yet.
     """
 
     @functools.wraps(verb)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, nn.Module) and any(p.is_inference() for p in value.parameters()):
+            if not isinstance(value, nn.Module):
+                continue
+            if lazy := [name for name, p in value.named_parameters() if is_lazy(p)]:
+                raise ModelError(
+                    f"{verb.__qualname__}: {lazy[0]!r} of the {type(value).__name__} has no size "
+                    "before the first forward pass (lazy modules); run the model once, on inputs "
+                    "of the size that it is for"
+                )
+            if any(p.is_inference() for p in value.parameters()):
                 raise ModelError(
                     f"{verb.__qualname__}: the {type(value).__name__} was made in "
                     "torch.inference_mode(), where weights are neither followed nor trained; build "

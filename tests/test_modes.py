@@ -161,6 +161,8 @@ def every_verb(model, fresh, folder):
     made["load"] = sosp_hub.from_pretrained(folder, model=fresh)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found["carry"] = sosp_hub.carry(average, made["apply"], graph, plan)
+    measured = sosp_hub.evaluate(model, BATCHES, ["loss", "accuracy"])
+    found["evaluate"] = {name: torch.tensor(each.value) for name, each in measured.items()}
     made["apply_"] = sosp_hub.apply_(model, graph, plan)
     found |= {name: dict(each.state_dict()) for name, each in made.items()}
     return found, made
@@ -295,6 +297,16 @@ def test_a_training_in_a_mode_without_gradients_trains(mode):
         assert curve
         found.append(dict(model.state_dict()) | {"loss": torch.tensor(value)})
     assert_close(*found, relative=1e-6)
+
+
+def test_a_model_whose_sizes_are_not_known_yet_is_refused():
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
+    for verb in (
+        lambda: sosp_hub.trace(model, (X,)),
+        lambda: sosp_hub.evaluate(model, BATCHES),
+    ):
+        with pytest.raises(ModelError, match=r"'0.weight' of the Sequential has no size .* run"):
+            verb()
 
 
 def test_a_model_that_was_made_in_inference_mode_is_refused(tmp_path):

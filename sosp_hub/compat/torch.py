@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import batchnorm, conv, dropout
+from torch.nn.modules.module import _WrappedHook
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 from torch.utils.checkpoint import CheckpointError
 from torch.utils.weak import WeakIdKeyDictionary as TensorTable
@@ -102,15 +103,25 @@ def has_hooks(parameter: nn.Parameter) -> bool:
 
 
 _HOOK_TABLES = [
-    name
-    for name, table in vars(nn.Module()).items()
-    if "hooks" in name and "state_dict" not in name and isinstance(table, dict)
+    name for name, table in vars(nn.Module()).items() if "hooks" in name and isinstance(table, dict)
 ]
 
 
 def hook_tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    """What is called before and after a module's passes, by number, of each kind of hook."""
+    """What is called with a module's passes and states, by number, of each kind of hook."""
     return {name: vars(module)[name] for name in _HOOK_TABLES}
+
+
+def hook_inside(hook: Any) -> Any:
+    """What the caller registered: torch wraps hooks that are called before states are loaded."""
+    return hook.hook if isinstance(hook, _WrappedHook) else hook
+
+
+def hook_for(function: Any, like: Any, module: nn.Module) -> Any:
+    """A hook of a module that calls ``function``, wrapped as the hook ``like`` of another one."""
+    if not isinstance(like, _WrappedHook):
+        return function
+    return _WrappedHook(function, module if like.with_module else None)
 
 
 def num_writes(tensor: Tensor) -> int:

@@ -3,14 +3,15 @@
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import has_hooks, hook_tables, with_marks
+from sosp_hub.compat.torch import has_hooks, hook_for, hook_inside, hook_tables, with_marks
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
@@ -134,8 +135,7 @@ def apply_(
         on_cut = replacing.put if dense is model else None
         pruned = cut(twin, graph, part, on_cut)
     _keep_hooks(twins, model, pruned)
-    model.__dict__.clear()
-    model.__dict__.update(pruned.__dict__)
+    _become(model, pruned)
     replacing.leave_to_others()
     for key, value in vars(model).items():  # such as the forward pass that Accelerate puts there
         if isinstance(value, MethodType) and value.__self__ is pruned:
@@ -143,13 +143,21 @@ def apply_(
     return model
 
 
+def _become(model: nn.Module, pruned: nn.Module) -> None:
+    """The model takes the place of the cut one, also for modules inside that hold it."""
+    model.__dict__.clear()
+    model.__dict__.update(pruned.__dict__)
+    object.__setattr__(pruned, "__dict__", model.__dict__)
+
+
 def _keep_hooks(
     twins: Sequence[tuple[nn.Module, weakref.ref[nn.Module]]], model: nn.Module, pruned: nn.Module
 ) -> None:
     """The caller's own hooks stay those that are called, and their handles remove them.
 
-    The cut model has copies of them. Those that are methods of the model's modules are such of its
-    own, as copies are. A module that somebody else holds too keeps its hooks in a table of its own.
+    The cut model has copies of them. Those that hold modules of the model, as its methods do, hold
+    those of the cut model, as copies do. A module that somebody else holds too keeps its hooks in a
+    table of its own.
 
     Args:
         twins: Modules of the cut model, and those that they were copied from.
@@ -161,22 +169,23 @@ def _keep_hooks(
         before = held()
         assert before is not None  # the model holds it
         for name, table in hook_tables(before).items():
-            copies = vars(module)[name]
-            bound = {key for key, hook in table.items() if id(_owner(hook)) in own}
-            if not bound:
-                vars(module)[name] = table
-                vars(before)[name] = copy.copy(table)
-                continue
+            vars(before)[name], copies = copy.copy(table), vars(module)[name]
+            vars(module)[name] = table  # whose entries handles remove
             for key, hook in table.items():
-                if key not in bound:
-                    copies[key] = hook
-                elif _owner(copies[key]) is pruned:
-                    copies[key] = MethodType(copies[key].__func__, model)
+                function = hook_inside(hook)
+                if any(id(each) in own for each in _held(function)):
+                    function = hook_inside(copies[key])
+                    if isinstance(function, MethodType) and function.__self__ is pruned:
+                        function = MethodType(function.__func__, model)
+                table[key] = hook_for(function, hook, model if module is pruned else module)
 
 
-def _owner(hook: Any) -> Any:
-    """The object that a method is of; None where it is no method."""
-    return hook.__self__ if isinstance(hook, MethodType) else None
+def _held(hook: Any) -> Iterator[Any]:
+    """The object that a method is of, and what a partial function has been given."""
+    if isinstance(hook, MethodType):
+        yield hook.__self__
+    elif isinstance(hook, partial):
+        yield from (*_held(hook.func), *hook.args, *hook.keywords.values())
 
 
 def _tell_left(model: nn.Module) -> None:

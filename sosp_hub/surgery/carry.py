@@ -3,7 +3,7 @@
 LoRA adapters need nothing of this: trace the model with its adapters, and they are cut with it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -203,6 +203,8 @@ def _carried_state(
     ):  # factored moments keep a dim of 1 for what they sum over
         sizes = zip(positions, value.shape, parameter.shape, strict=False)
         return _take(value, [kept if size == whole else None for kept, size, whole in sizes])
+    if (summed := _summed_dim(value, key, parameter, positions)) is not None:
+        return _take(value, [*positions[:summed], *positions[summed + 1 :]])
     if value.numel() > 1 and any(each is not None for each in positions):
         raise PlanError(
             f"optimizer: its {key!r} of {name!r} is {list(value.shape)}, the parameter "
@@ -210,6 +212,25 @@ def _carried_state(
             "take one whose state has the shape of the weights"
         )
     return value
+
+
+def _summed_dim(value: Tensor, key: str, parameter: Tensor, positions: Sequence[Any]) -> int | None:
+    """The dim that a factored moment lacks, such as Adafactor's; None where shapes leave it open.
+
+    Of a square matrix the name says it: ``exp_avg_sq_row`` has a number for each row.
+    """
+    sizes = parameter.shape
+    fit = [dim for dim in range(len(positions)) if value.shape == sizes[:dim] + sizes[dim + 1 :]]
+    if parameter.ndim == 2 and len(fit) == 2:
+        fit = [dim for dim, ending in ((1, "_row"), (0, "_col")) if key.endswith(ending)]
+    left = {
+        tuple(
+            None if kept is None else tuple(kept)
+            for kept in (*positions[:dim], *positions[dim + 1 :])
+        )
+        for dim in fit
+    }
+    return fit[0] if len(left) == 1 else None
 
 
 def _check_beside(values: Mapping[Any, Any]) -> None:

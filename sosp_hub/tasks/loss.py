@@ -56,6 +56,7 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: "LossFn | None" = None) ->
     """
     batch = check_batch(batch, targets=not getattr(loss_fn, "at_minimum", False))
     if loss_fn is None and isinstance(batch, Mapping):
+        batch = _with_classes(batch)
         _check_for_own_loss(model, batch)
     if loss_fn is None and not isinstance(batch, Mapping) and _takes_targets(model):
         outputs = _with_targets(model, batch)
@@ -191,12 +192,15 @@ _FORM_OF: "WeakKeyDictionary[nn.Module, dict[Any, str | None]]" = WeakKeyDiction
 def _own(model: nn.Module, outputs: Any, batch: Any, own: Tensor) -> Loss:
     batch = batch if isinstance(batch, Mapping) else {}
     labels = batch.get("labels")
-    if isinstance(labels, Tensor) and labels.numel() and bool((labels == IGNORED).all()):
-        return Loss(own, 0, outputs, None)
     config = getattr(unwrapped(model), "config", None)
     ignored = getattr(config, "semantic_loss_ignore_index", 255)
     forms = dict(own_forms(outputs, batch, ignored))
     known, key = _FORM_OF.setdefault(model, {}), (*sorted(batch), *forms)
+    if isinstance(labels, Tensor) and labels.numel() and bool((labels == IGNORED).all()):
+        name = known[key] if key in known else _nearest(forms, own.detach())[0]
+        predictions = None if name is None else forms[name]()
+        value = _nothing(outputs, own) if predictions is None else predictions.value()
+        return Loss(value, 0, outputs, predictions)  # theirs is 0 / 0
     if key in known:
         name = known[key]
         predictions = forms[name]() if name is not None else None
@@ -212,6 +216,13 @@ def _own(model: nn.Module, outputs: Any, batch: Any, own: Tensor) -> Loss:
                 )
     weight = num_samples(batch) if predictions is None else predictions.weight
     return Loss(own.reshape(()) if own.numel() == 1 else own.mean(), weight, outputs, predictions)
+
+
+def _nothing(outputs: Any, own: Tensor) -> Tensor:
+    """A loss of 0 with a gradient of 0."""
+    logits = _value(outputs, "logits")
+    of = logits if isinstance(logits, Tensor) else own
+    return of.masked_fill(torch.ones_like(of, dtype=torch.bool), 0.0).sum()
 
 
 @torch.no_grad()
@@ -240,6 +251,14 @@ def _nearest(
 
 def _eps(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps
+
+
+def _with_classes(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Labels that are whole numbers as torch's losses take them."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int8, torch.int16, torch.int32):
+        return batch
+    return {**batch, "labels": labels.long()}
 
 
 def _check_for_own_loss(model: nn.Module, batch: Mapping[str, Any]) -> None:

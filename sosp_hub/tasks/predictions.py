@@ -170,6 +170,7 @@ def softmax(
                 f"{list(logits.shape)}: expected {list(shape)}, a class for each place"
             )
         check_classes(labels, classes, ignore_index)
+        labels = labels.long()
         counts = labels != ignore_index
         labels = labels.masked_fill(~counts, 0).reshape(shape[0], -1)
     scale = torch.ones((), device=logits.device) if weights is None else weights.to(logits.device)

@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
@@ -127,6 +128,69 @@ def test_the_divergence_of_each_sample_is_that_from_the_dense_model_in_evaluatio
     expected = (shares * (shares / others).log()).sum(-1).detach()
     assert_close(rows[:, 0], expected, relative=1e-5)
     assert dense.training and pruned.training  # noqa: PT018
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.bool])
+def test_classes_may_be_whole_numbers_of_any_size(table, dtype):
+    model, batches, _ = table
+    few = [(inputs, labels.clamp(max=1)) for inputs, labels in batches]
+    found = evaluate(model, [(inputs, labels.to(dtype)) for inputs, labels in few], ("loss",))
+    assert found == evaluate(model, few, ("loss",))
+
+
+def test_a_model_that_gives_no_numbers_is_right_nowhere(table):
+    model, batches, _ = table
+    model.logits.data[:4] = math.nan
+    found = evaluate(model, batches, ("accuracy", "loss"))
+    assert (
+        found["accuracy"].value
+        == naive(
+            [0.0] * 4 + (model.logits.argmax(1) == torch.cat([y for _, y in batches]))[4:].tolist()
+        ).value
+    )
+    assert math.isnan(found["loss"].value)
+    assert math.isnan(found["loss"].stderr)  # not 0: nothing is known that well
+
+
+def test_classes_of_one_name_are_told_apart(table):
+    model, batches, _ = table
+    named = evaluate(model, batches, ["per_class_accuracy"], class_names=["crane", "owl", "crane"])
+    numbered = evaluate(model, batches, ["per_class_accuracy"])
+    names = ("crane (0)", "owl", "crane (2)", "3")
+    assert named == {f"accuracy/{name}": numbered[f"accuracy/{i}"] for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy", "perplexity"])
+def test_samples_without_a_label_are_nothing_to_measure(table, metric):
+    model, batches, _ = table
+    unlabeled = [(inputs, torch.full_like(labels, -100)) for inputs, labels in batches]
+    with pytest.raises(DataError, match=r"there is no batch, or none with a label that counts"):
+        evaluate(model, unlabeled, metric)
+
+
+UNLABELED = -100
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_a_batch_without_a_label_changes_nothing(first):
+    """As a padded language model's batch of prompts alone, or one whose classes are unknown."""
+    torch.manual_seed(0)
+    tokens, metrics = torch.randint(0, 20, (4, 6)), ["loss", "accuracy"]
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 20}
+    classifier = transformers.BertConfig(**size, num_attention_heads=2, num_labels=3)
+    generator = transformers.LlamaConfig(**size, num_attention_heads=2)
+    for model, labels in (
+        (transformers.BertForSequenceClassification(classifier), torch.tensor([0, 1, 2, 0])),
+        (transformers.LlamaForCausalLM(generator), tokens),
+    ):
+        batch = {"input_ids": tokens, "labels": labels}
+        if labels is not tokens:
+            metrics = [*metrics, "per_class_accuracy"]
+        without = {**batch, "labels": torch.full_like(labels, UNLABELED)}
+        batches = [without, batch] if first else [batch, without]
+        found, expected = (evaluate(model, each, metrics) for each in (batches, [batch]))
+        assert found == expected
+        metrics = ["loss", "accuracy"]
 
 
 def test_nothing_to_measure_is_refused(table):

@@ -3,6 +3,7 @@
 import copy
 import pickle  # noqa: TID251 - what users do with models; nothing is stored
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -247,6 +248,89 @@ def test_hooks_of_the_caller_stay_her_own_in_a_cut_in_place(kind):
     model(x)
     assert recorder.shapes[3:] == [(2, width)]
     assert model.seen == 4
+
+
+class Saving(nn.Module):
+    """Adds to its state, and reads from it, by hooks of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.version = nn.Linear(6, 12), nn.Linear(12, 3), 1
+        self.register_state_dict_post_hook(lambda module, state, *_: state.update(v=module.version))
+        self.register_load_state_dict_pre_hook(
+            lambda module, state, *_: setattr(module, "version", state.pop("v"))
+        )
+        self.up._register_load_state_dict_pre_hook(self.count)
+        self.down.register_load_state_dict_pre_hook(partial(note, self))
+        self.loaded = []
+
+    def count(self, state, prefix, *_):
+        self.loaded.append(prefix)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def note(whole, module, state, prefix, *_):
+    whole.loaded.append((prefix, module is whole.down))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_states_are_saved_and_loaded_by_the_hooks_of_the_model(in_place):
+    model = Saving().eval()
+    x = torch.randn(2, 6)
+    graph, plan = trace(model, (x,)), None
+    plan = half(graph)
+    pruned = (sosp_hub.apply_ if in_place else sosp_hub.apply)(model, graph, plan)
+    pruned.version, pruned.loaded = 7, []
+    state = pruned.state_dict()
+    pruned.version = 8
+    pruned.load_state_dict(state)
+    assert pruned.version == 7
+    assert pruned.loaded == ["up.", ("down.", True)]
+
+
+def test_handles_of_hooks_of_states_remove_them_after_a_cut_in_place():
+    model, x, seen = Counting().eval(), torch.randn(2, 6), []
+    graph = trace(model, (x,))
+    handles = [
+        model.up.register_load_state_dict_pre_hook(lambda *_: seen.append("before")),
+        model.up.register_load_state_dict_post_hook(lambda *_: seen.append("after")),
+        model.up.register_state_dict_pre_hook(lambda *_: seen.append("save")),
+        model.up.register_forward_hook(lambda *_: seen.append("forward")),
+    ]
+    sosp_hub.apply_(model, graph, half(graph))
+    seen.clear()
+    model.load_state_dict(model.state_dict())
+    model(x)
+    assert seen == ["save", "before", "after", "forward"]
+    for handle in handles:
+        handle.remove()
+    model.load_state_dict(model.state_dict())
+    model(x)
+    assert len(seen) == 4
+
+
+class Scaled(nn.Module):
+    """Reads a number of the model that it is in."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.inside = [whole]
+
+    def forward(self, x):
+        return x * self.inside[0].scale
+
+
+def test_modules_inside_that_hold_the_model_see_it_after_a_cut_in_place():
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    model.append(Scaled(model))
+    model.scale, x = 1.0, torch.randn(2, 6)
+    graph = trace(model, (x,))
+    sosp_hub.apply_(model, graph, half(graph))
+    once = model(x)
+    model.scale = 2.0
+    torch.testing.assert_close(model(x), 2 * once)
 
 
 def test_hooks_set_after_a_cut_in_place_are_not_shared_with_another_model():

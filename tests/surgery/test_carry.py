@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
 import sosp_hub
 from sosp_hub.errors import PlanError
@@ -328,6 +329,49 @@ def test_factored_moments_are_cut_where_they_have_the_size_of_the_weight():
     torch.testing.assert_close(optimizer.state[pruned[0].weight]["col_var"], same)
     torch.testing.assert_close(optimizer.state[pruned[2].weight]["col_var"], columns[:, list(KEPT)])
     step(pruned, optimizer, inputs)
+
+
+class Factored(torch.optim.SGD):
+    """Means of squares as transformers' and fairseq's Adafactor keep them: a dim is left out."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.ndim > 1:
+                own, squares = self.state[parameter], parameter.grad.square()
+                own["exp_avg_sq_row"], own["exp_avg_sq_col"] = squares.mean(-1), squares.mean(-2)
+
+
+@pytest.mark.parametrize("width", [4, 6], ids=["oblong", "square"])
+@pytest.mark.parametrize("make", [Factored, Adafactor], ids=["by-hand", "transformers"])
+def test_means_of_rows_and_columns_are_cut(make, width):
+    options = {"relative_step": False} if make is Adafactor else {}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer, inputs = make(model.parameters(), lr=0.1, **options), torch.randn(8, width)
+    step(model, optimizer, inputs)
+    first, last = (dict(optimizer.state[model[i].weight]) for i in (0, 2))
+    graph, kept = trace(model, (inputs,)), list(KEPT)
+    apply_(model, graph, plan_of(graph))
+    carry(optimizer, model, graph, plan_of(graph))
+    found_first, found_last = (optimizer.state[model[i].weight] for i in (0, 2))
+    torch.testing.assert_close(found_first["exp_avg_sq_row"], first["exp_avg_sq_row"][kept])
+    torch.testing.assert_close(found_first["exp_avg_sq_col"], first["exp_avg_sq_col"])
+    torch.testing.assert_close(found_last["exp_avg_sq_row"], last["exp_avg_sq_row"])
+    torch.testing.assert_close(found_last["exp_avg_sq_col"], last["exp_avg_sq_col"][kept])
+    step(model, optimizer, inputs)
+
+
+def test_a_mean_over_one_of_two_equal_dims_is_refused_where_nothing_says_which():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer, inputs = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 6)
+    step(model, optimizer, inputs)
+    optimizer.state[model[0].weight]["mean"] = torch.ones(6)
+    graph = trace(model, (inputs,))
+    apply_(model, graph, plan_of(graph))
+    with pytest.raises(PlanError, match=r"'mean' of '0.weight' is \[6\], .* not known how to cut"):
+        carry(optimizer, model, graph, plan_of(graph))
 
 
 @pytest.mark.parametrize(
