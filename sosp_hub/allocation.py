@@ -141,7 +141,7 @@ def allocate(
     candidates = _Candidates(
         graph,
         scores,
-        _floors(chosen, floors),
+        _floors(chosen, floors, graph),
         round_to,
         uniform or any(each.uniform for each in targets),
         _fixed(chosen, groups or {}),
@@ -355,13 +355,18 @@ def _fixed(names: Collection[str], groups: Mapping[str, float]) -> dict[str, flo
     return {name: share for name, (_, share) in fixed.items()}
 
 
-def _floors(names: Collection[str], shares: Mapping[str, float]) -> dict[str, float]:
-    """The least share that each group keeps."""
+def _floors(names: Collection[str], shares: Mapping[str, float], graph: Graph) -> dict[str, float]:
+    """The least share that each group keeps of what it has now."""
     floors: dict[str, float] = {}
     for pattern, share in shares.items():
         for name in matching(names, pattern, "budget.keep_at_least"):
             floors[name] = max(floors.get(name, 0.0), share)
-    return {name: floors.get(name, _FLOOR) for name in names}
+
+    def of_the_rest(name: str) -> float:
+        size = graph.groups[name].size
+        return min(1.0, floors.get(name, _FLOOR) * graph.uncut_sizes.get(name, size) / size)
+
+    return {name: of_the_rest(name) for name in names}
 
 
 _FLOOR = 0.1  # where a mapping of floors leaves a group out

@@ -61,7 +61,8 @@ class GradualPruning:
         averages: Copies of the model with averaged weights, which follow too.
         rebuild: Solve the weights that read what was cut again, each round.
         loss_fn: As for ``score``.
-        limits: Further keywords of ``allocate``: floors, ``round_to``, ``uniform``, ``target``.
+        limits: Further keywords of ``allocate``: floors, which are shares of the groups before the
+            first round, ``round_to``, ``uniform``, ``target``.
         **budget: One of ``macs``, ``params``, ``memory_bytes``: the share that is kept at the end.
 
     Attributes:
@@ -117,10 +118,16 @@ class GradualPruning:
             raise BudgetError(
                 f"GradualPruning got share={share!r}; expected one of {', '.join(shares)}"
             )
-        if not 0 < self._kept <= 1 or rounds < 1 or every < 1:
+        whole = all(type(number) is int and number >= 1 for number in (rounds, every))
+        if not whole or type(self._kept) not in (int, float) or not 0 < self._kept <= 1:
             raise BudgetError(
-                f"GradualPruning got {self._name}={self._kept}, rounds={rounds}, every={every}; "
-                "expected a share in (0, 1], and at least one round and step"
+                f"GradualPruning got {self._name}={self._kept!r}, rounds={rounds!r}, "
+                f"every={every!r}; expected a share in (0, 1], and at least one round and step"
+            )
+        if limits and self._name in limits:
+            raise BudgetError(
+                f"GradualPruning got {self._name} twice, as the budget and in limits; leave it out "
+                "of limits"
             )
         check_batches(batches, "GradualPruning")
         self._model, self._inputs = unwrapped(model), example_inputs
@@ -156,14 +163,16 @@ class GradualPruning:
         if self.rounds_done == self._rounds:
             raise BudgetError(f"GradualPruning: all {self._rounds} rounds are done")
         with evaluating(self._model):
-            graph = trace(self._model, self._inputs)
+            graph = trace(self._model, self._inputs).after(self.plans)
             kept = kept_after(self._kept, self.rounds_done + 1, self._rounds, self._share)
             share = min(1.0, kept * self._dense / self._value(cost(graph)))
             saliency = score(
                 self._model, graph, self._batches, criterion=self._criterion, loss_fn=self._loss_fn
             )
-            budget: dict[str, Any] = {**self._limits, self._name: share}
-            plan = allocate(graph, saliency, **budget)
+            limits: dict[str, Any] = self._limits
+            if not self.plans:  # what the last round will ask, before anything is cut
+                allocate(graph, saliency, **{**limits, self._name: self._kept})
+            plan = allocate(graph, saliency, **{**limits, self._name: share})
             self._apply(graph, plan)
         self.plans.append(plan)
         recalibrate_norm(self._model, self._batches)

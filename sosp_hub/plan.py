@@ -103,7 +103,8 @@ class PruningPlan(Summarised):
         """The one plan that equals applying this plan and then ``second`` to its result.
 
         Raises:
-            PlanError: The second plan does not fit the first one's result, or shifts biases.
+            PlanError: The second plan does not fit the first one's result, shifts biases, or cuts
+                inside layers that have other numbers since the first one.
         """
         if second.shifts:
             raise PlanError(
@@ -111,6 +112,15 @@ class PruningPlan(Summarised):
                 "may have left a part; apply one after the other"
             )
         for name, kept in self.kept.items():
+            stack, _, kind = name.rpartition(":")
+            if kind == "layer" and len(kept) < self.sizes[name]:
+                inside = f"{stack}." if stack else ""
+                moved = [each for each in second.kept if each != name and each.startswith(inside)]
+                if moved:
+                    raise PlanError(
+                        f"plan: the first plan drops layers of {stack!r}, so the second plan's "
+                        f"{moved[0]!r} is of another layer than before; apply one after the other"
+                    )
             if name in second.sizes and second.sizes[name] != len(kept):
                 raise PlanError(
                     f"plan: group {name!r} has {len(kept)} structures after the first plan, "

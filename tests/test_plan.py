@@ -89,6 +89,19 @@ def test_plans_that_do_not_follow_each_other_are_not_composed():
         first.compose(PruningPlan({two: (0,)}, {two: 5}, shifts={"2.bias": (1.0,) * 5}))
 
 
+@pytest.mark.parametrize(("stack", "inside"), [("net.layers", "net.layers.1.up"), ("", "1.up")])
+def test_cuts_inside_layers_that_moved_up_are_not_composed(stack, inside):
+    """Layer 1 of the second plan was layer 2."""
+    first = PruningPlan({f"{stack}:layer": (0, 2, 3)}, {f"{stack}:layer": 4})
+    with pytest.raises(PlanError, match=r"is of another layer than before; apply one after"):
+        first.compose(PruningPlan({f"{inside}:neuron": (0,)}, {f"{inside}:neuron": 6}))
+    again = first.compose(PruningPlan({f"{stack}:layer": (0, 2)}, {f"{stack}:layer": 3}))
+    assert again.kept == {f"{stack}:layer": (0, 3)}
+    beside = PruningPlan({"net.layersaside:neuron": (0,)}, {"net.layersaside:neuron": 6})
+    if stack:
+        assert first.compose(beside).kept == {**first.kept, **beside.kept}
+
+
 def test_json_gives_the_same_plan_back():
     plan = PruningPlan(
         {"a": (0, 2), "b": (1,)}, {"a": 3, "b": 2}, "lab/base", "abc", {"budget": {"macs": 0.5}},

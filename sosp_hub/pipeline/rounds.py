@@ -77,6 +77,7 @@ def in_rounds(context: Context) -> Rounds:
         record.append({"kept": shares, "metrics": metrics})
         plans.append(plan)
         current = current.with_model(pruned, recipe, cache)
+        current = dataclasses.replace(current, graph=current.graph.after(plans))
     return Rounds(current, plans, record)
 
 

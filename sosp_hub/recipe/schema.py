@@ -741,6 +741,12 @@ class Recipe(Section):
             )
         if self.criterion.compensate_bias:
             raise ValueError("schedule: plans that shift biases cannot be put together")
+        if "layer" in self.structure.kinds and len(self.structure.kinds) > 1:
+            raise ValueError(
+                "schedule: layers have other numbers once some are gone, so that cuts inside them "
+                "cannot be put together with those of earlier rounds; write structure.kinds: "
+                "[layer], or leave layer out of it"
+            )
         if self.compare or self.expand or isinstance(self.criterion, MaskTrainedCriterion):
             raise ValueError("schedule: goes with `prune` alone, and with criteria that only score")
         return self

@@ -1,6 +1,6 @@
 """The result of a trace: groups, ties, what is pinned and why, and all that a cut needs to know."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -114,6 +114,8 @@ class Graph(Summarised):
         plain: Which numbers of heads and channels the configs inside the model take.
         unproved: Groups whose cut was seen to differ from the masked model, and how; they stay
             whole in every cut since.
+        uncut_sizes: Of groups that were cut before the model was traced: how large they were, so
+            that floors are shares of that.
     """
 
     groups: dict[str, Group]
@@ -144,6 +146,12 @@ class Graph(Summarised):
     of_size: Sized | None = None
     plain: tuple[PlainSizes, ...] = ()
     unproved: dict[str, str] = field(default_factory=dict)
+    uncut_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def after(self, plans: Sequence[PruningPlan]) -> "Graph":
+        """The same graph, of a model that was cut by these plans, one after the other."""
+        sizes = {name: size for plan in reversed(plans) for name, size in plan.sizes.items()}
+        return replace(self, uncut_sizes=sizes)
 
     def provable(self, plan: PruningPlan) -> PruningPlan:
         """The plan without the groups of ``unproved``."""

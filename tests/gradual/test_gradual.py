@@ -226,7 +226,10 @@ def test_a_killed_schedule_goes_on_in_the_middle(stop, tmp_path):
 
 @pytest.mark.parametrize(
     "keys",
-    [{"macs": 0}, {"macs": 1.5}, {"rounds": 0}, {"every": 0}, {"flops": 0.5}, {"share": "cubik"}],
+    [
+        *({"macs": 0}, {"macs": 1.5}, {"macs": "0.5"}, {"macs": True}, {"flops": 0.5}),
+        *({"rounds": 0}, {"rounds": 2.5}, {"every": 0}, {"every": 1.5}, {"share": "cubik"}),
+    ],
 )
 def test_a_schedule_that_is_none_is_refused(keys):
     with pytest.raises(BudgetError, match=r"GradualPruning got"):
@@ -346,3 +349,33 @@ def test_a_model_that_was_prepared_in_mixed_precision_is_scored_cut_trained_and_
         small = sosp_hub.save_pretrained(model, tmp_path / "small")
         loaded = sosp_hub.from_pretrained(small, model=made())
         assert_close(loaded.state_dict(), model.state_dict(), relative=0)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_floors_are_shares_of_the_groups_before_the_first_round(resumed, tmp_path):
+    """Of 24 structures 12 and 3 stay, which is all that the budget leaves room for."""
+    limits = {"keep_at_least": {"0:*": 0.5, "*": 0.1}}
+    model = net()
+    found = pruning(model, rounds=4, macs=0.13, limits=limits)
+    found.cut()
+    found.cut()
+    if resumed:
+        found.save(tmp_path)
+        found = pruning(model, rounds=4, macs=0.13, limits=limits)
+        found.resume(tmp_path)
+    found.cut()
+    found.cut()
+    assert (model[0].out_features, model[2].out_features) == (12, 3)
+
+
+def test_a_share_that_floors_do_not_allow_is_refused_before_the_first_cut():
+    model = net()
+    found = pruning(model, macs=0.3, limits={"keep_at_least": 0.6})
+    with pytest.raises(BudgetError, match=r"macs=0.3 was asked, .* the least that can be reached"):
+        found.cut()
+    assert model[0].out_features == 24
+
+
+def test_a_budget_that_is_given_twice_is_refused():
+    with pytest.raises(BudgetError, match=r"macs twice.*leave it out of limits"):
+        pruning(net(), limits={"macs": 0.3})

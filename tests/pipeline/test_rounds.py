@@ -97,6 +97,21 @@ def _graph():
     return trace(net, (torch.randn(1, 4),))
 
 
+def test_floors_are_shares_of_the_dense_groups_in_every_round(recipe):
+    given = ["budget={macs: 0.55, keep_at_least: 0.5}", "schedule={rounds: 3, epochs: 0}"]
+    assert main([str(recipe), *given]) == 0
+    plan = report_of(recipe)["plan"]
+    shares = {name: len(kept) / plan["sizes"][name] for name, kept in plan["kept"].items()}
+    assert min(shares.values()) == 0.5
+
+
+def test_layers_and_their_insides_do_not_go_in_rounds_together(recipe, capsys):
+    given = ["structure.kinds=[layer, neuron]", "criterion={name: random}"]
+    assert main([str(recipe), *ROUNDS, *given]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "write structure.kinds: [layer], or leave layer out of it" in told
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -106,6 +106,33 @@ def hooks_of_a_module() -> None:
         expect(len(called) == 1, f"the handle of a {kind} hook does not remove it")
 
 
+@smoke("cutting in place: what is called when a module's state is saved and loaded")
+def hooks_of_a_state() -> None:
+    for kind in (
+        "state_dict_pre",
+        "state_dict_post",
+        "load_state_dict_pre",
+        "load_state_dict_post",
+    ):
+        module, called = nn.Linear(2, 2), []
+
+        def hook(given: nn.Module, *_: object, to: list[nn.Module] = called) -> None:
+            to.append(given)
+
+        handle = getattr(module, f"register_{kind}_hook")(hook)
+        other = nn.Linear(2, 2)
+        for name, table in compat.hook_tables(module).items():
+            for key, each in table.items():
+                expect(compat.hook_inside(each) is hook, f"what a {kind} hook calls is not seen")
+                table[key] = compat.hook_for(compat.hook_inside(each), each, other)
+            vars(other)[name] = table
+        other.load_state_dict(other.state_dict())
+        expect(called == [other], f"a {kind} hook is not called with another module")
+        handle.remove()
+        other.load_state_dict(other.state_dict())
+        expect(len(called) == 1, f"the handle of a {kind} hook does not remove it")
+
+
 @smoke("cutting, saving and loading: tensors and modules are replaced where they are")
 def tables_of_a_module() -> None:
     module = nn.BatchNorm1d(3)
