@@ -12,7 +12,6 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.nn.parameter import is_lazy
 
 from sosp_hub.errors import ModelError
 
@@ -36,7 +35,11 @@ def in_own_modes(verb: Callable[Given, Result]) -> Callable[Given, Result]:
         for value in (*args, *kwargs.values()):
             if not isinstance(value, nn.Module):
                 continue
-            if lazy := [name for name, p in value.named_parameters() if is_lazy(p)]:
+            if lazy := [
+                name
+                for name, p in value.named_parameters()
+                if isinstance(p, nn.UninitializedParameter)
+            ]:
                 raise ModelError(
                     f"{verb.__qualname__}: {lazy[0]!r} of the {type(value).__name__} has no size "
                     "before the first forward pass (lazy modules); run the model once, on inputs "
