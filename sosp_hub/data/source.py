@@ -376,19 +376,17 @@ def _from_hub(section: DataSection, task: Task) -> tuple[Rows, Rows | None]:
             if split is None:
                 continue
             try:
-                if section.num_streamed:
-                    stream = load_dataset(**where, split=split, streaming=True)
-                    table = _first_rows(stream, section.num_streamed)
-                else:
-                    table = load_dataset(**where, split=split)
-            except (
-                ValueError
-            ) as error:  # no such split or configuration; the message lists those there are
+                table = load_dataset(**where, split=split, streaming=bool(section.num_streamed))
+            except ValueError as error:  # the message may list the splits that there are
                 try:
-                    listed = ", ".join(get_dataset_split_names(name, section.name))
+                    known = get_dataset_split_names(name, section.name)
                 except ValueError:
+                    known = [split]
+                if split in known:
                     raise DataError(f"data.name: {name} cannot be opened: {error}") from error
-                raise _no_split(section, key, name, listed) from error
+                raise _no_split(section, key, name, ", ".join(known)) from error
+            if section.num_streamed:
+                table = _first_rows(table, section.num_streamed)
             splits.append(_columns(table, section, task, name))
     return splits[0], splits[1] if len(splits) > 1 else None
 
@@ -397,7 +395,8 @@ def _first_rows(stream: "IterableDataset", num: int) -> "Dataset":
     """So many rows, in the same order each time; images and recordings as their bytes."""
     from datasets import Dataset
 
-    shuffled = stream.decode(False).shuffle(seed=0, buffer_size=min(num, _SHUFFLED))
+    undecoded = stream if stream.features is None else stream.decode(False)
+    shuffled = undecoded.shuffle(seed=0, buffer_size=min(num, _SHUFFLED))
     return Dataset.from_list(list(shuffled.take(num)), features=stream.features)
 
 

@@ -71,40 +71,6 @@ def test_path_that_does_not_exist(tmp_path):
         open_data(DataSection(id="./no/where"), "causal-lm")
 
 
-def test_hub_splits_that_are_not_there(monkeypatch):
-    """`datasets` is stood in for: no hub is reached in tests."""
-
-    def load_dataset(path, name, revision, split):
-        raise ValueError(f'Unknown split "{split}"')
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train", "validation"])
-    with pytest.raises(DataError, match="has no split 'learn'; it has train, validation"):
-        open_data(DataSection(id="me/mine", train="learn"), "causal-lm")
-
-
-def test_hub_images_and_class_names(monkeypatch):
-    """Columns as `zalando-datasets/fashion_mnist` has them."""
-    from datasets import ClassLabel, Dataset, Features, Image
-    from PIL.Image import new
-
-    def load_dataset(path, name, revision, split):
-        num = {"train": 6, "test": 2}[split]
-        rows = {
-            "image": [new("L", (28, 28), 10 * i) for i in range(num)],
-            "label": [i % 2 for i in range(num)],
-        }
-        features = Features({"image": Image(), "label": ClassLabel(names=["shirt", "boot"])})
-        return Dataset.from_dict(rows, features=features)
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    data = open_data(DataSection(id="me/clothes"), "image-classification")
-    assert data.info.class_names == ("shirt", "boot")
-    assert data.info.image_shape == (1, 28, 28)
-    assert data.train.pixels[:, 0, 3, 4].tolist() == [0, 10, 20, 30, 40, 50]
-    assert list(data.test.labels) == [0, 1]
-
-
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """``me/small`` in the cache, as the hub's client leaves it; who waits for the hub fails."""

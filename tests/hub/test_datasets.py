@@ -90,7 +90,8 @@ def test_streaming_leaves_files_alone_that_it_does_not_read(hub, opened):
     assert read() == NUM_FILES
 
 
-def test_streamed_images_keep_their_classes_and_pixels(hub, opened):
+@pytest.mark.parametrize("num", [None, 9], ids=["whole", "streamed"])
+def test_images_keep_their_classes_and_pixels(num, hub, opened):
     rows = {
         "image": [new("L", (8, 8), 10 * i) for i in range(12)],
         "label": [i % 3 for i in range(12)],
@@ -104,14 +105,24 @@ def test_streamed_images_keep_their_classes_and_pixels(hub, opened):
         files[f"data/{split}.parquet"] = written.getvalue()
     hub.add_repo("me/clothes", files=files)
     names, pairs = opened(
-        {"id": "me/clothes", "num_streamed": 9},
+        {"id": "me/clothes", "num_streamed": num},
         "image-classification",
         "[data.info.class_names, list(zip(data.train.pixels[:, 0, 3, 4].tolist(), "
         "data.train.labels))]",
     )
     assert names == ["shirt", "boot", "bag"]
-    assert len(pairs) == 9
+    assert len(pairs) == (num or 12)
     assert all(label == pixel // 10 % 3 for pixel, label in pairs)
+
+
+def test_files_that_do_not_tell_their_columns_are_streamed(hub, opened):
+    lines = [f"row {i},{'ab'[i % 2]}" for i in range(300)]
+    hub.add_repo("me/lines", files={"train.csv": "\n".join(["text,label", *lines]).encode()})
+    section = {"id": "me/lines", "num_streamed": 30, "test": None}
+    shown = "[data.info.class_names, len(data.train), len(data.test), list(data.train.texts)]"
+    names, num_train, num_test, texts = opened(section, "text-classification", shown)
+    assert (names, num_train, num_test) == (["a", "b"], 24, 6)
+    assert len(set(texts)) == 24
 
 
 @pytest.mark.parametrize("streamed", [{}, {"num_streamed": 5}], ids=["whole", "streamed"])
