@@ -144,9 +144,10 @@ class FunctionWatch(TorchFunctionMode):
             out = func(*args, **kwargs)
         query, key, value = (given[name] for name in names[:3])
         mask = given.get("attn_mask")
-        inputs = tuple(
-            self.terms.of(tensor) for tensor in (query, key, value, mask) if tensor is not None
-        )
+        tensors = [tensor for tensor in (query, key, value, mask) if tensor is not None]
+        inputs = tuple(map(self.terms.of, tensors))
+        for tensor in tensors:
+            self.terms.use(tensor)
         self.terms.begin()
         try:
             rules.attention(

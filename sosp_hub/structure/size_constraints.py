@@ -132,6 +132,7 @@ def _histogram(terms: Terms, op: Operation) -> None:
 @_demand("tolist", "item", "numpy")
 def _values(terms: Terms, op: Operation) -> None:
     """What Python reads, it may count with."""
+    terms.use(op.tensor)
     for axis in (*terms.of(op.tensor), terms.numbers.get(op.tensor)):
         if axis is not None and not op.tensor.is_floating_point():
             terms.fix(axis, "its whole numbers are read")

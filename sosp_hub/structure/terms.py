@@ -66,6 +66,7 @@ class Terms:
     numbers: TensorTable = field(default_factory=TensorTable)
     tallies: TensorTable = field(default_factory=TensorTable)
     counted: TensorTable = field(default_factory=TensorTable)
+    unused: TensorTable = field(default_factory=TensorTable)
     reads: list[Read] = field(default_factory=list)
     macs: list[tuple[str, Axes]] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
@@ -129,6 +130,8 @@ class Terms:
         """Remembers that the running module's code computes with a tensor."""
         if (name := self.source.get(tensor)) is not None:
             self.touched.add(name)
+        if (picked := self.unused.get(tensor)) is not None:
+            pin(*picked)
         for result in self.results.get(tensor) or ():
             self.uses.setdefault(result, {}).setdefault(self.modules[-1])
 
@@ -144,6 +147,10 @@ class Terms:
     def fix(self, axis: Axis, operation: str) -> None:
         """Pins an axis, with the operation and its place as the reason."""
         pin(axis, f"{operation} in {self.where}")
+
+    def fix_if_used(self, tensor: Tensor, axis: Axis, operation: str) -> None:
+        """Pins an axis once the code computes with a tensor, not where it asks for its sizes."""
+        self.unused[tensor] = axis, f"{operation} in {self.where}"
 
     def multiply(self, *axes: Axis) -> None:
         """Notes the cost of a product: the sizes of these axes, multiplied."""

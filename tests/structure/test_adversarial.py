@@ -242,6 +242,24 @@ class CopiesForHeads(Between):
         return copies.relu()
 
 
+class AsLongAsOneChannel(Between):
+    """As BART's encoder asks how many tokens there are."""
+
+    def trick(self, x):
+        length = x[:, :, -1].shape[1]
+        return x * torch.arange(1, length + 1).view(1, length, 1)
+
+
+class OneChannel(Between):
+    def trick(self, x):
+        return x * x[:, :, -1].unsqueeze(-1)
+
+
+class OneChannelInPython(Between):
+    def trick(self, x):
+        return x * max(x[0, 0, -1].tolist(), 1.0)
+
+
 class RowsByRepeatedNumbers(Between):
     """As masked autoencoders and detectors pick tokens."""
 
@@ -680,6 +698,9 @@ TRICKS = (
     Trick(AnotherLayout, "cut", (8, 12)),
     Trick(LoopOverHeads, "cut", (4,)),
     Trick(CopiesForHeads, "cut", (3, 4)),
+    Trick(AsLongAsOneChannel, "cut", (12,)),
+    Trick(OneChannel, "whole"),
+    Trick(OneChannelInPython, "whole"),
     Trick(RowsByRepeatedNumbers, "cut", (12,)),
     Trick(RepeatedByALiteral, "whole"),
     Trick(SumOfCopies, "cut", (3, 4)),  # the heads are no exact group

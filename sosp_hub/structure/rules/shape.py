@@ -256,7 +256,11 @@ def _piece(terms: Terms, axis: Axis, start: int, length: int) -> Axis:
 def _select(terms: Terms, op: Operation) -> None:
     dim = position_of(op.argument(1, "dim", 0), op.tensor)
     axes = list(terms.of(op.tensor))
-    terms.fix(axes.pop(dim), "single elements of this axis are picked by their position")
+    axis, reason = axes.pop(dim), "single elements of this axis are picked by their position"
+    if op.name == "select" and op.argument(2, "index") in {0, -1}:  # there whatever is cut
+        terms.fix_if_used(op.out, axis, reason)
+    else:
+        terms.fix(axis, reason)
     for result in tensors(op.out):
         terms.set(result, axes)
         carry_source(terms, op.tensor, result)
