@@ -255,6 +255,11 @@ class OneChannel(Between):
         return x * x[:, :, -1].unsqueeze(-1)
 
 
+class FourthChannel(Between):
+    def trick(self, x):
+        return x * x[:, :, 3].unsqueeze(-1)
+
+
 class OneChannelInPython(Between):
     def trick(self, x):
         return x * max(x[0, 0, -1].tolist(), 1.0)
@@ -700,6 +705,7 @@ TRICKS = (
     Trick(CopiesForHeads, "cut", (3, 4)),
     Trick(AsLongAsOneChannel, "cut", (12,)),
     Trick(OneChannel, "whole"),
+    Trick(FourthChannel, "whole"),
     Trick(OneChannelInPython, "whole"),
     Trick(RowsByRepeatedNumbers, "cut", (12,)),
     Trick(RepeatedByALiteral, "whole"),
