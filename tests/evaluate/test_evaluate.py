@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sosp_hub.errors import DataError
 from sosp_hub.evaluate import Metric, evaluate, measure_latency, metrics_of_samples
-from sosp_hub.tasks import next_token
+from sosp_hub.tasks import next_token, softmax
 from tests.compare import assert_close
 
 
@@ -166,6 +166,15 @@ def test_samples_without_a_label_are_nothing_to_measure(table, metric):
     unlabeled = [(inputs, torch.full_like(labels, -100)) for inputs, labels in batches]
     with pytest.raises(DataError, match=r"there is no batch, or none with a label that counts"):
         evaluate(model, unlabeled, metric)
+
+
+def test_classes_are_kept_where_a_later_batch_has_several_places_a_sample(table):
+    """As a text of one token before one of two."""
+    model, _, labels = table
+    one, two = torch.arange(4)[:, None], torch.arange(4, 8).view(2, 2)
+    batches = [(one, labels[one]), (two, labels[two])]
+    found = evaluate(model, batches, ["per_class_accuracy"], loss_fn=softmax)
+    assert found == evaluate(model, batches[:1], ["per_class_accuracy"], loss_fn=softmax)
 
 
 UNLABELED = -100

@@ -154,3 +154,16 @@ def test_labels_that_are_no_classes_are_left_to_the_model(name):
     labels = torch.tensor([[7, 30, 12], [5, 9, 39]])
     with torch.no_grad():
         assert batch_loss(model, {"input_ids": labels, "labels": labels}).value.isfinite()
+
+
+def test_a_batch_without_a_label_trains_nothing():
+    """transformers' own loss of it is 0 / 0."""
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model, tokens = transformers.LlamaForCausalLM(config), torch.randint(0, 20, (2, 5))
+    loss = batch_loss(model, {"input_ids": tokens, "labels": torch.full_like(tokens, -100)})
+    loss.value.backward()
+    assert (loss.value.item(), loss.weight) == (0.0, 0)
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
