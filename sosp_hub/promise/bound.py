@@ -62,8 +62,9 @@ def lost_quality(
     dense, pruned = dense.double(), pruned.double()
     if is_share(drop.metric):
         one = dense[:, 1].mean()
-        dense = torch.cat([dense, torch.stack([one, one])[None]])
-        pruned = torch.cat([pruned, torch.stack([0 * one, one])[None]])
+        right, wrong = (0 * one, one) if lower_is_better(drop.metric) else (one, 0 * one)
+        dense = torch.cat([dense, torch.stack([right, one])[None]])
+        pruned = torch.cat([pruned, torch.stack([wrong, one])[None]])
     ratio, each = _linear(pruned)
     if drop.metric == DIVERGENCE:
         value = ratio

@@ -6,15 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_LOWER_IS_BETTER = (
-    *("loss", "perplexity", "word_error", "error", "mean_absolute", "root_mean_squared"),
-    *("divergence", "relative_error"),
-)
+_ERRORS = {"loss", "perplexity", "error", "divergence"}
+"""Words in the name of a metric of which less is better, as in ``word_error_rate``."""
 _SHARES = (
     *("accuracy", "top", "f1", "precision", "recall", "span_f1", "exact_match", "agreement"),
     *("mean_average_precision", "average_precision", "mean_iou", "word_error_rate"),
     *("bleu", "chrf", "rouge"),
 )
+_SCORES = ("cosine", "spearman", "score")
 _NONLINEAR = ("perplexity", "root_mean_squared_error")
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 DIVERGENCE = "divergence"
@@ -27,8 +26,13 @@ def is_share(metric: str) -> bool:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether less of the metric is better."""
-    return metric.startswith(_LOWER_IS_BETTER)
+    """Whether less of the metric is better, by what stands before ``@DATA`` and ``/CLASS``."""
+    return not _ERRORS.isdisjoint(re.split("[@/]", metric)[0].split("_"))
+
+
+def has_direction(metric: str) -> bool:
+    """Whether the name says which way is better."""
+    return lower_is_better(metric) or metric.startswith((*_SHARES, *_SCORES))
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ def read_drops(
         of_all: What is of all samples together: no model is compared by it sample by sample.
 
     Raises:
-        ValueError: An unknown metric, one that is no mean over samples, or an amount that is none;
-            says what to write.
+        ValueError: An unknown metric, one that is no mean over samples or whose name does not tell
+            which way is better, or an amount that is none; says what to write.
     """
     closed = {"per_class_accuracy", *of_all}
     known = tuple(dict.fromkeys([*(name for name in metrics if name not in closed), DIVERGENCE]))
@@ -89,6 +93,11 @@ def _read_drop(metric: str, amount: float | str, known: Sequence[str]) -> Drop:
         near = difflib.get_close_matches(metric, known, n=1, cutoff=0.5)
         guess = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"{key}: no such metric{guess}; there are {', '.join(known)}")
+    if not has_direction(metric):
+        raise ValueError(
+            f"{key}: its name does not tell whether less of it is better; call it {metric}_error "
+            f"where less is, score_{metric} where more is"
+        )
     told = f"{key}: got {amount!r}; expected"
     percent = _PERCENT.fullmatch(amount) if isinstance(amount, str) else None
     if percent and metric == DIVERGENCE:

@@ -72,6 +72,17 @@ def test_nothing_lost_on_few_samples_proves_nothing():
     assert samples_needed(Drop("accuracy", 0.01), 0.95) == 299  # 0.99^299 < 0.05
 
 
+def test_a_share_of_errors_is_bounded_as_that_of_what_is_right():
+    right = (torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    after = right.clone()
+    after[right.nonzero()[:3]] = 0
+    for pruned in (right, after):
+        rate = lost_quality(Drop("word_error_rate", 0.01), ones(1 - right), ones(1 - pruned))
+        share = lost_quality(Drop("accuracy", 0.01), ones(right), ones(pruned))
+        assert_close(rate.value, share.value, relative=1e-9)
+        assert_close(rate.upper, share.upper, relative=1e-9)
+
+
 @pytest.mark.parametrize(
     ("drop", "dense", "pruned", "value"),
     [
@@ -249,8 +260,9 @@ def test_drops_as_people_write_them(given, drop):
         ({"root_mean_squared_error": 2.0}, "a percentage of the dense"),
         ({"divergence": "5%"}, "a number such as 0.05"),
         ({"accuracy": True}, "more than 0"),
+        ({"nll": 0.1}, "tell whether less of it is better"),
     ],
 )
 def test_drops_that_are_none(given, told):
     with pytest.raises(ValueError, match=told):
-        read_drops(given, METRICS)
+        read_drops(given, (*METRICS, "nll"))

@@ -183,3 +183,29 @@ def test_metrics_of_samples_sum_to_the_metrics(trained, held_out):
         assert_close((x.sum() / w.sum()).item(), metric.value, relative=1e-9)
         assert len(x) == 1500
     assert rows["divergence"][:, 0].abs().max() < 1e-6
+
+
+def _entropy(loss, batch):
+    found = nn.functional.cross_entropy(loss.outputs, batch[1], reduction="none")
+    return found, torch.ones_like(found)
+
+
+@pytest.mark.parametrize("name", ["nll", "mse", "brier"])
+def test_a_promise_of_an_own_metric_needs_to_know_which_way_is_better(trained, held_out, name):
+    model, graph, saliency, _ = trained
+    with pytest.raises(BudgetError, match=rf"{name}: .*less .*{name}_error .*score_{name}"):
+        sosp_hub.allocate_within(
+            model, graph, saliency, held_out, max_drop={name: 0.05}, meters={name: _entropy}
+        )
+
+
+def test_an_own_metric_of_which_less_is_better_is_bounded_from_above(trained, held_out):
+    model, graph, saliency, _ = trained
+    found = {
+        name: sosp_hub.allocate_within(
+            model, graph, saliency, held_out, max_drop={name: 0.05}, meters={name: _entropy}
+        ).plan.kept
+        for name in ("token_loss", "calibration_error")
+    }
+    own = sosp_hub.allocate_within(model, graph, saliency, held_out, max_drop={"loss": 0.05})
+    assert found == dict.fromkeys(found, own.plan.kept)
