@@ -158,7 +158,8 @@ class LatencyTable:
 
     def __call__(self, plan: PruningPlan) -> float:
         """Seconds by the table."""
-        products = self._products(plan.num_kept(), plan.kept).macs / max(self._products().macs, 1)
+        whole = self._products().macs  # none where the graph counts none of them
+        products = self._products(plan.num_kept(), plan.kept).macs / whole if whole else 1.0
         given = self._given(plan) / max(self._elements, 1)
         timed = self._of_layers(plan) + products * self.products_s
         return self._fixed + given * self._by_elements + self._scale * timed
@@ -350,6 +351,10 @@ class Decoder(nn.Module):
     Args:
         model: In eval mode.
         prompt: Tokens before the step: ``(samples, length)``.
+
+    Raises:
+        BudgetError: The model has no cache, or one that cannot be set back by a token: the state of
+            a recurrent layer, or a sliding window that the prompt fills.
     """
 
     def __init__(self, model: nn.Module, prompt: Tensor) -> None:
@@ -357,11 +362,18 @@ class Decoder(nn.Module):
         self.model, self.length = model, prompt.shape[1]
         with torch.no_grad():
             self._cache = cache_in(dict(model(prompt, use_cache=True)))
+        refusal = BudgetError(
+            f"budget.decode_s: a {type(model).__name__} has no cache of keys and values that can "
+            f"be set back after {self.length} tokens; write latency_s or prefill_s"
+        )
         if not all(hasattr(cache, "crop") for cache in self._cache.values()) or not self._cache:
-            raise BudgetError(
-                f"budget.decode_s: a {type(model).__name__} has no cache of keys and values that "
-                "can be set back; write latency_s or prefill_s"
-            )
+            raise refusal
+        with torch.no_grad():
+            model(prompt[:, :1], **self._cache, use_cache=True)
+        try:
+            self.cache.crop(-1)
+        except RuntimeError as error:  # a state without a past, or a window that is full
+            raise refusal from error
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of one token more; the cache is as before afterwards."""
@@ -393,7 +405,13 @@ class ServingMemory:
 
     def __init__(self, model: nn.Module, graph: Graph, batch: int, length: int) -> None:
         device = next(model.parameters()).device
-        cache = Decoder(model, torch.zeros(1, 1, dtype=torch.long, device=device)).cache
+        try:
+            cache = Decoder(model, torch.zeros(1, 1, dtype=torch.long, device=device)).cache
+        except BudgetError as error:
+            raise BudgetError(
+                f"budget.serving_bytes: a {type(model).__name__} has no cache of keys and values "
+                "that grows with the tokens; write bytes, of the weights alone"
+            ) from error
         self._cost, self._fixed = CostModel(graph), 0
         self._by_group: dict[str, tuple[int, int]] = {}
         for number, layer in enumerate(cache.layers):

@@ -259,6 +259,36 @@ def test_a_model_without_a_cache_is_refused():
         Decoder(Net(), torch.zeros(1, 2, dtype=torch.long))
 
 
+@pytest.mark.parametrize("kind", ["window", "state"])
+def test_a_cache_that_cannot_be_set_back_is_refused_and_not_timed(kind, monkeypatch):
+    """A run of such a model died at its end, where the step is timed for the report."""
+    from types import SimpleNamespace
+
+    from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+
+    from sosp_hub.pipeline import result
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
+    if kind == "window":
+        config = MistralConfig(
+            **sizes, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+            sliding_window=4,
+        )  # fmt: skip
+        model = MistralForCausalLM(config).eval()
+    else:
+        model = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    with pytest.raises(BudgetError, match=r"budget.decode_s: .*write latency_s or prefill_s"):
+        Decoder(model, torch.zeros(1, 9, dtype=torch.long))
+    if kind == "state":
+        graph = sosp_hub.trace(model, {"input_ids": torch.zeros(1, 9, dtype=torch.long)})
+        with pytest.raises(BudgetError, match=r"budget.serving_bytes: .*write bytes"):
+            ServingMemory(model, graph, batch=1, length=9)
+    given = {"input_ids": torch.zeros(1, 9, dtype=torch.long)}
+    monkeypatch.setattr(result, "_for_latency", lambda *_: (given, {}))
+    loaded = SimpleNamespace(model=model, task="text-generation")
+    assert result.decoding_of(None, loaded, model) == {}
+
+
 @pytest.mark.parametrize("name", ["latency_s", "prefill_s", "decode_s", "serving_bytes"])
 def test_measured_budgets_need_a_measure(name):
     model, inputs = conv_net(), (torch.randn(2, 3, 12, 12),)
@@ -266,6 +296,24 @@ def test_measured_budgets_need_a_measure(name):
     scores = {name: torch.arange(float(group.size)) for name, group in graph.groups.items()}
     with pytest.raises(BudgetError, match=f"{name} is measured; give measure="):
         sosp_hub.allocate(graph, scores, **{name: 0.5})
+
+
+def test_a_plan_that_cuts_nothing_takes_what_the_dense_model_takes(by_products, monkeypatch):
+    class Summed(nn.Module):
+        """Its product of activations is none that the graph counts."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.first(x).relu()
+            return self.last(h + torch.einsum("nt,nd->nd", x, h))
+
+    monkeypatch.setattr(latency, "_products_s", lambda *_: 1e-8)
+    model, inputs = Summed().eval(), (torch.ones(4, 16),)
+    table = LatencyTable(model, sosp_hub.trace(model, inputs), inputs)
+    assert_close(table(sosp_hub.PruningPlan({}, {})), table.dense_s, relative=1e-6)
 
 
 def test_layers_that_are_called_by_keyword_are_timed(by_products):
