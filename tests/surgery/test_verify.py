@@ -846,3 +846,26 @@ def test_a_choice_among_other_values_is_the_cut_models_own(monkeypatch):
     sabotage_positions(monkeypatch, graph, "two.weight", 1)
     with pytest.raises(VerificationError, match=name):
         apply(model, graph, plan, strict=True)
+
+
+class RoundedAfterACast(nn.Module):
+    """The last digits of float32 are the first, and a cast is a step in double precision alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 512), nn.Linear(512, 8)
+
+    def forward(self, x):
+        return (10_000 * self.down(self.up(x).relu().float().to(x.dtype))).sin()
+
+
+def test_steps_are_compared_in_double_precision_where_code_casts_to_float32(caplog):
+    torch.manual_seed(0)
+    model, inputs = RoundedAfterACast().eval(), (torch.randn(4, 16),)
+    graph = trace(model, inputs)
+    (name,) = graph.groups
+    plan = plan_of(graph, {name: tuple(range(0, 512, 2))})
+    with caplog.at_level("DEBUG", logger="sosp_hub"):
+        apply(model, graph, plan, strict=True)
+    assert "only outputs are compared" not in caplog.text
+    assert "with copies of the weights" not in caplog.text

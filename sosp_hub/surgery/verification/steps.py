@@ -200,7 +200,7 @@ def essential(steps: Sequence[_AnyStep]) -> list[_AnyStep]:
     return [step for step in steps if plain_name(step.name) not in COPIES]
 
 
-COPIES = {"clone", "contiguous", "as_strided"}
+COPIES = {"clone", "contiguous", "as_strided", "_to_copy"}
 
 
 class AttentionSteps(TorchFunctionMode):
