@@ -68,10 +68,11 @@ def export(
         folder = Path(model)
         tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(folder)
         model = from_pretrained(folder if folder.is_dir() else str(folder))
-    from sosp_hub.checkpoint.io import check_not_quantised
+    from sosp_hub.checkpoint.io import check_no_adapters, check_not_quantised
     from sosp_hub.compat.torch import unwrapped
 
     plain = unwrapped(model)
+    check_no_adapters(plain)
     check_not_quantised(plain)
     if out is None and folder is None:
         raise CheckpointError("export: a model in memory has no folder; give out=")

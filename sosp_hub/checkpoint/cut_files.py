@@ -107,6 +107,16 @@ def cut_files(
             f"{base}: a model of no library, which only its own code builds; load it with "
             "sosp_hub.from_pretrained(folder, model=...), cut it with sosp_hub.apply and save it"
         )
+    if "quantization_config" in config:
+        raise CheckpointError(
+            f"{base}: its weights are quantised; cut the model that it was made from, and quantise "
+            "the result"
+        )
+    if (base / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{base}: holds adapters beside its weights (adapter_config.json); load it, merge them "
+            "(model.merge_and_unload()) and cut what that saves, or take the adapter's files away"
+        )
     if out.exists() and base.exists() and out.resolve() == base.resolve():
         raise CheckpointError(f"{out}: is the base itself; give another folder")
     with as_checkpoint_error():

@@ -144,6 +144,19 @@ def check_not_quantised(model: nn.Module) -> None:
             )
 
 
+def check_no_adapters(model: nn.Module) -> None:
+    """Refuses adapters that were not merged.
+
+    Raises:
+        ModelError: Says how.
+    """
+    if hasattr(model, "merge_and_unload"):
+        raise ModelError(
+            f"{type(model).__name__}: it has adapters beside its weights; save or export "
+            "model.merge_and_unload(), or save the adapters alone by model.save_pretrained(folder)"
+        )
+
+
 def is_uniform(plan: Any) -> bool:
     """Whether a plan, as data, was to leave a model that a plain config describes."""
     provenance = plan.get("provenance") if isinstance(plan, Mapping) else None
@@ -239,11 +252,7 @@ def library_of(model: nn.Module) -> Builder:
     Raises:
         ModelError: Adapters that were not merged.
     """
-    if hasattr(model, "merge_and_unload"):
-        raise ModelError(
-            f"{type(model).__name__}: it has adapters beside its weights; save "
-            "model.merge_and_unload(), or the adapters alone by model.save_pretrained(folder)"
-        )
+    check_no_adapters(model)
     if hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "model_type"):
         return "transformers"
     if is_whole(model):

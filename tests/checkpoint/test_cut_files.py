@@ -214,6 +214,16 @@ def test_refusals_are_typed_and_leave_nothing(tmp_path):
         sosp_hub.apply_plan_file(file, folder, out=out, device_map="auto")
     with pytest.raises(OutputError, match="is a file"):
         sosp_hub.apply_plan_file(file, folder, out=file)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapters beside its weights"):
+        sosp_hub.apply_plan_file(file, folder, out=out)
+    (folder / "adapter_config.json").unlink()
+    config = (folder / "config.json").read_text()
+    packed = json.loads(config) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (folder / "config.json").write_text(json.dumps(packed))
+    with pytest.raises(CheckpointError, match="its weights are quantised; cut the model"):
+        sosp_hub.apply_plan_file(file, folder, out=out)
+    (folder / "config.json").write_text(config)
     other = {name.replace("layers.0", "layers.7"): kept for name, kept in plan.kept.items()}
     sizes = {name.replace("layers.0", "layers.7"): size for name, size in plan.sizes.items()}
     file.write_text(PruningPlan(other, sizes).to_json())

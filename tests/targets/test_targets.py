@@ -503,6 +503,16 @@ MISUSES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks it
+@pytest.mark.parametrize("name", sorted(TARGETS.known().keys()))
+def test_adapters_are_merged_before_an_export(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match=r"adapters beside its weights.*merge_and_unload"):
+        sosp_hub.export(model, name, tmp_path / f"out{TARGETS.known()[name].suffix}")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", MISUSES)
 def test_a_misuse_of_export_is_answered(name, tmp_path):
     make, kind, words = MISUSES[name]
