@@ -23,6 +23,8 @@ time-series-forecasting
 sentence-similarity
     Real pairs of Brown sentences; the score is the share of words that they have in common, which
     is a made stand-in for a judgement.
+question-answering
+    Real sentences of the Brown corpus; the question is which word follows one of them, and so made.
 """
 
 import argparse
@@ -33,6 +35,7 @@ import shlex
 import subprocess
 import wave
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +204,20 @@ def alike(sentences: list[list[tuple[str, str]]], chance: random.Random, _: int)
         second = [word for word in first if chance.random() < 0.7] or first
     shared = len(set(first) & set(second)) / len(set(first) | set(second))
     return {"sentence1": " ".join(first), "sentence2": " ".join(second), "score": shared}
+
+
+def following(
+    sentences: list[list[tuple[str, str]]], chance: random.Random, _: int
+) -> dict[str, Any]:
+    """A sentence, and which word follows one that stands in it once."""
+    words: list[str] = []
+    while not (once := [i for i, word in enumerate(words[:-1]) if words.count(word) == 1]):
+        words = [word for word, _ in chance.choice(sentences)]
+    at = chance.choice(once)
+    answers = {"text": [words[at + 1]], "answer_start": [len(" ".join(words[: at + 1])) + 1]}
+    return {
+        "question": f"what follows {words[at]} ?", "context": " ".join(words), "answers": answers,
+    }  # fmt: skip
 
 
 # Sounds and series -------------------------------------------------------------------------------
@@ -396,13 +413,13 @@ def t5(vocabulary: list[str]) -> tuple[Any, list[Any]]:
     return transformers.T5ForConditionalGeneration(config), [tokenizer]
 
 
-def bert(vocabulary: list[str]) -> tuple[Any, list[Any]]:
+def bert(vocabulary: list[str], cls: str = "BertModel") -> tuple[Any, list[Any]]:
     """A BERT of whole words."""
     tokenizer = word_tokenizer(vocabulary)
     config = transformers.BertConfig(
         **VIT, vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0
     )
-    return transformers.BertModel(config), [tokenizer]
+    return getattr(transformers, cls)(config), [tokenizer]
 
 
 def wav2vec2(cls: str) -> tuple[Any, list[Any]]:
@@ -605,13 +622,17 @@ def make(task: str, folder: Path, args: argparse.Namespace, num: tuple[int, int]
             for split in ("train", "test")
         }
         write(folder, *build(), lambda chance, split: make_row(things[split], chance, side), num)
-    elif task in ("text2text-generation", "sentence-similarity"):
+    elif task in ("text2text-generation", "sentence-similarity", "question-answering"):
         sentences = brown(args.brown)
         part = {"train": sentences[::2], "test": sentences[1::2]}
         vocabulary = sorted(
             {word for pairs in part["train"][:2000] for pair in pairs for word in pair}
         )
-        one, build = (tagging, t5) if task == "text2text-generation" else (alike, bert)
+        one, build = {
+            "text2text-generation": (tagging, t5),
+            "sentence-similarity": (alike, bert),
+            "question-answering": (following, partial(bert, cls="BertForQuestionAnswering")),
+        }[task]
         write(folder, *build(vocabulary), lambda chance, split: one(part[split], chance, 0), num)
     elif task in ("automatic-speech-recognition", "whisper"):
         waves = spoken(args.espeak) if args.espeak else beeped()
@@ -632,6 +653,7 @@ TASKS = (
     "image-text-to-text",
     "text2text-generation",
     "sentence-similarity",
+    "question-answering",
     "automatic-speech-recognition",
     "whisper",
     "audio-classification",
