@@ -266,6 +266,43 @@ def test_outputs_that_are_wrong_by_three_in_a_thousand_are_refused(block, off):
         verified_plan(model, graph, plan, thorough=True, cut=almost, strict=True)
 
 
+class AddsLittle(Block):
+    """What it adds is less than 16 bits can tell, as late layers add to a residual stream."""
+
+    def forward(self, x):
+        return 1.5 + super().forward(x) / 60
+
+
+def test_a_fault_that_16_bits_do_not_resolve_is_noticed(monkeypatch):
+    torch.manual_seed(0)
+    model = fill(AddsLittle().eval()).bfloat16()
+    graph = trace(model, (torch.randn(2, 4, 5).bfloat16(),))
+    assert all(bool((output == 1.5).all()) for output in run(model, graph))
+    plan = plan_of(graph, {name: (group.size - 1,) for name, group in graph.groups.items()})
+    apply(model, graph, plan, strict=True)
+    sabotage_positions(monkeypatch, graph, "three.weight", 1)
+    with pytest.raises(VerificationError, match=group_of(graph, "three.weight", 1)):
+        apply(model, graph, plan, strict=True)
+
+
+class OnlyCoarse(Block):
+    """Has its precision written into its code."""
+
+    def forward(self, x):
+        return super().forward(x.bfloat16())
+
+
+def test_a_model_that_runs_in_16_bits_alone_is_compared_so(monkeypatch):
+    torch.manual_seed(0)
+    model = fill(OnlyCoarse().eval()).bfloat16()
+    graph = trace(model, (torch.randn(2, 4, 5),))
+    plan = plan_of(graph, {name: (group.size - 1,) for name, group in graph.groups.items()})
+    apply(model, graph, plan, strict=True)
+    sabotage_positions(monkeypatch, graph, "three.weight", 1)
+    with pytest.raises(VerificationError, match=group_of(graph, "three.weight", 1)):
+        apply(model, graph, plan, strict=True)
+
+
 class Scaled(Block):
     """Returns numbers in another unit."""
 
