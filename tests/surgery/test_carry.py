@@ -1,6 +1,7 @@
 """State of an optimizer and averages of weights follow the cut; the oracle slices by itself."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -362,15 +363,18 @@ def test_means_of_rows_and_columns_are_cut(make, width):
     step(model, optimizer, inputs)
 
 
-def test_a_mean_over_one_of_two_equal_dims_is_refused_where_nothing_says_which():
+@pytest.mark.parametrize("kernel", [(), (3, 3)], ids=["linear", "convolution"])
+def test_a_mean_over_one_of_two_equal_dims_is_refused_where_nothing_says_which(kernel):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    optimizer, inputs = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(8, 6)
+    make = partial(nn.Conv2d, kernel_size=3, padding=1) if kernel else nn.Linear
+    first, last = make(6, 6), make(6, 3)
+    model, inputs = nn.Sequential(first, nn.ReLU(), last), torch.randn(8, 6, *kernel)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step(model, optimizer, inputs)
-    optimizer.state[model[0].weight]["mean"] = torch.ones(6)
+    optimizer.state[first.weight]["mean"] = torch.ones(6, *kernel)
     graph = trace(model, (inputs,))
     apply_(model, graph, plan_of(graph))
-    with pytest.raises(PlanError, match=r"'mean' of '0.weight' is \[6\], .* not known how to cut"):
+    with pytest.raises(PlanError, match=r"'mean' of '0.weight' is .* not known how to cut"):
         carry(optimizer, model, graph, plan_of(graph))
 
 
