@@ -149,7 +149,7 @@ def set_device(device="meta"):
 
 
 def every_verb(model, fresh, folder):
-    """What each verb gives, as tensors, and the models that were made."""
+    """What each verb gives, in tensors and numbers, and the models that were made."""
     graph = sosp_hub.trace(model, (X,))
     found, made = {}, {}
     for criterion in CRITERIA:
@@ -162,7 +162,7 @@ def every_verb(model, fresh, folder):
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found["carry"] = sosp_hub.carry(average, made["apply"], graph, plan)
     measured = sosp_hub.evaluate(model, BATCHES, ["loss", "accuracy"])
-    found["evaluate"] = {name: torch.tensor(each.value) for name, each in measured.items()}
+    found["evaluate"] = {name: each.value for name, each in measured.items()}
     made["apply_"] = sosp_hub.apply_(model, graph, plan)
     found |= {name: dict(each.state_dict()) for name, each in made.items()}
     return found, made
