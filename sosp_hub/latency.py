@@ -34,6 +34,7 @@ from sosp_hub.evaluate import measure_latency
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.axes import Axis, atoms, size_of
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.trace import output_tensors
 from sosp_hub.untrusted import UnreadableError, read_json
 
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of a width, at which a layer is timed
@@ -227,7 +228,7 @@ def _layers_of(model: nn.Module, graph: Graph, inputs: Any) -> list[_Layer]:
             _: nn.Module,
             given: tuple[Any, ...],
             named: Mapping[str, Any],
-            result: Tensor,
+            result: Any,
             name: str = name,
             kind: str = kind,
             options: tuple[Any, ...] = options,
@@ -237,7 +238,8 @@ def _layers_of(model: nn.Module, graph: Graph, inputs: Any) -> list[_Layer]:
             grid = _grid(kind, options, axes)
             features = next(iter((*given, *named.values())))
             shape = tuple(features.shape)
-            found.append(_Layer(name, kind, shape, options, axes, grid, result.numel()))
+            elements = sum(each.numel() for each in output_tensors(result)[:1])
+            found.append(_Layer(name, kind, shape, options, axes, grid, elements))
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
     positional, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})

@@ -127,6 +127,30 @@ def test_what_goes_over_the_numbers_that_layers_give_is_less_by_those_that_are_c
     assert_close(table(plan), expected.layers_s + rest, relative=1e-6)
 
 
+class WithItsBias(nn.Linear):
+    """Gives its bias beside its result, as layers of tensor-parallel models do."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight), self.bias
+
+
+class ReadsPairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = WithItsBias(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden, bias = self.up(x)
+        return self.down((hidden + bias).relu())
+
+
+def test_layers_that_give_more_than_a_tensor_have_times_too(by_products):
+    model, inputs = ReadsPairs().eval(), (torch.randn(2, 6),)
+    graph = sosp_hub.trace(model, inputs)
+    table = LatencyTable(model, graph, inputs)
+    assert_close(table.layers_s, 1e-9 * 2 * (6 * 8 + 8 * 3), relative=1e-6)
+
+
 def test_layers_that_take_longer_alone_are_scaled_to_the_model(by_products, monkeypatch):
     """Timed one by one they may miss what the model has in its caches."""
     model, inputs = conv_net(), (torch.randn(2, 3, 12, 12),)
