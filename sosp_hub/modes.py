@@ -1,6 +1,7 @@
 """Modes of models and of torch that a verb does not take over from its caller, nor leave to it."""
 
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -180,6 +181,18 @@ def building_in(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's collector of reference cycles rests: for work whose many objects all stay in use."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager

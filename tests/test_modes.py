@@ -1,6 +1,7 @@
 """Verbs leave every module in the mode that it was in, also a norm frozen in a training model."""
 
 import copy
+import gc
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import sosp_hub
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.evaluate import metrics_of_samples
-from sosp_hub.modes import evaluating, in_own_modes
+from sosp_hub.modes import collector_paused, evaluating, in_own_modes
 from sosp_hub.pipeline import any_budget
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.training import recalibrate_norm
@@ -169,6 +170,19 @@ def every_verb(model, fresh, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_collector_is_as_the_caller_has_it_after_an_error_too(collecting):
+    before = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(ValueError, match="inside"), collector_paused():
+            assert not gc.isenabled()
+            raise ValueError("inside")
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
 @pytest.mark.parametrize(
     "mode", [torch.inference_mode, torch.no_grad, autocast, default_device, set_device]
 )

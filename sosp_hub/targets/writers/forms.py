@@ -16,6 +16,7 @@ from sosp_hub.checkpoint.format.modules import own_config
 from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.compat.transformers import EXPERTS_KEY
 from sosp_hub.errors import CheckpointError
+from sosp_hub.modes import collector_paused
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -54,7 +55,7 @@ def write_onnx(
     try:
         from onnxscript import optimizer
 
-        with _plain_experts(model), _only_errors("onnxscript"):
+        with _plain_experts(model), _only_errors("onnxscript"), collector_paused():
             program: Any = torch.onnx.export(
                 model.eval(),
                 args,
