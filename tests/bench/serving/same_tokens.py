@@ -5,7 +5,8 @@
 ``FOLDER`` is a pruned causal language model with its tokenizer, ``SCRIPT`` a
 ``convert_hf_to_gguf.py`` with its repository around it. Tried is what can be imported here:
 llama.cpp (``llama_cpp``) from our own GGUF and, with ``--converter``, from what llama.cpp's own
-script makes of the DeciLM folder; mlx-lm from the DeciLM folder; ONNX Runtime and OpenVINO with a
+script makes of the DeciLM folder, its vocabulary filled up to Llama 3's size, and of the padded
+one; mlx-lm from the DeciLM folder; ONNX Runtime and OpenVINO with a
 cache. All in float32, greedy. Prints how many tokens agree before the first that does not, and the
 seconds of the process that the export took.
 """
@@ -28,6 +29,7 @@ from sosp_hub.errors import CheckpointError
 from sosp_hub.recipe.targets import make_target
 
 PROMPT = "The state of our union"
+LLAMA_3 = 128_256  # entries of its vocabulary
 
 
 def by_transformers(folder, tokens, steps):
@@ -98,22 +100,24 @@ def by_openvino(path, tokens, steps):
     return by_steps(lambda inputs: list(compiled(inputs).values()), past, tokens, steps)
 
 
-def converted(script, deci, path):
-    """A DeciLM folder as llama.cpp's own script converts it.
-
-    One choice of it is overridden: for a vocabulary of another size than Llama 3's it looks for a
-    SentencePiece file, which a model with a byte-level BPE has not.
-    """
-    roots = [str(script.parent), str(script.parent / "gguf-py")]
-    arguments = [str(script), str(deci), "--outfile", str(path), "--outtype", "f32"]
-    code = (
-        f"import sys, runpy; sys.path[:0], sys.argv = {roots}, {arguments}\n"
-        "from conversion.deci import DeciModel\n"
-        "DeciModel.set_vocab = lambda self: self._set_vocab_gpt2()\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+def converted(script, folder, path):
+    """A folder as llama.cpp's own script converts it, unmodified."""
+    command = [sys.executable, str(script), str(folder), "--outfile", str(path), "--outtype", "f32"]
+    subprocess.run(command, check=True, capture_output=True)
     return path
+
+
+def with_vocabulary(folder, size):
+    """The model with rows of zeros for tokens up to ``size``, which no text has.
+
+    For DeciLM llama.cpp's script reads a byte-level BPE only where it has Llama 3's size.
+    """
+    model = sosp_hub.from_pretrained(folder, dtype=torch.float32)
+    had = model.config.vocab_size
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[had:] = 0
+    return model
 
 
 def main():
@@ -138,7 +142,7 @@ def main():
                 return
             out = place / f"{name}{make_target(target, CheckpointError).suffix}"
             start = time.process_time()
-            sosp_hub.export(args.folder, target, out, **options)
+            sosp_hub.export(options.pop("model", args.folder), target, out, **options)
             seconds = time.process_time() - start
             found = run(out, tokens, args.steps)
             pairs = zip(found, expected, strict=True)
@@ -148,12 +152,15 @@ def main():
 
         show("llama.cpp", "llama_cpp", "gguf", {}, by_llama_cpp)
         if args.converter:
-            show(
-                "llama.cpp, own converter", "llama_cpp", "deci", {},
-                lambda deci, *rest: by_llama_cpp(
-                    converted(args.converter.resolve(), deci, place / "converted.gguf"), *rest
-                ),
-            )  # fmt: skip
+
+            def by_converter(folder, *rest):
+                script, path = args.converter.resolve(), place / "converted.gguf"
+                return by_llama_cpp(converted(script, folder, path), *rest)
+
+            filled = with_vocabulary(args.folder, LLAMA_3)
+            options = {"model": filled, "tokenizer": tokenizer}
+            show("converter, DeciLM", "llama_cpp", "deci", options, by_converter)
+            show("converter, padded", "llama_cpp", "padded", {}, by_converter)
         show("mlx-lm", "mlx_lm", "deci", {}, by_mlx)
         show("onnxruntime", "onnxruntime", "onnx", {"cache": True}, by_onnxruntime)
         show("openvino", "openvino", "openvino", {"cache": True}, by_openvino)
