@@ -26,8 +26,8 @@ def layer_groups(
     entries: Mapping[str, Axes],
     exits: Mapping[str, Axes],
     uses: Uses,
-    constraints: Iterable[Constraint] = (),
-    beside: Mapping[str, tuple[tuple[int, ...], ...]] = {},
+    constraints: Iterable[Constraint],
+    beside: Mapping[str, tuple[tuple[int, ...], ...]],
 ) -> tuple[dict[str, Group], dict[str, str]]:
     """One group for each list of like modules of which at least two keep their stream.
 
@@ -37,8 +37,9 @@ def layer_groups(
         exits: Axes of what each module gave.
         uses: The modules whose code computes with what a module gave.
         constraints: What the sizes of tensors are computed from.
-        beside: Shapes of the further tensors that each module was given by position. A layer given
-            others than most, such as the one where Funnel pools, does what the others do not.
+        beside: Shapes of the further tensors that each module that runs in evaluation was given by
+            position. A layer given others than most, such as the one where Funnel pools, does what
+            the others do not.
 
     Returns:
         The groups, and for other stacks why none of their layers can be left out: each layer but
@@ -66,6 +67,9 @@ def layer_groups(
                 layer for layer, kind in zip(layers, kinds, strict=True) if kind == usual
             )
         if len(layers) < 2:
+            continue
+        if not beside.keys() >= set(layers):  # code that chooses among them counts them all
+            reasons[name] = "evaluation does not run all of its layers"
             continue
         layers = tuple(layer for layer in layers if not _gives_more(layer, uses))
         if len(layers) < 2:

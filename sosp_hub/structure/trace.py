@@ -325,7 +325,8 @@ def _follow_training(
     either keep their size.
     """
     steps, macs, reads, uses = len(terms.steps), len(terms.macs), len(terms.reads), dict(terms.uses)
-    before = [dict(border) for border in borders]
+    before, beside = [dict(border) for border in borders], terms.beside
+    terms.beside = {}
     reason = "training does not use it either"
     try:
         result = call(model.train(), inputs)
@@ -352,6 +353,7 @@ def _follow_training(
         terms.reads[reads:] = [read for read in terms.reads[reads:] if read.tensor in unused]
         terms.uses.clear()
         terms.uses.update(uses)
+        terms.beside = beside
         for border, old in zip(borders, before, strict=True):
             border.update(old)
     left = {name: owner for name, owner in unused.items() if name not in terms.touched}

@@ -362,10 +362,12 @@ _VALUES: dict[str, dict[str, Any]] = {
     "oneformer": {"task_seq_len": LENGTH, "conv_dim": 64, "mask_dim": 64},
     "wav2vec2-bert": {"feature_projection_input_dim": 16},
     "d_fine": {
+        "image_size": 96,  # as above: 32 pixels become one place, and statistics of two values
         "backbone_config": _HGNET, "encoder_in_channels": [32, 32, 64], "encoder_hidden_dim": 64,
         "decoder_in_channels": [64, 64, 64], "d_model": 64,
     },
     "deimv2": {
+        "image_size": 96,
         "backbone_config": _HGNET, "encoder_in_channels": [32, 32, 64], "encoder_hidden_dim": 64,
         "decoder_in_channels": [64, 64, 64], "d_model": 64,
     },

@@ -166,6 +166,28 @@ def test_a_stack_stays_whole_where_more_than_its_last_result_counts(tower):
     assert "undroppable: layers of towers.0.layers: the code around it" in graph.describe()
 
 
+class Refined(Tower):
+    """``heads`` run after each layer in training, and after the last one alone in evaluation."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.heads = nn.ModuleList(Inner() for _ in self.layers)
+
+    def forward(self, x):
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if self.training or number == len(self.layers) - 1:
+                seen = self.heads[number](x)
+        return seen
+
+
+def test_a_stack_of_which_evaluation_runs_one_layer_stays_whole():
+    """D-FINE's quality heads: without one of them training found none at the last position."""
+    _, graph = traced(Refined(Config("a", 3)))
+    assert set(layers_of(graph)) <= {"towers.0.layers:layer"}
+    assert graph.undroppable["towers.0.heads"] == "evaluation does not run all of its layers"
+
+
 class Fed(Inner):
     """A layer with an input of its own."""
 
