@@ -83,7 +83,7 @@ def assemble(
         }
         | {name: buffer.element_size() for name, buffer in model.named_buffers()},
         parameters=frozenset(parameters & tensors.keys()),
-        buffers=frozenset(model.state_dict().keys() & tensors.keys() - parameters),
+        buffers=frozenset(model.state_dict(keep_vars=True).keys() & tensors.keys() - parameters),
         normalised=frozenset(terms.normalised),
         written=frozenset(name for name in named if storage_key(named[name]) in terms.written),
         scales=tuple(terms.scales),

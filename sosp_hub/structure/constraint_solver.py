@@ -174,15 +174,19 @@ def _satisfy(
     """
     clean = 0
     index = _Index(relevant)
-    while clean < _CLEAN_DRAWS:
+
+    def violated_of(constraints: Sequence[Constraint]) -> list[Constraint]:
         draw: dict[int, int] = {}
 
-        def count(atom: Atom, draw: dict[int, int] = draw) -> int:
+        def count(atom: Atom) -> int:
             if atom.pinned:
                 return atom.size
             return draw.setdefault(find(atom.id), generator.randint(1, atom.size))
 
-        _, violated = solve_attributes(relevant, count)
+        return solve_attributes(constraints, count)[1]
+
+    while clean < _CLEAN_DRAWS:
+        violated = violated_of(relevant)
         clean = 0 if violated else clean + 1
         refined = [_refine(c, index, find, representative) for c in violated]
         if any(refined):
@@ -191,7 +195,8 @@ def _satisfy(
         repaired = not violated
         for constraint in violated:
             involved = _involved(constraint, index)
-            if touched.isdisjoint(find(atom.id) for atom in involved):
+            stale = not touched.isdisjoint(find(atom.id) for atom in involved)
+            if not stale or constraint in violated_of(_bound(constraint, index)):
                 repaired |= _repair(constraint, involved, find, representative)
                 touched |= {find(atom.id) for atom in involved}
         if not repaired:

@@ -5,6 +5,7 @@ import gc
 import random
 import threading
 from collections import OrderedDict, defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -353,6 +354,7 @@ class Owned:
             random.getstate(),
             [str(part) for part in np.random.get_state()],  # noqa: NPY002
             [tensor.clone() for tensor in self.inputs],
+            gc.isenabled(),
         )
 
 
@@ -458,6 +460,28 @@ def test_nothing_differs_after_an_exception(hostile, verb, monkeypatch):
     with pytest.raises((SospHubError, RuntimeError)):
         verb(owned.model, owned.inputs)
     assert_same(owned.everything(), before)
+
+
+class WithoutCollector(nn.Linear):
+    """Does not run while Python collects garbage."""
+
+    def forward(self, x):
+        if gc.isenabled():
+            raise RuntimeError("the collector is on")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("width", [5, 4])
+def test_the_collector_of_garbage_is_off_during_a_trace_and_then_as_it_was(width, on):
+    model, was_on = WithoutCollector(5, 3), gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        with nullcontext() if width == 5 else pytest.raises(SospHubError, match="shapes cannot"):
+            trace(model, (torch.randn(2, width),))
+        assert gc.isenabled() is on
+    finally:
+        (gc.enable if was_on else gc.disable)()
 
 
 @pytest.mark.slow
