@@ -1,7 +1,6 @@
 """``trace``: one forward pass, and what it shows of which slices must be cut together."""
 
 import dataclasses
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from sosp_hub.compat.torch import FAKE_LOG, SHARDED, FakeMode, unwrapped
 from sosp_hub.compat.versions import tell_newer
 from sosp_hub.errors import TraceError
-from sosp_hub.modes import in_own_modes
+from sosp_hub.modes import collector_paused, in_own_modes
 from sosp_hub.structure import rules
 from sosp_hub.structure import traced_int as ints
 from sosp_hub.structure.axes import Axis, Sum, atoms, fixed, free, pin
@@ -99,7 +98,7 @@ def trace(
     wanted = None if outputs is None else tuple(outputs)
     example_inputs, cost_inputs = plain_inputs(example_inputs), plain_inputs(cost_inputs)
     samples = num_samples(example_inputs)
-    with _without_collector():
+    with collector_paused():
         twin, terms, entries, exits = _run(model, example_inputs, wanted, fake, program or call)
         graph = assemble(twin, terms, (entries, exits), example_inputs, wanted, samples)
     graph = dataclasses.replace(graph, plain=plain_sizes(model, graph.groups))
@@ -107,18 +106,6 @@ def trace(
         return graph
     sized = trace(model, cost_inputs, outputs, fake=fake, program=program).sized
     return dataclasses.replace(graph, of_size=sized)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Python looks through the many objects of a trace again and again: a fifth of its time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 @contextmanager
