@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.from_scores:
             from sosp_hub.pipeline.scores import read_scores
 
-            scores = read_scores(options.from_scores, options.given)
+            scores = read_scores(options.from_scores, options.given, with_data=options.with_data)
         if scores:
             recipe = scores.recipe
         elif made:

@@ -131,6 +131,7 @@ def _at_budget(scores: "Scores") -> "nn.Module":
             "its recipe with criterion.compensate=false, or cut with --from-scores"
         )
     loaded = load_model(scores.model(), data=DataInfo(image_size=recipe.data.image_size))
+    scores.check_weights(loaded.model)
     graph = trace(loaded.model, example_inputs(loaded), outputs=recipe.structure.outputs)
     gone = as_blocks(scores.blocks)
     plan = allocated(recipe, graph, scores.saliency, recipe.budget.targets(), gone=gone)

@@ -17,7 +17,7 @@ from sosp_hub.data.split import Part
 from sosp_hub.distributed import logger, make_accelerator
 from sosp_hub.errors import DataError, shortened
 from sosp_hub.pipeline.eligible import eligible_groups
-from sosp_hub.pipeline.scores import Scores
+from sosp_hub.pipeline.scores import Scores, weights_of
 from sosp_hub.pipeline.stage_cache import StageCache
 from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.schema import Recipe, SourceSection
@@ -214,9 +214,11 @@ class Context:
             "model": self.loaded.base_model,
             "revision": self.loaded.base_revision,
             "architecture": Path(self.recipe.model.id).name,
+            "weights": weights_of(self.model),
+            "trained": bool(self.dense_training),
             **self.loaded.card,
         }
-        return {**base, **self.scores.base} if self.scores is not None else base
+        return base if self.scores is None else {**base, **self.scores.base, "cut_again": True}
 
     @property
     def calibration(self) -> Mapping[str, Any]:
@@ -292,6 +294,8 @@ def open_context(
         }
         info = data.info if data else DataInfo(image_size=recipe.data.image_size)
         loaded = load_from_zoo(recipe.model, data=info)
+        if scores is not None:
+            scores.check_weights(loaded.model)
         splits: dict[_Key, Split] = {}
         if data is None:
             logger.info("the data is not opened: nothing is measured or trained")

@@ -1,20 +1,23 @@
 """The scores of a finished run: what another budget is cut from, without scoring again."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from sosp_hub.distributed import logger
 from sosp_hub.errors import ModelError, OutputExistsError, RecipeError
 from sosp_hub.pipeline.calibration_inputs import read_inputs
 from sosp_hub.recipe.load import parse_recipe
 from sosp_hub.recipe.schema import BUDGETS, ModelSection, Recipe
-from sosp_hub.report.facts import own_recipe, scored_by, with_spread
+from sosp_hub.report.facts import own_recipe, scored_by, trained_before, with_spread
 from sosp_hub.report.listing import CALIBRATION, CURVATURE, DENSE, REPORT, SALIENCY
 from sosp_hub.report.schema import read_report
 
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 _FREE = ("budget", "data", "evaluate", "finetune", "output", "push", "rebuild")
 _FREE_KEYS = ("model.id", "model.path", "model.revision", "structure.verify")
+_NEED_DATA = ("data", "finetune", "evaluate.metrics", "evaluate.harness")
+_SIZES = ("data.image_size", "data.max_length")  # of the input that costs are for
+_MOST_ELEMENTS = 4096  # of a parameter, for what tells weights apart
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,21 @@ class Scores:
         revision = section.revision or self.base.get("revision")
         return section.model_copy(update={"revision": revision, "train": None})
 
+    def check_weights(self, model: nn.Module) -> None:
+        """Compares the weights that are cut with those that were scored, where the report tells.
+
+        Raises:
+            ModelError: They differ: another model, another revision, or trained since.
+        """
+        scored, now = self.base.get("weights"), weights_of(model)
+        if not self.has_dense and scored and now and scored != now:
+            section = self.recipe.model
+            raise ModelError(
+                f"--from-scores: {section.path or section.id} has other weights than those that "
+                f"were scored in {self.folder}; give these with model.path=FOLDER or "
+                "model.revision=COMMIT, or run the recipe again"
+            )
+
     def check_dense(self, measured: Mapping[str, Any]) -> None:
         """Compares what the dense model measures now with what that run measured.
 
@@ -138,13 +159,14 @@ class Scores:
             )
 
 
-def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
+def read_scores(folder: str | Path, overrides: Sequence[str], *, with_data: bool = True) -> Scores:
     """Reads the output folder of a run.
 
     Args:
         folder: The output.
         overrides: ``key.path=value`` for its recipe. A budget takes the place of the old one; what
             the scores depend on cannot be changed.
+        with_data: Whether the data is opened; if not, overrides that only data needs are refused.
 
     Raises:
         OutputExistsError: No output of a run, or one without its scores.
@@ -158,9 +180,9 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
     if made.schedule is not None:
         fault = "schedule: its scores are of models that were cut before; run the recipe again"
         raise RecipeError("--from-scores", [fault])
-    _check(folder, made, overrides)
     dropped = [*(f"budget.{name}=null" for name in BUDGETS), "budget.max_drop={}"]
     first = read([*dropped, *overrides])
+    _check(folder, made, first, overrides, with_data=with_data)
     name = "-".join(
         [
             folder.resolve().name,
@@ -206,8 +228,23 @@ def read_scores(folder: str | Path, overrides: Sequence[str]) -> Scores:
         made,
         dense,
         blocks,
-        trained="dense" in (report.get("timings_s") or {}),
+        trained=trained_before(report),
     )
+
+
+def weights_of(model: nn.Module) -> str | None:
+    """A digest of at most 4096 values of each parameter; None where they are not plain tensors.
+
+    Neither names nor the order of parameters count: they are those of a version of a library.
+    """
+    digests = []
+    for parameter in model.parameters():
+        if type(parameter) not in (nn.Parameter, Tensor) or parameter.is_meta:
+            return None
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // _MOST_ELEMENTS)].cpu().contiguous()
+        digests.append(hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:32]
 
 
 def _held_out_alike(made: Recipe, recipe: Recipe) -> bool:
@@ -259,18 +296,40 @@ def _spread(stored: Mapping[str, Any], now: Mapping[str, Any]) -> float:
     return max(rounding, *((metric["stderr"] or 0.0) * (1 + 1e-9) for metric in (stored, now)))
 
 
-def _check(folder: Path, made: Recipe, overrides: Sequence[str]) -> None:
+def _check(
+    folder: Path, made: Recipe, changed: Recipe, overrides: Sequence[str], *, with_data: bool
+) -> None:
     faults = []
     keys = [override.partition("=")[0].strip() for override in overrides]
+    kept = (folder / DENSE).is_dir()
     for key in keys:
         section = key.partition(".")[0]
-        if section not in _FREE and key not in _FREE_KEYS:
+        if key in _FREE_KEYS or section in _FREE:
+            if kept and section == "model":
+                faults.append(
+                    f"{key}: the dense model that was scored is in {folder / DENSE}; leave it out, "
+                    "or run the recipe with it"
+                )
+            elif not with_data and key.startswith(_NEED_DATA) and key not in _SIZES:
+                faults.append(
+                    f"{key}: the data is not opened, nothing is trained or measured; add "
+                    "--with-data, or leave it out"
+                )
+        elif (was := _value(made, key)) != _value(changed, key):
             faults.append(
-                f"{key}: the scores in {folder} were made with another ({made.criterion.name} for "
-                f"{', '.join(made.structure.kinds)}); leave it out, or run the recipe with it"
+                f"{key}: the scores in {folder} were made with {was}; leave it out, or run the "
+                "recipe with it"
             )
-    budgets = (*BUDGETS, "max_drop")
-    if not any(key.startswith("budget.") and key.split(".")[1] in budgets for key in keys):
+    budgets = {"budget", *(f"budget.{name}" for name in (*BUDGETS, "max_drop"))}
+    if not any(key in budgets or key.startswith("budget.max_drop.") for key in keys):
         faults.append("no other budget is given; write one, such as budget.macs=0.3")
     if faults:
         raise RecipeError("--from-scores", faults)
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    """What a recipe says at a key."""
+    value: Any = recipe.model_dump()
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value

@@ -59,7 +59,7 @@ class Facts:
         versions: Package and version.
         base_model: Hub id of the base model; None where there is none.
         inexact: Number of cut groups that a mask can only approximate.
-        trained_here: How the dense model came out of the same run; empty where it did not.
+        trained_here: How a run made the dense model; empty where none did.
         local_base: The dense weights came from a folder, so that nobody else can name them.
     """
 
@@ -158,11 +158,20 @@ def collect(report: Mapping[str, Any]) -> Facts:
 
 def _trained_here(model: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     masks = ((report.get("plan") or {}).get("provenance") or {}).get("masks")
+    again = (report.get("base") or {}).get("cut_again")
+    run = "the run that scored it" if again else "the same run"
     if model.get("pretrained") is False and (model.get("train") or not masks):
-        return "The dense model was trained from random weights in the same run."
-    if "dense" in (report.get("timings_s") or {}):
-        return "The dense model was first trained on the same data, in the same run."
+        return f"The dense model was trained from random weights in {run}."
+    if trained_before(report):
+        data = "the data of its calibration" if again else "the same data"
+        return f"The dense model was first trained on {data}, in {run}."
     return ""
+
+
+def trained_before(report: Mapping[str, Any]) -> bool:
+    """Whether a run trained the dense model before it was scored, also where it is cut again."""
+    trained = (report.get("base") or {}).get("trained")
+    return "dense" in (report.get("timings_s") or {}) or bool(trained)
 
 
 def scored_by(report: Mapping[str, Any]) -> str | None:

@@ -154,6 +154,9 @@ class _Base(_Part):
     model: str | None = None
     revision: str | None = None
     architecture: str | None = None
+    weights: str | None = None
+    trained: bool | None = None
+    cut_again: bool | None = None
     license: str | list[str] | None = None
     license_name: str | None = None
     license_link: str | None = None

@@ -185,7 +185,12 @@ def test_the_dense_weights_stay_at_home(finished):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["criterion.name=random"], ["criterion.name", "taylor", "run the recipe"]),
+        (["criterion.name=random", "budget.macs=0.3"], ["criterion.name", "taylor", "run the rec"]),
+        (["structure.skip=[a]", "budget.macs=0.3"], ["structure.skip: unknown key"]),
+        (["recipe.yaml", "budget.macs=0.3"], ["'recipe.yaml': expected key.path=value"]),
+        (["model.id=resnet18", "budget.macs=0.3"], ["model.id: the dense model", "is in", "dense"]),
+        (["data.id=a/b", "budget.macs=0.3"], ["data.id: the data is not opened", "--with-data"]),
+        (["finetune.epochs=3", "budget.macs=0.3"], ["finetune.epochs: the", "--with-data"]),
         (["structure.kinds=[head]"], ["structure.kinds"]),
         (["model.task=causal-lm"], ["model.task"]),
         (["budget.macs=2"], ["budget.macs", "at most 1"]),
@@ -201,6 +206,49 @@ def test_what_the_scores_do_not_allow_is_refused(run, capsys, overrides, words):
     for word in words:
         assert word in error, error
     assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_what_the_scores_were_made_with_may_be_said_again(run):
+    given = ["criterion.name=taylor", "seed=0", "budget={macs: 0.3}", "evaluate.latency=false"]
+    assert main(["--from-scores", str(run), *given, f"output.dir={run.with_name('a')}"]) == 0
+
+
+def test_the_card_of_another_budget_says_how_its_dense_model_was_made(run, tmp_path):
+    first = "was trained from random weights in the"
+    assert f"{first} same run" in (run / "README.md").read_text()
+    given = ["--from-scores", str(run), "budget.structures=0.5", "evaluate.latency=false"]
+    assert main([*given, f"output.dir={tmp_path / 'again'}"]) == 0
+    assert f"{first} run that scored it" in (tmp_path / "again" / "README.md").read_text()
+    report = json.loads((tmp_path / "again" / "sosp_report.json").read_text())
+    report["recipe"] = report["recipe"].replace("pretrained: false", "pretrained: true")
+    words = "was first trained on the data of its calibration, in the run that scored it"
+    assert words in collect(report).trained_here
+
+
+@pytest.mark.parametrize("any_size", [False, True])
+def test_scores_are_for_the_weights_that_were_scored(finished_text, tmp_path, capsys, any_size):
+    """A model that was trained on in its folder since then, which no shape tells."""
+    import transformers
+
+    base, run = tmp_path / "bert", tmp_path / "run"
+    save_bert(base)
+    model = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=2)
+    model.save_pretrained(base)
+    recipe = finished_text.with_name("recipe.yaml")
+    given = [f"model.id={base}", "model.train=null", "rebuild.num_samples=8"]
+    kept = f"output.any_budget={str(any_size).lower()}"
+    assert main([str(recipe), *given, kept, f"output.dir={run}"]) == 0
+    again = ["--from-scores", str(run), "budget.structures=0.5", f"model.id={base}", "--overwrite"]
+    assert main(again) == 0
+    with torch.no_grad():
+        model.bert.encoder.layer[0].intermediate.dense.weight[3, 5] += 1
+    model.save_pretrained(base)
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "has other weights than those that were scored" in capsys.readouterr().err
+    if any_size:
+        with pytest.raises(ModelError, match="has other weights than those that were scored"):
+            sosp_hub.from_pretrained(run, budget=0.5)
 
 
 def without_scores(run):
