@@ -22,12 +22,12 @@ from sosp_hub.errors import BudgetError, PlanError
 from sosp_hub.modes import as_the_caller, evaluating, in_own_modes
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schedule import Curve, kept_after
+from sosp_hub.reconstruction.norms import carried, norm_moments, recalibrate_norm
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.carry import carrying
 from sosp_hub.tasks.batches import check_batches
-from sosp_hub.training import recalibrate_norm
 from sosp_hub.untrusted import UnreadableError, read_json
 
 if TYPE_CHECKING:
@@ -173,9 +173,10 @@ class GradualPruning:
             if not self.plans:  # what the last round will ask, before anything is cut
                 allocate(graph, saliency, **{**limits, self._name: self._kept})
             plan = allocate(graph, saliency, **{**limits, self._name: share})
+            moments = norm_moments(self._model, self._batches)
             self._apply(graph, plan)
         self.plans.append(plan)
-        recalibrate_norm(self._model, self._batches)
+        recalibrate_norm(self._model, self._batches, carried(moments, self._model, graph, plan))
         return plan
 
     def _apply(self, graph: Any, plan: PruningPlan, *, solve: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Recovery: training that survives a kill, and re-estimated normalisation statistics.
+"""Training that survives a kill.
 
 The same loop trains the dense model before it is pruned. Everything random depends on the seed and
 the step alone, so that a run that was killed and continued ends as one that was not.
@@ -30,15 +30,12 @@ from sosp_hub.distributed import (
     make_accelerator,
     process_state,
     process_sum,
-    to_device,
 )
 from sosp_hub.errors import DataError, ModelError
-from sosp_hub.modes import evaluating
 from sosp_hub.progress import progress_bar
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
-from sosp_hub.tasks.batches import as_batch, num_samples
-from sosp_hub.tasks.loss import Loss, batch_loss, forward
+from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.predictions import Predictions
 
 if TYPE_CHECKING:
@@ -141,7 +138,7 @@ def train_model(
     step, history = saved.load()
     losses: list[Tensor] = []
     last: Any = None
-    model.train()
+    _into_training(model, config)
     shown = progress_bar(description, total, step, unit="steps")
     with _prepared(accelerator, model, wrapped), shown as advance:
         for epoch in range(step // steps_per_epoch, epochs):
@@ -184,7 +181,7 @@ def train_model(
                 ends = _ends_part(step, steps_per_epoch, parts_per_epoch) or step == total
                 if after_part and ends:
                     after_part(step / steps_per_epoch)
-                    model.train()
+                    _into_training(model, config)
                 if save:
                     saved.save(step, history)
                 if step == total:
@@ -199,73 +196,13 @@ def train_model(
     return history
 
 
-def has_norms(model: nn.Module) -> bool:
-    """Whether ``recalibrate_norm`` would do anything."""
-    return bool(_norms(model))
-
-
-def _norms(model: nn.Module) -> list[BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
-
-
-@torch.no_grad()
-def recalibrate_norm(model: nn.Module, batches: Sequence[Any]) -> int:
-    """Re-estimates the running statistics of every BatchNorm, in place; needs no labels.
-
-    The statistics become the mean over the batches of all processes.
-
-    Args:
-        model: Runs in eval mode but for these layers; all but the statistics is left as it is.
-        batches: Calibration batches of this process, none where the data did not reach it. A
-            batch of one sample has no variance and is left out where any process has another.
-
-    Returns:
-        The number of layers that were re-estimated.
-
-    Raises:
-        DataError: There is one sample alone, which has no variance; or another process failed.
-    """
-    norms = _norms(model)
-    if not norms:
-        return 0
-    momenta = [norm.momentum for norm in norms]
-    batches = [as_batch(batch) for batch in batches]
-    larger = any(num_samples(batch) > 1 for batch in batches)
-    one_is_normal = not process_sum(torch.tensor(float(larger)))
-    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
-    done, failure = 0, None
-    try:
-        with evaluating(model):
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the plain mean over the batches
-                norm.train()
-            for batch in batches:
-                if one_is_normal or num_samples(batch) > 1:
-                    forward(model, to_device(batch))
-                    done += 1
-    except Exception as error:  # noqa: BLE001 - raised below, where all processes know of it
-        failure = error
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    if process_sum(torch.tensor(float(failure is not None))):
-        for norm, buffers in zip(norms, before, strict=True):
-            for name, value in buffers.items():
-                norm.get_buffer(name).copy_(value)
-        if failure is not None and not (one_is_normal and isinstance(failure, ValueError)):
-            raise failure
-        raise DataError(
-            "norms cannot be re-estimated: a process has one sample alone, which has no variance "
-            "over a layer without places, or it failed; give more samples, or set "
-            "finetune.recalibrate_norm: false"
-        ) from failure
-    num_batches = torch.tensor(float(done))
-    share = num_batches / process_sum(num_batches.clone())
-    for norm in norms:
-        for statistic in (norm.running_mean, norm.running_var):
-            statistic.copy_(process_sum(statistic * share.to(statistic)))  # pyright: ignore
-    return len(norms)
+def _into_training(model: nn.Module, config: TrainSection) -> None:
+    """Train mode, but for norms that keep their statistics."""
+    model.train()
+    if isinstance(config, FinetuneSection) and config.freeze_norm:
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.eval()
 
 
 def samples_per_step(train: Any, config: TrainSection, accelerator: Accelerator) -> int:

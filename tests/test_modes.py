@@ -14,8 +14,8 @@ from sosp_hub.errors import DataError, ModelError
 from sosp_hub.evaluate import metrics_of_samples
 from sosp_hub.modes import collector_paused, evaluating, in_own_modes
 from sosp_hub.pipeline import any_budget
+from sosp_hub.reconstruction.norms import recalibrate_norm
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
-from sosp_hub.training import recalibrate_norm
 from tests.compare import assert_close
 
 X, Y = torch.randn(8, 3, 6, 6), torch.randint(3, (8,))

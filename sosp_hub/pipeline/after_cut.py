@@ -8,6 +8,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from sosp_hub.distributed import logger
+from sosp_hub.evaluate import evaluate
 from sosp_hub.pipeline.context import Context
 from sosp_hub.pipeline.measuring import measured
 from sosp_hub.pipeline.planning import plan
@@ -16,9 +17,10 @@ from sosp_hub.pipeline.rebuilding import rebuild, rebuilt
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.teaching import teacher_of
 from sosp_hub.plan import PruningPlan
+from sosp_hub.reconstruction.norms import has_norms, recalibrate_after
+from sosp_hub.recovery.best import held_out_loader, hold_out
 from sosp_hub.recovery.recover import recover
 from sosp_hub.report.facts import scrub
-from sosp_hub.training import has_norms, recalibrate_norm
 
 
 @step("cut_metrics", plan, "evaluate")
@@ -94,26 +96,73 @@ def follow_up(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What follows a cut: metrics, rebuild, norms, fine-tuning; what is told of the last.
 
-    Metrics of ``cut``, ``rebuilt`` where weights were solved again, ``recalibrated`` where there
-    was a norm to re-estimate, and ``final`` where there was fine-tuning. Without data nothing is
-    measured or trained, and solved or re-estimated only with the inputs that an earlier run kept.
+    Metrics of ``cut``, ``rebuilt`` where weights were solved again, ``recalibrated`` where norms
+    were re-estimated and that was no loss, and ``final`` where there was fine-tuning. Without data
+    nothing is measured or trained, and solved or re-estimated only with the inputs that an earlier
+    run kept.
     """
     if context.data is None:
         if rebuild(context, decided, pruned) and context.recipe.recalibrates():
-            recalibrate_norm(pruned, context.inputs(context.recipe.criterion.num_samples))
+            inputs = context.inputs(context.recipe.criterion.num_samples)
+            recalibrate_after(pruned, context.model, context.graph, decided, inputs)
         return {"cut": {}}, {}
     metrics = {"cut": cut_metrics(context, pruned)}
     if rebuild(context, decided, pruned):
         metrics["rebuilt"] = rebuilt_metrics(context, pruned)
-    num_norms = 0
     if context.recipe.recalibrates() and has_norms(pruned):
         with context.cache.timed("recalibration", "re-estimate norms"):
-            num_norms = recalibrate_norm(pruned, context.calibration_batches())
-    if num_norms:
-        metrics["recalibrated"] = recalibrated_metrics(context, pruned)
+            better = _renormed(context, decided, pruned)
+        if better:
+            metrics["recalibrated"] = recalibrated_metrics(context, pruned)
     if not context.recipe.finetune.epochs:
         return metrics, {}
     recovery = final(context, pruned)
     load_model(pruned, final.tensors(context))  # read on the CPU, copied to where the model is
     metrics["final"] = final_metrics(context, pruned)
     return metrics, recovery
+
+
+def _renormed(context: Context, decided: PruningPlan, pruned: nn.Module) -> bool:
+    """Re-estimates norms in place, unless the loss on held-out samples of the train split rises.
+
+    Of a promise the plan was tried with them, and so it is made. No test data is seen.
+    """
+    config = context.recipe.finetune
+    before = {name: value.clone() for name, value in pruned.named_buffers()}
+    batches = context.calibration_batches()
+
+    def estimate() -> bool:
+        return recalibrate_after(pruned, context.model, context.graph, decided, batches) > 0
+
+    if not config.held_out or context.recipe.budget.max_drop:
+        return estimate()
+    part, _ = hold_out(
+        context.train,
+        context.train,
+        config.held_out,
+        context.recipe.seed,
+        most=config.most_held_out,
+        key="finetune.held_out",
+    )
+    loader = held_out_loader(
+        part, config.batch_size, context.accelerator, context.recipe.data.num_workers
+    )
+
+    def loss() -> float:
+        return evaluate(pruned, loader, ("loss",), loss_fn=context.loss_fn(pruned))["loss"].value
+
+    as_they_were = loss()
+    if not estimate():
+        return False
+    if (estimated := loss()) <= as_they_were:
+        return True
+    logger.info(
+        "norms: their statistics stay as they were: re-estimated, the loss on %d held-out samples "
+        "is %.4g, without %.4g",
+        len(part),
+        estimated,
+        as_they_were,
+    )
+    for name, value in pruned.named_buffers():
+        value.copy_(before[name])
+    return False

@@ -118,9 +118,9 @@ def _at_budget(scores: "Scores") -> "nn.Module":
     from sosp_hub.data.source import DataInfo
     from sosp_hub.pipeline.blocks import as_blocks
     from sosp_hub.pipeline.planning import allocated
+    from sosp_hub.reconstruction.norms import recalibrate_after
     from sosp_hub.reconstruction.rebuild import rebuild
     from sosp_hub.structure.trace import trace
-    from sosp_hub.training import recalibrate_norm
     from sosp_hub.zoo.load import example_inputs, load_model
 
     recipe = scores.recipe
@@ -142,5 +142,6 @@ def _at_budget(scores: "Scores") -> "nn.Module":
     else:
         small = cut.apply(loaded.model, graph, plan, verify=verify)
     if recipe.recalibrates():
-        recalibrate_norm(small.eval(), scores.inputs(recipe.criterion.num_samples))
+        inputs = scores.inputs(recipe.criterion.num_samples)
+        recalibrate_after(small.eval(), loaded.model, graph, plan, inputs)
     return small.eval()

@@ -25,6 +25,7 @@ from sosp_hub.pipeline.training import dense_metrics, measure_dense, train_dense
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.study_grid import Cell, cells_of
+from sosp_hub.reconstruction.norms import has_norms
 from sosp_hub.report.facts import scrub
 from sosp_hub.report.numbers import metric_value
 from sosp_hub.report.study import brief, write_comparison
@@ -109,6 +110,10 @@ def _row(context: Context) -> dict[str, Any]:
     decided, pruned = decide_and_cut(context, score(context))
     metrics, _ = follow_up(context, decided, pruned)
     recipe, groups = context.recipe, context.groups
+    if recipe.recalibrates() and has_norms(pruned):  # where they stay, the stage changes nothing
+        trained = {key: metrics.pop(key) for key in ("final",) if key in metrics}
+        metrics.setdefault("recalibrated", metrics.get("rebuilt", metrics["cut"]))
+        metrics |= trained
     sizes = {name: group.size for name, group in groups.items()}
     return {
         "metrics": metrics,

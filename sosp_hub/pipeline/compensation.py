@@ -23,9 +23,9 @@ from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense
 from sosp_hub.plan import PruningPlan
 from sosp_hub.progress import progress
+from sosp_hub.reconstruction.norms import recalibrate_after
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Groups
-from sosp_hub.training import recalibrate_norm
 
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)
 """What ``damping: auto`` tries, and each of ``compensate_steps``."""
@@ -47,9 +47,10 @@ def held_out_losses(
     measured_on, held_out = parts_of_calibration(context, hold_out=True)
     losses = {}
     for damping in progress(DAMPINGS, "choose damping", unit="dampings"):
-        pruned = cut(context, plan_with(damping), "fast")
+        plan = plan_with(damping)
+        pruned = cut(context, plan, "fast")
         if context.recipe.recalibrates():
-            recalibrate_norm(pruned, measured_on)
+            recalibrate_after(pruned, context.model, context.graph, plan, measured_on)
         batches = OnDevice(held_out)
         measured = evaluate(pruned, batches, ("loss",), loss_fn=context.loss_fn(pruned))
         losses[f"{damping:g}"] = measured["loss"].value

@@ -20,10 +20,10 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.progress import progress
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.tasks import find_task, metric_names
+from sosp_hub.reconstruction.norms import recalibrate_after
 from sosp_hub.reconstruction.rebuild import Rebuilt, rebuilt_weights
 from sosp_hub.surgery.apply import apply
 from sosp_hub.tasks.metrics import LIBRARIES, Meter, OfAll, library_of
-from sosp_hub.training import recalibrate_norm
 from sosp_hub.zoo.load import Loaded, example_inputs
 
 
@@ -113,7 +113,8 @@ def tried(context: Context, plan: PruningPlan) -> nn.Module:
         pruned = apply(made.model.cpu(), context.graph, made.plan, verify="fast")
         pruned = pruned.to(context.accelerator.device)
     if context.recipe.recalibrates():
-        recalibrate_norm(pruned, context.calibration_batches())
+        batches = context.calibration_batches()
+        recalibrate_after(pruned, context.model, context.graph, plan, batches)
     return pruned
 
 

@@ -16,9 +16,9 @@ from sosp_hub.pipeline.measuring import rebuild_weights
 from sosp_hub.pipeline.planning import plan
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.plan import PruningPlan
+from sosp_hub.reconstruction.norms import has_norms
 from sosp_hub.report.numbers import size
 from sosp_hub.surgery.apply import apply
-from sosp_hub.training import has_norms
 
 
 @step("rebuilt", plan, "rebuild", with_peak=True)

@@ -23,6 +23,7 @@ class Task(ABC):
         auto_class: Class of transformers that builds the model; "" = that of the weights.
         other_auto_classes: Others, for models that it does not build.
         by_type: Classes of transformers by ``model_type``, where no `auto_class` has them.
+        by_timm: Whether timm's models do it; without a head where `auto_class` has none.
         inputs: What a sample is; ``own`` = what the model's own processor makes of a row.
         tokens: Whether samples may be token ids.
         auto_processor: Class of transformers that loads it, for ``own``; None = there is none.
@@ -47,6 +48,7 @@ class Task(ABC):
     auto_class: ClassVar[str]
     other_auto_classes: ClassVar[tuple[str, ...]] = ()
     by_type: ClassVar[Mapping[str, str]] = {}
+    by_timm: ClassVar[bool] = False
     inputs: ClassVar[Inputs]
     tokens: ClassVar[bool] = True
     auto_processor: ClassVar[str | None] = None

@@ -102,10 +102,12 @@ def load_snippet(checkpoint: Checkpoint, address: str, task: str | None) -> str:
     elif size is not None:
         imports["torch"] = ()
         logits = ".logits" if checkpoint.library == "transformers" else ""
+        headless = known is not None and known.auto_class == "AutoModel"
+        answer = "" if headless else f"{logits}.argmax(-1)"
         shape = ", ".join(map(str, (1, *size)))
         shape += ", dtype=next(model.parameters()).dtype" if checkpoint.half else ""
         use += [f"image = torch.zeros({shape})  # your image goes here"]
-        use += [f"print(model(image){logits}.argmax(-1))"]
+        use += [f"print(model(image){answer})"]
     first = [f"import {package}" for package, names in sorted(imports.items()) if not names]
     first += [f"from {p} import {', '.join(names)}" for p, names in imports.items() if names]
     return "\n".join([*first, "", load, *use])

@@ -25,8 +25,8 @@ def embedding(outputs: Any, batch: Any, pooling: Pooling) -> Float[Tensor, "samp
     """The vector of each sample.
 
     Args:
-        outputs: With ``last_hidden_state``: (samples, places, width), or of images (samples, width,
-            height, width).
+        outputs: A tensor, or what has a ``last_hidden_state``: (samples, width), (samples, places,
+            width), or of images (samples, width, height, width).
         batch: Its ``attention_mask`` says which places count.
         pooling: How.
 
@@ -37,11 +37,15 @@ def embedding(outputs: Any, batch: Any, pooling: Pooling) -> Float[Tensor, "samp
     pooled, hidden = named.get("pooler_output"), named.get("last_hidden_state")
     if pooling == "pooler" and isinstance(pooled, Tensor):
         return pooled.flatten(1)
-    if not isinstance(hidden, Tensor):
+    if isinstance(outputs, Tensor):
+        hidden = outputs
+    if not isinstance(hidden, Tensor) or not 2 <= hidden.ndim <= 4:
         raise DataError(
             f"the model returns {described(outputs)}; an embedding is made of last_hidden_state: "
             "give a model without a head, or write model.task: self"
         )
+    if hidden.ndim == 2:
+        return hidden
     if hidden.ndim == 4:
         return hidden.mean((2, 3))
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None

@@ -10,7 +10,7 @@ from sosp_hub.data.reach import nearest_existing
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import ModelError
 from sosp_hub.recipe.schema import ModelSection
-from sosp_hub.recipe.tasks import find_task
+from sosp_hub.recipe.tasks import find_task, tasks
 from sosp_hub.zoo.loaded import Loaded
 
 __all__ = ["Loaded", "example_inputs", "load_model"]
@@ -40,10 +40,11 @@ def load_model(
         if key in section.kwargs:
             raise ModelError(f"model.kwargs: write model.num_labels instead of {key!r} here")
     if section.library == "timm":
-        if section.task not in ("image-classification", "self"):
+        if not find_task(section.task).by_timm:
+            able = ", ".join(name for name, task in tasks().items() if task.by_timm)
             raise ModelError(
-                f"model.task: timm models do image-classification, not {section.task}; write that "
-                "(or self, without labels), or model.library: transformers"
+                f"model.task: timm models do {able}, not {section.task}; write one of these, or "
+                "model.library: transformers"
             )
         from sosp_hub.zoo.timm import load_timm
 

@@ -21,6 +21,7 @@ from sosp_hub.data.reach import looks_like_path, nearest_existing, reaching_hub
 from sosp_hub.data.source import DataInfo
 from sosp_hub.errors import ModelError
 from sosp_hub.recipe.schema import ModelSection
+from sosp_hub.recipe.tasks import find_task
 from sosp_hub.untrusted import UnreadableError, read_json
 from sosp_hub.zoo import cifar_resnet  # noqa: F401 - registers its models
 from sosp_hub.zoo.head import fit_head
@@ -68,14 +69,18 @@ def load_timm(
     if (file := kwargs.pop("checkpoint_path", None)) is not None and weights:
         overlay = _weights_of_file(Path(str(file)), config)
     own = {**config, **overlay}
-    num_labels, new_head = fit_head(
-        section, data, own["num_classes"] if section.pretrained else None
-    )
+    task = find_task(section.task)
+    if headless := not task.head and bool(task.auto_class):
+        num_labels, new_head = None, False
+    else:
+        brought = own["num_classes"] if section.pretrained else None
+        num_labels, new_head = fit_head(section, data, brought)
     kwargs |= _input_kwargs(section, own, data)
     if section.revision and ":" not in name and own.get("hf_hub_id") and not overlay:
         overlay = {"hf_hub_id": f"{own['hf_hub_id']}@{section.revision}"}
+    num_classes = 0 if headless else num_labels
     model = _create(
-        section, name, num_classes=num_labels, overlay=overlay, weights=weights, **kwargs
+        section, name, num_classes=num_classes, overlay=overlay, weights=weights, **kwargs
     )
     origin = _origin(section, model, file) if weights else Origin()
     processor = _processor(section, model, kwargs, data)

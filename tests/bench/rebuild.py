@@ -25,8 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import sosp_hub
 import sosp_hub.zoo.cifar_resnet
+from sosp_hub.reconstruction.norms import recalibrate_norm
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
-from sosp_hub.training import recalibrate_norm
 
 DAMPINGS = ("auto", 0.01, 0.1, 0.3)
 

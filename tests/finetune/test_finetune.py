@@ -15,7 +15,8 @@ from sosp_hub import distributed
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
-from sosp_hub.training import recalibrate_norm, train_model
+from sosp_hub.reconstruction.norms import recalibrate_norm
+from sosp_hub.training import train_model
 from tests.compare import assert_close
 
 pytestmark = pytest.mark.slow
@@ -274,6 +275,18 @@ def test_norms_are_estimated_without_what_a_gradient_needs():
     model.register_forward_hook(lambda *given: seen.append(given[2].requires_grad))
     recalibrate_norm(model, [(torch.randn(4, 2), torch.zeros(4).long())])
     assert seen == [False]
+
+
+@pytest.mark.parametrize("freeze", [True, False, None])
+def test_norms_keep_their_statistics_where_they_are_to(freeze):
+    model, points = net(), Points(64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = FinetuneSection(learning_rate=0.01, epochs=2, batch_size=8, freeze_norm=freeze)
+    train_model(model, points, settings, after_part=lambda _: model.eval(), parts_per_epoch=2)
+    same = {n: torch.equal(t, before[n]) for n, t in model.state_dict().items()}
+    assert not same["0.weight"]
+    assert all(same[n] is bool(freeze) for n in same if "running" in n or "num_batches" in n)
+    assert not any(module.training for module in model.modules())
 
 
 def test_a_net_without_batch_norm_has_nothing_to_recalibrate():

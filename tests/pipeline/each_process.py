@@ -23,9 +23,10 @@ from sosp_hub.distributed import (
 )
 from sosp_hub.evaluate import evaluate
 from sosp_hub.recipe.training import TrainSection
+from sosp_hub.reconstruction.norms import norm_moments, recalibrate_norm
 from sosp_hub.scoring import make_criterion, score
 from sosp_hub.structure.trace import trace
-from sosp_hub.training import recalibrate_norm, train_model
+from sosp_hub.training import train_model
 
 NUM_SAMPLES = 23
 DRAWN = {"max_classes": 2, "num_draws": 2, "seed": 5}
@@ -102,6 +103,9 @@ def results():
     found = evaluate(model, loader, ("accuracy", "loss", "per_class_accuracy"))
     one = evaluate(model, [(points.points[:5], points.labels[:5])] if rank == 0 else [], ("loss",))
     batches = [(points.points[i : i + 4], points.labels[i : i + 4]) for i in range(0, 20, 4)]
+    moments = norm_moments(model, batches[rank::world])
+    recalibrate_norm(model, batches[rank::world], moments)
+    like = norm_statistics(model)
     recalibrate_norm(model, batches[rank::world])
     norm = norm_statistics(model)
     last = [(points.points[20:21], points.labels[20:21])] if rank == world - 1 else []
@@ -113,6 +117,7 @@ def results():
         "metrics": {name: [m.value, m.n, m.stderr] for name, m in found.items()},
         "only rank 0 has data": [one["loss"].value, one["loss"].n, one["loss"].stderr],
         "norm": norm,
+        "norm like a dense one": like,
         "norm of one batch, and of one sample that is left out": norm_statistics(model),
         "sum": process_sum(torch.tensor([1.0 / world, 2.0 / world])).tolist(),
         "from main": from_main({"rank": rank}),

@@ -17,9 +17,10 @@ from sosp_hub.distributed import make_accelerator, process_rows, process_sum
 from sosp_hub.errors import SospHubError
 from sosp_hub.evaluate import evaluate
 from sosp_hub.recipe.training import TrainSection
+from sosp_hub.reconstruction.norms import recalibrate_norm
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
-from sosp_hub.training import recalibrate_norm, train_model
+from sosp_hub.training import train_model
 from tests.pipeline.each_process import Points
 
 CRITERIA = ("taylor", "fisher", "activation", "sosp_h", "sosp_i", "magnitude")

@@ -435,6 +435,16 @@ def test_norms_are_re_estimated_unless_steps_were_made_for_them(key, steps, aske
     assert load_recipe(RECIPES / "quickstart.yaml", keys).recalibrates() is expected
 
 
+@pytest.mark.parametrize(("task", "kept"), [("image-classification", False), ("self", True)])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_norms_keep_their_statistics_where_the_dense_model_is_followed(task, kept, asked, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {{library: timm, id: resnet18, task: {task}}}\ndata: {{id: a/c}}\n")
+    keys = [] if asked is None else [f"finetune.freeze_norm={str(asked).lower()}"]
+    recipe = load_recipe(path, keys, "prune")
+    assert recipe.at_rate(recipe.finetune).freeze_norm is (kept if asked is None else asked)
+
+
 @pytest.mark.parametrize(
     ("model", "rate"),
     [

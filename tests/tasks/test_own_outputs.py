@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import timm
 import torch
 import transformers
 from torch import nn
@@ -220,7 +221,8 @@ def test_what_a_loss_does_not_count_is_not_agreed_on():
 
 def test_timm_does_images_with_and_without_labels():
     section = ModelSection(library="timm", id="resnet18", task="fill-mask")
-    with pytest.raises(ModelError, match=r"not fill-mask.*\(or self, without labels\)"):
+    able = "do image-classification, image-feature-extraction, self, not fill-mask"
+    with pytest.raises(ModelError, match=able):
         load_model(section)
     assert find_task("self").pixels
 
@@ -244,3 +246,40 @@ output: {{dir: {tmp_path}/out, figures: false}}
     assert metrics["dense"]["agreement"]["value"] == 1
     assert metrics["rebuilt"]["divergence"]["value"] < metrics["cut"]["divergence"]["value"]
     assert verify(str(tmp_path / "out")).holds
+
+
+@pytest.mark.slow
+def test_a_timm_model_is_cut_as_an_embedder_and_does_what_it_did(tmp_path, capsys):
+    """Its norms know other data than it is calibrated with: they are not to learn these."""
+    torch.manual_seed(0)
+    trained = timm.create_model("test_resnet", num_classes=7).eval()
+    for module in trained.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.3, 3)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    timm.models.save_for_hf(trained, tmp_path / "model", safe_serialization=True)
+    (tmp_path / "recipe.yaml").write_text(TIMM.format(folder=tmp_path))
+    assert main([str(tmp_path / "recipe.yaml")]) == 0, capsys.readouterr().err
+    out = tmp_path / "out"
+    report = json.loads((out / "sosp_report.json").read_text())
+    found = {stage: values["cosine"]["value"] for stage, values in report["metrics"].items()}
+    assert found["dense"] == pytest.approx(1)
+    assert found["final"] >= found["rebuilt"] > found["cut"]
+    small = sosp_hub.from_pretrained(out)
+    with torch.no_grad():
+        assert small(torch.zeros(2, 3, 32, 32)).shape == (2, trained.num_features)
+    assert small.state_dict().keys() == trained.state_dict().keys() - {"fc.weight", "fc.bias"}
+    assert "print(model(image))\n" in (out / "README.md").read_text()
+    assert verify(str(out)).holds
+
+
+TIMM = """
+model: {{library: timm, id: "{folder}/model", task: image-feature-extraction}}
+data: {{id: sklearn/digits, num_train: 128, num_test: 64, image_size: 32}}
+criterion: {{name: sosp_h, num_samples: 64, batch_size: 16}}
+budget: {{macs: 0.6}}
+finetune: {{epochs: 1, batch_size: 16, held_out: 0.25}}
+evaluate: {{latency: false}}
+output: {{dir: "{folder}/out", figures: false}}
+"""

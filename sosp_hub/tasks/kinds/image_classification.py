@@ -17,6 +17,7 @@ class ImageClassification(ImageTask):
 
     name: ClassVar[str] = "image-classification"
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
+    by_timm: ClassVar[bool] = True
     tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("image", "label")
     pixels: ClassVar[bool] = True

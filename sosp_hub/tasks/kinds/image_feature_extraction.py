@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 class ImageFeatureExtraction(ImageTask):
     """Images alone; the loss is 1 - cosine to the dense model's embeddings.
 
-    The embedding is the model's ``pooler_output``, or the mean over places where it has none.
+    The embedding is the model's ``pooler_output``, or the mean over places where it has none; of
+    timm's models what ``num_classes=0`` returns.
     """
 
     name: ClassVar[str] = "image-feature-extraction"
     auto_class: ClassVar[str] = "AutoModel"
+    by_timm: ClassVar[bool] = True
     tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("image",)
     pixels: ClassVar[bool] = True

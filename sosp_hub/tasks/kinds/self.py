@@ -25,6 +25,7 @@ class Self(Task):
 
     name: ClassVar[str] = "self"
     auto_class: ClassVar[str] = ""
+    by_timm: ClassVar[bool] = True
     inputs: ClassVar[Inputs] = "texts"
     columns: ClassVar[tuple[str, ...]] = ()
     more_columns: ClassVar[tuple[str, ...]] = ("image", "text")

@@ -27,8 +27,8 @@ from sosp_hub.pipeline.stage_cache import StageCache
 from sosp_hub.pipeline.training import measure_dense, train_dense
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.recipe.study_grid import cells_of
+from sosp_hub.reconstruction.norms import recalibrate_norm
 from sosp_hub.recovery.recover import recover
-from sosp_hub.training import recalibrate_norm
 
 WAYS = {
     "random": (torch_pruning.importance.RandomImportance, {}),

@@ -1,0 +1,235 @@
+"""Statistics of BatchNorm after a cut, estimated again from calibration inputs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sosp_hub.compat.torch import BatchNorm
+from sosp_hub.distributed import process_sum, to_device
+from sosp_hub.errors import DataError
+from sosp_hub.modes import evaluating
+from sosp_hub.plan import PruningPlan
+from sosp_hub.structure.graph import Graph
+from sosp_hub.surgery.carry import carry
+from sosp_hub.tasks.batches import as_batch, num_samples
+from sosp_hub.tasks.loss import forward
+
+_LEAST_VARIANCE = 1e-6  # of a channel that is constant in the dense model
+
+Moments = Mapping[str, Tensor]
+"""Mean and variance of what each norm hands to its scale and shift, named as its statistics are:
+``NAME.running_mean`` and ``NAME.running_var`` (channels,), 0 and 1 where these fit the data."""
+
+
+def has_norms(model: nn.Module) -> bool:
+    """Whether there are statistics to estimate again."""
+    return bool(_norms(model))
+
+
+def recalibrate_after(
+    pruned: nn.Module,
+    dense: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    batches: Sequence[Any],
+) -> int:
+    """Re-estimates the statistics of a cut model, so that its norms hand on what the dense ones do.
+
+    See `recalibrate_norm`, whose ``like`` are the `norm_moments` of the dense model.
+
+    Args:
+        pruned: The cut model; changed in place.
+        dense: The model before the cut.
+        graph: What ``trace`` found in it.
+        plan: The plan of the cut.
+        batches: Calibration batches of this process.
+
+    Returns:
+        The number of layers that were re-estimated.
+    """
+    if not has_norms(pruned):
+        return 0
+    like = carried(norm_moments(dense, batches), pruned, graph, plan)
+    return recalibrate_norm(pruned, batches, like)
+
+
+def carried(moments: Moments, pruned: nn.Module, graph: Graph, plan: PruningPlan) -> Moments:
+    """The moments of the channels that a plan keeps; gates and shifts are of other tensors."""
+    return carry(moments, pruned, graph, replace(plan, gates={}, shifts={})) if moments else moments
+
+
+@torch.no_grad()
+def norm_moments(model: nn.Module, batches: Sequence[Any]) -> Moments:
+    """What the norms of a model hand to their scale and shift: means over the batches.
+
+    Args:
+        model: Runs in eval mode and stays as it is.
+        batches: Calibration batches of this process.
+
+    Raises:
+        DataError: A pass failed in another process; in this one its own error is raised.
+    """
+    norms = _norms(model)
+    sums = {
+        name: torch.zeros_like(torch.stack([_mean(norm)] * 3), dtype=torch.float64)
+        for name, norm in norms.items()
+    }
+
+    def hook(name: str) -> Any:
+        def add(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+            given = args[0] if args else kwargs["input"]
+            var, mean = torch.var_mean(given.transpose(0, 1).flatten(1).float(), 1)
+            sums[name] += torch.stack([torch.ones_like(mean), mean, var]).to(sums[name])
+
+        return add
+
+    hooks = [
+        norm.register_forward_pre_hook(hook(name), with_kwargs=True) for name, norm in norms.items()
+    ]
+    try:
+        with evaluating(model):
+            _forward_all(model, batches)
+    finally:
+        for each in hooks:
+            each.remove()
+    moments: dict[str, Tensor] = {}
+    for name, norm in norms.items():
+        number, mean, var = process_sum(sums[name])
+        if not number.any():  # does not run in eval mode
+            continue
+        variance = _var(norm).double() + norm.eps
+        moments[f"{name}.running_mean"] = (mean / number - _mean(norm)) / variance.sqrt()
+        moments[f"{name}.running_var"] = var / number / variance
+    return moments
+
+
+@torch.no_grad()
+def recalibrate_norm(model: nn.Module, batches: Sequence[Any], like: Moments | None = None) -> int:
+    """Re-estimates the running statistics of every BatchNorm, in place; needs no labels.
+
+    The statistics become the mean over the batches of all processes. With ``like`` each channel
+    then hands on the mean and the deviation that it had in the dense model, as REPAIR does for
+    merged models (arXiv 2211.08403, section 3). Where the statistics of that model fit the data
+    this is the same; where they are of other data, as of a pretraining, they stay so.
+
+    Args:
+        model: Runs in eval mode but for these layers; all but the statistics is left as it is.
+        batches: Calibration batches of this process, none where the data did not reach it. A
+            batch of one sample has no variance and is left out where any process has another.
+        like: What each norm is to hand on; None, or a norm without: mean 0 and variance 1.
+
+    Returns:
+        The number of layers that were re-estimated. Those that no pass reached stay as they were.
+
+    Raises:
+        DataError: There is one sample alone, which has no variance; or another process failed.
+    """
+    norms = _norms(model)
+    if not norms:
+        return 0
+    like = {} if like is None else like
+    before = [
+        {name: value.clone() for name, value in norm.named_buffers()} for norm in norms.values()
+    ]
+    momenta = [norm.momentum for norm in norms.values()]
+    try:
+        with evaluating(model), _handing_on(norms, like):
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean over the batches
+                norm.train()
+            done = _forward_all(model, batches)
+    except BaseException:
+        for norm, buffers in zip(norms.values(), before, strict=True):
+            _put(norm, buffers)
+        raise
+    finally:
+        for norm, momentum in zip(norms.values(), momenta, strict=True):
+            norm.momentum = momentum
+    share = torch.tensor(float(done))
+    share = share / process_sum(share.clone())
+    number = 0
+    for (name, norm), buffers in zip(norms.items(), before, strict=True):
+        mean, var = _mean(norm), _var(norm)
+        for statistic in (mean, var):
+            statistic.copy_(process_sum(statistic * share.to(statistic)))
+        if not process_sum(norm.get_buffer("num_batches_tracked").float()):
+            _put(norm, buffers)
+            continue
+        number += 1
+        if (its_var := like.get(f"{name}.running_var")) is not None:
+            var.div_(its_var.clamp(min=_LEAST_VARIANCE).to(var)).sub_(norm.eps).clamp_(min=0)
+            mean.sub_(like[f"{name}.running_mean"].to(mean) * (var + norm.eps).sqrt())
+    return number
+
+
+def _norms(model: nn.Module) -> dict[str, BatchNorm]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm) and module.track_running_stats
+    }
+
+
+def _mean(norm: BatchNorm) -> Tensor:
+    return norm.get_buffer("running_mean")
+
+
+def _var(norm: BatchNorm) -> Tensor:
+    return norm.get_buffer("running_var")
+
+
+@contextmanager
+def _handing_on(norms: Mapping[str, BatchNorm], like: Moments) -> Iterator[None]:
+    """Norms whose batches have mean 0 and variance 1 hand on these moments instead."""
+    scales = {name: (norm.weight, norm.bias) for name, norm in norms.items()}
+    try:
+        for name, norm in norms.items():
+            if (var := like.get(f"{name}.running_var")) is None:
+                continue
+            weight = torch.ones_like(_mean(norm)) if norm.weight is None else norm.weight
+            bias = torch.zeros_like(_mean(norm)) if norm.bias is None else norm.bias
+            mean = like[f"{name}.running_mean"]
+            norm.bias = nn.Parameter(bias + weight * mean.to(weight))
+            norm.weight = nn.Parameter(weight * var.sqrt().to(weight))
+        yield
+    finally:
+        for name, (weight, bias) in scales.items():
+            norms[name].weight, norms[name].bias = weight, bias
+
+
+def _forward_all(model: nn.Module, batches: Sequence[Any]) -> int:
+    """Passes through the model, and how many; where one fails, all processes raise.
+
+    Batches of one sample are left out where any process has a larger one.
+    """
+    batches = [as_batch(batch) for batch in batches]
+    larger = any(num_samples(batch) > 1 for batch in batches)
+    one_is_normal = not process_sum(torch.tensor(float(larger)))
+    done, failure = 0, None
+    try:
+        for batch in batches:
+            if one_is_normal or num_samples(batch) > 1:
+                forward(model, to_device(batch))
+                done += 1
+    except Exception as error:  # noqa: BLE001 - raised below, where all processes know of it
+        failure = error
+    if process_sum(torch.tensor(float(failure is not None))):
+        lone = one_is_normal and isinstance(failure, ValueError)  # torch's, of one value a channel
+        if failure is not None and not lone:
+            raise failure
+        raise DataError(
+            "norms cannot be re-estimated: a process has one sample alone, which has no variance "
+            "over a layer without places, or it failed; give more samples, or set "
+            "finetune.recalibrate_norm: false"
+        ) from failure
+    return done
+
+
+def _put(norm: BatchNorm, buffers: Mapping[str, Tensor]) -> None:
+    for name, value in buffers.items():
+        norm.get_buffer(name).copy_(value)

@@ -1,0 +1,131 @@
+"""Norms of a cut model hand on what those of the dense model did, whatever data these are of."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sosp_hub
+from sosp_hub.errors import DataError
+from sosp_hub.reconstruction.norms import norm_moments, recalibrate_after, recalibrate_norm
+from tests.compare import assert_close
+
+X = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+BATCHES = [(X, None)]
+
+
+def net(*, affine=True, fit=False):
+    """Two norms whose statistics are of other data, or of these."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8, affine=affine),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8, affine=affine),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
+    for norm in (model[1], model[4]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.2, 5)
+        if affine:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+    if fit:
+        recalibrate_norm(model, BATCHES)
+    return model.eval()
+
+
+def cut(model):
+    graph = sosp_hub.trace(model, (X[:2],))
+    kept = {name: tuple(range(1, group.size, 2)) for name, group in graph.groups.items()}
+    sizes = {name: group.size for name, group in graph.groups.items()}
+    plan = sosp_hub.PruningPlan(kept, sizes)
+    return sosp_hub.apply(model, graph, plan), graph, plan
+
+
+def handed_on(model, at):
+    """Mean and deviation of what a norm hands on, by channel."""
+    with torch.no_grad():
+        values = model[: at + 1](X).transpose(0, 1).flatten(1)
+    return torch.stack([values.mean(1), values.std(1)])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_each_channel_has_the_mean_and_the_deviation_that_it_had(affine):
+    dense = net(affine=affine)
+    before = copy.deepcopy(dense.state_dict())
+    small, graph, plan = cut(dense)
+    kept = copy.deepcopy({n: p for n, p in small.state_dict().items() if "running" not in n})
+    assert recalibrate_after(small, dense, graph, plan, BATCHES) == 2
+    for at in (1, 4):
+        its = handed_on(dense, at)[:, 1::2]
+        assert_close(handed_on(small, at), its, relative=1e-4)
+    assert_close(dense.state_dict(), before, relative=0)
+    now = {name: small.state_dict()[name] for name in kept}
+    del kept["1.num_batches_tracked"], kept["4.num_batches_tracked"]
+    assert_close({name: now[name] for name in kept}, kept, relative=0)
+
+
+def test_where_the_statistics_fit_it_is_a_plain_estimate():
+    dense = net(fit=True)
+    small, graph, plan = cut(dense)
+    plain = copy.deepcopy(small)
+    recalibrate_norm(plain, BATCHES)
+    recalibrate_after(small, dense, graph, plan, BATCHES)
+    assert_close(small.state_dict(), plain.state_dict(), relative=1e-3)
+
+
+def test_without_a_dense_model_statistics_of_other_data_are_lost():
+    """What `recalibrate_after` is for."""
+    dense = net()
+    small = cut(dense)[0]
+    recalibrate_norm(small, BATCHES)
+    _, deviation = handed_on(dense, 4)[:, 1::2]
+    assert (handed_on(small, 4)[1] > 3 * deviation).all()
+
+
+class Branch(nn.Module):
+    """A norm that runs in train mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.main = net()
+        self.beside = nn.BatchNorm1d(5)
+        self.beside.running_mean.fill_(3)
+
+    def forward(self, x):
+        x = self.main(x)
+        return self.beside(x) if self.training else x
+
+
+def test_a_norm_that_no_pass_reaches_keeps_its_statistics():
+    model = Branch().eval()
+    assert recalibrate_norm(model, BATCHES, norm_moments(model, BATCHES)) == 2
+    assert_close(model.beside.running_mean, torch.full((5,), 3.0), relative=0)
+    assert not model.beside.num_batches_tracked
+
+
+class Ends(nn.Module):
+    def forward(self, x):
+        raise KeyError("no")
+
+
+@pytest.mark.parametrize(
+    ("last", "batches", "error"),
+    [(Ends(), BATCHES, KeyError), (nn.BatchNorm1d(32), [(X[:1], None)], DataError)],
+)
+def test_after_an_error_all_is_as_it_was(last, batches, error):
+    model = net()
+    model[7] = last.eval()
+    before, weight = copy.deepcopy(model.state_dict()), model[1].weight
+    like = {"1.running_mean": torch.ones(8), "1.running_var": torch.ones(8)}
+    with pytest.raises(error):
+        recalibrate_norm(model, batches, like)
+    assert_close(model.state_dict(), before, relative=0)
+    assert model[1].weight is weight
+    assert model[1].momentum == 0.1
+    assert not any(module.training for module in model.modules())
