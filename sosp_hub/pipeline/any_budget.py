@@ -138,7 +138,7 @@ def _at_budget(scores: "Scores") -> "nn.Module":
     verify = recipe.structure.verify
     if recipe.rebuilds():
         options = recipe.rebuild.options()
-        small = rebuild(loaded.model, graph, plan, batches, verify=verify, **options)
+        small = rebuild(loaded.model, graph, plan, batches, norms=False, verify=verify, **options)
     else:
         small = cut.apply(loaded.model, graph, plan, verify=verify)
     if recipe.recalibrates():

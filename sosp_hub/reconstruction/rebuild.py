@@ -17,6 +17,7 @@ from sosp_hub.modes import as_the_caller, evaluating, in_own_modes, without_auto
 from sosp_hub.plan import PruningPlan
 from sosp_hub.progress import progress
 from sosp_hub.reconstruction.gram import Gram, ProcessSum
+from sosp_hub.reconstruction.norms import recalibrate_after
 from sosp_hub.reconstruction.products import Product, Watched, from_matrices, to_matrices
 from sosp_hub.reconstruction.readers import PartlyCut, Reader, partly_cut
 from sosp_hub.reconstruction.refine import RefinedBlock, refined
@@ -91,6 +92,7 @@ def rebuild(
     damping: float | Literal["auto"] = "auto",
     dense_share: float = 0.0,
     refine_steps: int = 0,
+    norms: bool | None = None,
     verify: Verify = "thorough",
     process_sum: ProcessSum | None = None,
 ) -> nn.Module:
@@ -115,6 +117,9 @@ def rebuild(
             all that makes and reads what is cut: an MLP, an attention, a residual block), after its
             readers are solved, toward what the uncut block computes of the same inputs; a batch a
             step. Every fourth batch is held out, and what is best on those stays.
+        norms: Re-estimate BatchNorm statistics afterwards, so that each channel has the mean and
+            the deviation that it has in the dense model on these batches; None = yes, but for
+            ``refine_steps``, which are made for the statistics as they are.
         verify: As in ``apply``.
         process_sum: Sum of a tensor over all processes, where each has its own batches.
 
@@ -123,7 +128,8 @@ def rebuild(
 
     Raises:
         PlanError: A plan that does not fit, or a model without weights.
-        DataError: No calibration data, or activations that are not finite.
+        DataError: No calibration data, activations that are not finite, or norms that are to be
+            re-estimated from one sample alone.
         VerificationError: As ``apply(strict=True)`` does: the weights were made for the whole plan.
 
     Example:
@@ -137,8 +143,11 @@ def rebuild(
         >>> small[2].in_features
         4
     """
+    model = unwrapped(model)
+    check_batches(batches, "rebuild")
+    batches = list(as_the_caller(batches))
     rebuilt = rebuilt_weights(
-        unwrapped(model),
+        model,
         graph,
         plan,
         batches,
@@ -147,7 +156,11 @@ def rebuild(
         refine_steps=refine_steps,
         process_sum=process_sum,
     )
-    return apply(rebuilt.model, graph, rebuilt.plan, verify=verify, strict=True)
+    pruned = apply(rebuilt.model, graph, rebuilt.plan, verify=verify, strict=True)
+    if plan.kept and (not refine_steps if norms is None else norms):
+        with isolated(model), without_autocast(model):
+            recalibrate_after(pruned, model, graph, plan, batches)
+    return pruned
 
 
 def rebuilt_weights(

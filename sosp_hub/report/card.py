@@ -232,7 +232,7 @@ def _recovery(report: Mapping[str, Any]) -> str:
             "inputs"
         )
     if (report.get("metrics") or {}).get("recalibrated"):
-        steps.append("its normalisation statistics were re-estimated on the calibration data, toward what each channel had in the dense model")
+        steps.append("its normalisation statistics were re-estimated on the calibration data")
     if report.get("history"):
         steps.append(_fine_tuned(report.get("recovery") or {}))
     return ", and ".join(steps)

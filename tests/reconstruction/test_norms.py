@@ -129,3 +129,18 @@ def test_after_an_error_all_is_as_it_was(last, batches, error):
     assert model[1].weight is weight
     assert model[1].momentum == 0.1
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(("given", "done"), [({}, True), ({"norms": False}, False)])
+def test_a_rebuild_ends_with_it(given, done):
+    dense = net()
+    _, graph, plan = cut(dense)
+    before = copy.deepcopy(dense.state_dict())
+    batches = [(x, None) for x in X.split(16)]
+    small = sosp_hub.rebuild(dense, graph, plan, iter(batches), damping=1.0, **given)
+    plain = sosp_hub.rebuild(dense, graph, plan, batches, damping=1.0, norms=False)
+    if done:
+        recalibrate_after(plain, dense, graph, plan, batches)
+    assert_close(small.state_dict(), plain.state_dict(), relative=0)
+    assert_close(dense.state_dict(), before, relative=0)
+    assert not any(module.training for module in small.modules())
