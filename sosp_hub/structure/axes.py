@@ -297,6 +297,9 @@ def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
 
     Empty where the borders do not fit.
     """
+    one, two = resolve(one), resolve(two)
+    if isinstance(one, Sum) or isinstance(two, Sum):
+        return _paired_pieces(one, two) if isinstance(one, Sum) else _paired_pieces(two, one)
     ones, twos = _factors(one), _factors(two)
     pairs: list[tuple[Atom, Atom]] = []
     while ones and twos:
@@ -306,7 +309,10 @@ def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
             if isinstance(first, Atom) and isinstance(second, Atom):
                 pairs.append((first, second))
             elif [atom.id for atom in atoms(first)] != [atom.id for atom in atoms(second)]:
-                return []
+                inside = paired(first, second)
+                if not inside:
+                    return []
+                pairs += inside
             continue
         longer, shorter = (ones, twos) if size_of(first) > size_of(second) else (twos, ones)
         whole = longer[0]
@@ -315,6 +321,19 @@ def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
             return []
         longer[:1] = halves
     return pairs
+
+
+def _paired_pieces(whole: Sum, other: Axis) -> list[tuple[Atom, Atom]]:
+    """`paired` for pieces one after the other and an axis that borders are drawn in."""
+    pairs: list[tuple[Atom, Atom]] = []
+    for part in whole.parts[:-1]:
+        pieces = cut_at(other, size_of(part))
+        found = [] if pieces is None else paired(part, pieces[0])
+        if pieces is None or not found:
+            return []
+        pairs += found
+        other = pieces[1]
+    return [*pairs, *paired(whole.parts[-1], other)]
 
 
 def _factors(axis: Axis) -> list[Axis]:

@@ -579,6 +579,20 @@ class SharesItsWidth(Between):
         return h.softmax(1).reshape(b, n, width)
 
 
+class SharesTwoPieces(Between):
+    """Two tables side by side are added to its width, as rows and columns are in Florence-2."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 4
+        self.rows, self.columns = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+    def trick(self, x):
+        x = x + torch.cat([self.rows, self.columns])
+        b, n, width = x.shape
+        return x.reshape(b, n, self.heads, width // self.heads).softmax(1).reshape(b, n, width)
+
+
 class TimesAShare(SharesItsWidth):
     def trick(self, x):
         return x * (x.shape[-1] // self.heads)
@@ -739,6 +753,7 @@ TRICKS = (
     Trick(AttendsWithWeights, "cut", (3, 12, 3)),  # it computes with its head dim
     Trick(AttendsAcross, "cut", (3, 12, 3)),
     Trick(SharesItsWidth, "cut", (3,)),
+    Trick(SharesTwoPieces, "cut", (2, 2, 3)),
     Trick(TimesAShare, "whole"),
     Trick(AttendsWithBias, "cut", (3, 4, 12, 3, 4)),
     Trick(EncoderLayer, "cut", (3, 4, 20, 3, 4)),

@@ -111,6 +111,15 @@ def test_two_layers_of_heads_share_a_stream():
     assert check(constraints, [heads, dim, more, less, stream]) == 4 * 3 * 2
 
 
+def test_a_stream_of_two_pieces_gets_the_borders_of_heads_and_dim():
+    """As many heads in the first piece as it has blocks; the blocks of both are equally wide."""
+    heads, dim, one, two = Atom(4), Atom(3), Atom(6), Atom(6)
+    stream = Sum((one, two))
+    constraints = [says(stream, Prod((heads, dim))), says(HEADS, heads)]
+    assert check(constraints, [heads, dim, one, two]) == 2 * 2 * 3
+    assert not any(atom.pinned for atom in axes.atoms(stream))
+
+
 def test_a_width_that_is_computed_with_gets_the_borders_too():
     """``C // heads`` channels a head, put back together by ``view(B, N, -1)``."""
     heads, dim, stream = Atom(4), Atom(3), Atom(12)
