@@ -298,8 +298,10 @@ def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
     Empty where the borders do not fit.
     """
     one, two = resolve(one), resolve(two)
-    if isinstance(one, Sum) or isinstance(two, Sum):
-        return _paired_pieces(one, two) if isinstance(one, Sum) else _paired_pieces(two, one)
+    if isinstance(one, Sum):
+        return _paired_pieces(one, two)
+    if isinstance(two, Sum):
+        return _paired_pieces(two, one)
     ones, twos = _factors(one), _factors(two)
     pairs: list[tuple[Atom, Atom]] = []
     while ones and twos:

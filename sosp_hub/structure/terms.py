@@ -109,6 +109,10 @@ class Terms:
             self.axes[tensor] = known
         return known
 
+    def was(self, tensor: Tensor) -> Axes:
+        """Axes of a tensor before the operation that runs, which may have changed its own shape."""
+        return self.axes.get(tensor) or self.of(tensor)
+
     def set(self, tensor: Any, axes: Sequence[Axis]) -> None:
         """Gives an operation's output its axes."""
         if not isinstance(tensor, Tensor):

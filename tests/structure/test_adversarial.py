@@ -579,6 +579,23 @@ class SharesItsWidth(Between):
         return h.softmax(1).reshape(b, n, width)
 
 
+class OneVector(Between):
+    """A linear layer of one vector, whose result torch squeezes in place (Pocket TTS)."""
+
+    def __init__(self):
+        super().__init__()
+        self.vector, self.layer = nn.Parameter(torch.randn(7)), nn.Linear(7, 12, bias=False)
+
+    def trick(self, x):
+        return torch.where(torch.arange(4)[:, None] > 2, self.layer(self.vector), x)
+
+
+class AddsAndTakesDimensions(Between):
+    def trick(self, x):
+        x = x.tanh().unsqueeze_(-1).unsqueeze_(0)
+        return x.relu().squeeze_(-1).squeeze_(0)
+
+
 class SharesTwoPieces(Between):
     """Two tables side by side are added to its width, as rows and columns are in Florence-2."""
 
@@ -753,6 +770,8 @@ TRICKS = (
     Trick(AttendsWithWeights, "cut", (3, 12, 3)),  # it computes with its head dim
     Trick(AttendsAcross, "cut", (3, 12, 3)),
     Trick(SharesItsWidth, "cut", (3,)),
+    Trick(OneVector, "cut", (7, 12)),
+    Trick(AddsAndTakesDimensions, "cut", (12,)),
     Trick(SharesTwoPieces, "cut", (2, 2, 3)),
     Trick(TimesAShare, "whole"),
     Trick(AttendsWithBias, "cut", (3, 4, 12, 3, 4)),

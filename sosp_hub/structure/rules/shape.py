@@ -116,7 +116,7 @@ def _permute(terms: Terms, op: Operation) -> None:
 
 @rule("unsqueeze")
 def _unsqueeze(terms: Terms, op: Operation) -> None:
-    axes = list(terms.of(op.tensor))
+    axes = list(terms.was(op.tensor))
     axes.insert(op.args[1] % op.out.dim(), UNIT)
     terms.set(op.out, axes)
     carry_source(terms, op.tensor, op.out)
@@ -124,11 +124,10 @@ def _unsqueeze(terms: Terms, op: Operation) -> None:
 
 @rule("squeeze")
 def _squeeze(terms: Terms, op: Operation) -> None:
-    dims = dims_of(op.args[1] if len(op.args) > 1 else None, op.tensor)
-    terms.set(
-        op.out,
-        [a for i, a in enumerate(terms.of(op.tensor)) if not (i in dims and size_of(a) == 1)],
-    )
+    axes = terms.was(op.tensor)
+    dims = op.args[1] if len(op.args) > 1 else range(len(axes))
+    gone = {dim % len(axes) for dim in ([dims] if isinstance(dims, int) else dims) if axes}
+    terms.set(op.out, [a for i, a in enumerate(axes) if not (i in gone and size_of(a) == 1)])
     carry_source(terms, op.tensor, op.out)
 
 
