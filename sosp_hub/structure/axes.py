@@ -295,12 +295,13 @@ def _split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:
 def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
     """Factors of two equally long axes side by side; an atom gets the borders of the other axis.
 
+    Borders of factors, not those of pieces alone: pieces would be groups that are cut alike.
     Empty where the borders do not fit.
     """
     one, two = resolve(one), resolve(two)
-    if isinstance(one, Sum):
+    if isinstance(one, Sum) and not isinstance(two, Atom):
         return _paired_pieces(one, two)
-    if isinstance(two, Sum):
+    if isinstance(two, Sum) and not isinstance(one, Atom):
         return _paired_pieces(two, one)
     ones, twos = _factors(one), _factors(two)
     pairs: list[tuple[Atom, Atom]] = []
@@ -311,10 +312,7 @@ def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
             if isinstance(first, Atom) and isinstance(second, Atom):
                 pairs.append((first, second))
             elif [atom.id for atom in atoms(first)] != [atom.id for atom in atoms(second)]:
-                inside = paired(first, second)
-                if not inside:
-                    return []
-                pairs += inside
+                return []
             continue
         longer, shorter = (ones, twos) if size_of(first) > size_of(second) else (twos, ones)
         whole = longer[0]
