@@ -378,6 +378,13 @@ _VALUES: dict[str, dict[str, Any]] = {
         "image_model_config": _DINOV2, "patch_model_config": _DINOV2, "fov_model_config": _DINOV2,
     },
     "layoutlmv2": {"coordinate_size": 12, "shape_size": 8},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32},
+    "xmod": {"default_language": "en_XX"},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "pp_ocrv5_mobile_rec": {"image_size": [96, 96]},  # rows are halved four times and pooled
+    "pp_ocrv5_server_rec": {"image_size": [48, 96]},
+    "pp_ocrv6_small_rec": {"image_size": [48, 96]},
+    "pp_ocrv6_tiny_rec": {"image_size": [48, 96]},
     "swin": {"image_size": 128},
     "donut-swin": {"image_size": 128},
     "vipllava": {"vision_feature_layers": [-1, -2]},
@@ -539,6 +546,7 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
             2, *((1,) if type(model).__name__.startswith(_WAVES_WITH_CHANNEL) else ()), 1600
         ),
         "image_grid_thw": lambda: torch.tensor([[1, 4, 4], [1, 4, 4]]),
+        "grid_thw": lambda: torch.tensor([[1, 4, 4], [1, 4, 4]]),
         "image_sizes": lambda: torch.tensor([[height, width], [height, width]]),
         "task_inputs": words,
         "qformer_input_ids": words,
@@ -570,6 +578,10 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
         found["pixel_values"] = noise(
             32, channels * patch * (getattr(vision, "temporal_patch_size", 1) or 1)
         )
+    if "grid_thw" in found:  # a vision tower alone: patches of both pictures one after the other
+        patch = vision.patch_size**2 * (getattr(vision, "temporal_patch_size", 1) or 1)
+        name = "hidden_states" if "hidden_states" in asked else "pixel_values"
+        found[name] = noise(32, channels * patch)
     if "feature_attention_mask" in found and not hasattr(model, "get_audio_features"):
         found["input_ids"][:, 0] = config.audio_token_id  # one stands for all of a sound
     if "spatial_shapes" in asked and "pixel_values" in found:  # patches as well
