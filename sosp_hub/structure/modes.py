@@ -57,9 +57,10 @@ class DispatchWatch(DispatchMode):
         ):  # prim: questions about a tensor, such as its device
             return func(*args, **kwargs)
         inputs = []
+        values = not func.overloadpacket.__name__.endswith("_like")  # these ask for sizes alone
         for tensor in rules.tensors((args, kwargs)):
             inputs.append(self.terms.of(tensor))
-            self.terms.use(tensor)
+            self.terms.use(tensor, values=values)
         self.terms.written.update(map(storage_key, written_arguments(func, args, kwargs)))
         out = func(*args, **kwargs)
         self.terms.begin()

@@ -130,11 +130,11 @@ class Terms:
         if name is not None:
             self.reads.append(Read(name, axis, self.modules[-1], operand.stride(dim)))
 
-    def use(self, tensor: Tensor) -> None:
-        """Remembers that the running module's code computes with a tensor."""
+    def use(self, tensor: Tensor, *, values: bool = True) -> None:
+        """Remembers that the running module's code computes with a tensor, or with its sizes."""
         if (name := self.source.get(tensor)) is not None:
             self.touched.add(name)
-        if (picked := self.unused.get(tensor)) is not None:
+        if values and (picked := self.unused.get(tensor)) is not None:
             pin(*picked)
         for result in self.results.get(tensor) or ():
             self.uses.setdefault(result, {}).setdefault(self.modules[-1])

@@ -250,6 +250,14 @@ class AsLongAsOneChannel(Between):
         return x * torch.arange(1, length + 1).view(1, length, 1)
 
 
+class ElementForItsLikes(Between):
+    """Masks of the size of an element are made without a look at it (UDOP)."""
+
+    def trick(self, x):
+        twice, nothing = torch.full_like(x[:, :, 0], 2.0), torch.zeros_like(x[:, :, -1])
+        return x * twice.unsqueeze(-1) + nothing.unsqueeze(-1)
+
+
 class OneChannel(Between):
     def trick(self, x):
         return x * x[:, :, -1].unsqueeze(-1)
@@ -734,6 +742,7 @@ TRICKS = (
     Trick(AnotherLayout, "cut", (8, 12)),
     Trick(LoopOverHeads, "cut", (4,)),
     Trick(CopiesForHeads, "cut", (3, 4)),
+    Trick(ElementForItsLikes, "cut", (12,)),
     Trick(AsLongAsOneChannel, "cut", (12,)),
     Trick(OneChannel, "whole"),
     Trick(FourthChannel, "whole"),
