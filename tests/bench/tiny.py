@@ -78,6 +78,7 @@ _OTHERS = {
     "num_global_layers": 1, "num_nextn_predict_layers": 0, "upsample_groups": 4,
     "vocab_size_per_layer_input": WORDS, "hidden_size_per_layer_input": 16,
     "n_groups": 2, "mamba_n_groups": 2, "vector_quantization_hidden_dimension": 16,
+    "unpadded_vocab_size": WORDS,
 }  # fmt: skip
 _LISTS = {
     "hidden_sizes", "encoder_hidden_sizes", "embed_dims", "neck_hidden_sizes", "conv_dim",
