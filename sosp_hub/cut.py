@@ -184,7 +184,7 @@ def apply_plan_file(
         CheckpointError: No usable plan, a base that is a plan too or whose inputs cannot be made
             up, or with ``out`` one that has no weights in safetensors files or belongs to no
             library.
-        PlanError: The plan was made for another model.
+        PlanError: The plan was made for another model, or the base is quantised.
         HubError: The base cannot be fetched.
         OutputError: ``out`` cannot be written; what was there stays.
 
@@ -206,6 +206,7 @@ def apply_plan_file(
         return _cut_files(plan, base, Path(out), example_inputs, kwargs)
     if not isinstance(base, nn.Module):
         base = _load_base(plan, base, kwargs)
+    surgery.check_not_packed(base)
     if example_inputs is not None:
         return apply(base, trace(base, example_inputs), plan, strict=True).eval()
     inputs = made_up_inputs(base)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sosp_hub.atomic import write_text
-from sosp_hub.compat.transformers import cache_in
+from sosp_hub.compat.transformers import cache_in, cached_tokens
 from sosp_hub.cost import CostModel
 from sosp_hub.errors import BudgetError
 from sosp_hub.evaluate import measure_latency
@@ -418,14 +418,15 @@ class ServingMemory:
         self._by_group: dict[str, tuple[int, int]] = {}
         for number, layer in enumerate(cache.layers):
             heads = layer.keys.shape[1]
-            num_bytes = sum(
+            of_token = sum(
                 each.numel() * each.element_size() for each in (layer.keys, layer.values)
             )
+            num_bytes = of_token * batch * cached_tokens(layer, length)
             group = _cached_group(graph, number, heads)
             if group is None:
-                self._fixed += num_bytes * batch * length
+                self._fixed += num_bytes
             else:
-                self._by_group[group] = (num_bytes * batch * length, heads)
+                self._by_group[group] = (num_bytes, heads)
         self.cache_bytes = self._fixed + sum(each for each, _ in self._by_group.values())
 
     def __call__(self, plan: PruningPlan) -> float:

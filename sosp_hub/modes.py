@@ -71,6 +71,7 @@ def in_own_modes(verb: Callable[Given, Result]) -> Callable[Given, Result]:
     return run
 
 
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")  # kinds of devices that the caller may be in it for
 _CPU = torch.device("cpu")
 _callers_device: ContextVar[torch.device] = ContextVar("_callers_device", default=_CPU)
 
@@ -164,8 +165,12 @@ def _made_on(device: torch.device, batches: Iterable[Any]) -> Iterator[Any]:
 
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Operations are in the dtype of the weights, whatever context the caller is in."""
-    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"} or {"cpu"}
+    """Operations are in the dtype of the weights, whatever context the caller is in.
+
+    Also on an accelerator to which the model goes later.
+    """
+    kinds = {kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)}
+    kinds |= {parameter.device.type for parameter in model.parameters()} - {"meta"}
     with ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))

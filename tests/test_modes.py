@@ -298,8 +298,8 @@ def test_a_model_is_loaded_to_the_default_device(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, set_device])
-def test_a_training_in_a_mode_without_gradients_trains(mode):
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, autocast, set_device])
+def test_a_training_in_a_mode_of_the_callers_is_as_without(mode):
     found = []
     for within in (nullcontext(), mode()):
         model = half_frozen()

@@ -19,14 +19,13 @@ from sosp_hub.checkpoint.skeleton import misfits, model_class
 from sosp_hub.checkpoint.unregistered import tell_unregistered
 from sosp_hub.checkpoint.weightless import holds_only_a_plan
 from sosp_hub.compat.timm import is_whole
-from sosp_hub.compat.torch import unwrapped
+from sosp_hub.compat.torch import packed_weight, unwrapped
 from sosp_hub.compat.versions import tell_newer
 from sosp_hub.data.reach import hub_is_off, only_cached
 from sosp_hub.errors import CheckpointError, HubError, ModelError, SospHubError, shortened
 from sosp_hub.modes import in_own_modes
 
 REPORT = "sosp_report.json"
-_PACKERS = ("torchao", "bitsandbytes")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _LOG = logging.getLogger(__name__)
 
@@ -135,13 +134,12 @@ def check_not_quantised(model: nn.Module) -> None:
     Raises:
         CheckpointError: Names the first of them, and the order that works.
     """
-    for name, parameter in model.named_parameters():
-        if type(parameter).__module__.partition(".")[0] in _PACKERS:
-            raise CheckpointError(
-                f"{name} is quantised ({type(parameter).__name__}); save or export the model "
-                f"first, then quantise what from_pretrained(FOLDER, quantization_config=...) "
-                f"loads, and save that with its own save_pretrained"
-            )
+    if packed := packed_weight(model):
+        raise CheckpointError(
+            f"{packed}; save or export the model first, then quantise what "
+            "from_pretrained(FOLDER, quantization_config=...) loads, and save that with its own "
+            "save_pretrained"
+        )
 
 
 def check_no_adapters(model: nn.Module) -> None:

@@ -268,3 +268,14 @@ def _grouped_shape(
 def _grouped_flops(rows: tuple[int, ...], weights: tuple[int, ...], *_: Any, **__: Any) -> int:
     """Every row meets one expert."""
     return 2 * rows[-2] * rows[-1] * weights[-1]
+
+
+_PACKERS = ("torchao", "bitsandbytes")
+
+
+def packed_weight(model: nn.Module) -> str | None:
+    """Name and class of a model's first weight that another package has packed (quantised)."""
+    for name, parameter in model.named_parameters():
+        if type(parameter).__module__.partition(".")[0] in _PACKERS:
+            return f"{name} is quantised ({type(parameter).__name__})"
+    return None

@@ -66,6 +66,12 @@ def cache_in(output: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in output.items() if find_cache([value]) is not None}
 
 
+def cached_tokens(layer: Any, length: int) -> int:
+    """Tokens of a text whose keys and values a layer of a cache holds: no more than its window."""
+    window = getattr(layer, "sliding_window", None)
+    return length if window is None else min(length, window - 1)
+
+
 FILLED = "_is_hf_initialized"
 """Set on modules and tensors that hold their weights, so that nothing fills them anew."""
 

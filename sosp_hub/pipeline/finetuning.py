@@ -10,7 +10,13 @@ from torch.utils.data import Dataset, default_collate
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.data.split import MadeSplit, Split
 from sosp_hub.errors import DataError, RecipeError
-from sosp_hub.modes import called_as_the_caller, check_models, evaluating, in_own_modes
+from sosp_hub.modes import (
+    called_as_the_caller,
+    check_models,
+    evaluating,
+    in_own_modes,
+    without_autocast,
+)
 from sosp_hub.pipeline.guest import as_guest
 from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import FinetuneSection
@@ -129,7 +135,7 @@ def finetune_(
     model = unwrapped(model)
     device = next((parameter.device for parameter in model.parameters()), None)
     followed = None if teacher is None else unwrapped(teacher)
-    with as_guest(), evaluating(model):
+    with as_guest(), evaluating(model), without_autocast(model):
         try:
             return recover(
                 model,

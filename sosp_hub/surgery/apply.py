@@ -11,7 +11,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import has_hooks, hook_for, hook_inside, hook_tables, with_marks
+from sosp_hub.compat.torch import (
+    has_hooks,
+    hook_for,
+    hook_inside,
+    hook_tables,
+    packed_weight,
+    with_marks,
+)
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import Plan, PruningPlan
 from sosp_hub.structure.axes import size_of
@@ -214,6 +221,16 @@ def check_arguments(model: object, graph: object, plan: object) -> None:
         raise PlanError(
             f"plan: got a {type(plan).__name__}, expected what allocate(...) returns; "
             "PruningPlan.from_json(text) reads a stored one"
+        )
+    check_not_packed(model)
+
+
+def check_not_packed(model: nn.Module) -> None:
+    """Raises PlanError where weights are quantised: their elements are not those of a plan."""
+    if packed := packed_weight(model):
+        raise PlanError(
+            f"{packed}; cut the model that it was made from, save that, and quantise what "
+            "from_pretrained(FOLDER, quantization_config=...) loads"
         )
 
 

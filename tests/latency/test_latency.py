@@ -255,6 +255,25 @@ def test_a_cache_of_one_head_is_held_whole():
     assert held(plan) == cost(graph, plan).bytes + num_bytes
 
 
+def test_a_layer_with_a_window_holds_no_more_than_that():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"], bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    graph = sosp_hub.trace(model, {"input_ids": torch.arange(24).reshape(2, 12)})
+    for length in (5, 20):
+        with torch.no_grad():
+            cache = model(torch.zeros(3, length, dtype=torch.long), use_cache=True).past_key_values
+        held = ServingMemory(model, graph, batch=3, length=length)
+        state = [each for layer in cache.layers for each in (layer.keys, layer.values)]
+        assert held.cache_bytes == sum(each.numel() * each.element_size() for each in state)
+
+
 def test_a_step_of_decoding_is_the_same_each_time(llama):
     model, graph, ids = llama
     step = Decoder(model, ids)

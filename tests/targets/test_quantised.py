@@ -1,6 +1,7 @@
 """Quantised after pruning, by torchao and bitsandbytes: in memory, and as a folder is loaded."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import transformers
 
 import sosp_hub
-from sosp_hub.errors import CheckpointError
+from sosp_hub.errors import CheckpointError, PlanError
 from sosp_hub.inspect import main
 from sosp_hub.inspection.examine import examine
 from sosp_hub.plan import PruningPlan
@@ -94,6 +95,27 @@ def test_what_is_quantised_is_neither_saved_nor_exported_again(name, tmp_path):
         with pytest.raises(CheckpointError, match=r"q_proj.weight is quantised .*first, then"):
             write()
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_quantised_is_not_cut(name, tmp_path):
+    dense = pruned()
+    folder = sosp_hub.save_pretrained(dense, tmp_path / "dense")
+    graph = sosp_hub.trace(dense, {"input_ids": TOKENS})
+    scores = sosp_hub.score(dense, graph, [], criterion="magnitude")
+    plan = sosp_hub.allocate(graph, scores, params=0.8)
+    alone = sosp_hub.save_plan(replace(plan, base_model=str(folder)), tmp_path / "plan")
+    config = CONFIGS[name][0]()
+    packed = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    for cut in (
+        lambda: sosp_hub.apply(packed, graph, plan),
+        lambda: sosp_hub.apply_(packed, graph, plan),
+        lambda: sosp_hub.rebuild(packed, graph, plan, [{"input_ids": TOKENS}]),
+        lambda: sosp_hub.apply_plan_file(alone, packed),
+        lambda: sosp_hub.apply_plan_file(alone, quantization_config=config),
+    ):
+        with pytest.raises(PlanError, match=r"q_proj.weight is quantised .*; cut the model that"):
+            cut()
 
 
 def test_what_was_quantised_in_memory_is_neither_saved_nor_exported(tmp_path):

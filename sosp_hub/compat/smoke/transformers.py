@@ -43,6 +43,18 @@ def cache_of_a_model() -> None:
     expect(error < 1e-5, f"a cached step is off by {error:.1e}")
 
 
+@smoke("memory while serving of models with sliding windows")
+def windows_of_a_cache() -> None:
+    config = transformers.MistralConfig(**_SIZES, sliding_window=4)
+    model = transformers.MistralForCausalLM(config).eval()
+    for length in (2, 8):
+        with torch.no_grad():
+            (cache,) = compat.cache_in(model(torch.arange(length)[None], use_cache=True)).values()
+        for layer in cache.layers:
+            held, told = layer.keys.shape[2], compat.cached_tokens(layer, length)
+            expect(held == told, f"of {length} tokens {held} are held, {told} told")
+
+
 @smoke("loading weights that code fills by the numbers of a config")
 def modules_that_are_filled() -> None:
     model = _llama()
