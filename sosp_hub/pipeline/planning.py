@@ -12,7 +12,7 @@ from sosp_hub import scoring
 from sosp_hub.allocation import MEASURED, allocate
 from sosp_hub.criteria.compute.compensation import Means
 from sosp_hub.distributed import OnDevice, from_main, logger, process_sum
-from sosp_hub.errors import CriterionError, SospHubError, VerificationError
+from sosp_hub.errors import CriterionError, RecipeError, SospHubError, VerificationError
 from sosp_hub.pipeline.blocks import Block, as_blocks, blocks, blocks_of, left_of, removed, shares
 from sosp_hub.pipeline.compensation import bias_means, held_out_losses, made_up_for, refine
 from sosp_hub.pipeline.context import Context
@@ -24,6 +24,7 @@ from sosp_hub.pipeline.training import dense, masked
 from sosp_hub.plan import PruningPlan
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.groups import Group
 
 if TYPE_CHECKING:
     from sosp_hub.types import Saliency
@@ -94,6 +95,8 @@ def check(context: Context) -> None:
             f"criterion {criterion.name!r} has masks on channels, and there are none of the kinds "
             f"{', '.join(kinds)}; add channel to structure.kinds"
         )
+    if context.recipe.schedule is not None:
+        check_stacks(able)
     targets = budget.targets()
     targets = {k: v for k, v in targets.items() if k not in MEASURED}  # these take their time
     if targets or budget.groups:
@@ -101,6 +104,23 @@ def check(context: Context) -> None:
         allocated(context.recipe, context.graph, equal, targets)
     if context.recipe.structure.blocks is not None:
         blocks_of(context.graph, context.recipe.structure.blocks.kinds)
+
+
+def check_stacks(able: Mapping[str, Group]) -> None:
+    """Refuses rounds that drop layers of a stack and layers inside those that are left.
+
+    Raises:
+        RecipeError: Names one stack in another.
+    """
+    stacks = [name.rpartition(":")[0] for name, group in able.items() if group.kind == "layer"]
+    for outer in stacks:
+        if inner := next((stack for stack in stacks if stack.startswith(f"{outer}.")), None):
+            fault = (
+                f"schedule: {inner!r} is a stack of layers inside one of {outer!r}, which has "
+                "another number once one before it is gone, so that rounds cannot be put together; "
+                f"write structure.exclude: ['{outer}:layer'], or cut without schedule"
+            )
+            raise RecipeError("the recipe", [fault])
 
 
 def score(context: Context) -> "Saliency":

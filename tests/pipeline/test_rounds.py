@@ -6,10 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from sosp_hub import scoring
 from sosp_hub.checkpoint.io import from_pretrained
 from sosp_hub.cost import cost
-from sosp_hub.pipeline import rounds
+from sosp_hub.errors import PlanError
+from sosp_hub.pipeline import planning, rounds
+from sosp_hub.plan import PruningPlan
 from sosp_hub.prune import main
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.structure.trace import trace
@@ -124,3 +128,44 @@ def test_layers_and_their_insides_do_not_go_in_rounds_together(recipe, capsys):
 def test_what_does_not_go_in_rounds_is_refused(given, told, recipe, capsys):
     assert main([str(recipe), *ROUNDS, given]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Stack(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.layers = nn.ModuleList([make() for _ in range(3)])
+
+    def forward(self, x):
+        streamed = x
+        for layer in self.layers:
+            streamed = layer(streamed)
+        return x + streamed
+
+
+def test_a_stack_inside_a_stack_is_refused_before_the_first_round(recipe, monkeypatch, capsys):
+    """Their plans cannot be put together, which was told after all rounds."""
+    torch.manual_seed(0)
+    nested = Stack(lambda: Stack(Layer))
+    graph = trace(nested, (torch.randn(2, 4),))
+    groups = {name: group for name, group in graph.groups.items() if group.kind == "layer"}
+    assert "layers:layer" in groups
+    assert len(groups) > 1
+    first, second = (
+        PruningPlan({name: (0, 2)}, {name: 3}) for name in ("layers:layer", "layers.1.layers:layer")
+    )
+    with pytest.raises(PlanError, match="is of another layer than before"):
+        first.compose(second)
+    monkeypatch.setattr(scoring, "scorable_groups", lambda *_: groups)
+    monkeypatch.setattr(rounds, "in_rounds", None)
+    assert main([str(recipe), *ROUNDS]) == 2
+    assert "'layers.0.layers' is a stack of layers inside one of" in capsys.readouterr().err
+    planning.check_stacks({name: groups[name] for name in groups if name != "layers:layer"})
