@@ -409,6 +409,8 @@ def _scores(group: Group, values: "Tensor") -> NDArray[np.float64]:
     is_tensor = hasattr(values, "detach")
     if is_tensor and values.is_complex():
         raise BudgetError(f"saliency: group {group.name!r} has complex values; expected scores")
+    if is_tensor and values.is_meta:
+        raise BudgetError(f"saliency: group {group.name!r} has no values (meta device); score it")
     given = values.detach().cpu().double() if is_tensor else values
     scores = np.asarray(given, dtype=np.float64)
     if scores.shape != (group.size,):

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sosp_hub.callable_module import make_callable
+from sosp_hub.compat.accelerate import check_weights
 from sosp_hub.distributed import process_rows, process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
-from sosp_hub.modes import as_the_caller, evaluating, in_own_modes, without_autocast
+from sosp_hub.modes import (
+    as_the_caller,
+    check_models,
+    evaluating,
+    in_own_modes,
+    without_autocast,
+)
 from sosp_hub.recipe.metrics import DIVERGENCE
 from sosp_hub.tasks.batches import as_batch, check_batches
 from sosp_hub.tasks.loss import Loss, batch_loss
@@ -71,7 +78,7 @@ def evaluate(
 
     Raises:
         DataError: No batches at all, or a metric that this loss has not.
-        ModelError: Not a module.
+        ModelError: Not a module, or one without weights.
 
     Example:
         >>> import sosp_hub, torch
@@ -81,6 +88,8 @@ def evaluate(
         >>> accuracy.n, accuracy.stderr < 0.1
         (64, True)
     """
+    check_models(model)
+    check_weights(model, "evaluate")
     check_batches(batches, "evaluate")
     metrics = _known(metrics, meters)
     of_all, own_meters = dict[str, OfAll](), dict[str, Meter]()

@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import unwrapped
+from sosp_hub.compat.accelerate import check_weights
+from sosp_hub.compat.torch import packed_weight, unwrapped
 from sosp_hub.cost import Quantity, unit_costs
 from sosp_hub.criteria.compute.context import Context
 from sosp_hub.derivatives import GaussNewton
@@ -20,6 +21,7 @@ from sosp_hub.gates import has_gate
 from sosp_hub.modes import as_the_caller, in_own_modes, without_autocast
 from sosp_hub.recipe.criteria import CRITERIA, Criterion, GateCriterion
 from sosp_hub.recipe.faults import explain
+from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group, Groups
@@ -151,6 +153,9 @@ def score(
     else:
         method = criterion
     check_per(method, per)
+    _check_model(model, graph)
+    if method.needs != "nothing" and curvature is None:
+        check_weights(model, "score")
     check_batches(batches, "score", CriterionError)
     kind = type(batches).__name__
     if method.needs == "labels" and curvature is None:
@@ -189,6 +194,18 @@ def score(
     if units is not None and not method.uses_units:
         saliency = {name: one / units[name].to(one.dtype) for name, one in saliency.items()}
     return Scores(saliency)
+
+
+def _check_model(model: nn.Module, graph: Graph) -> None:
+    """Refuses a graph of another model; quantised weights have shapes of their own."""
+    traced = {} if packed_weight(model) else getattr(graph, "tensors", {})
+    for name, tensor in model.named_parameters():
+        expected = [size_of(axis) for axis in traced.get(name, ())]
+        if name in traced and list(tensor.shape) != expected:
+            raise CriterionError(
+                f"score: this is not the model that was traced: {name!r} has "
+                f"{list(tensor.shape)}, expected {expected}; trace it again"
+            )
 
 
 def _shown(names: Iterable[str]) -> str:

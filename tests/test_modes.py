@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sosp_hub
-from sosp_hub.errors import DataError, ModelError
+from sosp_hub.errors import CriterionError, DataError, ModelError
 from sosp_hub.evaluate import metrics_of_samples
 from sosp_hub.modes import collector_paused, evaluating, in_own_modes
 from sosp_hub.pipeline import any_budget
@@ -320,6 +320,41 @@ def test_a_model_whose_sizes_are_not_known_yet_is_refused():
     ):
         with pytest.raises(ModelError, match=r"'0.weight' of the Sequential has no size .* run"):
             verb()
+
+
+def test_a_model_without_weights_is_refused_where_they_are_needed(tmp_path):
+    model = half_frozen().eval()
+    graph = sosp_hub.trace(model, (X,))
+    bare = copy.deepcopy(model).to("meta")
+    for verb in (
+        lambda: sosp_hub.score(bare, graph, BATCHES, criterion="taylor"),
+        lambda: sosp_hub.evaluate(bare, BATCHES),
+        lambda: sosp_hub.finetune(bare, SAMPLES, learning_rate=0.01),
+        lambda: sosp_hub.finetune(model, SAMPLES, learning_rate=1, teacher=bare, distill=0.5),
+        lambda: sosp_hub.save_pretrained(bare, tmp_path / "bare"),
+    ):
+        with pytest.raises(ModelError, match=r"the Sequential has no weights \(meta device\)"):
+            verb()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_graph_is_for_the_model_that_was_traced(criterion):
+    """A model that was cut meanwhile; ``random`` gave scores for what is gone."""
+    model = half_frozen()
+    graph, _, plan = plan_of(model)
+    sosp_hub.apply_(model, graph, plan)
+    with pytest.raises(CriterionError, match=r"not the model that was traced: .*; trace it again"):
+        sosp_hub.score(model, graph, BATCHES, criterion=criterion)
+
+
+def test_inputs_come_in_the_dtype_of_the_model():
+    """Half and double precision, from the one that loaders give."""
+    found = [
+        sosp_hub.evaluate(half_frozen().to(dtype), BATCHES, "loss")["loss"].value
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert_close(*map(torch.tensor, found), relative=1e-5)
 
 
 def test_a_model_that_was_made_in_inference_mode_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from sosp_hub.checkpoint.format.record import Builder, library_in
 from sosp_hub.checkpoint.skeleton import misfits, model_class
 from sosp_hub.checkpoint.unregistered import tell_unregistered
 from sosp_hub.checkpoint.weightless import holds_only_a_plan
+from sosp_hub.compat.accelerate import check_weights
 from sosp_hub.compat.timm import is_whole
 from sosp_hub.compat.torch import packed_weight, unwrapped
 from sosp_hub.compat.versions import tell_newer
@@ -68,7 +69,7 @@ def save_pretrained(
     Raises:
         CheckpointError: A model that the files could not rebuild.
         OutputError: The folder cannot be written; what was there stays.
-        ModelError: Adapters that were not merged.
+        ModelError: Adapters that were not merged, or no weights.
 
     Example:
         >>> import sosp_hub, tempfile, timm, torch
@@ -93,6 +94,7 @@ def save_pretrained(
     folder = Path(folder)
     model = unwrapped(model)
     check_not_quantised(model)
+    check_weights(model, "save_pretrained")
     tell_unregistered(model)
     is_sentences = sentence.is_sentence_transformer(model)
     library = "torch" if is_sentences else library_of(model)

@@ -8,6 +8,8 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
+from sosp_hub.errors import ModelError
+
 
 def launched_for_several() -> bool:
     """Whether ``accelerate launch`` was asked for several processes and has numbered none.
@@ -68,6 +70,19 @@ def in_own_precision(model: nn.Module) -> Iterator[None]:
 
 
 _OWN_FORWARD = "_original_forward"
+
+
+def check_weights(model: nn.Module, verb: str) -> None:
+    """Refuses a model on the meta device; one that is offloaded has its weights when it runs.
+
+    Raises:
+        ModelError: Says how weights come into it.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()) and not running_device(model):
+        raise ModelError(
+            f"{verb}: the {type(model).__name__} has no weights (meta device); load them, "
+            "or build it outside of torch.device('meta')"
+        )
 
 
 def running_device(model: nn.Module) -> Any:

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
+from sosp_hub.compat.accelerate import check_weights
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.data.split import MadeSplit, Split
 from sosp_hub.errors import DataError, RecipeError
@@ -131,7 +132,9 @@ def finetune_(
             "sosp_hub.finetune",
             ["distill, hidden, relations: nothing is followed; give teacher=MODEL"],
         )
-    check_models(model, *([] if teacher is None else [teacher]))
+    for each in (model, *([] if teacher is None else [teacher])):
+        check_models(each)
+        check_weights(each, "finetune")
     model = unwrapped(model)
     device = next((parameter.device for parameter in model.parameters()), None)
     followed = None if teacher is None else unwrapped(teacher)

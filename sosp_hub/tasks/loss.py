@@ -121,7 +121,7 @@ def _run(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -
     if named and _generates(model):
         named.setdefault("use_cache", False)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         positional, named = _cast(positional, dtype), _cast(named, dtype)
     return model(*positional, **named)
 
