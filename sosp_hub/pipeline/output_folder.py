@@ -1,5 +1,6 @@
 """The place of an output: checked before anything is done, taken only by what is whole."""
 
+import errno
 import functools
 import hashlib
 import os
@@ -12,7 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from sosp_hub.atomic import put_in_place, writing
 from sosp_hub.distributed import is_main
-from sosp_hub.errors import OutputExistsError
+from sosp_hub.errors import OutputError, OutputExistsError
 from sosp_hub.modes import in_own_modes
 from sosp_hub.recipe.schema import Recipe
 
@@ -112,6 +113,32 @@ def locked(output: Path) -> Iterator[None]:
         os.close(file)
 
 
+@contextmanager
+def _disk_told(output: Path) -> Iterator[None]:
+    """Says that a disk is full, whichever library wrote to it."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise OutputError(
+            f"output.dir: {output} cannot be written, its disk or that of temporary files is full "
+            f"({error}); make room, and the same command goes on, or write another "
+            "output.dir=FOLDER"
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Of Python, of safetensors (a text), or of torch (an error of its stream of a file)."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in ("(os error 28)", "iostream error")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def alone(run: Callable[Concatenate[Recipe, Options], Result]) -> Callable[..., Result]:
     """A run that the main process does while no other process writes the same output."""
 
@@ -119,7 +146,7 @@ def alone(run: Callable[Concatenate[Recipe, Options], Result]) -> Callable[..., 
     @functools.wraps(run)
     def guarded(recipe: Recipe, *arguments: Options.args, **options: Options.kwargs) -> Result:
         place = Path(str(recipe.output.dir)).expanduser()
-        with locked(place) if is_main() else nullcontext():
+        with locked(place) if is_main() else nullcontext(), _disk_told(place):
             return run(recipe, *arguments, **options)
 
     return guarded

@@ -1,13 +1,16 @@
 """One run writes an output at a time, and a kill at any moment loses nothing that was finished."""
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from sosp_hub.errors import OutputExistsError
+from sosp_hub.pipeline import run
 from sosp_hub.pipeline.output_folder import check_place, drafted, locked, put
 from sosp_hub.prune import main
 
@@ -142,3 +145,29 @@ def test_a_folder_that_is_read_only_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(OutputExistsError, match=r"output\.dir: .* cannot be written to"):
         check_place(tmp_path / "here" / "out", "sosp_report.json", overwrite=False)
+
+
+def of_python(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def of_safetensors(_):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def of_torch(_):
+    """As ``torch.save`` ends: the text of the outer error does not say it."""
+    try:
+        raise RuntimeError("basic_ios::clear: iostream error")
+    except RuntimeError:
+        raise RuntimeError("inline_container.cc:672 unexpected pos 576 vs 534")  # noqa: B904
+
+
+@pytest.mark.parametrize("failing", [of_python, of_safetensors, of_torch])
+def test_a_full_disk_is_told_whatever_writes(failing, recipe, monkeypatch, capsys):
+    """These ended in a traceback, as they were seen on a disk of 700 kB."""
+    monkeypatch.setattr(run, "score", failing)
+    assert main([str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert f"output.dir: {recipe.parent / 'out'} cannot be written, its disk" in said
+    assert "make room, and the same command goes on" in said
