@@ -159,7 +159,7 @@ class Scores:
             )
 
 
-def read_scores(folder: str | Path, overrides: Sequence[str], *, with_data: bool = True) -> Scores:
+def read_scores(folder: str | Path, overrides: Sequence[str], *, with_data: bool = False) -> Scores:
     """Reads the output folder of a run.
 
     Args:
@@ -180,7 +180,8 @@ def read_scores(folder: str | Path, overrides: Sequence[str], *, with_data: bool
     if made.schedule is not None:
         fault = "schedule: its scores are of models that were cut before; run the recipe again"
         raise RecipeError("--from-scores", [fault])
-    dropped = [*(f"budget.{name}=null" for name in BUDGETS), "budget.max_drop={}"]
+    dropped = [f"budget.{name}=null" for name in made.budget.targets()]
+    dropped += ["budget.max_drop={}"] * bool(made.budget.max_drop)
     first = read([*dropped, *overrides])
     _check(folder, made, first, overrides, with_data=with_data)
     name = "-".join(
@@ -190,7 +191,7 @@ def read_scores(folder: str | Path, overrides: Sequence[str], *, with_data: bool
             *(f"{k}-{v}" for k, v in first.budget.max_drop.items()),
         ]
     )
-    place = [f"output.dir={folder.resolve().with_name(name)}", "push=null"]
+    place = [f"output.dir={folder.resolve().with_name(name)}", *["push=null"] * bool(made.push)]
     recipe = read([*dropped, *place, *overrides])
     if recipe.budget.max_drop and not _held_out_alike(made, recipe):
         raise RecipeError(
@@ -323,6 +324,11 @@ def _check(
     budgets = {"budget", *(f"budget.{name}" for name in (*BUDGETS, "max_drop"))}
     if not any(key in budgets or key.startswith("budget.max_drop.") for key in keys):
         faults.append("no other budget is given; write one, such as budget.macs=0.3")
+    if with_data and str(changed.data.path).startswith(".../"):
+        faults.append(
+            f"data.path: the report of {folder} does not keep the folder of {changed.data.path}; "
+            "write data.path=FILE_OR_FOLDER"
+        )
     if faults:
         raise RecipeError("--from-scores", faults)
 

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -206,6 +207,22 @@ def test_what_the_scores_do_not_allow_is_refused(run, capsys, overrides, words):
     for word in words:
         assert word in error, error
     assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_data_whose_folder_the_report_does_not_keep_is_asked_for(text_run, capsys):
+    """As in a folder that was published."""
+    (text_run / "recipe.private.yaml").unlink()
+    given = ["--from-scores", str(text_run), "budget.structures=0.5", "--with-data"]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert "does not keep the folder of .../reviews.csv; write data.path=FILE_OR_FOLDER" in error
+
+
+def test_the_recipe_of_another_budget_holds_that_alone(run):
+    assert main(["--from-scores", str(run), "budget.macs=0.3", "evaluate.latency=false"]) == 0
+    text = run.with_name("run-macs-0.3").joinpath("recipe.private.yaml").read_text()
+    assert yaml.safe_load(text)["budget"] == {"macs": 0.3, "params": None}
+    assert "push" not in yaml.safe_load(text)
 
 
 def test_what_the_scores_were_made_with_may_be_said_again(run):
