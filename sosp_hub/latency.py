@@ -1,11 +1,12 @@
 """How long a plan's model takes and how much it holds while it serves, told without cutting.
 
-Layers with weights are timed once, each at a few widths, and the times are kept in a file: what a
-plan leaves takes what its layers take at their new widths (between those that were measured, a
-straight line), what products of activations with each other take (attention; timed in the dense
-model, and less by the multiply-accumulates that are cut of them), and what the dense model spends
-on all else, of which the part that goes over the numbers that layers give is less by those that
-are cut. The idea of a table of layers is that of ZipLM (arXiv 2302.04089).
+Layers with weights are timed once, each at a few widths and with weights that are as far from the
+processor as in the whole model, and the times are kept in a file: what a plan leaves takes what its
+layers take at their new widths (between those that were measured, a straight line), what products
+of activations with each other take (attention; timed in the dense model, and less by the
+multiply-accumulates that are cut of them), and what the dense model spends on all else, of which
+the part that goes over the numbers that layers give is less by those that are cut. The idea of a
+table of layers is that of ZipLM (arXiv 2302.04089).
 """
 
 import json
@@ -16,7 +17,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ _SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)  # of a width, at which a layer is timed
 _SECONDS = 0.02  # of timing one layer at one width, about
 _PASSES = 3  # over what a layer gives (norm, activation, sum), our choice
 _ELEMENTS = 2**20  # numbers of the product that is timed for them
+_LARGEST_SPAN = 2**28  # bytes that hold the weights which a layer is timed with, in turns
+_MOST_COPIES = 256
 
 
 def table_path(hardware: str) -> Path:
@@ -77,13 +81,18 @@ class _Layer:
         """The features or channels that it gives."""
         return self.axes[1 if self.kind == "transposed" else 0]
 
-    def key(self, weight: Sequence[int]) -> str:
+    def key(self, weight: Sequence[int], span: int) -> str:
         """What is timed, as text: layers that are alike share it."""
-        return f"{self.kind} {list(self.shape)} {list(self.options)} {list(weight)}"
+        return f"{self.kind} of {span} {list(self.shape)} {list(self.options)} {list(weight)}"
 
-    def run(self, weight: Sequence[int], like: Tensor) -> Callable[[], Tensor]:
-        """The layer with a weight of another shape."""
-        values = like.new_full(tuple(weight), 0.01)
+    def run(self, weight: Sequence[int], like: Tensor, span: int) -> Callable[[], Tensor]:
+        """The layer with a weight of another shape.
+
+        As many weights as take ``span`` bytes take turns, so that caches hold of one what they
+        would hold of it in a model of that size.
+        """
+        copies = min(_MOST_COPIES, math.ceil(span / (math.prod(weight) * like.element_size())))
+        turns = cycle(like.new_full((copies, *weight), 0.01).unbind())
         if self.kind == "conv":
             stride, padding, dilation, groups = self.options
             channels = weight[1] * groups
@@ -92,12 +101,12 @@ class _Layer:
             shape = (self.shape[0], channels, *self.shape[2:])
             convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[len(shape)]
             given = like.new_full(shape, 0.5)
-            return lambda: convolve(given, values, None, stride, padding, dilation, groups)
+            return lambda: convolve(given, next(turns), None, stride, padding, dilation, groups)
         features = weight[0] if self.kind == "transposed" else weight[1]
         given = like.new_full((*self.shape[:-1], features), 0.5)
         if self.kind == "transposed":
-            return lambda: given @ values
-        return lambda: F.linear(given, values)
+            return lambda: given @ next(turns)
+        return lambda: F.linear(given, next(turns))
 
 
 class LatencyTable:
@@ -132,15 +141,17 @@ class LatencyTable:
         about = f"{conditions}; {like.device.type}; {like.dtype}; torch {torch.__version__}"
         known = _read(path)
         times = known.setdefault(about, {})
-        missing = {
-            layer.key(weight): layer.run(weight, like)
+        numbers = sum(math.prod(map(size_of, layer.axes)) for layer in self._layers)
+        self._span = _rounded(numbers * like.element_size())
+        missing: dict[str, Callable[[], Callable[[], Tensor]]] = {
+            layer.key(weight, self._span): partial(layer.run, weight, like, self._span)
             for layer in self._layers
             for weight in product(*layer.grid)
-            if layer.key(weight) not in times
+            if layer.key(weight, self._span) not in times
         }
         if "elements" not in times:
             ones = like.new_ones(_ELEMENTS)
-            missing["elements"] = lambda: ones * ones
+            missing["elements"] = lambda: lambda: ones * ones
         times |= _timed(missing)
         if path is not None and missing:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +213,7 @@ class LatencyTable:
             corners.append([(low, 1 - share), (high, share)] if high > low else [(high, 1.0)])
         return sum(
             math.prod(share for _, share in corner)
-            * self._times[layer.key([size for size, _ in corner])]
+            * self._times[layer.key([size for size, _ in corner], self._span)]
             for corner in product(*corners)
         )
 
@@ -314,12 +325,18 @@ def _grid(kind: str, options: tuple[Any, ...], axes: Sequence[Axis]) -> tuple[tu
     return tuple(grid)
 
 
-def _timed(runs: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Median seconds of each; what the machine does else hits neighbours alike."""
+def _rounded(size: int) -> int:
+    """The power of two that is nearest, so that models of about a size share times."""
+    return min(2 ** round(math.log2(max(size, 1))), _LARGEST_SPAN)
+
+
+def _timed(runs: Mapping[str, Callable[[], Callable[[], Tensor]]]) -> dict[str, float]:
+    """Median seconds of what each makes; what the machine does else hits neighbours alike."""
     synchronize = torch.accelerator.synchronize if torch.accelerator.is_available() else int
     times = {}
     with torch.no_grad():
-        for key, run in runs.items():
+        for key, make in runs.items():
+            run = make()
             seconds, began = list[float](), time.perf_counter()
             while len(seconds) < 7 or time.perf_counter() - began < _SECONDS:
                 start = time.perf_counter()

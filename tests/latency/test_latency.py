@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sosp_hub
@@ -20,7 +21,7 @@ def by_products(monkeypatch):
     """Layers take a nanosecond a product, and the dense model a tenth more than its layers."""
 
     def timed(runs):
-        return {key: 1e-9 * products(run) for key, run in runs.items()}
+        return {key: 1e-9 * products(make()) for key, make in runs.items()}
 
     def products(run):
         from torch.utils.flop_counter import FlopCounterMode
@@ -169,6 +170,31 @@ def test_a_budget_is_planned_without_a_cut(by_products, monkeypatch):
     scores = {name: torch.arange(float(group.size)) for name, group in graph.groups.items()}
     plan = sosp_hub.allocate(graph, scores, latency_s=0.6, measure=table)
     assert 0.5 < table(plan) / table.dense_s <= 0.6
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_a_layer_is_timed_with_weights_as_far_away_as_in_the_model(depth, monkeypatch):
+    """One weight again and again lies in a cache, and a decoded token's time is that of memory."""
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(depth))).eval()
+    graph, inputs = sosp_hub.trace(model, (torch.randn(2, 64),)), (torch.randn(2, 64),)
+    linear, asked, places = F.linear, set(), {}
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: asked.add(w.data_ptr()) or linear(x, w, *b))
+
+    def timed(runs):
+        for key, make in runs.items():
+            run = make()
+            asked.clear()
+            for _ in range(300):
+                run()
+            places[key] = len(asked)
+        return dict.fromkeys(runs, 1.0)
+
+    monkeypatch.setattr(latency, "_timed", timed)
+    LatencyTable(model, graph, inputs)
+    whole = next(number for key, number in places.items() if key.endswith("[64, 64]"))
+    assert whole == {2: 2, 6: 8}[depth]  # of 64 x 64 x 4 bytes, the next power of two
+    small = next(number for key, number in places.items() if key.endswith("[16, 64]"))
+    assert small == 4 * whole
 
 
 def test_times_are_kept_for_the_same_conditions(tmp_path, monkeypatch):
