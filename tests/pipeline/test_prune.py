@@ -174,6 +174,10 @@ def test_a_folder_of_somebody_elses_is_never_touched(tmp_path, capsys, overwrite
         (["model.id=no_such_net"], ["no_such_net"]),
         (["budget.macs=0.001"], ["macs=0.001", "least that can be reached"]),
         (["structure.kinds=[expert]"], ["expert", "channel", "write structure.kinds"]),
+        (
+            ["criterion.name=sglp", "structure.kinds=[layer]", "model.id=test_resnet"],
+            ["layer", "it has channel, which sglp does not score", "magnitude or random"],
+        ),
         (["model.id=nobody/nothing", "model.library=transformers"], ["nobody/nothing", "ffline"]),
         (["data.id=nobody/nothing"], ["nobody/nothing", "ffline"]),
         (["output.dir=FOLDER/empty.csv"], ["empty.csv", "is a file"]),
