@@ -133,6 +133,15 @@ def test_an_average_is_cut_and_counters_stay():
         carry(carried, pruned, graph, plan_of(graph))
 
 
+def test_a_model_is_not_its_own_average():
+    """It was cut in place, without any verification."""
+    model, _, inputs = trained()
+    graph = trace(model, (inputs,))
+    with pytest.raises(PlanError, match=r"one model as what follows the cut and as the cut model"):
+        carry(model, model, graph, plan_of(graph))
+    assert model[0].out_features == 6
+
+
 def test_an_average_takes_the_gates_of_the_plan():
     model, _, inputs = trained()
     graph = trace(model, (inputs,))
