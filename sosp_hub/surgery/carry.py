@@ -79,8 +79,8 @@ def carry(
     pruned, dense = unwrapped(pruned), unwrapped(dense)
     if what is pruned:
         raise PlanError(
-            "carry got one model as what follows the cut and as the cut model; give what apply(...) "
-            "returned as the second, or cut it with apply_(model, graph, plan)"
+            "carry got one model as what follows the cut and as the cut model; give what "
+            "apply(...) returned as the second, or cut it with apply_(model, graph, plan)"
         )
     if isinstance(what, Optimizer | nn.Module):
         carrying(what, graph, plan, dense)(pruned)
