@@ -71,7 +71,7 @@ def norm_moments(model: nn.Module, batches: Sequence[Any]) -> Moments:
         batches: Calibration batches of this process.
 
     Raises:
-        DataError: A pass failed in another process; in this one its own error is raised.
+        DataError: As of `recalibrate_norm`.
     """
     norms = _norms(model)
     sums = {
@@ -82,7 +82,10 @@ def norm_moments(model: nn.Module, batches: Sequence[Any]) -> Moments:
     def hook(name: str) -> Any:
         def add(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
             given = args[0] if args else kwargs["input"]
-            var, mean = torch.var_mean(given.transpose(0, 1).flatten(1).float(), 1)
+            values = given.transpose(0, 1).flatten(1).float()
+            if values.shape[1] < 2:
+                raise ValueError("one value a channel")  # as of torch's norms that are in training
+            var, mean = torch.var_mean(values, 1)
             sums[name] += torch.stack([torch.ones_like(mean), mean, var]).to(sums[name])
 
         return add
@@ -219,7 +222,7 @@ def _forward_all(model: nn.Module, batches: Sequence[Any]) -> int:
     except Exception as error:  # noqa: BLE001 - raised below, where all processes know of it
         failure = error
     if process_sum(torch.tensor(float(failure is not None))):
-        lone = one_is_normal and isinstance(failure, ValueError)  # torch's, of one value a channel
+        lone = one_is_normal and isinstance(failure, ValueError)  # of one value a channel
         if failure is not None and not lone:
             raise failure
         raise DataError(

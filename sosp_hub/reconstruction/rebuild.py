@@ -119,7 +119,8 @@ def rebuild(
             step. Every fourth batch is held out, and what is best on those stays.
         norms: Re-estimate BatchNorm statistics afterwards, so that each channel has the mean and
             the deviation that it has in the dense model on these batches; None = yes, but for
-            ``refine_steps``, which are made for the statistics as they are.
+            ``refine_steps``, which are made for the statistics as they are, and where batches of
+            one sample allow it.
         verify: As in ``apply``.
         process_sum: Sum of a tensor over all processes, where each has its own batches.
 
@@ -158,8 +159,13 @@ def rebuild(
     )
     pruned = apply(rebuilt.model, graph, rebuilt.plan, verify=verify, strict=True)
     if plan.kept and (not refine_steps if norms is None else norms):
-        with isolated(model), without_autocast(model):
-            recalibrate_after(pruned, model, graph, plan, batches)
+        try:
+            with isolated(model), without_autocast(model):
+                recalibrate_after(pruned, model, graph, plan, batches)
+        except DataError as error:
+            if norms:
+                raise
+            logger.warning("rebuild: %s", error)
     return pruned
 
 

@@ -131,6 +131,19 @@ def test_after_an_error_all_is_as_it_was(last, batches, error):
     assert not any(module.training for module in model.modules())
 
 
+def test_samples_one_by_one_have_no_variance_and_the_rebuild_says_so(caplog):
+    dense = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    batches = [(x[None], None) for x in torch.randn(16, 4)]
+    graph = sosp_hub.trace(dense, (torch.randn(2, 4),))
+    (name,) = graph.groups
+    plan = sosp_hub.PruningPlan({name: (0, 3, 5)}, {name: 8})
+    small = sosp_hub.rebuild(dense, graph, plan, batches)
+    assert "norms cannot be re-estimated: " in caplog.text
+    assert_close(small[1].running_var, torch.ones(3), relative=0)
+    with pytest.raises(DataError, match="one sample alone"):
+        sosp_hub.rebuild(dense, graph, plan, batches, norms=True)
+
+
 @pytest.mark.parametrize(("given", "done"), [({}, True), ({"norms": False}, False)])
 def test_a_rebuild_ends_with_it(given, done):
     dense = net()
