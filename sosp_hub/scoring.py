@@ -196,7 +196,7 @@ def score(
     return Scores(saliency)
 
 
-def _check_model(model: nn.Module, graph: Graph) -> None:
+def _check_model(model: nn.Module, graph: HasGroups) -> None:
     """Refuses a graph of another model; quantised weights have shapes of their own."""
     traced = {} if packed_weight(model) else getattr(graph, "tensors", {})
     for name, tensor in model.named_parameters():
