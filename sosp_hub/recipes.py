@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from sosp_hub.atomic import writing
 from sosp_hub.command_name import command_name
+from sosp_hub.errors import OutputError
 from sosp_hub.recipe.shipped import shipped_recipes
 
 _WIDTH = 120
@@ -45,10 +47,11 @@ def _copy(shipped: dict[str, Path], name: str, to: Path) -> int:
         return 2
     target = to / source.name if to.is_dir() else to
     try:
-        if target.exists():
-            raise FileExistsError(f"{target}: is there already; give another place")
-        shutil.copyfile(source, target)
-    except OSError as error:
+        with writing(target):
+            if target.exists():
+                raise OutputError(f"{target}: is there already; give another place")
+            shutil.copyfile(source, target)
+    except OutputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(target)

@@ -120,6 +120,11 @@ def test_recipes_are_listed_and_copied_but_nothing_is_overwritten(tmp_path, caps
     assert code == 2
     assert "is there already" in err
     assert copied.read_text() == "changed"
+    code, _, err = called(
+        capsys, "recipes", "copy", "quickstart", str(tmp_path / "no" / "one.yaml")
+    )
+    assert code == 2
+    assert "one.yaml: cannot be written (No such file or directory)" in err
     code, _, err = called(capsys, "recipes", "copy", "nothing", str(tmp_path))
     assert code == 2
     assert "quickstart" in err
