@@ -11,6 +11,7 @@ from torch import nn
 
 from sosp_hub.compat import accelerate as compat
 from sosp_hub.compat.smoke import expect, smoke
+from sosp_hub.errors import ModelError
 
 
 @smoke("scores of offloaded models")
@@ -19,6 +20,12 @@ def offloaded_models() -> None:
     given = compat.running_device(model)
     expect(given is not None and torch.device(given).type == "cpu", f"it runs on {given}")
     expect(compat.running_device(nn.Linear(1, 1)) is None, "a plain model has a hook")
+    compat.check_weights(model, "score")
+    try:
+        compat.check_weights(nn.Linear(1, 1, device="meta"), "score")
+    except ModelError:
+        return
+    expect(False, "a model without weights passes for an offloaded one")
 
 
 @smoke("a warning where `accelerate launch` started one process instead of several")

@@ -310,3 +310,16 @@ def marks_of_parameters() -> None:
     new._size = 1  # pyright: ignore
     noted = vars(compat.with_marks(new, old))
     expect(noted == {"_no_weight_decay": True, "_size": 1}, f"{noted} was taken over")
+
+
+@smoke("refusing to cut quantised weights")
+def packed_weights() -> None:
+    class Packed(nn.Parameter):
+        """As torchao and bitsandbytes make them: a parameter of a class of their own."""
+
+    Packed.__module__ = "torchao.quantization"
+    model = nn.Linear(2, 2)
+    expect(compat.packed_weight(model) is None, "a plain weight is taken for a packed one")
+    model.weight = Packed(torch.zeros(2, 2))
+    expect(type(model.weight) is Packed, "a module does not keep the class of a parameter")
+    expect("weight" in str(compat.packed_weight(model)), "a packed weight is not seen")
