@@ -19,7 +19,7 @@ from accelerate.utils import (
     reduce,
     send_to_device,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from sosp_hub.compat.accelerate import launched_for_several
 from sosp_hub.errors import ModelError
@@ -91,6 +91,12 @@ def processes_together(entries: list[Any]) -> list[Any]:
 def to_device(batch: Any) -> Any:
     """A batch on the device of this process."""
     return send_to_device(batch, process_state().device)
+
+
+def to_model(batch: Any, model: nn.Module) -> Any:
+    """A batch where the weights of a model are; of an offloaded one, on this process's device."""
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    return to_device(batch) if device.type == "meta" else send_to_device(batch, device)
 
 
 def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accelerator:

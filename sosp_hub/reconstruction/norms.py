@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sosp_hub.compat.torch import BatchNorm
-from sosp_hub.distributed import process_sum, to_device
+from sosp_hub.distributed import process_sum as of_all_processes
+from sosp_hub.distributed import to_model
 from sosp_hub.errors import DataError
 from sosp_hub.modes import evaluating
 from sosp_hub.plan import PruningPlan
+from sosp_hub.reconstruction.gram import ProcessSum
 from sosp_hub.structure.graph import Graph
 from sosp_hub.surgery.carry import carry
 from sosp_hub.tasks.batches import as_batch, num_samples
@@ -36,6 +38,7 @@ def recalibrate_after(
     graph: Graph,
     plan: PruningPlan,
     batches: Sequence[Any],
+    process_sum: ProcessSum = of_all_processes,
 ) -> int:
     """Re-estimates the statistics of a cut model, so that its norms hand on what the dense ones do.
 
@@ -47,14 +50,15 @@ def recalibrate_after(
         graph: What ``trace`` found in it.
         plan: The plan of the cut.
         batches: Calibration batches of this process.
+        process_sum: Sum of a tensor over the processes that do this together.
 
     Returns:
         The number of layers that were re-estimated.
     """
     if not has_norms(pruned):
         return 0
-    like = carried(norm_moments(dense, batches), pruned, graph, plan)
-    return recalibrate_norm(pruned, batches, like)
+    like = carried(norm_moments(dense, batches, process_sum), pruned, graph, plan)
+    return recalibrate_norm(pruned, batches, like, process_sum)
 
 
 def carried(moments: Moments, pruned: nn.Module, graph: Graph, plan: PruningPlan) -> Moments:
@@ -63,12 +67,15 @@ def carried(moments: Moments, pruned: nn.Module, graph: Graph, plan: PruningPlan
 
 
 @torch.no_grad()
-def norm_moments(model: nn.Module, batches: Sequence[Any]) -> Moments:
+def norm_moments(
+    model: nn.Module, batches: Sequence[Any], process_sum: ProcessSum = of_all_processes
+) -> Moments:
     """What the norms of a model hand to their scale and shift: means over the batches.
 
     Args:
         model: Runs in eval mode and stays as it is.
         batches: Calibration batches of this process.
+        process_sum: As of `recalibrate_after`.
 
     Raises:
         DataError: As of `recalibrate_norm`.
@@ -95,7 +102,7 @@ def norm_moments(model: nn.Module, batches: Sequence[Any]) -> Moments:
     ]
     try:
         with evaluating(model):
-            _forward_all(model, batches)
+            _forward_all(model, batches, process_sum)
     finally:
         for each in hooks:
             each.remove()
@@ -111,7 +118,12 @@ def norm_moments(model: nn.Module, batches: Sequence[Any]) -> Moments:
 
 
 @torch.no_grad()
-def recalibrate_norm(model: nn.Module, batches: Sequence[Any], like: Moments | None = None) -> int:
+def recalibrate_norm(
+    model: nn.Module,
+    batches: Sequence[Any],
+    like: Moments | None = None,
+    process_sum: ProcessSum = of_all_processes,
+) -> int:
     """Re-estimates the running statistics of every BatchNorm, in place; needs no labels.
 
     The statistics become the mean over the batches of all processes. With ``like`` each channel
@@ -124,6 +136,7 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any], like: Moments | N
         batches: Calibration batches of this process, none where the data did not reach it. A
             batch of one sample has no variance and is left out where any process has another.
         like: What each norm is to hand on; None, or a norm without: mean 0 and variance 1.
+        process_sum: As of `recalibrate_after`.
 
     Returns:
         The number of layers that were re-estimated. Those that no pass reached stay as they were.
@@ -145,7 +158,7 @@ def recalibrate_norm(model: nn.Module, batches: Sequence[Any], like: Moments | N
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain mean over the batches
                 norm.train()
-            done = _forward_all(model, batches)
+            done = _forward_all(model, batches, process_sum)
     except BaseException:
         for norm, buffers in zip(norms.values(), before, strict=True):
             _put(norm, buffers)
@@ -205,7 +218,7 @@ def _handing_on(norms: Mapping[str, BatchNorm], like: Moments) -> Iterator[None]
             norms[name].weight, norms[name].bias = weight, bias
 
 
-def _forward_all(model: nn.Module, batches: Sequence[Any]) -> int:
+def _forward_all(model: nn.Module, batches: Sequence[Any], process_sum: ProcessSum) -> int:
     """Passes through the model, and how many; where one fails, all processes raise.
 
     Batches of one sample are left out where any process has a larger one.
@@ -217,7 +230,7 @@ def _forward_all(model: nn.Module, batches: Sequence[Any]) -> int:
     try:
         for batch in batches:
             if one_is_normal or num_samples(batch) > 1:
-                forward(model, to_device(batch))
+                forward(model, to_model(batch, model))
                 done += 1
     except Exception as error:  # noqa: BLE001 - raised below, where all processes know of it
         failure = error

@@ -160,8 +160,9 @@ def rebuild(
     pruned = apply(rebuilt.model, graph, rebuilt.plan, verify=verify, strict=True)
     if plan.kept and (not refine_steps if norms is None else norms):
         try:
+            alone = process_sum or (lambda tensor: tensor)
             with isolated(model), without_autocast(model):
-                recalibrate_after(pruned, model, graph, plan, batches)
+                recalibrate_after(pruned, model, graph, plan, batches, alone)
         except DataError as error:
             if norms:
                 raise

@@ -144,6 +144,17 @@ def test_samples_one_by_one_have_no_variance_and_the_rebuild_says_so(caplog):
         sosp_hub.rebuild(dense, graph, plan, batches, norms=True)
 
 
+def test_a_rebuild_asks_no_other_process_and_stays_on_the_device_of_the_model(monkeypatch):
+    """One process of several may rebuild alone, and a model on the CPU beside an accelerator."""
+    dense = net()
+    _, graph, plan = cut(dense)
+    monkeypatch.setattr("sosp_hub.distributed.process_state", None)
+    small = sosp_hub.rebuild(dense, graph, plan, [(x, None) for x in X.split(16)], damping=1.0)
+    for at in (1, 4):
+        mean, its = handed_on(small, at)[0], handed_on(dense, at)[0, 1::2]
+        assert_close(mean, its, relative=0.05)
+
+
 @pytest.mark.parametrize(("given", "done"), [({}, True), ({"norms": False}, False)])
 def test_a_rebuild_ends_with_it(given, done):
     dense = net()
