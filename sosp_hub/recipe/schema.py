@@ -799,6 +799,11 @@ class Recipe(Section):
                     f"evaluate.metrics.{number}: {task.name} has no {metric!r}{guess}; it has "
                     f"{', '.join(task.metrics)}"
                 )
+        if self.model.num_labels is not None and not task.head and task.auto_class:
+            raise ValueError(
+                f"model.num_labels: {task.name} has no head with an output for each label; leave "
+                "it out"
+            )
         if not task.learns:
             for key, asked in (
                 ("model.train", self.model.train),

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -433,6 +434,22 @@ def test_norms_are_re_estimated_unless_steps_were_made_for_them(key, steps, aske
     keys = ["criterion.compensate=true", f"{key}={steps}"]
     keys.append(f"finetune.recalibrate_norm={asked}")
     assert load_recipe(RECIPES / "quickstart.yaml", keys).recalibrates() is expected
+
+
+@pytest.mark.parametrize(
+    ("task", "library", "has_none"),
+    [
+        ("image-feature-extraction", "timm", True),
+        ("fill-mask", "transformers", True),
+        ("self", "timm", False),
+        ("image-classification", "timm", False),
+    ],
+)
+def test_labels_of_a_model_without_a_head_are_refused(task, library, has_none, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {{library: {library}, id: a/b, task: {task}}}\ndata: {{id: a/c}}\n")
+    with pytest.raises(RecipeError, match=r"num_labels: .* no head") if has_none else nullcontext():
+        load_recipe(path, ["model.num_labels=5"], "prune")
 
 
 @pytest.mark.parametrize(("task", "kept"), [("image-classification", False), ("self", True)])
