@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from address import address
+from notebooks import description, scripts
 
 from sosp_hub.recipe.criteria import CRITERIA
 from sosp_hub.recipe.describe import describe_recipe, list_sections
@@ -110,8 +112,23 @@ def targets() -> str:
     return "\n".join(rows)
 
 
+def examples() -> str:
+    """A section for each script, with its notebook."""
+    at, sections = address(), []
+    for script in scripts():
+        title, _, words = description(script.read_text("utf-8")).partition("\n")
+        files = [
+            f"[script](../examples/{script.name})",
+            f"[notebook](../examples/{script.stem}.ipynb)",
+        ]
+        if at:
+            files.append(at.badge(f"examples/{script.stem}.ipynb"))
+        sections.append(f"## {title}\n{words}\n\n{' · '.join(files)}")
+    return "\n\n".join(sections)
+
+
 def write_all(folder: Path) -> None:
     """Writes each table as NAME.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    for table in (criteria, gallery, keys, recipes, targets, tasks):
+    for table in (criteria, examples, gallery, keys, recipes, targets, tasks):
         (folder / f"{table.__name__}.md").write_text(table() + "\n", encoding="utf-8")

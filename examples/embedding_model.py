@@ -3,10 +3,10 @@
 The dense model's own embeddings say what is right: second order ranks the neurons and heads, and
 the rebuild brings the embeddings back. MODEL is a hub id or a folder, such as
 `sentence-transformers/all-MiniLM-L6-v2`. Without arguments a tiny model with random weights and
-this very file stand in.
+a file of the package stand in.
 """
 
-# %% Model, sentences
+# %% Model, sentences. In a notebook the two names are set here
 import sys
 from pathlib import Path
 
@@ -16,11 +16,14 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 import sosp_hub
 
+MODEL, TEXT_FILE = "", ""
+if "__file__" in globals() and len(sys.argv) == 3:
+    MODEL, TEXT_FILE = sys.argv[1:]
 torch.manual_seed(0)
-if len(sys.argv) == 3:
-    model = AutoModel.from_pretrained(sys.argv[1]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-    lines = [line for line in Path(sys.argv[2]).read_text().splitlines() if len(line) > 20]
+if MODEL:
+    model = AutoModel.from_pretrained(MODEL).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    lines = [line for line in Path(TEXT_FILE).read_text().splitlines() if len(line) > 20]
     tokens = tokenizer(
         lines[:320], padding=True, truncation=True, max_length=64, return_tensors="pt"
     )
@@ -34,7 +37,7 @@ else:
         num_attention_heads=4,
     )
     model = BertModel(config).eval()
-    ids = torch.tensor(list(Path(__file__).read_bytes()))[: 40 * 32].view(-1, 32)
+    ids = torch.tensor(list(Path(sosp_hub.__file__).read_bytes()))[: 40 * 32].view(-1, 32)
     mask = torch.ones_like(ids)
 split = len(ids) * 4 // 5
 batches = [

@@ -2,11 +2,11 @@
 
 Cuts a fifth of the parameters of a causal language model without training: criterion and rebuild
 need some pages of text. MODEL is a hub id or a folder, such as
-`HuggingFaceTB/SmolLM2-135M-Instruct`. Without arguments a tiny model with random weights and this
-very file stand in, to show the steps.
+`HuggingFaceTB/SmolLM2-135M-Instruct`. Without arguments a tiny model with random weights and a
+file of the package stand in, to show the steps.
 """
 
-# %% Model, tokens
+# %% Model, tokens. In a notebook the two names are set here
 import math
 import sys
 from pathlib import Path
@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import sosp_hub
 
+MODEL, TEXT_FILE = "", ""
+if "__file__" in globals() and len(sys.argv) == 3:
+    MODEL, TEXT_FILE = sys.argv[1:]
 torch.manual_seed(0)
-if len(sys.argv) == 3:
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-    ids = torch.tensor(tokenizer(Path(sys.argv[2]).read_text())["input_ids"])
+if MODEL:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ids = torch.tensor(tokenizer(Path(TEXT_FILE).read_text())["input_ids"])
 else:
     config = LlamaConfig(
         vocab_size=256,
@@ -31,7 +34,7 @@ else:
         num_key_value_heads=2,
     )
     model, tokenizer = LlamaForCausalLM(config).eval(), None
-    ids = torch.tensor(list(Path(__file__).read_bytes()))
+    ids = torch.tensor(list(Path(sosp_hub.__file__).read_bytes()))
 texts = ids[: len(ids) // 128 * 128].view(-1, 128)
 held_out, texts = texts[:4], texts[4:132]
 batches = [{"input_ids": part, "labels": part} for part in texts.split(4)]

@@ -1,6 +1,7 @@
 """The pages: they build without a warning, and every block of code on them runs."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -15,10 +16,17 @@ from sosp_hub.__main__ import COMMANDS, main
 from sosp_hub.recipe.load import as_recipe
 from sosp_hub.recipe.shipped import shipped_recipes
 from sosp_hub.recipe.targets import TARGETS
+from tests.browser import ACCESS, needs_browser, open_in_browser
 from tests.test_verbs import SMALL
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+WORKFLOW = {
+    "GITHUB_SERVER_URL": "https://github.com",
+    "GITHUB_REPOSITORY": "ann/small",
+    "GITHUB_REF_NAME": "main",
+}
 PAGES = [
     path
     for path in sorted([*DOCS.glob("*.md"), *DOCS.glob("how-to/*.md")])
@@ -43,14 +51,46 @@ def blocks(page, *languages):
     ]
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
-    build = [sys.executable, "-m", "sphinx", "-W", "-q", "-E", str(DOCS), str(tmp_path)]
-    done = subprocess.run(build, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site as a workflow of somebody's fork builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "sphinx", "-W", "-q", "-E", str(DOCS), str(folder)]
+    done = subprocess.run(build, capture_output=True, text=True, env={**os.environ, **WORKFLOW})
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "api.html").read_text("utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(site):
+    page = (site / "api.html").read_text("utf-8")
     missing = [name for name in sosp_hub.__all__ if f'id="sosp_hub.{name}"' not in page]
     assert missing == []
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("page", ["index", "api", "gallery", "search", "how-to/quality"])
+def test_a_page_of_the_site_can_be_read_by_everybody(site, page, dark, tmp_path):
+    faults, _ = open_in_browser(site / f"{page}.html", tmp_path, script=ACCESS, dark=dark)
+    assert faults == []
+
+
+@pytest.mark.slow
+def test_pages_point_to_the_repository_of_the_workflow(site):
+    pages = {page: page.read_text("utf-8") for page in site.rglob("*.html")}
+    links = {link for text in pages.values() for link in re.findall(r'href="([^"]+)"', text)}
+    files = {link for link in links if link.startswith("https://github.com/ann/small/")}
+    assert len(files) > 15
+    for link in files:
+        kind, ref, path = link.removeprefix("https://github.com/ann/small/").split("/", 2)
+        found = ROOT / path.partition("#")[0]
+        assert ref == "main"
+        assert found.is_dir() if kind == "tree" else found.is_file(), link
+    badges = [link for link in links if link.startswith("https://colab.research.google.com/")]
+    base = "https://colab.research.google.com/github/ann/small/blob/main/"
+    assert sorted(ROOT / link.removeprefix(base) for link in badges) == NOTEBOOKS
 
 
 @pytest.mark.parametrize("name", sosp_hub.__all__)

@@ -1,23 +1,17 @@
 """The static page, opened in a real browser."""
 
-import importlib.util
 import json
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from sosp_hub.errors import HubError
 from sosp_hub.report.page import write_page, write_study
+from tests.browser import ACCESS, needs_browser, open_in_browser
 from tests.report import reports
 
 pytestmark = pytest.mark.slow
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 # the page's own policy forbids scripts; the copy that is tested may run this one
 _PROBE = """<script>
 window.onload = () => {
@@ -36,62 +30,17 @@ window.onload = () => {
 };
 </script>"""
 
-# axe-core: contrast, names of pictures, order of headings, tables and more
-(_AXE,) = importlib.util.find_spec("axe_core_python").submodule_search_locations
-_ACCESS = f"""<script>{(Path(_AXE) / "axe.min.js").read_text()}</script><script>
-window.onload = () => axe.run().then(found => {{
-  document.title = JSON.stringify(found.violations.map(
-    fault => [fault.id, ...fault.nodes.map(node => node.target.join(" "))]));
-}});
-</script>"""
-
 
 @pytest.fixture
 def run(tmp_path):
     return reports.write(tmp_path / "digits-small", *reports.image_report())
 
 
-def open_in_browser(page, tmp_path, width=1000, *, script=_PROBE, dark=False):
-    """What a script makes the page's title, and what the browser wrote to its console."""
-    text = page.read_text()
-    probed = tmp_path / "probed.html"
-    probed.write_text(
-        text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
-        + script
-    )
-    command = [
-        BROWSER,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path / 'browser'}",
-        f"--window-size={width},900",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=5000",
-        "--dump-dom",
-        probed.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    seen = json.loads(re.search(r"<title>([\[{].*?[\]}])</title>", done.stdout).group(1))
-    return seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="no chromium on this machine; install it (apt-get install chromium)"
-)
-
-
 @needs_browser
 @pytest.mark.parametrize("make", [reports.image_report, reports.text_report])
 def test_the_page_renders_without_a_console_error(tmp_path, make):
     page = write_page(reports.write(tmp_path / "net", *make()))
-    seen, console = open_in_browser(page, tmp_path)
+    seen, console = open_in_browser(page, tmp_path, script=_PROBE)
     assert console == []
     assert seen["images"] == 3
     assert seen["broken"] == 0
@@ -101,7 +50,7 @@ def test_the_page_renders_without_a_console_error(tmp_path, make):
 
 @needs_browser
 def test_the_page_fits_a_phone(tmp_path, run):
-    seen, _ = open_in_browser(write_page(run), tmp_path, width=500)
+    seen, _ = open_in_browser(write_page(run), tmp_path, width=500, script=_PROBE)
     assert not seen["wide"]
 
 
@@ -112,7 +61,7 @@ def test_five_numbers_stand_in_one_row_on_a_desk_and_are_whole_on_a_phone(tmp_pa
     (run / "sosp_report.json").write_text(json.dumps(report))
     page = write_page(run)
     for width, rows in ((1200, 1), (500, 5)):
-        seen, _ = open_in_browser(page, tmp_path, width)
+        seen, _ = open_in_browser(page, tmp_path, width, script=_PROBE)
         assert seen["tiles"] == 5
         assert seen["tileRows"] <= rows, seen
         assert not seen["wide"]
@@ -127,7 +76,8 @@ def test_a_study_compares_runs(tmp_path):
         report["criterion"]["name"] = name
         report["cost"]["after"]["macs"] = int(macs * report["cost"]["before"]["macs"])
         runs.append(reports.write(tmp_path / name, report, saliency))
-    seen, console = open_in_browser(write_study(runs, tmp_path / "study.html"), tmp_path)
+    page = write_study(runs, tmp_path / "study.html")
+    seen, console = open_in_browser(page, tmp_path, script=_PROBE)
     assert console == []
     assert (seen["images"], seen["broken"], seen["rows"]) == (1, 0, 2)
 
@@ -149,7 +99,7 @@ PAGES = {
 @pytest.mark.parametrize("make", PAGES.values(), ids=PAGES)
 def test_a_page_can_be_read_by_everybody(tmp_path, make, dark):
     page = make(tmp_path)
-    faults, _ = open_in_browser(page, tmp_path, script=_ACCESS, dark=dark)
+    faults, _ = open_in_browser(page, tmp_path, script=ACCESS, dark=dark)
     assert faults == []
     assert not re.search(r"<th\b[^>]*></th>", page.read_text())
 
@@ -161,7 +111,7 @@ def test_bad_contrast_and_a_picture_without_words_are_seen(tmp_path, run, scheme
     style = f"@media (prefers-color-scheme: {scheme}) {{ .small {{ color: #808080; }} }}"
     bad = f'<style>{style}</style><img src="data:image/png;base64,AAAA"></main>'
     page.write_text(page.read_text().replace("</main>", bad))
-    faults, _ = open_in_browser(page, tmp_path, script=_ACCESS, dark=dark)
+    faults, _ = open_in_browser(page, tmp_path, script=ACCESS, dark=dark)
     assert {fault[0] for fault in faults} == {"color-contrast", "image-alt"}
 
 
@@ -173,7 +123,7 @@ def test_the_probe_sees_what_is_wrong(tmp_path, run):
         '<img src="data:image/png;base64,AAAA"><img src="https://example.org/x.png"></main>',
     )
     page.write_text(text)
-    seen, console = open_in_browser(page, tmp_path)
+    seen, console = open_in_browser(page, tmp_path, script=_PROBE)
     assert seen["broken"] == 2
     assert any("Content Security Policy" in line for line in console)
 
