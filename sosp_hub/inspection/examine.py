@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -313,12 +312,3 @@ def _fetch(repo_id: str, revision: str | None, folder: Path) -> dict[str, header
                 raise CheckpointError(f"{file}: tensor {name!r}: negative size")
             tensors[name] = headers.TensorHeader(info.dtype, shape, end - start, file)
     return tensors
-
-
-def group_layers(layers: list[Layer]) -> list[tuple[str, list[Layer]]]:
-    """Layers by the block they are in: what comes up to the last number of their names."""
-    groups: dict[str, list[Layer]] = {}
-    for layer in layers:
-        block = re.match(r"(.*?\.\d+)\.", layer.name)
-        groups.setdefault(block.group(1) if block else layer.name, []).append(layer)
-    return list(groups.items())

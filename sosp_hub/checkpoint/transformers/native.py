@@ -152,13 +152,6 @@ def _num_entries(delta: Delta) -> int:
     return delta.base.num_entries + (delta.head.num_entries if delta.head else 0)
 
 
-def all_pairs(skeleton: nn.Module, base: str, delta: Delta) -> Iterator[_Pair]:
-    """Every size that differs, as the skeleton has it and as the model has it."""
-    for section, root in sections(skeleton, base, delta):
-        for _, _, old, new in _changes(section, root):
-            yield old, new
-
-
 def _pairs(skeleton: nn.Module, base: str, delta: Delta) -> Counter[_Pair] | None:
     """Sizes before and after, with how often; None where layers of one pattern differ."""
     pairs = Counter[_Pair]()
