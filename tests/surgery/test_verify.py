@@ -406,6 +406,27 @@ class Forked(nn.Module):
         return self.down(x if f"{x.shape[-1]}" == "8" else x * 2)
 
 
+class NotANumber(nn.Module):
+    """Computes with a NaN that is made anew in each pass, as ``float("nan")`` in a forward is."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.up(x)
+        return self.down(torch.nan_to_num(hidden.masked_fill(hidden < 0, float("nan")), 0.0))
+
+
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
+def test_a_number_that_is_none_is_the_same_in_each_pass(verify):
+    model, x = fill(NotANumber().eval()), torch.randn(2, 4)
+    graph = trace(model, (x,))
+    plan = half(graph)
+    pruned = apply(model, graph, plan, verify=verify, strict=True)
+    assert_close(pruned(x), gated(model, graph, plan)[0])
+
+
 @pytest.mark.parametrize("verify", ["thorough", "fast"])
 def test_other_steps_than_were_traced_are_no_way_past_verification(caplog, verify):
     """Shapes cannot be compared then; with weights outputs are, without that is told."""

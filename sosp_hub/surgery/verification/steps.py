@@ -1,6 +1,7 @@
 """The steps that a pass takes, and the shapes that a trace and a plan predict of each."""
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -138,8 +139,8 @@ _LIMITS = {
 
 
 def _by_dtype(floats: Sequence[float]) -> list[Any]:
-    """Numbers by which two passes are told apart; the limits of a dtype by their names."""
-    return [_LIMITS.get(number, number) for number in floats]
+    """Numbers by which two passes are told apart: limits of a dtype and NaN by their names."""
+    return ["nan" if math.isnan(number) else _LIMITS.get(number, number) for number in floats]
 
 
 def _after(axis: Axis, masked: int, count: Count) -> int:
