@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -123,24 +125,54 @@ def run_command(
         arguments: Of the command line; None = those of this process.
 
     Returns:
-        The exit code: what was given, 0 done, 2 something for the user to change, 130 stopped.
+        The exit code: what was given, 0 done, 2 something for the user to change, 130 stopped from
+        the keyboard, 143 by SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if asked := {"-h", "--help"} & set(given):
         parser.epilog = _help(parser.prog, given[given.index(asked.pop()) + 1 :])
     options = parser.parse_intermixed_args(given)
     try:
-        code = run(options, shlex.join([*parser.prog.split(), *given])) or 0
+        with _stopped_by_schedulers():
+            code = run(options, shlex.join([*parser.prog.split(), *given])) or 0
     except SospHubError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         _tell_launcher(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     _repeat_warnings()
     return code
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers end a job whose time is over."""
+
+
+@contextmanager
+def _stopped_by_schedulers() -> Iterator[None]:
+    """SIGTERM ends a run as ctrl-c does: what it made stays, temporary folders go, and it says so.
+
+    Not where somebody else answers the signal, or a launcher ends its own processes by it.
+    """
+    mine = threading.current_thread() is threading.main_thread() and "LOCAL_RANK" not in os.environ
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(*_: object) -> None:
+        if os.getpid() != process:  # a process that was forked from this one
+            os._exit(143)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _repeat_warnings() -> None:

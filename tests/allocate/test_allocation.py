@@ -305,6 +305,8 @@ def test_a_budget_that_is_out_of_reach_names_groups_without_a_score():
         ({"one:neuron": torch.ones(8, 1)}, "one:neuron.*8.*1"),
         ({"one:neuron": torch.full((8,), float("nan"))}, "one:neuron.*finite"),
         ({"one:neuron": torch.full((8,), float("inf"))}, "one:neuron.*finite"),
+        ({"one:neuron": torch.arange(8) > 3}, "one:neuron.*true and false.*number"),
+        ({"one:neuron": [True, False] * 4}, "one:neuron.*true and false.*number"),
     ],
 )
 def test_saliency_that_does_not_fit_names_its_group(saliency, words):

@@ -251,6 +251,31 @@ def test_a_run_killed_while_it_trains_ends_like_one_that_was_not(finished, tmp_p
     assert done.stdout.isprintable() or "\x1b" not in done.stdout  # no colours in a pipe
 
 
+def test_a_scheduler_stops_a_run_as_ctrl_c_does(tmp_path, monkeypatch, capsys):
+    def stop(*args, **keywords):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("goes on after it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "score", stop)
+        assert prune(tmp_path) == 143
+    assert "same command" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "recipe.yaml"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_somebody_answers_stays_theirs(tmp_path, monkeypatch):
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append("theirs"))
+    monkeypatch.setattr(scoring, "score", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(Exception, match="NoneType"):  # there are no scores
+            prune(tmp_path)
+        assert asked == ["theirs"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_ctrl_c_leaves_what_is_done_and_another_budget_goes_on_from_there(
     finished, tmp_path, monkeypatch, capsys
 ):
