@@ -415,7 +415,7 @@ def _scores(group: Group, values: "Tensor") -> NDArray[np.float64]:
     if str(given.dtype).endswith("bool"):
         raise BudgetError(
             f"saliency: group {group.name!r} has true and false; expected one number for each "
-            "structure, higher = keep (for a choice of your own write PruningPlan(kept=..., sizes=...))"
+            "structure, higher = keep (for a choice of your own: PruningPlan(kept=..., sizes=...))"
         )
     scores = np.asarray(given.double() if is_tensor else given, dtype=np.float64)
     if scores.shape != (group.size,):
