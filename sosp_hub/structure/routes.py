@@ -32,7 +32,7 @@ from sosp_hub.structure.shadow import is_config
 from sosp_hub.structure.trace import call, trace
 
 _LOG = logging.getLogger("sosp_hub")
-_SMALL = 1_000_000
+_SMALL = 5_000_000
 
 
 def find_routes(model: nn.Module, graph: Graph, *, one_call: bool = False) -> None:
@@ -44,10 +44,10 @@ def find_routes(model: nn.Module, graph: Graph, *, one_call: bool = False) -> No
         model: The model that ``graph`` was traced from.
         graph: Is told. A second call does nothing.
         one_call: Only what a cut has to know: leave ways that call the model several times to
-            another call of this, and run a small model with its data, which is faster.
+            another call of this.
     """
     found = graph.routes
-    fake = not one_call or sum(tensor.numel() for tensor in model.parameters()) > _SMALL
+    fake = faster_without_data(model)
     ways = _left(model, graph)
     some = [way for way in ways if not way.several_calls] if one_call else ways
     if found.complete or (one_call and found.known):
@@ -68,7 +68,13 @@ def find_routes(model: nn.Module, graph: Graph, *, one_call: bool = False) -> No
         elif reason:
             tell_unchecked(graph, some[0].name, reason)
     found.known = tuple(routes)
-    found.complete = fake and len(some) == len(ways)
+    found.complete = len(some) == len(ways)
+
+
+def faster_without_data(model: nn.Module) -> bool:
+    """Whether a model runs in less time without its data; so does one that has none."""
+    weights = list(model.parameters())
+    return sum(w.numel() for w in weights) > _SMALL or any(w.is_meta for w in weights)
 
 
 def all_ways(model: nn.Module, graph: Graph) -> "Run | None":

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -37,14 +38,26 @@ def follow_scales(model: nn.Module, graph: Graph, plan: Plan) -> None:
     A fused kernel that is given no factor takes 1/sqrt of the width that it finds, and the module
     keeps the same number for when it runs without that kernel.
     """
-    count = graph.count(plan.num_kept())
-    for name, axis in graph.scales:
-        before, after = size_of(axis), size_of(axis, count)
-        values = vars(model.get_submodule(name)) if before != after else {}
+    after = scales_after(graph, plan)
+    for name in {name for name, _ in graph.scales}:
+        values = vars(model.get_submodule(name))
         for key, value in values.items():
-            is_scale = isinstance(value, float) and "drop" not in key
-            if is_scale and math.isclose(value, before**-0.5, rel_tol=1e-9):
-                values[key] = after**-0.5
+            if isinstance(value, float) and "drop" not in key:
+                values[key] = after(name, value)
+
+
+def scales_after(graph: Graph, plan: Plan) -> Callable[[str, float], float]:
+    """What becomes of a number in a module of this name: of such a factor, another one."""
+    count = graph.count(plan.num_kept())
+    widths = [(name, size_of(axis), size_of(axis, count)) for name, axis in graph.scales]
+
+    def scaled(module: str, value: float) -> float:
+        for name, before, after in widths:
+            if name == module and math.isclose(value, before**-0.5, rel_tol=1e-9):
+                return value if before == after else after**-0.5
+        return value
+
+    return scaled
 
 
 def _set(

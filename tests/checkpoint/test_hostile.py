@@ -151,6 +151,7 @@ def test_damaged_config(text, words, folder, tmp_path):
         (("num_hidden_layers",), 10**9, "num_hidden_layers: 1000000000, the weight files hold"),
         (("num_hidden_layers",), 60, "more than half of the model is missing"),
         (("num_labels",), 10**9, "no size above 96"),
+        (("num_labels",), 10**6, "no size above 96"),
         (("num_experts",), 10**9, "num_experts: 1000000000, the weight files have no size above"),
         (("head_dim",), 10**7, r"k_proj\.weight'.*\[16, 32\].*\[20000000, 32\]"),
         (("vocab_size",), 10**7, r"\[10000000, 32\]"),

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import functools
+import itertools
 import logging
 from types import SimpleNamespace
 
@@ -66,6 +68,28 @@ def test_fewer_heads_for_each_key_head_are_right_in_every_use(name, verify):
             assert_close(found[told], expected[told])
     texts = [pruned.generate(**padded(), use_cache=cache, **SHORT) for cache in (True, False)]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("layers", [True, False])
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_fast_runs_a_small_model_no_more_often_than_thorough(name, layers, monkeypatch):
+    model = fill(LANGUAGE[name]().eval())
+    calls, forward = itertools.count(), type(model).forward  # a list would be set back
+
+    @functools.wraps(forward)
+    def counted(*args, **kwargs):
+        next(calls)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    number = {}
+    for verify in ("thorough", "fast"):
+        graph = trace(model, {"input_ids": ids()}, outputs="logits")
+        plan = half(graph, lambda group: layers or group.kind != "layer")
+        before = next(calls)
+        apply(model, graph, plan, verify=verify, strict=True)
+        number[verify] = next(calls) - before
+    assert 1 < number["fast"] <= number["thorough"]
 
 
 class Heads(nn.Module):
@@ -318,12 +342,13 @@ FUSED = {
 }
 
 
+@pytest.mark.parametrize("verify", ["thorough", "fast"])
 @pytest.mark.parametrize("name", FUSED)
-def test_narrower_heads_are_scaled_alike_fused_or_not(name, tmp_path):
+def test_narrower_heads_are_scaled_alike_fused_or_not(name, verify, tmp_path):
     torch.manual_seed(0)
     model, x = set_fused(fill(FUSED[name]().eval()), True), torch.randn(2, 3, 16, 16)
     assert_close(set_fused(copy.deepcopy(model), False)(x), model(x))
-    pruned = apply(model, *narrow_heads(model, x))
+    pruned = apply(model, *narrow_heads(model, x), verify=verify, strict=True)
     expected = pruned(x)
     assert_close(set_fused(copy.deepcopy(pruned), False)(x), expected)
     sosp_hub.save_pretrained(pruned, tmp_path)

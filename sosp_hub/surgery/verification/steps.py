@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.modes import body_of
+from sosp_hub.structure.routes import faster_without_data
 from sosp_hub.structure.shadow import shadow
 from sosp_hub.structure.terms import Step
 from sosp_hub.structure.trace import Program, call, without_fake_log
@@ -30,6 +31,12 @@ _LOG = logging.getLogger("sosp_hub")
 _AnyStep = TypeVar("_AnyStep", Step, "_Taken")
 
 Shapes = list[list[int]]
+Scaled = Callable[[str, float], float]
+
+
+def unscaled(_: str, number: float) -> float:
+    """Numbers stay as they are."""
+    return number
 
 
 def outputs_instead(model: nn.Module, which: str) -> bool:
@@ -44,8 +51,21 @@ def outputs_instead(model: nn.Module, which: str) -> bool:
     return False
 
 
-def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan, run: Program = call) -> bool:
-    """Compares the shapes of a pass of the cut model, without data, with the predicted ones.
+def check_shapes(
+    pruned: nn.Module,
+    graph: Graph,
+    plan: Plan,
+    run: Program = call,
+    scaled: Scaled = unscaled,
+) -> bool:
+    """Compares the shapes of a pass of the cut model with the predicted ones.
+
+    Args:
+        pruned: The cut model.
+        graph: The trace of that pass before the cut.
+        plan: The cut.
+        run: Makes the pass.
+        scaled: As for ``compare_steps``.
 
     Returns:
         Whether all could be compared: else the model takes other steps than were traced.
@@ -56,20 +76,21 @@ def check_shapes(pruned: nn.Module, graph: Graph, plan: Plan, run: Program = cal
         raise VerificationError(
             f"the cut model does not run: {type(error).__name__}: {error}"
         ) from error
-    return compare_steps(taken, graph, plan)
+    return compare_steps(taken, graph, plan, scaled=scaled)
 
 
 def steps_taken(model: nn.Module, inputs: Any, run: Program = call) -> "list[_Taken]":
-    """The steps of a pass: without data, or with where the code looks at values.
+    """The steps of a pass: with data where that takes less time, or where code looks at values.
 
     Two models with the same weights that take the same steps compute the same.
     """
-    try:
-        return _steps_of(model, inputs, run, FakeMode())
-    except Exception:
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise
-        return _steps_of(model, inputs, run, None)
+    if faster_without_data(model):
+        try:
+            return _steps_of(model, inputs, run, FakeMode())
+        except Exception:
+            if any(parameter.is_meta for parameter in model.parameters()):
+                raise
+    return _steps_of(model, inputs, run, None)
 
 
 def _steps_of(model: nn.Module, inputs: Any, run: Program, fake: FakeMode | None) -> "list[_Taken]":
@@ -93,7 +114,11 @@ class _Taken:
 
 
 def compare_steps(
-    taken: Sequence[_Taken], graph: Graph, plan: Plan, masked: Sequence[Shapes] | None = None
+    taken: Sequence[_Taken],
+    graph: Graph,
+    plan: Plan,
+    masked: Sequence[Shapes] | None = None,
+    scaled: Scaled = unscaled,
 ) -> bool:
     """Raises where a step gives another shape than the trace and the plan predict.
 
@@ -103,6 +128,7 @@ def compare_steps(
         plan: The cut.
         masked: Shapes in the masked model, step by step: how many rows values choose, such as those
             of an expert, the trace of the dense model does not tell.
+        scaled: What becomes of a number that a module of this name computes with.
 
     Returns:
         Whether all steps could be compared; else the outputs decide.
@@ -112,10 +138,11 @@ def compare_steps(
     if [plain_name(step.name) for step in steps] != [plain_name(step.name) for step in taken]:
         return False  # another path through the code (a repeat factor of one)
     for number, (before, after) in enumerate(zip(steps, taken, strict=True)):
-        if _by_dtype(before.floats) != _by_dtype(after.floats):
+        floats = tuple(scaled(before.module, number) for number in before.floats)
+        if _by_dtype(floats) != _by_dtype(after.floats):
             raise VerificationError(
                 f"{before.name} in {before.module or 'the model'} computes with {after.floats}, "
-                f"expected {before.floats}: the code uses a size as a value"
+                f"expected {floats}: the code uses a size as a value"
             )
         dense = [[size_of(axis) for axis in axes] for axes in before.outputs]
         ran = dense if masked is None else masked[number]
