@@ -138,7 +138,7 @@ def compare_steps(
     if [plain_name(step.name) for step in steps] != [plain_name(step.name) for step in taken]:
         return False  # another path through the code (a repeat factor of one)
     for number, (before, after) in enumerate(zip(steps, taken, strict=True)):
-        floats = tuple(scaled(before.module, number) for number in before.floats)
+        floats = tuple(scaled(before.module, value) for value in before.floats)
         if _by_dtype(floats) != _by_dtype(after.floats):
             raise VerificationError(
                 f"{before.name} in {before.module or 'the model'} computes with {after.floats}, "
