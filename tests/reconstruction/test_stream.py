@@ -56,6 +56,31 @@ def test_what_is_handed_out_is_what_a_changed_weight_gives():
             model.get_parameter(tensor).mul_(-3.0)
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_parts_of_a_block_that_is_trained_hand_out_nothing_from_before():
+    model = nn.Sequential(Pair(), Block()).eval()
+    x = torch.randn(3, 4)
+    stream = stream_of(model, [(x, torch.zeros(3))])
+    *before, last = stream.order
+    for tensor in before:
+        list(stream.run(tensor))
+    with torch.no_grad():
+        (given,) = stream.calls("0")
+        torch.testing.assert_close(given.result, model[0](x))
+        for parameter in model[0].parameters():
+            parameter.mul_(-3.0)
+        for products in stream.run(last):
+            torch.testing.assert_close(products[0].rows[0], torch.relu(model[1].up(model[0](x))))
+
+
 def test_a_changed_result_in_place_does_not_reach_what_is_held():
     class Double(nn.Module):
         def forward(self, x):
