@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,27 @@ from sosp_hub.tasks.loss import forward
 
 _LEAST_VARIANCE = 1e-6  # of a channel that is constant in the dense model
 
-Moments = Mapping[str, Tensor]
-"""Mean and variance of what each norm hands to its scale and shift, named as its statistics are:
-``NAME.running_mean`` and ``NAME.running_var`` (channels,), 0 and 1 where these fit the data."""
+Statistics = Mapping[str, Tensor]
+"""A mean and a variance of each norm, named as its own are: ``NAME.running_mean`` and
+``NAME.running_var`` (channels,)."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of what each norm hands to its scale and shift; 0 and 1 fit the data.
+
+    Attributes:
+        handed_on: As the model computes it.
+        estimated: As the pass of an estimate sees it, in which norms take the statistics of each
+            batch: of small batches and few places it sees others. What one such pass finds is
+            compared with what another one does.
+    """
+
+    handed_on: Statistics
+    estimated: Statistics
+
+
+_NONE = Moments({}, {})
 
 
 def has_norms(model: nn.Module) -> bool:
@@ -63,7 +81,9 @@ def recalibrate_after(
 
 def carried(moments: Moments, pruned: nn.Module, graph: Graph, plan: PruningPlan) -> Moments:
     """The moments of the channels that a plan keeps; gates and shifts are of other tensors."""
-    return carry(moments, pruned, graph, replace(plan, gates={}, shifts={})) if moments else moments
+    plan = replace(plan, gates={}, shifts={})
+    parts = moments.handed_on, moments.estimated
+    return Moments(*(carry(part, pruned, graph, plan) if part else part for part in parts))
 
 
 @torch.no_grad()
@@ -72,8 +92,11 @@ def norm_moments(
 ) -> Moments:
     """What the norms of a model hand to their scale and shift: means over the batches.
 
+    Found twice, since the pass of an estimate is not that of a model in eval mode: a model that
+    lost nothing is estimated to be what it is.
+
     Args:
-        model: Runs in eval mode and stays as it is.
+        model: Stays as it is.
         batches: Calibration batches of this process.
         process_sum: As of `recalibrate_after`.
 
@@ -106,15 +129,25 @@ def norm_moments(
     finally:
         for each in hooks:
             each.remove()
-    moments: dict[str, Tensor] = {}
+    handed_on: dict[str, Tensor] = {}
     for name, norm in norms.items():
         number, mean, var = process_sum(sums[name])
-        if not number.any():  # does not run in eval mode
-            continue
-        variance = _var(norm).double() + norm.eps
-        moments[f"{name}.running_mean"] = (mean / number - _mean(norm)) / variance.sqrt()
-        moments[f"{name}.running_var"] = var / number / variance
-    return moments
+        if number.any():  # runs in eval mode
+            handed_on |= _handed_on(name, norm, mean / number, var / number)
+    estimated: dict[str, Tensor] = {}
+    for name, (mean, var, _) in _estimates(model, batches, handed_on, process_sum).items():
+        if f"{name}.running_var" in handed_on:
+            estimated |= _handed_on(name, norms[name], mean, var)
+    return Moments(handed_on, estimated)
+
+
+def _handed_on(name: str, norm: BatchNorm, mean: Tensor, var: Tensor) -> dict[str, Tensor]:
+    """Moments behind a norm that is given these."""
+    own = _var(norm).double() + norm.eps
+    return {
+        f"{name}.running_mean": (mean - _mean(norm)) / own.sqrt(),
+        f"{name}.running_var": var / own,
+    }
 
 
 @torch.no_grad()
@@ -145,13 +178,35 @@ def recalibrate_norm(
         DataError: There is one sample alone, which has no variance; or another process failed.
     """
     norms = _norms(model)
+    like = _NONE if like is None else like
+    found = _estimates(model, batches, like.handed_on, process_sum)
+    for name, (mean, var, number) in found.items():
+        norm, its = norms[name], like.estimated
+        if (its_var := its.get(f"{name}.running_var")) is not None:
+            var = (var / its_var.clamp(min=_LEAST_VARIANCE).to(var) - norm.eps).clamp(min=0)
+            mean = mean - its[f"{name}.running_mean"].to(mean) * (var + norm.eps).sqrt()
+        _mean(norm).copy_(mean)
+        _var(norm).copy_(var)
+        norm.get_buffer("num_batches_tracked").copy_(number)
+    return len(found)
+
+
+def _estimates(
+    model: nn.Module, batches: Sequence[Any], like: Statistics, process_sum: ProcessSum
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Mean and variance of what norms are given where all of them hand on moments, and how often.
+
+    Norms take the statistics of each batch, and the mean over these is found. The model is
+    afterwards as it was.
+    """
+    norms = _norms(model)
     if not norms:
-        return 0
-    like = {} if like is None else like
+        return {}
     before = [
         {name: value.clone() for name, value in norm.named_buffers()} for norm in norms.values()
     ]
     momenta = [norm.momentum for norm in norms.values()]
+    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     try:
         with evaluating(model), _handing_on(norms, like):
             for norm in norms.values():
@@ -159,28 +214,21 @@ def recalibrate_norm(
                 norm.momentum = None  # the plain mean over the batches
                 norm.train()
             done = _forward_all(model, batches, process_sum)
-    except BaseException:
-        for norm, buffers in zip(norms.values(), before, strict=True):
-            _put(norm, buffers)
-        raise
+        share = torch.tensor(float(done))
+        share = share / process_sum(share.clone())
+        for name, norm in norms.items():
+            mean, var = (
+                process_sum(statistic * share.to(statistic)).double()
+                for statistic in (_mean(norm), _var(norm))
+            )
+            number = norm.get_buffer("num_batches_tracked").clone()
+            if process_sum(number.float()):
+                found[name] = mean, var, number
     finally:
-        for norm, momentum in zip(norms.values(), momenta, strict=True):
+        for norm, momentum, buffers in zip(norms.values(), momenta, before, strict=True):
             norm.momentum = momentum
-    share = torch.tensor(float(done))
-    share = share / process_sum(share.clone())
-    number = 0
-    for (name, norm), buffers in zip(norms.items(), before, strict=True):
-        mean, var = _mean(norm), _var(norm)
-        for statistic in (mean, var):
-            statistic.copy_(process_sum(statistic * share.to(statistic)))
-        if not process_sum(norm.get_buffer("num_batches_tracked").float()):
             _put(norm, buffers)
-            continue
-        number += 1
-        if (its_var := like.get(f"{name}.running_var")) is not None:
-            var.div_(its_var.clamp(min=_LEAST_VARIANCE).to(var)).sub_(norm.eps).clamp_(min=0)
-            mean.sub_(like[f"{name}.running_mean"].to(mean) * (var + norm.eps).sqrt())
-    return number
+    return found
 
 
 def _norms(model: nn.Module) -> dict[str, BatchNorm]:
@@ -200,7 +248,7 @@ def _var(norm: BatchNorm) -> Tensor:
 
 
 @contextmanager
-def _handing_on(norms: Mapping[str, BatchNorm], like: Moments) -> Iterator[None]:
+def _handing_on(norms: Mapping[str, BatchNorm], like: Statistics) -> Iterator[None]:
     """Norms whose batches have mean 0 and variance 1 hand on these moments instead."""
     scales = {name: (norm.weight, norm.bias) for name, norm in norms.items()}
     try:

@@ -8,7 +8,12 @@ from torch import nn
 
 import sosp_hub
 from sosp_hub.errors import DataError
-from sosp_hub.reconstruction.norms import norm_moments, recalibrate_after, recalibrate_norm
+from sosp_hub.reconstruction.norms import (
+    Moments,
+    norm_moments,
+    recalibrate_after,
+    recalibrate_norm,
+)
 from tests.compare import assert_close
 
 X = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -88,6 +93,22 @@ def test_without_a_dense_model_statistics_of_other_data_are_lost():
     assert (handed_on(small, 4)[1] > 3 * deviation).all()
 
 
+def test_a_model_that_lost_nothing_is_estimated_to_be_what_it_is():
+    """Norms in train mode hand on less of what few samples and places vary by, layer by layer."""
+    torch.manual_seed(0)
+    layers = [(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU()) for _ in range(8)]
+    model = nn.Sequential(*(each for layer in layers for each in layer), nn.Linear(16, 4))
+    x = torch.randn(64, 16) * torch.rand(64, 1) ** 4  # a few samples are all of the variance
+    recalibrate_norm(model, [(x, None)])
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    graph = sosp_hub.trace(model, (x[:2],))
+    whole = sosp_hub.PruningPlan({}, {})
+    assert recalibrate_after(model, model, graph, whole, [(b, None) for b in x.split(8)]) == 8
+    now = {name: t for name, t in model.state_dict().items() if "num_batches" not in name}
+    assert_close(now, {name: before[name] for name in now}, relative=1e-5)
+
+
 class Branch(nn.Module):
     """A norm that runs in train mode alone."""
 
@@ -124,7 +145,7 @@ def test_after_an_error_all_is_as_it_was(last, batches, error):
     before, weight = copy.deepcopy(model.state_dict()), model[1].weight
     like = {"1.running_mean": torch.ones(8), "1.running_var": torch.ones(8)}
     with pytest.raises(error):
-        recalibrate_norm(model, batches, like)
+        recalibrate_norm(model, batches, Moments(like, like))
     assert_close(model.state_dict(), before, relative=0)
     assert model[1].weight is weight
     assert model[1].momentum == 0.1
