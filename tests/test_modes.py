@@ -386,3 +386,21 @@ def test_the_callers_default_dtype_does_not_round_what_is_loaded(dtype, tmp_path
         state = {name: tensor.to(kind) for name, tensor in model.state_dict().items()}
         found_state = {name: tensor.to(kind) for name, tensor in each.state_dict().items()}
         assert_close(found_state, state, relative=0)
+
+
+def test_a_teacher_in_train_mode_is_followed_as_in_eval_mode_and_stays_as_it_is():
+    """Its dropout and batch statistics were in what was followed, and its norms moved on."""
+    small = half_frozen().eval()
+    results = []
+    for training in (True, False):
+        teacher = nn.Sequential(half_frozen(), nn.Dropout(0.5)).train(training)
+        before, its_modes = copy.deepcopy(teacher.state_dict()), modes(teacher)
+        options = {"epochs": 1, "batch_size": 2, "held_out": 0.0, "distill": 1.0}
+        student = nn.Sequential(copy.deepcopy(small), nn.Identity())
+        made = sosp_hub.finetune(student, SAMPLES, learning_rate=0.1, teacher=teacher, **options)
+        assert_close(teacher.state_dict(), before, relative=0)
+        assert modes(teacher) == its_modes
+        results.append(made.state_dict())
+    assert_close(*results, relative=0)
+    with pytest.raises(ModelError, match="would follow itself"):
+        sosp_hub.finetune_(student, SAMPLES, learning_rate=0.1, teacher=student, **options)

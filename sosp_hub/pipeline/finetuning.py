@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, default_collate
 from sosp_hub.compat.accelerate import check_weights
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.data.split import MadeSplit, Split
-from sosp_hub.errors import DataError, RecipeError
+from sosp_hub.errors import DataError, ModelError, RecipeError
 from sosp_hub.modes import (
     called_as_the_caller,
     check_models,
@@ -56,7 +56,7 @@ def finetune(
         epochs: Passes over the samples.
         loss_fn: Loss of ``(outputs, targets)``; None = the model's own, or cross-entropy.
         teacher: The dense model, to follow with ``distill=0.5``, ``hidden=1.0`` or
-            ``relations=1.0``.
+            ``relations=1.0``; it runs in eval mode.
         collate: From a list of samples to a batch.
         seed: Of the held-out part, the order and dropout.
         **options: Any other key of a recipe's ``finetune``: ``batch_size``, ``distill``, ``lora``,
@@ -116,7 +116,8 @@ def finetune_(
     Raises:
         RecipeError: An option that does not exist or has a wrong value.
         DataError: Too few samples to hold some out.
-        ModelError: Not a module, no parameter that takes a gradient, or a loss that is not finite.
+        ModelError: Not a module, no parameter that takes a gradient, a teacher that is the model
+            itself, or a loss that is not finite.
 
     Example:
         >>> import sosp_hub, torch
@@ -138,7 +139,13 @@ def finetune_(
     model = unwrapped(model)
     device = next((parameter.device for parameter in model.parameters()), None)
     followed = None if teacher is None else unwrapped(teacher)
-    with as_guest(), evaluating(model), without_autocast(model):
+    if followed is model:
+        raise ModelError(
+            "finetune_: the teacher is the model that is trained, which would follow itself; give "
+            "the dense model, or a copy of this one (sosp_hub.finetune makes one)"
+        )
+    models = [model] if followed is None else [followed, model]
+    with as_guest(), evaluating(*models), without_autocast(model):
         try:
             return recover(
                 model,

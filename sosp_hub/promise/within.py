@@ -18,7 +18,7 @@ from sosp_hub.modes import as_the_caller, check_models, in_own_modes
 from sosp_hub.plan import PruningPlan
 from sosp_hub.promise.search import Promise, not_met, smallest
 from sosp_hub.recipe.metrics import DIVERGENCE, Drop, read_drops
-from sosp_hub.reconstruction.norms import recalibrate_after
+from sosp_hub.reconstruction.norms import recalibrate_where_nearer
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.structure.graph import Graph
 from sosp_hub.tasks.batches import check_batches
@@ -137,7 +137,7 @@ def allocate_within(
             return apply(model, graph, plan, verify="fast", strict=True)
         rebuilt = rebuilt_weights(model, graph, plan, rebuild_with)
         pruned = apply(rebuilt.model, graph, rebuilt.plan, verify="fast", strict=True)
-        recalibrate_after(pruned, model, graph, plan, rebuild_with)
+        recalibrate_where_nearer(pruned, model, graph, plan, rebuild_with)
         return pruned
 
     def plan_of(targets: Mapping[str, Any]) -> PruningPlan:

@@ -1,5 +1,7 @@
 """Statistics of BatchNorm after a cut, estimated again from calibration inputs."""
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,11 +18,15 @@ from sosp_hub.modes import evaluating
 from sosp_hub.plan import PruningPlan
 from sosp_hub.reconstruction.gram import ProcessSum
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.trace import output_tensors
 from sosp_hub.surgery.carry import carry
 from sosp_hub.tasks.batches import as_batch, num_samples
 from sosp_hub.tasks.loss import forward
 
+logger = logging.getLogger("sosp_hub")
+
 _LEAST_VARIANCE = 1e-6  # of a channel that is constant in the dense model
+_FARTHER = 1.5  # our choice: what is a little nearer in outputs may be a little worse by labels
 
 Statistics = Mapping[str, Tensor]
 """A mean and a variance of each norm, named as its own are: ``NAME.running_mean`` and
@@ -77,6 +83,59 @@ def recalibrate_after(
         return 0
     like = carried(norm_moments(dense, batches, process_sum), pruned, graph, plan)
     return recalibrate_norm(pruned, batches, like, process_sum)
+
+
+def recalibrate_where_nearer(
+    pruned: nn.Module,
+    dense: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    batches: Sequence[Any],
+    process_sum: ProcessSum = of_all_processes,
+) -> int:
+    """`recalibrate_after`, unless outputs are then half as far again from the dense model's.
+
+    Where little of a channel is left, its old deviation is mostly made of what is wrong with it.
+    It needs no labels.
+    """
+    before = {name: value.clone() for name, value in pruned.named_buffers()}
+    as_it_was = _apart(pruned, dense, batches, process_sum) if has_norms(pruned) else 0.0
+    number = recalibrate_after(pruned, dense, graph, plan, batches, process_sum)
+    if not number or math.isnan(as_it_was):
+        return number
+    if (now := _apart(pruned, dense, batches, process_sum)) <= _FARTHER * as_it_was:
+        return number
+    logger.info(
+        "norms: their statistics stay as they were: re-estimated, outputs are %.3g of their mean "
+        "square from those of the dense model, without %.3g",
+        now,
+        as_it_was,
+    )
+    with torch.no_grad():
+        for name, value in pruned.named_buffers():
+            value.copy_(before[name])
+    return 0
+
+
+@torch.no_grad()
+def _apart(
+    pruned: nn.Module, dense: nn.Module, batches: Sequence[Any], process_sum: ProcessSum
+) -> float:
+    """Squared distance of outputs over the squares of the dense model's."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    with evaluating(pruned, dense):
+        for batch in map(as_batch, batches):
+            outputs = (
+                [t.double() for t in output_tensors(made) if t.is_floating_point()]
+                for made in (forward(model, to_model(batch, model)) for model in (pruned, dense))
+            )
+            for own, its in zip(*outputs, strict=False):
+                if own.shape == its.shape:  # others may be cut, or are boxes, as many as there are
+                    sums += torch.stack(
+                        [(own - its.to(own)).square().sum(), its.square().sum()]
+                    ).cpu()
+    far, size = process_sum(sums).tolist()
+    return far / (size or 1.0)
 
 
 def carried(moments: Moments, pruned: nn.Module, graph: Graph, plan: PruningPlan) -> Moments:

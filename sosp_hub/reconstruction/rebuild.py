@@ -17,7 +17,7 @@ from sosp_hub.modes import as_the_caller, evaluating, in_own_modes, without_auto
 from sosp_hub.plan import PruningPlan
 from sosp_hub.progress import progress
 from sosp_hub.reconstruction.gram import Gram, ProcessSum
-from sosp_hub.reconstruction.norms import recalibrate_after
+from sosp_hub.reconstruction.norms import recalibrate_after, recalibrate_where_nearer
 from sosp_hub.reconstruction.products import Product, Watched, from_matrices, to_matrices
 from sosp_hub.reconstruction.readers import PartlyCut, Reader, partly_cut
 from sosp_hub.reconstruction.refine import RefinedBlock, refined
@@ -118,7 +118,8 @@ def rebuild(
             readers are solved, toward what the uncut block computes of the same inputs; a batch a
             step. Every fourth batch is held out, and what is best on those stays.
         norms: Re-estimate BatchNorm statistics afterwards, so that each channel has the mean and
-            the deviation that it has in the dense model on these batches; None = yes, but for
+            the deviation that it has in the dense model on these batches; None = yes, unless the
+            outputs on these batches are then half as far again from the dense model's, but for
             ``refine_steps``, which are made for the statistics as they are, and where batches of
             one sample allow it.
         verify: As in ``apply``.
@@ -162,7 +163,8 @@ def rebuild(
         try:
             alone = process_sum or (lambda tensor: tensor)
             with isolated(model), without_autocast(model):
-                recalibrate_after(pruned, model, graph, plan, batches, alone)
+                estimate = recalibrate_after if norms else recalibrate_where_nearer
+                estimate(pruned, model, graph, plan, batches, alone)
         except DataError as error:
             if norms:
                 raise

@@ -9,6 +9,7 @@ from torch import nn
 import sosp_hub
 from sosp_hub.errors import BudgetError, DataError, VerificationError
 from sosp_hub.evaluate import evaluate, metrics_of_samples
+from sosp_hub.promise import within
 from sosp_hub.surgery import apply as surgery
 from tests.compare import assert_close
 
@@ -140,9 +141,26 @@ def test_a_cut_that_goes_wrong_is_no_promise(trained, held_out, monkeypatch, reb
     assert caught.value.groups == (wrong,)
 
 
-def test_what_cannot_be_promised_says_the_best_that_can(normed, held_out):
-    """Norms that are re-estimated are others even where nothing is cut."""
+def test_norms_of_a_model_of_which_nothing_is_cut_are_what_they_were(normed, held_out):
     model, graph, saliency, batches = normed
+    with pytest.raises(BudgetError, match=r"100.0 % of the MACs, where divergence loses 0 ") as one:
+        sosp_hub.allocate_within(
+            model, graph, saliency, held_out, max_drop={"divergence": 1e-9}, rebuild=batches,
+            num_probes=2,
+        )  # fmt: skip
+    assert "only the whole model keeps it" in str(one.value)
+
+
+def test_what_cannot_be_promised_says_the_best_that_can(normed, held_out, monkeypatch):
+    """Also the whole model does not keep it where its norms are made worse."""
+    model, graph, saliency, batches = normed
+
+    def ruin(pruned, *_):
+        for name, value in pruned.named_buffers():
+            if name.endswith("running_mean"):
+                value.add_(0.1)
+
+    monkeypatch.setattr(within, "recalibrate_where_nearer", ruin)
     with pytest.raises(BudgetError, match=r"divergence by 1e-09 at most cannot be promised") as one:
         sosp_hub.allocate_within(
             model, graph, saliency, held_out, max_drop={"divergence": 1e-9}, rebuild=batches,
