@@ -77,8 +77,9 @@ def test_parts_of_a_block_that_is_trained_hand_out_nothing_from_before():
         torch.testing.assert_close(given.result, model[0](x))
         for parameter in model[0].parameters():
             parameter.mul_(-3.0)
-        for products in stream.run(last):
-            torch.testing.assert_close(products[0].rows[0], torch.relu(model[1].up(model[0](x))))
+        expected = torch.relu(model[1].up(model[0](x)))
+        (products,) = stream.run(last)
+        torch.testing.assert_close(products[0].rows[0], expected)
 
 
 def test_a_changed_result_in_place_does_not_reach_what_is_held():

@@ -196,6 +196,28 @@ class GlobalName(Hostile):
         return LAST, dict(vars(LOCAL))
 
 
+def keeper():
+    last = None
+
+    def keep(grid):
+        nonlocal last
+        last = grid
+        return last
+
+    return keep, lambda: last
+
+
+KEEP, KEPT = keeper()
+
+
+class Closure(Hostile):
+    def grid_of(self, h, w):
+        return KEEP(ramp(h, w))
+
+    def state(self):
+        return KEPT()
+
+
 class GlobalTensor(Hostile):
     def grid_of(self, h, w):
         COUNTER.add_(1)
@@ -334,6 +356,7 @@ Registry.registry("grids")["make"] = ramp
 HOSTILE = [
     StaticMethod, CachedMethod, ClassMethod, ModuleFunction, InAClosure, OwnCache, ClassDict,
     ClassAttribute, GlobalDict, GlobalName, GlobalTensor, Default, FunctionAttribute, GlobalObject,
+    Closure,
     OwnAttribute, WithGradient, Hooked, Random, InPlace, Registry,
 ]  # fmt: skip
 

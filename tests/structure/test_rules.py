@@ -90,7 +90,7 @@ def test_a_cut_of_exact_groups_is_the_dense_model_with_zeros(case, seed):
 def test_verification_accepts_the_cut(case):
     model, inputs = build(case)
     graph = trace(model, inputs)
-    apply(model, graph, half(graph))
+    apply(model, graph, half(graph), strict=True)
 
 
 class _Names(TorchDispatchMode):

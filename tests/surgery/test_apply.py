@@ -283,7 +283,6 @@ def test_states_are_saved_and_loaded_by_the_hooks_of_the_model(in_place):
     graph, plan = trace(model, (x,)), None
     plan = half(graph)
     pruned = (sosp_hub.apply_ if in_place else sosp_hub.apply)(model, graph, plan)
-    gc.collect()  # nothing that only a cycle holds is needed
     pruned.version, pruned.loaded = 7, []
     state = pruned.state_dict()
     pruned.version = 8
@@ -311,6 +310,16 @@ def test_handles_of_hooks_of_states_remove_them_after_a_cut_in_place():
     model.load_state_dict(model.state_dict())
     model(x)
     assert len(seen) == 4
+
+
+def test_a_hook_of_the_whole_model_is_given_the_model_after_a_cut_in_place():
+    model, given = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval(), []
+    model.register_load_state_dict_pre_hook(lambda module, *_: given.append(module))
+    graph = trace(model, (torch.randn(2, 6),))
+    sosp_hub.apply_(model, graph, half(graph))
+    gc.collect()  # of the model that took shape beside it
+    model.load_state_dict(model.state_dict())
+    assert given[-1] is model
 
 
 def test_a_hook_that_was_given_a_part_of_the_model_reads_that_of_the_cut_one():

@@ -1,5 +1,6 @@
 """New tensors, and elements picked by an index."""
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -88,9 +89,19 @@ def _masked_scatter(terms: Terms, op: Operation) -> None:
         raise ValueError("a mask of single elements")
     for one, two in zip(axes[-inside:], rows[-inside:], strict=True):
         unify(one, two, f"`{op.name}` in {terms.where}")
+    _follow_mask(terms, op, mask, axes, tensor.dim() - inside)
     for axis in (*axes[:-inside], *rows[:-inside]):
         terms.fix(axis, "positions along it are picked by a mask")
     terms.set(op.out, axes)
+
+
+def _follow_mask(
+    terms: Terms, op: Operation, mask: Tensor, axes: Sequence[Axis], start: int
+) -> None:
+    """From that dimension on an expanded mask is as long as what it chooses of."""
+    for one, two in zip(axes[start:], terms.of(mask)[start:], strict=False):
+        if size_of(two) != 1:
+            unify(one, two, f"`{op.name}` in {terms.where}")
 
 
 def _differs_along(mask: Tensor) -> int:
@@ -111,6 +122,7 @@ def _index(terms: Terms, op: Operation) -> None:
         if rows > 1:  # the mask was expanded, as the one of `masked_scatter` is
             for axis in axes[:chosen]:
                 terms.fix(axis, "positions along it are picked by a mask")
+            _follow_mask(terms, op, indices[0], axes, chosen)
             number = fixed(int(op.out.shape[0]) // rows, f"a mask in {terms.where}")
             whole = Prod((number, *axes[chosen : indices[0].dim()]))
             terms.set(op.out, [whole, *axes[indices[0].dim() :]])
