@@ -32,6 +32,7 @@ from sosp_hub.distributed import (
     process_sum,
 )
 from sosp_hub.errors import DataError, ModelError
+from sosp_hub.optimizers import SGD, AdamW
 from sosp_hub.progress import progress_bar
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
@@ -345,9 +346,9 @@ def _optimizer(model: nn.Module, config: TrainSection) -> torch.optim.Optimizer:
             ) from error
         return optimizers.AdamW8bit(groups, lr=config.rate)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.rate)
+        return AdamW(groups, lr=config.rate)
     nesterov = config.momentum > 0
-    return torch.optim.SGD(groups, config.rate, config.momentum, nesterov=nesterov)
+    return SGD(groups, config.rate, config.momentum, nesterov=nesterov)
 
 
 def _schedule(step: int, total: int, config: TrainSection) -> float:

@@ -266,9 +266,11 @@ def _stages(
         return weights + 3 * largest * batch
 
     def training(batch: int, config: Any, of: int) -> int:
-        values = of // max(weights // max(params, 1), 1)
-        state = {"adamw": 2 * 4, "adamw_8bit": 2, "sgd": 4}[config.optimizer] * values
-        return 2 * of + state + activations * batch
+        size = max(weights // max(params, 1), 1)
+        state = {"adamw": 2 * 4, "adamw_8bit": 2, "sgd": 4}[config.optimizer]
+        if size < 4 and config.optimizer != "adamw_8bit":
+            state += 4  # the weights in float32
+        return 2 * of + state * (of // size) + activations * batch
 
     yield Stage("load", 0, None, weights, "cpu"), 0.0
     config = recipe.model.train
