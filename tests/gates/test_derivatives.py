@@ -17,6 +17,7 @@ from sosp_hub.derivatives import (
     hessian_product,
     sample_squares,
 )
+from sosp_hub.derivatives.divergence import divergence
 from sosp_hub.errors import CriterionError
 from sosp_hub.tasks import next_token
 from tests.compare import assert_close
@@ -40,6 +41,14 @@ def test_gradient_and_product_equal_the_dense_hessian(toy):
     assert_close(
         gate_gradient(toy.model, toy.groups, [toy.batch], protocol()).gradient, found.gradient
     )
+
+
+def test_gates_with_which_the_outputs_are_no_numbers_are_far_from_the_dense_model(toy):
+    found = [
+        divergence(toy.model, toy.groups, [toy.batch], toy.split(toy.ones() * gate), protocol())
+        for gate in (1.0, 0.5, float("inf"))
+    ]
+    assert found[0] < 1e-12 < found[1] < 1e9 < found[2]
 
 
 def test_product_with_any_vector(toy):

@@ -313,6 +313,17 @@ def test_weights_that_are_not_those_of_the_config_stay_here(cut, change, hub, tm
     assert not writes(hub)
 
 
+def test_weights_that_are_not_those_of_a_delta_stay_here(hub, tmp_path):
+    folder = sosp_hub.save_pretrained(cuts.pruned_plain(), tmp_path / "small")
+    push(folder, dry_run=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["sosp_hub"]["base"]["tensors"] = {"last.weight": [3, 5]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HubError, match=r"weights disagree[\s\S]*\[3, 5\].*holds \[3, 6\]"):
+        push(folder)
+    assert not writes(hub)
+
+
 def test_damaged_weights_stay_here(hub, folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-1])
