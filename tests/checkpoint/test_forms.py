@@ -31,6 +31,7 @@ from tests.checkpoint.mutations import RECORD
 from tests.checkpoint.test_families import output
 from tests.checkpoint.test_hostile import HOSTILE, put
 from tests.compare import assert_close
+from tests.structure.oracles import fill, half
 
 pytestmark = pytest.mark.slow
 
@@ -229,6 +230,40 @@ def with_a_stream_that_no_config_has():
     (name,) = [n for n in graph.groups if n == "head.dense:neuron"]
     plan = PruningPlan({name: tuple(range(0, 64, 2))}, {name: 64})
     return apply(model, graph, plan, "fast")
+
+
+NARROW = {
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
+            max_position_embeddings=64, word_embed_proj_dim=32,
+        )
+    ),
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=96)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", NARROW)
+def test_narrower_heads_are_filled_up_each(family):
+    """Four heads of four have the shapes of two heads of eight."""
+    model, inputs = fill(NARROW[family]().eval()), {"input_ids": torch.arange(18).view(2, 9)}
+    graph = sosp_hub.trace(model, inputs, outputs="logits")
+    plan = half(graph, lambda group: group.kind == "head_dim")
+    assert plan.kept
+    pruned = sosp_hub.apply(model, graph, plan, strict=True)
+    with torch.no_grad():
+        assert_close(padded(pruned)(**inputs).logits, pruned(**inputs).logits)
+
+
+def test_sizes_that_no_cut_gives_are_not_filled_up():
+    model = NARROW["opt"]().eval()
+    layer = model.model.decoder.layers[0]
+    cuts.keep(layer.fc1, out=torch.arange(20))
+    cuts.keep(layer.fc2, inp=torch.arange(21))
+    with pytest.raises(CheckpointError, match=r"size 21 of .* is not that of a cut"):
+        padded(model)
 
 
 def test_padding_that_changes_the_function_is_refused():

@@ -807,23 +807,31 @@ def test_how_often_a_loop_over_experts_runs_is_no_fault(monkeypatch, caplog, see
 
 
 class ChoosesByRounding(Sensitive):
-    """In float32 it is chance which rows are positive."""
+    """In float32 it is chance which rows are positive: a product of this width is made in parts."""
 
     def __init__(self):
         super().__init__()
-        self.scale = 3e7
+        self.one, self.two, self.scale = nn.Linear(64, 2048), nn.Linear(2048, 3), 3e6
 
     def forward(self, x):
         x = super().forward(x)
         return x[torch.nonzero(x[:, 0] > 0)[:, 0]]
 
 
-def test_what_rounding_chooses_is_compared_in_float64(monkeypatch):
+class RanksByRounding(ChoosesByRounding):
+    """As many outputs whatever is chosen, in an order of chance."""
+
+    def forward(self, x):
+        return Sensitive.forward(self, x)[:, 0].argsort(stable=True).float()
+
+
+@pytest.mark.parametrize("kind", [ChoosesByRounding, RanksByRounding])
+def test_what_rounding_chooses_is_compared_in_float64(kind, monkeypatch):
     torch.manual_seed(0)
-    model, x = ChoosesByRounding().eval(), torch.randn(32, 64)
+    model, x = kind().eval(), torch.randn(32, 64)
     graph = trace(model, (x,))
     (name,) = graph.groups
-    plan = plan_of(graph, {name: range(1, 64, 2)})
+    plan = plan_of(graph, {name: range(1, 2048, 2)})
     apply(model, graph, plan, strict=True)
     sabotage_positions(monkeypatch, graph, "two.weight", 1)
     with pytest.raises(VerificationError, match=name):
