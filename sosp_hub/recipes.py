@@ -73,7 +73,7 @@ def _list(shipped: dict[str, Path]) -> None:
 
 def _first_words(text: str) -> str:
     """What a recipe's header says before its first ``key: ...``."""
-    lines = takewhile(lambda line: not re.match(r"# \w+:|[^#]", line), text.splitlines())
+    lines = takewhile(lambda line: not re.match(r"# [a-z]+:|[^#]", line), text.splitlines())
     return " ".join(line.lstrip("# ") for line in lines)
 
 
