@@ -698,6 +698,9 @@ class Router(nn.Module):
     def hidden(self, x):
         return self.up(x)
 
+    def given(self, rows):
+        return rows
+
     def forward(self, x):
         hidden = self.hidden(x)
         rows = hidden.flatten(0, 1)
@@ -706,7 +709,8 @@ class Router(nn.Module):
         for number, expert in enumerate(self.experts):
             row, place = torch.where(chosen == number)
             if len(row) or not self.skip:
-                mixed.index_add_(0, row, expert(rows[row]) * weights[row, place, None])
+                mine = expert(self.given(rows[row]))
+                mixed.index_add_(0, row, mine * weights[row, place, None])
         return self.head(mixed.view(hidden.shape))
 
 
@@ -723,6 +727,22 @@ def test_how_many_rows_an_expert_gets_is_no_fault(caplog, skip, seed):
     pruned = apply(model, graph, plan, strict=True)
     assert_close(run(pruned, graph), gated(model, graph, plan))
     assert any("only outputs are compared" in line for line in caplog.messages) == skip
+
+
+class InOneRow(Router):
+    """All that an expert gets lies in one row for a moment."""
+
+    def given(self, rows):
+        return rows.flatten().view(-1, rows.shape[1])
+
+
+@pytest.mark.parametrize("seed", [5, 9])  # each expert gets a token
+def test_how_long_the_rows_of_an_expert_are_together_is_no_fault(seed):
+    torch.manual_seed(seed)
+    model = fill(InOneRow().eval())
+    graph = trace(model, (torch.randn(1, 6, 5),))
+    plan = plan_of(graph, {group_of(graph, "up.weight", 0): (0, 2, 5, 9)})
+    assert_close(run(apply(model, graph, plan, strict=True), graph), gated(model, graph, plan))
 
 
 def test_with_another_way_through_the_code_a_wrong_cut_is_still_noticed(monkeypatch):
