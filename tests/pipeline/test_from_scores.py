@@ -142,6 +142,27 @@ def test_any_budget_is_what_a_run_at_that_budget_makes(any_budget, tmp_path, mon
     assert_close(again, expected, relative=1e-4)
 
 
+def test_any_budget_has_the_statistics_of_norms_of_a_run_at_that_budget(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    for name, more in (("any", "output.any_budget=true"), ("alone", "budget.params=0.4")):
+        given = [more, "finetune={epochs: 0}", f"output.dir={tmp_path / name}"]
+        assert main([str(tmp_path / "recipe.yaml"), *given]) == 0
+    found = sosp_hub.from_pretrained(tmp_path / "any", budget=0.4).state_dict()
+    expected = sosp_hub.from_pretrained(tmp_path / "alone").state_dict()
+    assert_close(found, expected, relative=1e-4)
+
+
+def test_a_budget_whose_run_folded_biases_is_refused(any_budget, tmp_path):
+    folder = shutil.copytree(any_budget, tmp_path / "folded")
+    report = json.loads((folder / "sosp_report.json").read_text())
+    recipe = yaml.safe_load(report["recipe"])
+    recipe["criterion"]["compensate_bias"] = True
+    report["recipe"] = yaml.safe_dump(recipe)
+    (folder / "sosp_report.json").write_text(json.dumps(report))
+    with pytest.raises(BudgetError, match="folded gates or biases"):
+        sosp_hub.from_pretrained(folder, budget=0.4)
+
+
 def test_kept_inputs_hold_no_labels_and_are_published(any_budget):
     inputs = load_file(any_budget / "calibration.safetensors")
     assert {name.partition(".")[2] for name in inputs} == {"0"}
