@@ -411,13 +411,13 @@ def _scores(group: Group, values: "Tensor") -> NDArray[np.float64]:
         raise BudgetError(f"saliency: group {group.name!r} has complex values; expected scores")
     if is_tensor and values.is_meta:
         raise BudgetError(f"saliency: group {group.name!r} has no values (meta device); score it")
-    given = values.detach().cpu() if is_tensor else np.asarray(values)
-    if str(given.dtype).endswith("bool"):
+    if str(values.dtype if is_tensor else np.asarray(values).dtype).endswith("bool"):
         raise BudgetError(
             f"saliency: group {group.name!r} has true and false; expected one number for each "
             "structure, higher = keep (for a choice of your own: PruningPlan(kept=..., sizes=...))"
         )
-    scores = np.asarray(given.double() if is_tensor else given, dtype=np.float64)
+    given = values.detach().cpu().double() if is_tensor else values
+    scores = np.asarray(given, dtype=np.float64)
     if scores.shape != (group.size,):
         raise BudgetError(
             f"saliency: group {group.name!r} has {group.size} structures, "

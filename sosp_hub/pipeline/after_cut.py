@@ -122,6 +122,16 @@ def follow_up(
     return metrics, recovery
 
 
+def all_stages(context: Context, decided: PruningPlan, pruned: nn.Module) -> dict[str, Any]:
+    """The metrics of `follow_up` for a table: where norms stay, that stage is the one before it."""
+    metrics, _ = follow_up(context, decided, pruned)
+    if context.recipe.recalibrates() and has_norms(pruned):
+        trained = {key: metrics.pop(key) for key in ("final",) if key in metrics}
+        metrics.setdefault("recalibrated", metrics.get("rebuilt", metrics["cut"]))
+        metrics |= trained
+    return metrics
+
+
 def _renormed(context: Context, decided: PruningPlan, pruned: nn.Module) -> bool:
     """Re-estimates norms in place, unless the loss on held-out samples of the train split rises.
 

@@ -11,8 +11,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from sosp_hub.distributed import is_main, logger, wait_for_everyone
+from sosp_hub.pipeline.after_cut import all_stages, final
 from sosp_hub.pipeline.after_cut import cell as cell_step
-from sosp_hub.pipeline.after_cut import final, follow_up
 from sosp_hub.pipeline.context import Context, open_context
 from sosp_hub.pipeline.curvature import curvature
 from sosp_hub.pipeline.output_folder import alone, check_place, drafted
@@ -25,7 +25,6 @@ from sosp_hub.pipeline.training import dense_metrics, measure_dense, train_dense
 from sosp_hub.recipe.load import dump_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.study_grid import Cell, cells_of
-from sosp_hub.reconstruction.norms import has_norms
 from sosp_hub.report.facts import scrub
 from sosp_hub.report.numbers import metric_value
 from sosp_hub.report.study import brief, write_comparison
@@ -108,12 +107,7 @@ def _run(cells: Sequence[Cell], folder: Path) -> None:
 def _row(context: Context) -> dict[str, Any]:
     """Everything that is measured in one cell."""
     decided, pruned = decide_and_cut(context, score(context))
-    metrics, _ = follow_up(context, decided, pruned)
-    recipe, groups = context.recipe, context.groups
-    if recipe.recalibrates() and has_norms(pruned):  # where they stay, the stage changes nothing
-        trained = {key: metrics.pop(key) for key in ("final",) if key in metrics}
-        metrics.setdefault("recalibrated", metrics.get("rebuilt", metrics["cut"]))
-        metrics |= trained
+    metrics, groups = all_stages(context, decided, pruned), context.groups
     sizes = {name: group.size for name, group in groups.items()}
     return {
         "metrics": metrics,
@@ -123,8 +117,8 @@ def _row(context: Context) -> dict[str, Any]:
             "after": sum((sizes | decided.num_kept()).values()),
         },
         "floors": len(decided.provenance.get("floors") or ()),
-        "latency": latency_of(recipe, context.loaded, pruned, _LATENCY_S)
-        if recipe.evaluate.latency
+        "latency": latency_of(context.recipe, context.loaded, pruned, _LATENCY_S)
+        if context.recipe.evaluate.latency
         else {},
     }
 

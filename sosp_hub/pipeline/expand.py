@@ -15,7 +15,7 @@ from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.cost import cost
 from sosp_hub.distributed import is_main, logger, wait_for_everyone
 from sosp_hub.errors import BudgetError
-from sosp_hub.pipeline.after_cut import cell, final, follow_up
+from sosp_hub.pipeline.after_cut import all_stages, cell, final
 from sosp_hub.pipeline.context import Context, open_context
 from sosp_hub.pipeline.growth import (
     bottlenecks,
@@ -176,7 +176,7 @@ class _Seed:
         """Everything that is measured at one budget; the first expanded model is kept."""
         plan = decide(context, score(context))
         pruned = cut(context, plan)
-        metrics, _ = follow_up(context, plan, pruned)
+        metrics = all_stages(context, plan, pruned)
         if saved and is_main():
             make_folder(self.folder)
             loaded = context.loaded

@@ -8,9 +8,11 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from sosp_hub.recipe.criteria import CRITERIA
 from sosp_hub.recipe.declared import Declared, Registry
 from sosp_hub.recipe.schema import FinetuneSection, Recipe
 from sosp_hub.recipe.section import Section
+from sosp_hub.recipe.tasks import tasks
 from sosp_hub.recipe.training import DenseTrainSection, TrainSection
 
 _NAMES = {
@@ -50,7 +52,8 @@ def _summary(field: FieldInfo) -> str:
 def _blocks(name: str) -> Iterator[list[str]]:
     field = Recipe.model_fields[name]
     if registry := Registry.of(field):
-        yield [f"{name}:", *_rows(registry.base, skip=Declared)]
+        unnamed = _of_tasks() if registry is CRITERIA else []
+        yield [f"{name}:", *unnamed, *_rows(registry.base, skip=Declared)]
         for declared in registry.known().values():
             summary = f"   ({declared.summary()})".replace("``", "")
             rows = _rows(declared, skip=registry.base)
@@ -74,6 +77,16 @@ def _blocks(name: str) -> Iterator[list[str]]:
                     yield [f"  {key}:", *_rows(inner)]
     else:
         yield [_row(name, field, indent="")]
+
+
+def _of_tasks() -> list[str]:
+    """What scores where a recipe names no criterion."""
+    own = {task: kind.criterion for task, kind in tasks().items() if kind.criterion}
+    lines = [
+        f"    {task}: {{{', '.join(f'{key}: {value}' for key, value in section.items())}}}"
+        for task, section in own.items()
+    ]
+    return ["  where no name is given:", *lines, f"    all other tasks: {CRITERIA.default}", ""]
 
 
 def _rows(section: type[Section], skip: type[Section] | None = None) -> list[str]:

@@ -104,12 +104,13 @@ def parse_recipe(
         given = "nothing" if data is None else f"a {type(data).__name__}"
         fault = f"holds {given}; expected the sections `model:` and `data:` at least"
         raise RecipeError(source, [fault])
-    data, faults = with_criterion(data, criterion), list[str]()
+    faults = list[str]()
     for override in overrides:
         try:
             _override(data, override)
         except ValueError as error:
             faults.append(str(error))
+    data = with_criterion(data, criterion)
     output = data.setdefault("output", {})
     if isinstance(output, dict) and output.get("dir") is None:
         output["dir"] = output_dir
@@ -227,7 +228,16 @@ def _override(data: dict[str, Any], override: str) -> None:
             raise ValueError(
                 f"override {override!r}: `{key}` holds {data!r} and has no keys of its own"
             )
-    if keys == ["criterion", "name"] and data.get("name", CRITERIA.default) != value:
-        for key in data.keys() - Criterion.model_fields.keys():
-            del data[key]  # options of the criterion that was there
+    if keys == ["criterion", "name"]:
+        for key in _options_of_another(data, value):
+            del data[key]
     data[keys[-1]] = value
+
+
+def _options_of_another(section: Mapping[str, Any], name: Any) -> set[str]:
+    """Keys of ``criterion`` that were meant for the criterion that was there before ``name``."""
+    if "name" in section:
+        return set() if section["name"] == name else section.keys() - Criterion.model_fields.keys()
+    known = CRITERIA.known()  # it was the task's, whichever that is
+    own = known[name].model_fields.keys() if name in known else section.keys()
+    return (section.keys() - own) & {key for each in known.values() for key in each.model_fields}

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -566,17 +567,32 @@ class PushSection(Section):
     )
 
 
-def with_criterion(data: Any, default: str | None = None) -> Any:
-    """A recipe as it was read, with a criterion where it names none: ``default``, or its task's."""
-    if not isinstance(data, dict):
+def with_criterion(data: Any, scored_by: str | None = None) -> Any:
+    """A recipe as it was read, with a criterion where it names none: that of its task.
+
+    Args:
+        data: Its sections.
+        scored_by: What scored the run that it is of, whatever its task scores with today.
+    """
+    if not isinstance(data, dict) or data.get("compare") is not None:  # each cell names its own
         return data
     model, given = data.get("model"), data.get("criterion", {})
     name = model.get("task") if isinstance(model, dict) else None
     task = known_task(name) if isinstance(name, str) else None
-    own = default or (None if task is None else task.criterion)
-    if own is None or not isinstance(given, dict) or "name" in given:
+    own = {} if task is None else _for_budget(task.criterion, data.get("budget"))
+    own = {"name": scored_by} if scored_by else own
+    if not own or not isinstance(given, dict) or "name" in given:
         return data
-    return {**data, "criterion": {"name": own, **given}}
+    return {**data, "criterion": {**own, **given}}
+
+
+def _for_budget(criterion: Mapping[str, Any], budget: Any) -> Mapping[str, Any]:
+    """Scores that are divided by a cost are divided by what the budget counts."""
+    asked = budget if isinstance(budget, dict) else {}
+    for key, unit in (("params", "params"), ("memory_bytes", "bytes")):
+        if "per" in criterion and asked.get(key) is not None and asked.get("macs") is None:
+            return {**criterion, "per": unit}
+    return criterion
 
 
 class Recipe(Section):

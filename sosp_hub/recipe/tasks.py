@@ -35,7 +35,7 @@ class Task(ABC):
         metrics: What can be measured; the first is measured where a recipe says nothing.
         of_all: Those that are of all samples together, and no means over them.
         counted: What metrics are means over.
-        criterion: What scores where a recipe names no criterion; None = what scores elsewhere.
+        criterion: The section of a recipe that names no criterion; {} = what scores elsewhere.
         learns: Whether there is something to train a model with; else only to follow another.
         pretrained_rate: Peak learning rate of weights that were trained.
         random_rate: Peak learning rate of weights that were random.
@@ -60,7 +60,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]
     of_all: ClassVar[tuple[str, ...]] = ()
     counted: ClassVar[str] = "samples"
-    criterion: ClassVar[str | None] = None
+    criterion: ClassVar[Mapping[str, Any]] = {}
     learns: ClassVar[bool] = True
     pretrained_rate: ClassVar[float] = 5e-5
     random_rate: ClassVar[float] = 1e-3

@@ -157,6 +157,16 @@ def test_bad_input_is_explained(tmp_path, capsys, overrides, words, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
+def test_where_norms_stay_every_row_has_the_stage_all_the_same(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(after_cut, "_renormed", lambda *_: len(asked.append(1) or asked) % 2 == 0)
+    assert run(tmp_path, "expand.seeds=[0]") == 0
+    cells = read(tmp_path)["cells"]
+    assert len(asked) == len(cells) == len(VARIANTS)
+    for cell in cells:
+        assert [*cell["metrics"]] == ["dense", "cut", "rebuilt", "recalibrated", "final"]
+
+
 def test_a_finished_run_is_left_alone(finished, capsys):
     before = read(finished)
     assert run(finished) == 2

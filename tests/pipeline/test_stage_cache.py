@@ -17,7 +17,8 @@ def recipe(**sections):
         "model": {"library": "timm", "id": "resnet18", "task": "image-classification"},
         "data": {"id": "sklearn/digits"},
     }
-    return Recipe.model_validate(record | sections)
+    criterion = {"name": "sosp_h", **sections.pop("criterion", {})}
+    return Recipe.model_validate(record | {"criterion": criterion} | sections)
 
 
 @pytest.fixture

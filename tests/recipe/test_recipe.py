@@ -16,7 +16,8 @@ from sosp_hub.recipe.describe import describe_recipe
 from sosp_hub.recipe.load import dump_recipe, load_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.section import Section
-from sosp_hub.recipe.tasks import tasks
+from sosp_hub.recipe.study_grid import cells_of
+from sosp_hub.recipe.tasks import find_task, tasks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = {
@@ -27,7 +28,8 @@ README_EXAMPLE = """
 model:     {library: timm, id: resnet18.a1_in1k, task: image-classification}
 data:      {id: ethz/food101, train: train, test: validation, image: image, label: label}
 structure: {kinds: [channel, head, kv_group, neuron], outputs: null}
-criterion: {name: sosp_h, num_samples: 1024, batch_size: 32, mode: auto}
+criterion: {name: sosp_i, selection: signed, per: macs, max_classes: 1,
+            num_samples: 1024, batch_size: 32}
 budget:    {macs: 0.5, keep_at_least: 0.1, round_to: 1, uniform: false}
 finetune:  {epochs: 10, learning_rate: null, distill: 0.0}
 evaluate:  {metrics: [accuracy]}
@@ -57,7 +59,8 @@ def test_the_documented_example_is_what_the_defaults_say(tmp_path):
     assert recipe.output.dir == "runs/resnet18-food101"
     assert minimal.output.dir == "runs/recipe"
     assert minimal.budget.targets() == {"macs": 0.5}
-    assert minimal.criterion.options() == {"mode": "auto", "gate": "activation"}
+    assert minimal.criterion.provenance()["per"] == "macs"
+    assert minimal.criterion.options()["selection"] == "signed"
 
 
 def test_a_recipe_is_frozen():
@@ -111,7 +114,8 @@ def test_criteria_that_decide_for_themselves_have_no_share_as_default(tmp_path):
 @pytest.mark.parametrize(
     ("task", "given", "overrides", "expected"),
     [
-        ("image-classification", {}, (), ("sosp_h", 1024)),
+        ("image-classification", {}, (), ("sosp_i", 1024)),
+        ("text-classification", {}, (), ("sosp_h", 1024)),
         ("text-generation", {}, (), ("fisher", 1024)),
         ("causal-lm", {"criterion": {"num_samples": 8}}, (), ("fisher", 8)),
         ("causal-lm", {}, ["criterion.num_samples=8"], ("fisher", 8)),
@@ -130,9 +134,52 @@ def test_the_criterion_is_the_tasks_where_none_is_named(tmp_path, task, given, o
     recipe = load_recipe(write(tmp_path, {**MINIMAL, "model": model, **given}), overrides)
     assert (recipe.criterion.name, recipe.criterion.num_samples) == expected
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
-    assert Recipe.model_validate({**MINIMAL, "model": model}).criterion.name == (
-        "sosp_h" if task == "image-classification" else "fisher"
-    )
+    default = find_task(task).criterion.get("name", "sosp_h")
+    assert Recipe.model_validate({**MINIMAL, "model": model}).criterion.name == default
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "expected"),
+    [
+        ({}, (), ("sosp_i", "signed", "macs")),
+        ({"criterion": {"num_samples": 8}}, (), ("sosp_i", "signed", "macs")),
+        ({"budget": {"params": 0.7}}, (), ("sosp_i", "signed", "params")),
+        ({}, ["budget.macs=null", "budget.params=0.7"], ("sosp_i", "signed", "params")),
+        ({"budget": {"memory_bytes": 0.7}}, (), ("sosp_i", "signed", "bytes")),
+        ({"budget": {"params": 0.7}}, ["criterion.per=macs"], ("sosp_i", "signed", "macs")),
+        ({}, ["criterion.selection=surgeon"], ("sosp_i", "surgeon", "macs")),
+        ({}, ["criterion.per=null"], ("sosp_i", "signed", None)),
+        ({}, ["criterion.name=fisher"], ("fisher", None, None)),
+        ({"criterion": {"name": "sosp_i"}}, (), ("sosp_i", "row_sum", None)),
+        ({"criterion": {"selection": "greedy"}}, ["criterion.name=fisher"], ("fisher", None, None)),
+    ],
+)
+def test_options_of_the_tasks_criterion_give_way_to_what_is_said(
+    tmp_path, given, overrides, expected
+):
+    model = {"library": "timm", "id": "a/b", "task": "image-classification"}
+    recipe = load_recipe(write(tmp_path, {**MINIMAL, "model": model, **given}), overrides)
+    found = recipe.criterion
+    assert (found.name, getattr(found, "selection", None), found.per) == expected
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+    assert load_recipe(write(tmp_path, dump_recipe(recipe, whole=False))) == recipe
+
+
+def test_the_help_says_what_scores_where_no_criterion_is_named():
+    text = describe_recipe("criterion")
+    for name, task in tasks().items():
+        assert (f"    {name}: {{name: " in text) == bool(task.criterion)
+    assert "all other tasks: sosp_h" in text
+
+
+def test_a_comparison_takes_nothing_from_the_tasks_criterion(tmp_path):
+    model = {"library": "timm", "id": "a/b", "task": "image-classification"}
+    compare = {"criteria": ["sosp_h", {"name": "fisher", "per": "macs"}, {"num_samples": 8}]}
+    recipe = load_recipe(write(tmp_path, {**MINIMAL, "model": model, "compare": compare}))
+    cells, faults = cells_of(recipe)
+    assert faults == []
+    made = {(cell.recipe.criterion.name, cell.recipe.criterion.per) for cell in cells}
+    assert made == {("sosp_h", None), ("fisher", "macs"), ("sosp_i", "macs")}
 
 
 def test_an_option_of_another_criterion_names_the_tasks_own(tmp_path):
@@ -196,7 +243,8 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
     [
         ({"buget": {}}, ["buget", "unknown key", "`budget`"]),
         ({"budget": {"mac": 0.5}}, ["budget.mac", "unknown key", "`macs`"]),
-        ({"criterion": {"mod": "exact"}}, ["criterion.mod", "`mode`"]),
+        ({"criterion": {"name": "sosp_h", "mod": "exact"}}, ["criterion.mod", "`mode`"]),
+        ({"criterion": {"mode": "exact"}}, ["criterion.mode", "which sosp_i does not have"]),
         (
             {"criterion": {"name": "random", "mode": "exact"}},
             ["criterion.mode", "which random does not have"],
@@ -206,7 +254,7 @@ def test_overrides_are_yaml_and_go_before_the_file(tmp_path, override, expected)
         ({"criterion": {"name": "block_influence"}}, ["channel", "structure.kinds: [layer]"]),
         (
             {"structure": {"kinds": ["layer"]}},
-            ["sosp_h", "layer", "block_influence, random, scp or sglp"],
+            ["sosp_i", "layer", "block_influence, random, scp or sglp"],
         ),
         ({"criterion": 3}, ["criterion", "3", "section"]),
         ({"budget": {"macs": 1.5}}, ["budget.macs", "1.5", "at most 1", "write 0.5"]),

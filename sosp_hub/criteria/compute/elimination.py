@@ -170,9 +170,17 @@ class _Greedy:
         return _Greedy(_part(self.matrix, some), self.cost[some], self.absolute)
 
     def remove(self, chosen: Int[Tensor, " removed"]) -> None:
+        if not self.absolute:
+            self.cost = self.cost + _sum_of_rows(self.matrix, chosen)
+            return
         for block in chosen.split(BLOCK):
-            rows = self.matrix[block]
-            self.cost = self.cost + (rows.abs() if self.absolute else rows).sum(0)
+            self.cost = self.cost + self.matrix[block].abs().sum(0)
+
+
+def _sum_of_rows(matrix: Matrix, some: Int[Tensor, " some"]) -> Float[Tensor, " structures"]:
+    if isinstance(matrix, LowRank):
+        return matrix.factor.T @ matrix.factor[:, some].sum(1)
+    return matrix[some].sum(0)
 
 
 def _part(matrix: Matrix, some: Int[Tensor, " some"]) -> Matrix:

@@ -1,5 +1,6 @@
 """One class for each image."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sosp_hub.recipe.tasks import register
@@ -22,6 +23,10 @@ class ImageClassification(ImageTask):
     columns: ClassVar[tuple[str, ...]] = ("image", "label")
     pixels: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "per_class_accuracy", "perplexity")
+    criterion: ClassVar[Mapping[str, Any]] = {
+        **{"name": "sosp_i", "selection": "signed", "per": "macs"},
+        "max_classes": 1,  # one pass, with a label drawn for each sample, however many there are
+    }
     pretrained_rate: ClassVar[float] = 1e-4
 
     def rows(self, table: Any, section: Any, where: str) -> "Rows":

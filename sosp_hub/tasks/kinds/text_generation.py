@@ -1,5 +1,6 @@
 """A language model: each token from those before it."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sosp_hub.recipe.tasks import register
@@ -19,7 +20,7 @@ class TextGeneration(LanguageModelTask):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "accuracy", "loss")
     counted: ClassVar[str] = "tokens"
-    criterion: ClassVar[str | None] = "fisher"
+    criterion: ClassVar[Mapping[str, Any]] = {"name": "fisher"}
 
     def split(self, data: "OpenData", name: str, processor: Any, *, augment: bool) -> "Split":
         """Windows of ``data.max_length`` tokens."""
