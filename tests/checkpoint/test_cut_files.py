@@ -156,7 +156,7 @@ def test_blocks_of_rows_make_the_same_tensors(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_gates_and_shifts_are_folded_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 300)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 100)
 
     def plan(graph):
         made = some_plan(graph)

@@ -1,9 +1,11 @@
 """Masks of SCP: written out once more, hard ones equal to a cut, and trained from a recipe."""
 
 import copy
+import itertools
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,6 +18,7 @@ from sosp_hub.allocation import allocate
 from sosp_hub.cost import CostModel
 from sosp_hub.data.split import MadeSplit
 from sosp_hub.distributed import make_accelerator
+from sosp_hub.pipeline import masking
 from sosp_hub.pipeline.masking import MaskTraining
 from sosp_hub.prune import main
 from sosp_hub.recipe.training import MaskTrainSection, TrainSection
@@ -387,6 +390,27 @@ def test_from_a_recipe(tmp_path, monkeypatch):
     kept = {name: len(kept) for name, kept in report["plan"]["kept"].items()}
     assert sum(report["plan"]["sizes"][name] - number for name, number in kept.items()) > 0
     assert report["cost"]["after"]["macs"] < report["cost"]["before"]["macs"]
+
+
+def test_an_epoch_that_leaves_more_than_the_budget_is_not_kept(tmp_path, monkeypatch):
+    path, losses = tmp_path / "recipe.yaml", itertools.count()
+    text = RECIPE.replace("OUTPUT", str(tmp_path / "out"))
+    text = text.replace("epochs: 2", "select_from: 1.0, epochs: 4")
+    path.write_text(text + "budget: {macs: 0.6}\n")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    # the first epoch is the best, six steps an epoch; the budget is met from the third one on
+    monkeypatch.setattr(
+        masking, "evaluate", lambda *_, **__: {"loss": SimpleNamespace(value=next(losses))}
+    )
+    monkeypatch.setattr(masking.PenaltyControl, "holds", lambda self: self.num_steps >= 18)
+    monkeypatch.setattr("sosp_hub.scoring.score", stop)
+    assert main([str(path)]) == 130
+    record = json.loads((tmp_path / "out.partial" / "masked.json").read_text())["made"]
+    assert record["num_steps"] == 24
+    assert record["epoch"] == 3
 
 
 def test_a_budget_from_random_weights_beside_a_control(tmp_path, caplog, monkeypatch):

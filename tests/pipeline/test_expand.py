@@ -120,6 +120,19 @@ def test_the_files(finished):
     assert sorted(path.name for path in finished.iterdir()) == ["out", "recipe.yaml"]
 
 
+def test_differences_are_what_widened_bottlenecks_win(finished):
+    results = read(finished)
+    final = {
+        (cell["criterion"], cell["seed"]): cell["metrics"]["final"]["accuracy"]["value"]
+        for cell in results["cells"]
+    }
+    assert {told["worse"] for told in results["differences"]} == {VARIANTS[0], VARIANTS[2]}
+    for told in results["differences"]:
+        assert told["better"] == VARIANTS[1]
+        gains = [final[VARIANTS[1], seed] - final[told["worse"], seed] for seed in (0, 1)]
+        assert told["mean"] == pytest.approx(sum(gains) / 2)
+
+
 def test_the_expanded_model_loads_and_is_wider_where_it_was_widened(finished):
     results = read(finished)
     folder = finished / "out" / "model"

@@ -18,6 +18,7 @@ from sosp_hub.data.loading import load_split, make_loader
 from sosp_hub.data.source import open_data
 from sosp_hub.evaluate import evaluate
 from sosp_hub.pipeline import context, measuring
+from sosp_hub.pipeline.stage_cache import StageCache
 from sosp_hub.prune import main
 from sosp_hub.recipe.load import load_recipe
 from sosp_hub.zoo.load import load_model
@@ -249,6 +250,20 @@ def test_a_run_killed_while_it_trains_ends_like_one_that_was_not(finished, tmp_p
     for text in ("Parameters", "Multiply-accumulates", "Weights", "Latency", "sosp_report.json"):
         assert text in done.stdout, text
     assert done.stdout.isprintable() or "\x1b" not in done.stdout  # no colours in a pipe
+
+
+def test_another_seed_calibrates_with_other_samples(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("OUTPUT", str(tmp_path / "out")))
+
+    def images(seed):
+        recipe = load_recipe(path, [f"seed={seed}"])
+        opened = context.open_context(recipe, StageCache(tmp_path / "work", recipe))
+        return torch.cat([batch[0] for batch in opened.calibration_batches()])
+
+    assert torch.equal(images(0), images(0))
+    shared = (images(0).flatten(1)[:, None] == images(1).flatten(1)[None]).all(-1).any(1)
+    assert shared.float().mean() < 0.6  # 64 of 256, drawn twice
 
 
 def test_a_scheduler_stops_a_run_as_ctrl_c_does(tmp_path, monkeypatch, capsys):
