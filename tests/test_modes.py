@@ -304,8 +304,9 @@ def test_a_training_in_a_mode_of_the_callers_is_as_without(mode):
     for within in (nullcontext(), mode()):
         model = half_frozen()
         options = {"epochs": 3, "learning_rate": 0.01, "batch_size": 4}
+        teacher = copy.deepcopy(model)
         with within:
-            curve = sosp_hub.finetune_(model, SAMPLES, teacher=model, distill=0.5, **options)
+            curve = sosp_hub.finetune_(model, SAMPLES, teacher=teacher, distill=0.5, **options)
             value = sosp_hub.evaluate(model, BATCHES, ["loss"])["loss"].value
         assert curve
         found.append(dict(model.state_dict()) | {"loss": torch.tensor(value)})

@@ -164,9 +164,10 @@ def _stopped_by_schedulers() -> Iterator[None]:
     process = os.getpid()
 
     def stop(*_: object) -> None:
-        if os.getpid() != process:  # a process that was forked from this one
-            os._exit(143)
-        raise _Terminated
+        if os.getpid() == process:
+            raise _Terminated
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a process that was forked from this one
+        os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
     try:
