@@ -114,7 +114,7 @@ def card_text(
         criterion=criterion,
         options=", ".join(
             f"{key}: {value if isinstance(value, str) else json.dumps(value)}"  # as in a recipe
-            for key, value in (criterion.get("options") or {}).items()
+            for key, value in _options(report).items()
         ),
         method=_method(criterion),
         recovery=_recovery(report),
@@ -123,6 +123,14 @@ def card_text(
     )
     text = f"{before}{without_secrets(fence(body, address))}{after}"
     return str(ModelCard(f"---\n{without_secrets(data.to_yaml())}\n---\n{text}"))
+
+
+def _options(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the order of the structures depends on, and what their scores were divided by."""
+    criterion = report.get("criterion") or {}
+    decided = ((report.get("plan") or {}).get("provenance") or {}).get("criterion") or {}
+    per = {"per": decided["per"]} if isinstance(decided, dict) and decided.get("per") else {}
+    return {**per, **(criterion.get("options") or {})}
 
 
 def _method(criterion: Mapping[str, Any]) -> Method | None:

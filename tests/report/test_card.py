@@ -252,6 +252,8 @@ def test_the_formula_is_the_one_that_was_run(image):
     card = render(image)
     assert "saliency(s) = mean over samples n of sum over tokens t of (g_nt,s)^2" in card
     assert "by `fisher` (per_token: true, micro_batch_size: null)" in card
+    changed(image, lambda report: report["plan"]["provenance"].update(criterion={"per": "macs"}))
+    assert "by `fisher` (per: macs, per_token: true, micro_batch_size: null)" in render(image)
 
 
 def test_an_empty_report_makes_a_card_without_a_number(image):
