@@ -164,6 +164,10 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
+class SharedBySamplesError(CriterionError):
+    """What is gated has no place for each sample, such as a table of relative positions."""
+
+
 @dataclass(frozen=True)
 class _GateVector:
     """The gates along one dimension of a tensor, gathered from those of some groups.
@@ -209,7 +213,7 @@ class _GateVector:
         elif vector.ndim == 2:
             repeats, rest = divmod(tensor.shape[0], len(vector))
             if dim == 0 or rest:
-                raise CriterionError(
+                raise SharedBySamplesError(
                     f"{self.where}: {len(vector)} samples with own gates are not found along "
                     f"dimension 0 of shape {tuple(tensor.shape)}; choose a criterion without "
                     "per-sample derivatives"

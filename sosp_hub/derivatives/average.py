@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sosp_hub.compat.torch import out_of_memory
 from sosp_hub.errors import CriterionError
-from sosp_hub.gates import GateKind, Gates, gated
+from sosp_hub.gates import GateKind, Gates, SharedBySamplesError, gated
 from sosp_hub.modes import without_autocast
 from sosp_hub.structure.groups import Groups
 from sosp_hub.tasks.batches import num_samples, split_batch
@@ -150,20 +150,25 @@ def _check(weight: float, num_bad: float, unused: list[str]) -> None:
 def _run(
     batches: "Batches", protocol: Protocol, step: _Step, totals: list[Tensor]
 ) -> Iterator[tuple[Any, Seen]]:
-    """Each micro-batch with what ``step`` saw; where memory does not suffice they get smaller."""
+    """Each micro-batch with what ``step`` saw; where it cannot be done whole they get smaller."""
     most = protocol.micro_batch_size
     for batch in batches:
         pending = split_batch(batch, most)
         while pending:
-            seen = None
+            seen, size = None, num_samples(pending[0])
+            smaller, why = -(-size // 2), "out of memory"
             try:
                 seen = step(pending[0], totals)
             except RuntimeError as error:
-                if num_samples(pending[0]) == 1 or not out_of_memory(error):
+                if size == 1 or not out_of_memory(error):
                     raise
+            except SharedBySamplesError as error:
+                if size == 1:
+                    raise
+                smaller, why = 1, str(error).partition(";")[0]
             if seen is None:  # outside of `except`, which keeps the failed graph alive
-                most = -(-num_samples(pending[0]) // 2)
-                logger.info("out of memory: trying micro-batches of %d samples", most)
+                most = smaller
+                logger.info("%s: trying micro-batches of %d samples", why, most)
                 pending = [part for whole in pending for part in split_batch(whole, most)]
             else:
                 yield pending.pop(0), seen

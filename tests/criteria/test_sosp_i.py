@@ -1,6 +1,7 @@
 """SOSP-I: orders against brute force, compensation against least squares, folding against gates."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -19,6 +20,7 @@ from sosp_hub.errors import CriterionError
 from sosp_hub.gates import gated
 from sosp_hub.plan import PruningPlan
 from sosp_hub.scoring import score
+from sosp_hub.structure.trace import trace
 from sosp_hub.surgery.apply import fold
 from tests.cases import with_trait
 from tests.compare import assert_close
@@ -364,3 +366,18 @@ def test_faults():
     of_both = CurvatureMeasure().measure(toy.model, toy.groups, [toy.batch])
     with pytest.raises(CriterionError, match=r"is of 8 structures, the groups have 5"):
         score(toy.model, stand_in(toy.groups["a"]), [], "sosp_i", curvature=of_both)
+
+
+@pytest.mark.parametrize("criterion", ["sosp_i", "fisher", "hap"])
+def test_what_samples_share_gets_a_pass_for_each_sample(criterion):
+    """A table of relative positions is computed once for all samples."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit_relpos", num_classes=10).eval()
+    images, labels = torch.randn(3, *model.pretrained_cfg["input_size"]), torch.arange(3)
+    graph = trace(model, (images[:2],))
+    assert any("rel_pos" in name for name in graph.groups)
+    found, expected = (
+        score(model, graph, [(images, labels)], criterion=criterion, micro_batch_size=size)
+        for size in (None, 1)
+    )
+    assert_close(found, expected, relative=1e-6)
