@@ -33,11 +33,14 @@ class Gates:
         values: One leaf tensor per group that takes a gradient: ``(structures,)``, or
             ``(samples, structures)`` where every sample has its own gates, or
             ``(samples, tokens, structures)`` where every token has.
+        heights: How long the first dimension of what is gated was with one sample, by its place:
+            one that is as long with more of them has nothing of its own for each.
     """
 
     def __init__(self, groups: Groups, dtype: torch.dtype, device: torch.device) -> None:
         self._sizes = {name: group.size for name, group in groups.items()}
         self._options = {"dtype": dtype, "device": device}
+        self.heights: dict[str, int] = {}
         self.set_(1.0)
 
     def set_(self, value: float | Mapping[str, Tensor] = 1.0, *, own: Sequence[int] = ()) -> None:
@@ -212,7 +215,9 @@ class _GateVector:
                 )
         elif vector.ndim == 2:
             repeats, rest = divmod(tensor.shape[0], len(vector))
-            if dim == 0 or rest:
+            alone = gates.heights.setdefault(self.where, tensor.shape[0] if len(vector) == 1 else 0)
+            shared = len(vector) > 1 and alone == tensor.shape[0]
+            if dim == 0 or rest or shared:
                 raise SharedBySamplesError(
                     f"{self.where}: {len(vector)} samples with own gates are not found along "
                     f"dimension 0 of shape {tuple(tensor.shape)}; choose a criterion without "

@@ -17,6 +17,7 @@ from sosp_hub.gates import GateKind, Gates, SharedBySamplesError, gated
 from sosp_hub.modes import without_autocast
 from sosp_hub.structure.groups import Groups
 from sosp_hub.tasks.batches import num_samples, split_batch
+from sosp_hub.tasks.loss import batch_loss
 from sosp_hub.tasks.predictions import whole
 
 if TYPE_CHECKING:
@@ -80,11 +81,14 @@ def average(
     num_totals: int,
     step: Callable[[Gates, Any, list[Tensor]], Seen],
     keep: Callable[[Tensor], None] = lambda _: None,
+    *,
+    own_gates: bool = False,
 ) -> Average:
     """The mean of what ``step`` adds up, over all processes, in one exchange of numbers.
 
     ``keep`` gets the rows that a step saw, once for each batch: a process that goes through one
-    again while others are not done keeps nothing of it.
+    again while others are not done keeps nothing of it. With ``own_gates``, where ``step`` gives
+    each sample its own, one sample goes through first: what is as large then is shared by all.
 
     Faults of the data (no batch, a loss that is not finite, gates without effect) are exchanged
     too, so that all processes raise and none waits for the others.
@@ -95,6 +99,8 @@ def average(
         totals = [torch.zeros(num_structures, dtype=torch.float64) for _ in range(num_totals)]
         counts = torch.zeros(4 + len(groups), dtype=torch.float64)
         run = _run_in_step if sharded else _run
+        if own_gates and not sharded:
+            batches = _one_first(model, gates, batches, protocol)
         for batch, seen in run(batches, protocol, partial(step, gates), totals):
             if not seen.weight:  # no label that counts
                 continue
@@ -145,6 +151,18 @@ def _check(weight: float, num_bad: float, unused: list[str]) -> None:
             "that have a derivative (some of quantised weights have none)? Otherwise leave them "
             "out (structure.exclude in a recipe), score other kinds (`kinds=`), or use `magnitude`"
         )
+
+
+def _one_first(
+    model: nn.Module, gates: Gates, batches: "Batches", protocol: Protocol
+) -> Iterator[Any]:
+    """The batches; before the first one its first sample is seen alone."""
+    for number, batch in enumerate(batches):
+        if not number and num_samples(batch) > 1:
+            gates.set_(1.0, own=(1,))
+            with torch.no_grad():
+                batch_loss(model, split_batch(batch, 1)[0], protocol.loss_fn)
+        yield batch
 
 
 def _run(

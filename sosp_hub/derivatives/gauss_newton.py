@@ -123,7 +123,7 @@ def gauss_newton(
         totals[0] += summed  # last: a batch that runs out of memory leaves no trace
         return Seen(value.item(), measured.weight, used(gradient), whole)
 
-    mean = average(model, groups, batches, protocol, 1, step, gram.add)
+    mean = average(model, groups, batches, protocol, 1, step, gram.add, own_gates=True)
     matrix = gram.mean(mean.weight, protocol.process_sum, protocol.process_rows)
     gradient = by_group(groups, mean.totals[0])
     return GaussNewton(mean.loss, mean.num_samples, gradient, matrix, exact, form)

@@ -199,7 +199,8 @@ def sample_squares(
             at = end
         return Seen(loss.value.item(), loss.weight, used(gradient))
 
-    mean = average(model, groups, batches, protocol, 2, step)
+    own = not (shared or per_token)
+    mean = average(model, groups, batches, protocol, 2, step, own_gates=own)
     gradient, square = mean.totals[0], mean.totals[1] * (mean.weight / mean.num_samples)
     return GateDerivatives(*mean[:3], by_group(groups, gradient), by_group(groups, square))
 
