@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from sosp_hub.gates import GateKind, Gates, SharedBySamplesError, gated
 from sosp_hub.modes import without_autocast
 from sosp_hub.structure.groups import Groups
 from sosp_hub.tasks.batches import num_samples, split_batch
-from sosp_hub.tasks.loss import batch_loss
+from sosp_hub.tasks.loss import forward
 from sosp_hub.tasks.predictions import whole
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def average(
         counts = torch.zeros(4 + len(groups), dtype=torch.float64)
         run = _run_in_step if sharded else _run
         if own_gates and not sharded:
-            batches = _one_first(model, gates, batches, protocol)
+            batches = _one_first(model, gates, batches)
         for batch, seen in run(batches, protocol, partial(step, gates), totals):
             if not seen.weight:  # no label that counts
                 continue
@@ -153,15 +153,13 @@ def _check(weight: float, num_bad: float, unused: list[str]) -> None:
         )
 
 
-def _one_first(
-    model: nn.Module, gates: Gates, batches: "Batches", protocol: Protocol
-) -> Iterator[Any]:
+def _one_first(model: nn.Module, gates: Gates, batches: "Batches") -> Iterator[Any]:
     """The batches; before the first one its first sample is seen alone."""
     for number, batch in enumerate(batches):
         if not number and num_samples(batch) > 1:
             gates.set_(1.0, own=(1,))
-            with torch.no_grad():
-                batch_loss(model, split_batch(batch, 1)[0], protocol.loss_fn)
+            with torch.no_grad(), suppress(Exception):  # what cannot run alone tells nothing
+                forward(model, split_batch(batch, 1)[0])
         yield batch
 
 
