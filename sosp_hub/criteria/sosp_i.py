@@ -162,13 +162,15 @@ class SospI(GateCriterion, PerSampleCriterion, CurvatureSection):
         if self.selection == "row_sum":
             scores = gradient.abs() + absolute_row_sums(matrix) / 2
             return scores if units is None else scores / units
+        first = gradient if self.selection == "greedy" else None
+        if not matrix.diagonal().any() and (first is None or not first.any()):
+            return torch.zeros_like(gradient)  # an order of what changes nothing ranks nothing
         floors = Floors([group.size for group in context.groups.values()], self.keep_at_least)
         if self.selection == "surgeon":
             order = surgeon_order(
                 matrix, floors, self._share(), units, self.rescore_every, self._remeasure(context)
             )
         else:
-            first = gradient if self.selection == "greedy" else None
             order = greedy_order(matrix, floors, first, units)
         scores = torch.full_like(gradient, len(order))
         scores[order] = torch.arange(len(order), dtype=scores.dtype)

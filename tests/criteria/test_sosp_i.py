@@ -383,3 +383,13 @@ def test_what_samples_share_gets_a_pass_for_each_sample(criterion, samples):
         for size in (None, 1)
     )
     assert_close(found, expected, relative=1e-6)
+
+
+@pytest.mark.parametrize("selection", ["row_sum", "greedy", "signed", "surgeon"])
+def test_where_nothing_changes_the_outputs_there_is_no_order(selection):
+    toy = perceptron()
+    with torch.no_grad():
+        for weight in toy.model.parameters():
+            weight.zero_()
+    with pytest.raises(CriterionError, match="all scores are 0, which ranks nothing"):
+        score(toy.model, toy.graph, [toy.batch], "sosp_i", selection=selection)
