@@ -28,6 +28,8 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     caches: list[tuple[nn.Module, str, Any]] = []
     seen: set[int] = set()
     for module in model.modules():
+        tables = [table for key, table in vars(module).items() if key in _TABLES]
+        memo |= {id(table): type(table)() for table in tables if table is not None and not table}
         inside = {key: value for key, value in vars(module).items() if key not in _TABLES}
         caches += [
             (module, key, value)

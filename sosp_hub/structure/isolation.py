@@ -10,12 +10,13 @@ are exchanged for empty ones.
 import collections
 import functools
 import gc
+import operator
 import random
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,8 +154,8 @@ class _Places:
     def snapshot(self) -> Snapshot:
         """What is in every place."""
         return [
-            *((d, _noted(d)) for d in self.namespaces),
-            *((c, _noted(vars(c))) for c in self.classes),
+            *((d, dict(d)) for d in self.namespaces),
+            *((c, dict(vars(c))) for c in self.classes),
             *((c, _entries(c)) for c in self.containers),
             *((cell, _content(cell)) for cell in self.cells),
             *((tensor, (num_writes(tensor), tensor.detach().clone())) for tensor in self.tensors),
@@ -351,16 +352,8 @@ class _Scan:
 # What a place holds, and how it is set back -------------------------------------------------------
 
 
-Noted = tuple[dict[str, Any], list[int]]
-
-
-def _noted(place: Mapping[str, Any]) -> Noted:
-    return dict(place), list(map(id, place.values()))
-
-
-def _restore_namespace(place: dict[str, Any], before: Noted) -> None:
-    then, values = before
-    if list(map(id, place.values())) == values:
+def _restore_namespace(place: dict[str, Any], then: dict[str, Any]) -> None:
+    if _same(place.values(), then.values()) and _same(place, then):
         return
     for key in [key for key in place if key not in then]:
         if not _is_import(place[key]):
@@ -370,9 +363,8 @@ def _restore_namespace(place: dict[str, Any], before: Noted) -> None:
             place[key] = value
 
 
-def _restore_class(place: type, before: Noted) -> None:
-    then, values = before
-    if list(map(id, vars(place).values())) == values:
+def _restore_class(place: type, then: dict[str, Any]) -> None:
+    if _same(vars(place).values(), then.values()) and _same(vars(place), then):
         return
     now = dict(vars(place))
     for key, value in now.items():
@@ -402,7 +394,7 @@ def _restore_container(place: Any, before: Any) -> None:
             for key, value in zip(keys, values, strict=True):
                 kind.__setitem__(place, key, value)
     elif isinstance(place, list):
-        if not _same(list.__iter__(place), before):
+        if not _same(list.__getitem__(place, slice(None)), before):
             list.__setitem__(place, slice(None), before)
     elif isinstance(place, set):
         if {*map(id, place)} != {*map(id, before)}:
@@ -431,8 +423,9 @@ def _restore_tensor(tensor: Tensor, before: tuple[int, Tensor]) -> None:
             tensor.copy_(before[1])
 
 
-def _same(now: Any, before: list[Any]) -> bool:
-    return list(map(id, now)) == list(map(id, before))
+def _same(now: Collection[Any], before: Collection[Any]) -> bool:
+    """Whether they hold the same objects in the same order."""
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def _is_import(value: Any) -> bool:

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,6 +272,21 @@ class GlobalObject(Hostile):
         return dict(RECORDER.grids)
 
 
+LABELS = SimpleNamespace(first=object())
+
+
+class Renamed(Hostile):
+    """What an object holds stays, under another name."""
+
+    def grid_of(self, h, w):
+        name, held = vars(LABELS).popitem()
+        vars(LABELS)[f"{name}_"] = held
+        return ramp(h, w)
+
+    def state(self):
+        return dict(vars(LABELS))
+
+
 class OwnAttribute(Hostile):
     """Kept by the module, which the copies of it have for themselves."""
 
@@ -356,8 +372,7 @@ Registry.registry("grids")["make"] = ramp
 HOSTILE = [
     StaticMethod, CachedMethod, ClassMethod, ModuleFunction, InAClosure, OwnCache, ClassDict,
     ClassAttribute, GlobalDict, GlobalName, GlobalTensor, Default, FunctionAttribute, GlobalObject,
-    Closure,
-    OwnAttribute, WithGradient, Hooked, Random, InPlace, Registry,
+    Closure, Renamed, OwnAttribute, WithGradient, Hooked, Random, InPlace, Registry,
 ]  # fmt: skip
 
 
