@@ -1,7 +1,9 @@
 """Copies of models and inputs that share nothing that a pass could write to."""
 
 import copy
+import copyreg
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ from sosp_hub.compat.torch import FakeMode, with_marks
 from sosp_hub.structure.deferred import is_deferred
 
 _PLAIN = {str, int, float, bool, type(None)}
+_CONTAINERS = {dict, set, OrderedDict}
 _TABLES = {name for name in vars(nn.Module()) if name.startswith("_")} - {"_buffers"}
 
 
@@ -27,9 +30,13 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             memo.setdefault(id(parameter), parameter)
     caches: list[tuple[nn.Module, str, Any]] = []
     seen: set[int] = set()
+    plain = [module for module in model.modules() if _is_plain(type(module))]
+    for module in plain:
+        memo.setdefault(id(module), object.__new__(type(module)))
+        for key, table in vars(module).items():
+            if key in _TABLES and type(table) in _CONTAINERS and not table:
+                memo.setdefault(id(table), type(table)())
     for module in model.modules():
-        tables = [table for key, table in vars(module).items() if key in _TABLES]
-        memo |= {id(table): type(table)() for table in tables if table is not None and not table}
         inside = {key: value for key, value in vars(module).items() if key not in _TABLES}
         caches += [
             (module, key, value)
@@ -40,13 +47,33 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             for tensor in _tensors_within(value, seen):
                 if not tensor.is_leaf:
                     memo.setdefault(id(tensor), tensor.detach().clone())
+    for module in plain:
+        vars(memo[id(module)]).update(
+            (key, value if type(value) in _PLAIN else copy.deepcopy(value, memo))
+            for key, value in module.__getstate__().items()
+        )
     twin = copy.deepcopy(model, memo)
     for parameter in model.parameters():
-        with_marks(memo[id(parameter)], parameter)
+        if id(parameter) in memo:  # else of a module that builds its copies itself
+            with_marks(memo[id(parameter)], parameter)
     for module, key, cache in caches:
         function = copy.deepcopy(cache.__wrapped__, memo)  # a method of the copy
         vars(memo[id(module)])[key] = functools.lru_cache(**cache.cache_parameters())(function)
     return twin
+
+
+def _is_plain(kind: type[nn.Module]) -> bool:
+    """Whether all that a copy of such a module needs is a copy of each attribute."""
+    return (
+        kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__reduce__ is object.__reduce__
+        and kind.__getstate__ is nn.Module.__getstate__
+        and kind.__setstate__ is nn.Module.__setstate__
+        and kind.__new__ is object.__new__
+        and not hasattr(kind, "__deepcopy__")
+        and not any(vars(base).get("__slots__") for base in kind.__mro__)
+        and kind not in copyreg.dispatch_table
+    )
 
 
 def share_model(
