@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sosp_hub.compat.transformers import attention_of, set_attention, takes_sdpa
 from sosp_hub.errors import SospHubError, TraceError
+from sosp_hub.plan import Plan
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.inputs import (
@@ -75,6 +76,13 @@ def faster_without_data(model: nn.Module) -> bool:
     """Whether a model runs in less time without its data; so does one that has none."""
     weights = list(model.parameters())
     return sum(w.numel() for w in weights) > _SMALL or any(w.is_meta for w in weights)
+
+
+def may_be_scaled_by_width(model: nn.Module, graph: Graph, plan: Plan) -> bool:
+    """Whether a fused kernel that was not traced may scale attention by a width that is cut."""
+    return _could_be_fused(model, graph) and any(
+        graph.groups[name].kind == "head_dim" for name in plan.kept
+    )
 
 
 def all_ways(model: nn.Module, graph: Graph) -> "Run | None":

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -36,10 +36,11 @@ def follow_scales(model: nn.Module, graph: Graph, plan: Plan) -> None:
     """Sets the factors by which attention that is not fused is scaled.
 
     A fused kernel that is given no factor takes 1/sqrt of the width that it finds, and the module
-    keeps the same number for when it runs without that kernel.
+    keeps the same number for when it runs without that kernel. So does one that was traced without
+    it, where it can run with it.
     """
     after = scales_after(graph, plan)
-    for name in {name for name, _ in graph.scales}:
+    for name in {name for name, *_ in _scaled_widths(graph, plan)}:
         values = vars(model.get_submodule(name))
         for key, value in values.items():
             if isinstance(value, float) and "drop" not in key:
@@ -48,8 +49,7 @@ def follow_scales(model: nn.Module, graph: Graph, plan: Plan) -> None:
 
 def scales_after(graph: Graph, plan: Plan) -> Callable[[str, float], float]:
     """What becomes of a number in a module of this name: of such a factor, another one."""
-    count = graph.count(plan.num_kept())
-    widths = [(name, size_of(axis), size_of(axis, count)) for name, axis in graph.scales]
+    widths = [*_scaled_widths(graph, plan)]
 
     def scaled(module: str, value: float) -> float:
         for name, before, after in widths:
@@ -58,6 +58,15 @@ def scales_after(graph: Graph, plan: Plan) -> Callable[[str, float], float]:
         return value
 
     return scaled
+
+
+def _scaled_widths(graph: Graph, plan: Plan) -> Iterator[tuple[str, int, int]]:
+    """Module and width, before and after, of attention that a fused kernel scales by its width."""
+    kept = plan.num_kept()
+    for traced in (graph, *(route.graph for route in graph.routes.known)):
+        count = traced.count(kept)
+        for name, axis in traced.scales:
+            yield name, size_of(axis), size_of(axis, count)
 
 
 def _set(

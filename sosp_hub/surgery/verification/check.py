@@ -22,6 +22,7 @@ from sosp_hub.structure.routes import (
     all_ways,
     faster_without_data,
     find_routes,
+    may_be_scaled_by_width,
     tell_unchecked,
     ways_apart,
 )
@@ -98,7 +99,7 @@ def _same_steps_on_all_ways(model: nn.Module, graph: Graph, plan: PruningPlan, c
     if _shapes_tell_little(model, graph, plan):
         return False
     pruned = cut(twin_of(model, graph), graph, plan)
-    same = check_shapes(pruned, graph, plan)
+    same = check_shapes(pruned, graph, plan, scaled=_traced_scales(graph, plan))
     if not same and outputs_instead(model, "the cut model"):
         return False
     known = graph.routes.known
@@ -114,6 +115,11 @@ def _same_steps_on_all_ways(model: nn.Module, graph: Graph, plan: PruningPlan, c
         if outputs_instead(model, f"the cut model with {route.name}"):
             return False
     return True
+
+
+def _traced_scales(graph: Graph, plan: PruningPlan) -> Scaled:
+    """What becomes of numbers on the traced way: a fused kernel is given none."""
+    return unscaled if graph.scales else scales_after(graph, plan)
 
 
 def _shapes_tell_little(model: nn.Module, graph: Graph, plan: PruningPlan) -> bool:
@@ -133,8 +139,6 @@ def _check_outputs(
 ) -> None:
     plain = without_zeros(model, graph)
     dense = doubled(plain, graph.written) if double else plain
-
-    scaled = scales_after(graph, plan)
 
     def in_use(traced: Graph) -> Graph:
         return in_double(traced) if double else traced
@@ -167,10 +171,9 @@ def _check_outputs(
             with choices.repeated():
                 outputs = results_of(pruned, graph, way)[0]
             return relative_error(output_tensors(outputs), expected), (pruned, outputs)
+        scaled = (_traced_scales if traced is graph else scales_after)(graph, plan)
         with choices.repeated():
-            outputs = _checked_outputs(
-                pruned, real, plan, run, shapes, unscaled if traced is graph else scaled
-            )
+            outputs = _checked_outputs(pruned, real, plan, run, shapes, scaled)
         return relative_error(output_tensors(outputs), expected), (pruned, outputs)
 
     def check(route: Route | None) -> _Ran:
@@ -195,6 +198,8 @@ def _check_outputs(
                 )
         return ran
 
+    if may_be_scaled_by_width(model, graph, plan):
+        find_routes(model, graph, one_call=True)
     pruned, outputs = check(None)
     if not _equal_on_all_ways(dense, in_use(graph), plan, pruned, outputs):
         find_routes(model, graph, one_call=True)  # what other ways read is then cut as well
