@@ -295,7 +295,8 @@ def _split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:
 def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
     """Factors of two equally long axes side by side; an atom gets the borders of the other axis.
 
-    Borders of factors, not those of pieces alone: pieces would be groups that are cut alike.
+    Borders of factors, not those of pieces alone: pieces would be groups that are cut alike. Equal
+    pieces are cut alike anyway, as the halves that a rotation exchanges.
     Empty where the borders do not fit.
     """
     one, two = resolve(one), resolve(two)
@@ -309,8 +310,14 @@ def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
         first, second = ones[0], twos[0]
         if size_of(first) == size_of(second):
             del ones[0], twos[0]
+            if _repeats(second) and isinstance(first, Atom):
+                first = _bind_like(first, second)
+            elif _repeats(first) and isinstance(second, Atom):
+                second = _bind_like(second, first)
             if isinstance(first, Atom) and isinstance(second, Atom):
                 pairs.append((first, second))
+            elif _repeats(first) and _repeats(second) and _sizes(first) == _sizes(second):
+                pairs += dict.fromkeys(zip(atoms(first), atoms(second), strict=True))
             elif [atom.id for atom in atoms(first)] != [atom.id for atom in atoms(second)]:
                 return []
             continue
@@ -321,6 +328,31 @@ def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
             return []
         longer[:1] = halves
     return pairs
+
+
+def _repeats(axis: Axis) -> bool:
+    """Whether it consists of equal pieces."""
+    parts = axis.parts if isinstance(axis, Sum) else ()
+    return len({tuple(atom.id for atom in atoms(part)) for part in parts}) == 1
+
+
+def _sizes(axis: Axis) -> list[int]:
+    return [atom.size for atom in atoms(axis)]
+
+
+def _bind_like(atom: Atom, axis: Axis) -> Axis:
+    """Makes an atom of new ones as the axis is made of its own."""
+    new: dict[int, Atom] = {}
+
+    def like(axis: Axis) -> Axis:
+        if isinstance(axis, Prod):
+            return Prod(tuple(map(like, axis.factors)))
+        if isinstance(axis, Sum):
+            return Sum(tuple(map(like, axis.parts)))
+        return new.setdefault(axis.id, Atom(axis.size))
+
+    _bind(atom, like(resolve(axis)), "")
+    return resolve(atom)
 
 
 def _paired_pieces(whole: Sum, other: Axis) -> list[tuple[Atom, Atom]]:

@@ -6,7 +6,7 @@ import pytest
 
 from sosp_hub.errors import TraceError
 from sosp_hub.structure import axes, constraint_solver
-from sosp_hub.structure.axes import UNIT, Atom, Prod, Sum, fixed
+from sosp_hub.structure.axes import UNIT, Atom, Prod, Sum, fixed, size_of
 from sosp_hub.structure.constraint_solver import settle, solve_attributes
 from sosp_hub.structure.terms import Constraint
 from sosp_hub.structure.traced_int import Attribute, Op, attributes
@@ -38,7 +38,7 @@ def check(constraints, atoms, comparisons=()):
     """Every allowed choice of counts satisfies every constraint; gives how many are allowed."""
     tied = settle(constraints, (), comparisons)
     number = 0
-    factors = [factor for atom in atoms for factor in axes.atoms(atom)]
+    factors = {factor.id: factor for atom in atoms for factor in axes.atoms(atom)}.values()
     for chosen in allowed(constraints, factors, tied):
         everything = [*constraints, *comparisons]
         _, violated = solve_attributes(everything, lambda atom: chosen[atom.id])  # noqa: B023
@@ -102,6 +102,27 @@ def test_a_stream_as_wide_as_heads_times_dim_gets_their_borders():
     ]  # fmt: skip
     assert check(constraints, [heads, dim, stream]) == 12
     assert not any(atom.pinned for atom in axes.atoms(stream))
+
+
+def test_a_stream_gets_the_borders_of_halves_that_a_rotation_exchanges():
+    """Both halves of a head are cut alike, so those of a block of the stream may be as well."""
+    heads, pair, stream = Atom(3), Atom(2), Atom(24)
+    rows = fixed(2, "rows and columns")
+    half = Prod((rows, pair))
+    constraints = [says(stream, Prod((heads, Sum((half, half)))))]
+    assert check(constraints, [heads, rows, pair, stream]) == 6
+    assert size_of(stream, lambda atom: {3: 1}.get(atom.size, atom.size)) == 8
+    assert {atom.size for atom in axes.atoms(stream) if not atom.pinned} == {3, 2}
+
+
+def test_blocks_of_two_streams_of_halves_are_told_apart():
+    """One of four halves, the other of halves of two pieces: no borders fit both."""
+    heads, quarter, pair, more, stream = Atom(3), Atom(2), Atom(2), Atom(2), Atom(24)
+    constraints = [
+        says(stream, Prod((heads, Sum((quarter,) * 4)))),
+        says(stream, Prod((heads, Sum((Prod((pair, more)),) * 2)))),
+    ]
+    assert check(constraints, [heads, quarter, pair, more, stream])
 
 
 def test_two_layers_of_heads_share_a_stream():

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from torch import nn
@@ -89,6 +90,31 @@ def test_residual_streams_and_head_sizes_can_be_cut_too(case):
     model, graph = prepared(case)
     plan = ragged(graph, structures, seed=1)
     apply(model, graph, plan)  # verified against the masked model
+
+
+def test_the_stream_of_heads_that_are_rotated_by_halves_can_be_cut():
+    """timm's DINOv3 puts rotated heads back into the width of the stream."""
+
+    def built(embed_dim, num_heads):
+        sizes = {"img_size": 32, "depth": 2, "num_classes": 5}
+        name = "vit_small_patch16_dinov3_qkvb"
+        model = timm.create_model(name, embed_dim=embed_dim, num_heads=num_heads, **sizes)
+        return fill(model.eval())
+
+    model, inputs = built(32, 4), torch.randn(2, 3, 32, 32)
+    graph = trace(model, inputs)
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    assert graph.num_cuttable_params["all"] > 0.99 * num_params
+    stream = next(name for name, group in graph.groups.items() if group.kind == "residual")
+    heads = next(tie for tie in graph.ties if stream in tie)
+    kept = dict.fromkeys(heads, (1, 2)) | {
+        name: range(64) for name, group in graph.groups.items() if group.size == 128
+    }
+    pruned = apply(model, graph, plan_of(graph, kept), strict=True)
+    assert_close(pruned.cls_token, model.cls_token[..., 8:24])
+    narrow = built(16, 2)
+    narrow.load_state_dict(pruned.state_dict())
+    assert_close(pruned(inputs), narrow(inputs))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
