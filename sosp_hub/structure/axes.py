@@ -295,8 +295,8 @@ def _split(axis: Axis, lead: int, why: str) -> tuple[Axis, Axis] | None:
 def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
     """Factors of two equally long axes side by side; an atom gets the borders of the other axis.
 
-    Borders of factors, not those of pieces alone: pieces would be groups that are cut alike. Equal
-    pieces are cut alike anyway, as the halves that a rotation exchanges.
+    Borders of factors, not those of pieces alone: pieces would be groups that are cut alike. In a
+    stream that holds heads whose halves are exchanged by a rotation they are, as in those heads.
     Empty where the borders do not fit.
     """
     one, two = resolve(one), resolve(two)
@@ -310,9 +310,9 @@ def paired(one: Axis, two: Axis) -> list[tuple[Atom, Atom]]:
         first, second = ones[0], twos[0]
         if size_of(first) == size_of(second):
             del ones[0], twos[0]
-            if _repeats(second) and isinstance(first, Atom):
+            if _repeats(second) and isinstance(first, Atom) and "stream" in first.roles:
                 first = _bind_like(first, second)
-            elif _repeats(first) and isinstance(second, Atom):
+            elif _repeats(first) and isinstance(second, Atom) and "stream" in second.roles:
                 second = _bind_like(second, first)
             if isinstance(first, Atom) and isinstance(second, Atom):
                 pairs.append((first, second))

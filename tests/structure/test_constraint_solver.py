@@ -106,7 +106,7 @@ def test_a_stream_as_wide_as_heads_times_dim_gets_their_borders():
 
 def test_a_stream_gets_the_borders_of_halves_that_a_rotation_exchanges():
     """Both halves of a head are cut alike, so those of a block of the stream may be as well."""
-    heads, pair, stream = Atom(3), Atom(2), Atom(24)
+    heads, pair, stream = Atom(3), Atom(2), Atom(24, roles={"stream"})
     rows = fixed(2, "rows and columns")
     half = Prod((rows, pair))
     constraints = [says(stream, Prod((heads, Sum((half, half)))))]
@@ -117,7 +117,8 @@ def test_a_stream_gets_the_borders_of_halves_that_a_rotation_exchanges():
 
 def test_blocks_of_two_streams_of_halves_are_told_apart():
     """One of four halves, the other of halves of two pieces: no borders fit both."""
-    heads, quarter, pair, more, stream = Atom(3), Atom(2), Atom(2), Atom(2), Atom(24)
+    heads, quarter, pair, more = Atom(3), Atom(2), Atom(2), Atom(2)
+    stream = Atom(24, roles={"stream"})
     constraints = [
         says(stream, Prod((heads, Sum((quarter,) * 4)))),
         says(stream, Prod((heads, Sum((Prod((pair, more)),) * 2)))),
