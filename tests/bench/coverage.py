@@ -264,7 +264,7 @@ def measure(name: str, checks: Sequence[str]) -> Record:
     return record
 
 
-DROPOUTS = (nn.modules.dropout._DropoutNd,)
+DROPOUTS = (nn.modules.dropout._DropoutNd, torchvision.ops.StochasticDepth)
 
 _PLANS: dict[str, Callable[[Group], bool]] = {
     "exact": lambda group: group.exact,
