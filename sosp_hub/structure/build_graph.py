@@ -1,5 +1,6 @@
 """From a finished trace to the graph: groups, their names, and where their gates sit."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from sosp_hub.structure.axes import (
     Prod,
     Sum,
     atoms,
+    flag,
     index_of,
     is_fixed,
     resolve,
@@ -191,6 +193,8 @@ class _Builder:
     def group(self, atom: Atom) -> Group:
         """The group of an atom that nothing pins."""
         kind, members = self._kind(atom), self._places[atom]
+        if kind == "head_dim" and any(self._may_be_fused(tensor) for tensor, _ in members):
+            flag(atom, "a fused kernel would scale attention by 1/sqrt(its size)")
         if kind == "expert":
             sites = expert_sites(atom, members, self._tensors, self._readers)
         else:
@@ -214,6 +218,12 @@ class _Builder:
             rectified=rectified(self._behind, atom, tuple(sites), self._entries),
             barred=frozenset(atom.barred),
         )
+
+    def _may_be_fused(self, tensor: str) -> bool:
+        """Whether it is a weight of attention that was told not to run in a fused kernel."""
+        parents = itertools.accumulate(tensor.split("."), "{}.{}".format)
+        inside = (vars(self._modules[name]) for name in parents if name in self._modules)
+        return any(module.get("fused_attn") is False for module in inside)
 
     def _is_read(self, tensor: str, dim: int, atom: Atom) -> bool:
         """Whether this dimension is summed over; a square weight has the atom twice."""

@@ -354,8 +354,9 @@ def test_narrower_heads_are_scaled_alike_fused_or_not(name, verify, traced_fused
     torch.manual_seed(0)
     model, x = set_fused(fill(FUSED[name]().eval()), True), torch.randn(2, 3, 16, 16)
     assert_close(set_fused(copy.deepcopy(model), False)(x), model(x))
-    set_fused(model, traced_fused)
-    pruned = apply(model, *narrow_heads(model, x), verify=verify, strict=True)
+    graph, plan = narrow_heads(set_fused(model, traced_fused), x)
+    assert not all(graph.groups[name].exact for name in plan.kept)  # gates do not scale
+    pruned = apply(model, graph, plan, verify=verify, strict=True)
     expected = set_fused(copy.deepcopy(pruned), True)(x)  # by 1/sqrt of the width that is left
     assert_close(set_fused(copy.deepcopy(pruned), False)(x), expected)
     sosp_hub.save_pretrained(pruned, tmp_path)
