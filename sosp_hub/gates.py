@@ -71,7 +71,13 @@ def gated(model: nn.Module, groups: Groups, gate: GateKind = "activation") -> It
     """
     parameters = list(model.parameters())
     floating = [p for p in parameters if p.is_floating_point()] or [torch.zeros(())]
-    dtype = torch.promote_types(max((p.dtype for p in floating), key=_precision), torch.float32)
+    finest = max((p.dtype for p in floating), key=_precision)
+    if finest.itemsize < 2:
+        raise CriterionError(
+            f"the weights are {finest}, which torch does not compute with; score a copy in "
+            "bfloat16 or float32"
+        )
+    dtype = torch.promote_types(finest, torch.float32)
     device = _device(model, floating)
     gates = Gates(groups, dtype, device)
     with ExitStack() as stack:

@@ -207,18 +207,28 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     Modes belong to the names of modules: a cut in place puts others where they were.
 
     Raises:
-        ModelError: Not a module.
+        ModelError: Not a module, or one without an eval mode.
     """
     check_models(*models)
     before = [{name: each.training for name, each in model.named_modules()} for model in models]
     try:
         for model in models:
-            model.eval()
+            _set_eval(model)
         yield
     finally:
         for model, modes in zip(models, before, strict=True):
             for name, module in model.named_modules():
                 module.training = modes.get(name, modes[""])
+
+
+def _set_eval(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"model: this {type(model).__name__} has no eval mode ({error}), as what torch.export "
+            "makes of a module; give the module that it was made from"
+        ) from error
 
 
 def check_models(*models: object) -> None:

@@ -150,8 +150,13 @@ def score(
             f"score got a {type(criterion).__name__} and the options {', '.join(options)}; set "
             "them when it is made, or give its name"
         )
-    else:
+    elif isinstance(criterion, Criterion):
         method = criterion
+    else:
+        raise CriterionError(
+            f"score got a {type(criterion).__name__} as criterion; expected a name, such as "
+            "'sosp_h', or a criterion that was made, such as make_criterion('fisher')"
+        )
     check_per(method, per)
     _check_model(model, graph)
     if method.needs != "nothing" and curvature is None:

@@ -1,5 +1,7 @@
 """Arguments of the verbs in the wrong order, or of another kind, are told as that."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,17 @@ CASES = {
     "trace": (lambda m, g, s, p: sosp_hub.trace(X, m), "must be an nn.Module, got Tensor"),
     "score": (lambda m, g, s, p: sosp_hub.score(g, m, [(X, Y)]), r"a Graph and a Sequential"),
     "batches first": (lambda m, g, s, p: sosp_hub.score(m, [(X, Y)], g), "a Sequential and a list"),
+    **{
+        f"criterion {given!r}": (
+            lambda m, g, s, p, given=given: sosp_hub.score(m, g, [(X, Y)], criterion=given),
+            rf"score got a {type(given).__name__} as criterion; expected a name",
+        )
+        for given in (None, 3, print)
+    },
+    "weights of 8 bits": (
+        lambda m, g, s, p: sosp_hub.score(copy.deepcopy(m).to(torch.float8_e4m3fn), g, [(X, Y)]),
+        r"weights are torch\.float8_e4m3fn.*score a copy in",
+    ),
     "one batch": (lambda m, g, s, p: sosp_hub.score(m, g, (X, Y)), r"score got one batch, a tuple"),
     "arrays": (
         lambda m, g, s, p: sosp_hub.score(m, g, [(X.numpy(), Y.numpy())]),

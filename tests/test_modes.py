@@ -358,6 +358,18 @@ def test_inputs_come_in_the_dtype_of_the_model():
     assert_close(*map(torch.tensor, found), relative=1e-5)
 
 
+def test_a_model_without_an_eval_mode_is_refused():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(2, 4)
+    program = torch.export.export(net, (x,)).module()
+    graph = sosp_hub.trace(program, (x,))
+    for verb in (
+        lambda: sosp_hub.score(program, graph, [(x, torch.tensor([0, 1]))]),
+        lambda: sosp_hub.evaluate(program, [(x, torch.tensor([0, 1]))]),
+    ):
+        with pytest.raises(ModelError, match=r"has no eval mode .*torch\.export"):
+            verb()
+
+
 def test_a_model_that_was_made_in_inference_mode_is_refused(tmp_path):
     with torch.inference_mode():
         model = half_frozen()

@@ -75,6 +75,18 @@ def buffer_table(module: nn.Module) -> dict[str, Any]:
     return module._buffers
 
 
+def put_in(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a parameter or buffer in the place of the one of this name.
+
+    Recurrent layers keep a list of their weights too, which follows assignments alone.
+    """
+    if isinstance(module, nn.RNNBase):
+        setattr(module, name, tensor)
+    else:
+        table_of = parameter_table if isinstance(tensor, nn.Parameter) else buffer_table
+        table_of(module)[name] = tensor
+
+
 def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
     """A module's children, also those that are None, to be replaced where they are."""
     return module._modules

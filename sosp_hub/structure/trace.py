@@ -98,6 +98,10 @@ def trace(
     wanted = None if outputs is None else tuple(outputs)
     example_inputs, cost_inputs = plain_inputs(example_inputs), plain_inputs(cost_inputs)
     samples = num_samples(example_inputs)
+    if not samples:
+        raise TraceError(
+            f"example inputs hold no sample, got {describe(example_inputs)}; give one or two"
+        )
     with collector_paused():
         twin, terms, entries, exits = _run(model, example_inputs, wanted, fake, program or call)
         graph = assemble(twin, terms, (entries, exits), example_inputs, wanted, samples)
@@ -233,6 +237,19 @@ def _watch_with_data(model: nn.Module, inputs: Any, wanted: Wanted, program: "Pr
     return _watch(model, inputs, wanted, None, program)
 
 
+def _copied(model: nn.Module, fake: FakeMode | None, *, shared: bool) -> nn.Module:
+    try:
+        return shadow(model, fake, shared=shared)
+    except Exception as error:
+        if fake is not None:
+            raise  # a copy with data is tried next
+        raise TraceError(
+            f"trace: this {type(model).__name__} cannot be copied, as its own copy.deepcopy(model) "
+            f"would show ({type(error).__name__}: {error}); set what cannot be copied (a lock, a "
+            "file, a generator) to None while it is cut, or give its holder a __deepcopy__"
+        ) from error
+
+
 def _watch(
     model: nn.Module,
     inputs: Any,
@@ -241,7 +258,7 @@ def _watch(
     program: "Program",
     guard: ReadOnly | None = None,
 ) -> Run:
-    twin = shadow(model, fake, shared=guard is not None).eval()
+    twin = _copied(model, fake, shared=guard is not None).eval()
     twin_inputs = copy_inputs(inputs, fake)
     terms = Terms()
     for name, tensor in _named_tensors(twin):

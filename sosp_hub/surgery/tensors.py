@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import buffer_table, parameter_table
+from sosp_hub.compat.torch import buffer_table, parameter_table, put_in
 
 Positions = Sequence[NDArray[np.int64] | None]
 """What stays along each dimension of a tensor; None = all."""
@@ -26,5 +26,4 @@ def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Puts a parameter or buffer in the place of the one of this name."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    table_of = parameter_table if isinstance(tensor, nn.Parameter) else buffer_table
-    table_of(module)[leaf] = tensor
+    put_in(module, leaf, tensor)

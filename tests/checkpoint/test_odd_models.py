@@ -9,6 +9,7 @@ import transformers as tf
 
 import sosp_hub
 from sosp_hub.checkpoint.format import proof
+from sosp_hub.checkpoint.unregistered import unregistered
 from tests.compare import assert_close
 from tests.structure.oracles import fill, half, plan_of, run
 
@@ -166,4 +167,29 @@ def test_what_no_file_will_hold_is_told_when_it_is_cut_and_saved(tmp_path, caplo
 def test_a_list_of_what_is_registered_is_not_told(tmp_path, caplog):
     model = Listed(lambda module: torch.nn.ModuleList([module])).eval()
     sosp_hub.save_pretrained(model, tmp_path)
+    assert "nn.ModuleList" not in caplog.text
+
+
+class Recurrent(torch.nn.Module):
+    """Keeps a list of its weights beside the registered ones, as all of torch's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory, self.outer = torch.nn.LSTM(6, 8, batch_first=True), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.outer(self.memory(x)[0])
+
+
+def test_weights_of_recurrent_layers_are_registered(tmp_path, caplog):
+    """Their list held the dense weights until the next pass, and was told to be in no file."""
+    model, inputs = Recurrent().eval(), (torch.randn(2, 4, 6),)
+    graph = sosp_hub.trace(model, inputs)
+    pruned = sosp_hub.apply(model, graph, half(graph))
+    sosp_hub.save_pretrained(pruned, tmp_path)
+    loaded = sosp_hub.from_pretrained(tmp_path, model=Recurrent())
+    sosp_hub.apply_(model, graph, half(graph))
+    for each in (pruned, loaded, model):
+        assert each.memory.hidden_size == 4
+        assert [*unregistered(each)] == []
     assert "nn.ModuleList" not in caplog.text

@@ -1,5 +1,7 @@
 """What ``trace`` and ``apply`` refuse, each with what was given and what was expected."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ def small() -> nn.Sequential:
     [
         ("resnet18", (torch.ones(2, 4),), None, "must be an nn.Module, got str"),
         (small(), (), None, "at least one tensor"),
+        (small(), (torch.ones(0, 4),), None, r"hold no sample, got .*float32\[0, 4\]"),
         (small(), (torch.ones(2, 5),), None, r"does not run on .*float32\[2, 5\]"),
         (small(), (torch.ones(2, 4),), "logits", "expected logits"),
     ],
@@ -35,6 +38,14 @@ def test_torchscript_is_refused(whole):
     model = script if whole else nn.Sequential(script)
     said = "is TorchScript" if whole else "'0' is TorchScript"
     with pytest.raises(TraceError, match=said):
+        trace(model, (torch.ones(2, 4),))
+
+
+def test_what_cannot_be_copied_is_told_as_that():
+    """It was "does not run on the example inputs", with advice on these."""
+    model = small()
+    model.lock = threading.Lock()
+    with pytest.raises(TraceError, match=r"cannot be copied.*lock.*set what cannot be copied"):
         trace(model, (torch.ones(2, 4),))
 
 

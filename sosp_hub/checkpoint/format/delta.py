@@ -37,6 +37,7 @@ from sosp_hub.compat.torch import (
     buffer_table,
     child_table,
     parameter_table,
+    put_in,
     save_buffer,
     with_marks,
 )
@@ -421,7 +422,7 @@ def _resize(module: nn.Module, key: str, shape: tuple[int, ...], done: dict[int,
         done[id(old)] = (
             with_marks(nn.Parameter(new, old.requires_grad), old) if is_parameter else new
         )
-    table[key] = done[id(old)]
+    put_in(module, key, done[id(old)])
 
 
 def _growth(now: tuple[int, ...], was: tuple[int, ...], where: str) -> int:

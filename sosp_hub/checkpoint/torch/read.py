@@ -15,7 +15,7 @@ from sosp_hub.checkpoint.format.schema import parse_delta
 from sosp_hub.checkpoint.torch import check
 from sosp_hub.checkpoint.torch.skeleton import SKELETON, outline_of, skeleton_of, torch_version
 from sosp_hub.compat.huggingface_hub import is_mixin
-from sosp_hub.compat.torch import buffer_table, parameter_table, unwrapped, with_marks
+from sosp_hub.compat.torch import put_in, unwrapped, with_marks
 from sosp_hub.errors import CheckpointError
 
 _SHOWN = 4
@@ -169,8 +169,7 @@ def _put(model: nn.Module, state: Mapping[str, Tensor], devices: Mapping[str, An
         if id(old) in made:
             owner, _, key = name.rpartition(".")
             module = model.get_submodule(owner)
-            table = parameter_table if isinstance(old, nn.Parameter) else buffer_table
-            table(module)[key] = made[id(old)]
+            put_in(module, key, made[id(old)])
 
 
 def _kind(dtype: str) -> str:
