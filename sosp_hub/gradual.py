@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from sosp_hub.allocation import allocate
 from sosp_hub.atomic import write_text
@@ -237,13 +238,20 @@ class GradualPruning:
         path = Path(folder) / _FILE
         try:
             state = read_json(path)
+        except (OSError, UnreadableError) as error:
+            raise PlanError(f"{path}: no schedule that was saved ({error})") from error
+        self.resume_state(state, str(path))
+
+    def resume_state(self, state: Any, where: str) -> None:
+        """`resume` from what `state_dict` gave, with words for where that comes from."""
+        try:
             plans = [PruningPlan.from_json(text) for text in state["plans"]]
             steps, dense, params = int(state["steps"]), float(state["dense"]), int(state["params"])
-        except (OSError, UnreadableError, KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{path}: no schedule that was saved ({error})") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"{where}: no schedule that was saved ({error})") from error
         if params != self._num_params():
             raise PlanError(
-                f"{path}: was saved beside a model of {params:,} parameters, this one has "
+                f"{where}: was saved beside a model of {params:,} parameters, this one has "
                 f"{self._num_params():,}; load the checkpoint's with sosp_hub.from_pretrained"
             )
         self.plans, self._steps, self._dense = plans, steps, dense
@@ -269,9 +277,10 @@ def trainer_callback(make: Callable[[nn.Module, Optimizer], GradualPruning]) -> 
             lambda model, optimizer: GradualPruning(
                 model, inputs, batches, rounds=5, every=200, macs=0.5, optimizer=optimizer))])
 
-    Each checkpoint of the Trainer holds the state of the schedule; to go on from one, load its
-    model with ``sosp_hub.from_pretrained(checkpoint)`` and train with
-    ``resume_from_checkpoint=checkpoint``.
+    Each checkpoint of the Trainer holds the state of the schedule (in ``trainer_state.json``); to
+    go on from one, load its model with ``sosp_hub.from_pretrained(checkpoint)`` and train with
+    ``resume_from_checkpoint=checkpoint``. The best checkpoint (``load_best_model_at_end``, early
+    stopping) is one of those since the last cut: what came before it was of a larger model.
 
     Args:
         make: From the model and the optimizer of the Trainer to the schedule.
@@ -285,26 +294,49 @@ def trainer_callback(make: Callable[[nn.Module, Optimizer], GradualPruning]) -> 
         ... )  # for Trainer(..., callbacks=[callback])
     """
     from transformers import TrainerCallback  # the package does without
+    from transformers.trainer_callback import ExportableState
 
-    class Callback(TrainerCallback):
+    class PruningCallback(TrainerCallback, ExportableState):
         pruning: GradualPruning | None = None
+        schedule: Any = None  # what `state` gave, where the Trainer restores its callbacks
+        guard: RemovableHandle | None = None
+
+        def state(self) -> dict[str, Any]:
+            schedule = self.schedule if self.pruning is None else self.pruning.state_dict()
+            return {"args": {}, "attributes": {"schedule": schedule}}
+
+        def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            del args, state, control
+            if isinstance(model := given.get("model"), nn.Module):
+                self.guard = model.register_load_state_dict_pre_hook(_refuse_cut)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            del control
+            del args, control
+            if self.guard is not None:
+                self.guard.remove()
             optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
             self.pruning = make(given["model"], optimizer)
             if state.global_step:
-                self.pruning.resume(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                saved = state.stateful_callbacks.get(type(self).__name__, {})
+                where = f"the checkpoint of step {state.global_step}"
+                self.pruning.resume_state(saved.get("attributes", {}).get("schedule"), where)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            del args, state, control, given
+            del args, control, given
             assert self.pruning is not None
-            self.pruning.step()
+            if self.pruning.step():
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            del control, given
-            assert self.pruning is not None
-            if state.is_world_process_zero:
-                self.pruning.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    return PruningCallback()
 
-    return Callback()
+
+def _refuse_cut(model: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
+    """Before a checkpoint of a cut model is loaded into the dense one."""
+    own = dict(model.named_parameters())
+    for name, tensor in state.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise PlanError(
+                f"the checkpoint holds {name!r} with {list(tensor.shape)}, as it was cut, the "
+                f"Trainer's model has {list(own[name].shape)}; give the Trainer the model that "
+                "sosp_hub.from_pretrained(checkpoint) loads"
+            )

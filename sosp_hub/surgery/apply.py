@@ -3,13 +3,14 @@
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sosp_hub.compat.torch import (
     has_hooks,
@@ -172,12 +173,14 @@ def _keep_hooks(
         pruned: The cut model.
     """
     own = {id(module) for module in model.modules()}
+    tables: list[tuple[Any, Any]] = []
     for module, held in twins:
         before = held()
         assert before is not None  # the model holds it
         for name, table in hook_tables(before).items():
             vars(before)[name], copies = copy.copy(table), vars(module)[name]
             vars(module)[name] = table  # whose entries handles remove
+            tables.append((copies, table))
             for key, hook in table.items():
                 function = hook_inside(hook)
                 if any(id(each) in own for each in _held(function)):
@@ -185,6 +188,27 @@ def _keep_hooks(
                     if isinstance(function, MethodType) and function.__self__ is pruned:
                         function = MethodType(function.__func__, model)
                 table[key] = hook_for(function, hook, model if module is pruned else module)
+    instead = {id(copies): table for copies, table in tables}
+    seen: set[int] = set()
+    for handle in (each for module, _ in twins for each in _handles(vars(module), seen)):
+        first, *more = (
+            weakref.ref(instead.get(id(table), table)) if (table := ref()) is not None else ref
+            for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref)
+        )
+        handle.hooks_dict_ref, handle.extra_dict_ref = first, tuple(more)
+
+
+def _handles(value: Any, seen: set[int]) -> Iterator[RemovableHandle]:
+    """Handles of hooks that a module holds itself, also in lists, dictionaries and objects."""
+    if isinstance(value, RemovableHandle):
+        yield value
+    elif id(value) not in seen and not isinstance(value, nn.Module | Tensor | str | type):
+        seen.add(id(value))
+        inside = value.values() if isinstance(value, Mapping) else ()
+        if isinstance(value, list | tuple | set):
+            inside = value
+        for item in (*inside, *getattr(value, "__dict__", {}).values()):
+            yield from _handles(item, seen)
 
 
 def _held(hook: Any) -> Iterator[Any]:

@@ -2,13 +2,14 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import sosp_hub
 from sosp_hub.compat.accelerate import process_state_kept
@@ -156,16 +157,6 @@ def test_a_loss_of_ones_own_scores_too():
     assert pruning(net(), rounds=1, loss_fn=own_loss).cut().kept == plans[0].kept
 
 
-def test_one_process_alone_writes_the_schedule_of_a_trainer(tmp_path):
-    callback = sosp_hub.trainer_callback(lambda model, optimizer: pruning(model, optimizer))
-    callback.pruning, given = pruning(net()), SimpleNamespace(output_dir=str(tmp_path))
-    (tmp_path / "checkpoint-3").mkdir()
-    for first in (False, True):
-        state = SimpleNamespace(is_world_process_zero=first, global_step=3)
-        callback.on_save(given, state, None)
-        assert bool([*(tmp_path / "checkpoint-3").iterdir()]) == first
-
-
 def test_norms_of_a_round_hand_on_what_they_did_before():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 8), nn.BatchNorm1d(8))
@@ -259,48 +250,54 @@ def test_a_compiled_model_is_looked_through():
     assert_close(both[1], both[0], relative=1e-6)
 
 
+class Texts(Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        ids = torch.arange(8).add(index).remainder(30)
+        return {"input_ids": ids, "labels": torch.tensor(index % 2)}
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+BATCH = {
+    "input_ids": torch.stack([Texts()[i]["input_ids"] for i in range(8)]),
+    "labels": torch.arange(8) % 2,
+}
+
+
+def schedule(model, optimizer):
+    inputs = {"input_ids": BATCH["input_ids"][:2]}
+    return GradualPruning(model, inputs, [BATCH], rounds=2, every=4, macs=0.7, optimizer=optimizer)
+
+
 def test_a_transformers_trainer_cuts_while_it_trains(tmp_path):
-    from torch.utils.data import Dataset
-    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
-
-    class Texts(Dataset):
-        def __len__(self):
-            return 32
-
-        def __getitem__(self, index):
-            ids = torch.arange(8).add(index).remainder(30)
-            return {"input_ids": ids, "labels": torch.tensor(index % 2)}
-
-    def bert():
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=16, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
-        return BertForSequenceClassification(config)
-
-    batch = {
-        "input_ids": torch.stack([Texts()[i]["input_ids"] for i in range(8)]),
-        "labels": torch.arange(8) % 2,
-    }
-    inputs = {"input_ids": batch["input_ids"][:2]}
     made = []
 
     def make(model, optimizer):
-        made.append(
-            GradualPruning(model, inputs, [batch], rounds=2, every=4, macs=0.7, optimizer=optimizer)
-        )
+        made.append(schedule(model, optimizer))
         return made[-1]
 
-    def train(model, folder, steps, bf16=False, **given):
+    inputs = {"input_ids": BATCH["input_ids"][:2]}
+
+    def train(model, folder, steps, resume_from_checkpoint=None, **given):
         arguments = TrainingArguments(
-            str(folder), max_steps=steps, save_steps=6, per_device_train_batch_size=4, bf16=bf16,
+            str(folder), max_steps=steps, save_steps=6, per_device_train_batch_size=4,
             report_to=[], use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
+            **given,
         )  # fmt: skip
         callback = sosp_hub.trainer_callback(make)
         trainer = Trainer(model, arguments, train_dataset=Texts(), callbacks=[callback])
-        trainer.train(**given)
+        trainer.train(resume_from_checkpoint)
         return trainer.model
 
     whole = train(bert(), tmp_path / "whole", 8)
@@ -316,11 +313,41 @@ def test_a_transformers_trainer_cuts_while_it_trains(tmp_path):
     )
     assert made[-1].rounds_done == 2
     assert_close(again.state_dict(), whole.state_dict(), relative=1e-5)
-    assert math.isfinite(whole(**batch).loss.item())
+    elsewhere = train(
+        sosp_hub.from_pretrained(checkpoint),
+        tmp_path / "elsewhere",
+        8,
+        resume_from_checkpoint=str(checkpoint),
+        restore_callback_states_from_checkpoint=True,
+    )
+    assert made[-1].rounds_done == 2
+    assert_close(elsewhere.state_dict(), whole.state_dict(), relative=1e-5)
+    with pytest.raises(PlanError, match=r"as it was cut.*sosp_hub\.from_pretrained\(checkpoint\)"):
+        train(bert(), tmp_path / "whole", 8, resume_from_checkpoint=str(checkpoint))
+    assert math.isfinite(whole(**BATCH).loss.item())
     with process_state_kept():  # its checkpoints hold the cut model
         mixed = train(bert(), tmp_path / "mixed", 8, bf16=True)
     saved = sosp_hub.from_pretrained(tmp_path / "mixed" / "checkpoint-8")
     assert_close(saved.state_dict(), mixed.state_dict(), relative=0)
+
+
+def test_the_best_checkpoint_of_a_trainer_is_one_since_the_last_cut(tmp_path):
+    """An earlier one, of a larger model, was loaded into the cut one: raw errors of sizes."""
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=8, save_steps=2, per_device_train_batch_size=4, report_to=[],
+        use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="step", greater_is_better=False,
+    )  # fmt: skip
+    callback = sosp_hub.trainer_callback(schedule)
+    trainer = Trainer(
+        bert(), arguments, train_dataset=Texts(), eval_dataset=Texts(), callbacks=[callback],
+        compute_metrics=lambda _: {"step": trainer.state.global_step},
+    )  # fmt: skip
+    trainer.train()
+    assert callback.pruning.rounds_done == 2
+    assert trainer.state.best_global_step == 6  # the second cut comes after four steps
+    best = sosp_hub.from_pretrained(tmp_path / "checkpoint-6")
+    assert_close(trainer.model.state_dict(), best.state_dict(), relative=0)
 
 
 def test_a_model_that_was_prepared_in_mixed_precision_is_scored_cut_trained_and_saved(tmp_path):

@@ -338,6 +338,42 @@ def test_handles_of_hooks_of_states_remove_them_after_a_cut_in_place():
     assert len(seen) == 4
 
 
+class Watching(nn.Module):
+    """Holds the handles of its hooks, as transformers' models with activation checkpoints do."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.seen = nn.Linear(6, 12), nn.Linear(12, 3), 0
+        self.handle = self.up.register_forward_hook(self.count)
+        self.handles = {"down": [self.down.register_forward_hook(self.count, with_kwargs=True)]}
+
+    def count(self, *_):
+        self.seen += 1
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_handles_that_the_model_holds_remove_hooks_after_a_cut_in_place():
+    """They were of a copy: hooks stayed, and no copy of the model could be made, nor a next cut."""
+    model, x = Watching().eval(), torch.randn(2, 6)
+    for _ in range(2):
+        graph = trace(model, (x,))
+        sosp_hub.apply_(model, graph, half(graph))
+    gc.collect()
+    again = copy.deepcopy(model)
+    for each in (again, model):
+        each.seen = 0
+        each(x)
+        assert each.seen == 2
+        each.handle.remove()
+        each(x)
+        assert each.seen == 3
+        each.handles["down"][0].remove()
+        each(x)
+        assert each.seen == 3
+
+
 def test_a_hook_of_the_whole_model_is_given_the_model_after_a_cut_in_place():
     model, given = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval(), []
     model.register_load_state_dict_pre_hook(lambda module, *_: given.append(module))
