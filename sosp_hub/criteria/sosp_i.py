@@ -124,6 +124,7 @@ class SospI(GateCriterion, PerSampleCriterion, CurvatureSection):
 
         groups, measure = context.groups, self.measure(context)
         curvature = context.curvature or measure.measure(context.model, groups, context.batches)
+        context.unused.update(curvature.unused)
         num = sum(group.size for group in groups.values())
         if len(curvature.matrix) != num:
             raise CriterionError(

@@ -39,6 +39,8 @@ class GaussNewton(NamedTuple):
         form: How outputs enter the loss, which says its curvature: ``softmax``, ``sigmoid``,
             ``squared``; ``empirical`` where that is not known and the matrix is the empirical
             Fisher, the mean of the outer products of the samples' own gradients.
+        unused: Groups that the loss does not depend on, where the protocol allows some; their rows
+            are zero.
     """
 
     loss: float
@@ -47,6 +49,7 @@ class GaussNewton(NamedTuple):
     matrix: Matrix
     exact: bool
     form: str = "softmax"
+    unused: tuple[str, ...] = ()
 
 
 def gauss_newton(
@@ -126,7 +129,8 @@ def gauss_newton(
     mean = average(model, groups, batches, protocol, 1, step, gram.add, own_gates=True)
     matrix = gram.mean(mean.weight, protocol.process_sum, protocol.process_rows)
     gradient = by_group(groups, mean.totals[0])
-    return GaussNewton(mean.loss, mean.num_samples, gradient, matrix, exact, form)
+    unused = tuple(sorted(protocol.unused or ()))
+    return GaussNewton(mean.loss, mean.num_samples, gradient, matrix, exact, form, unused)
 
 
 def _size(groups: Groups) -> int:

@@ -50,6 +50,7 @@ def curvature(context: Context, groups: Groups) -> dict[str, Any]:
             "num_samples": measured.num_samples,
             "exact": measured.exact,
             "form": measured.form,
+            "unused": measured.unused,
             "groups": {name: group.size for name, group in groups.items()},
         }
     )
@@ -103,6 +104,7 @@ def curvature_measure(recipe: Recipe, loss_fn: "LossFn | None") -> CurvatureMeas
         micro_batch_size=getattr(recipe.criterion, "micro_batch_size", None),
         process_sum=process_sum,
         process_rows=process_rows,
+        unused=set(),
     )
     return CurvatureMeasure(protocol, **options, seed=recipe.seed)
 

@@ -244,6 +244,7 @@ def _model(
     auto, dtype = _builders(find_task(section.task), config)[0], getattr(torch, section.dtype)
     if not section.pretrained:
         return build(auto, config, dtype)
+    _tell_wider(section, config, dtype)
     replaced = old_outputs is not None and old_outputs != config.num_labels
     model, report = auto.from_pretrained(
         source,
@@ -272,6 +273,18 @@ def _model(
             ", ".join(sorted(lacking)[:5]),
         )
     return model
+
+
+def _tell_wider(section: ModelSection, config: Any, dtype: torch.dtype) -> None:
+    stored = getattr(config, "dtype", None)
+    stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+    if isinstance(stored, torch.dtype) and stored.itemsize < dtype.itemsize:
+        name = str(stored).removeprefix("torch.")
+        log.warning(
+            "model.dtype: %s is stored in %s; it is read, measured and saved in %s, %d times as "
+            "many bytes. model.dtype=%s keeps it as it is",
+            *(section.id, name, section.dtype, dtype.itemsize // stored.itemsize, name),
+        )
 
 
 def _bare(section: ModelSection, config: Any) -> "PreTrainedModel":

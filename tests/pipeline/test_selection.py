@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import transformers
 
+import sosp_hub
 from sosp_hub.prune import main
 
 
@@ -58,3 +60,36 @@ def test_a_target_that_has_no_form_for_the_model_is_refused_before_anything_runs
     assert "error: budget.target: " in (told := capsys.readouterr().err)
     assert "for causal language models of llama" in told
     assert "train dense" not in told
+
+
+def test_a_part_that_the_loss_does_not_read_stays_whole_where_curvature_is_measured(tmp_path):
+    """SigLIP's pooling head, which its classifier does not read: such models were refused."""
+    config = transformers.SiglipConfig(
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+        },
+        num_labels=10,
+    )  # fmt: skip
+    own = transformers.SiglipForImageClassification(config)
+    own.save_pretrained(tmp_path / "model")
+    size = {"height": 16, "width": 16}
+    transformers.SiglipImageProcessor(size=size).save_pretrained(tmp_path / "model")
+    sections = {
+        "model": {
+            "library": "transformers",
+            "id": str(tmp_path / "model"),
+            "task": "image-classification",
+        },
+        "data": {"id": "sklearn/digits", "num_train": 64, "num_test": 32},
+        "criterion": {"name": "sosp_i", "selection": "signed", "num_samples": 24},
+        "budget": {"structures": 0.6},
+        "rebuild": {"method": None},
+        "finetune": {"epochs": 0},
+        "evaluate": {"metrics": ["loss"], "latency": False},
+        "output": {"dir": str(tmp_path / "out"), "figures": False},
+    }
+    report = sosp_hub.prune(sections)
+    kept = report["plan"]["kept"]
+    assert any(name.startswith("vision_model.encoder") for name in kept)
+    assert not any(name.startswith("vision_model.head") for name in kept)

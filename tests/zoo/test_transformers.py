@@ -254,6 +254,21 @@ def test_half_precision(save, load):
     assert next(loaded.model.parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_weights_that_grow_when_they_are_read_are_told(stored, save, load, caplog):
+    """A model in 16 bits became one in 32 without a word: cut to 70 %, its file was 1.4 times."""
+    folder, model = save("LlamaForCausalLM")
+    model.to(getattr(torch, stored)).save_pretrained(folder)
+    load(folder, CAUSAL)
+    told = (
+        f"is stored in {stored}; it is read, measured and saved in float32, 2 times" in caplog.text
+    )
+    assert told == (stored != "float32")
+    caplog.clear()
+    load(folder, CAUSAL, dtype=stored)
+    assert "is stored in" not in caplog.text
+
+
 def test_a_local_copy_of_a_model_that_its_id_names(save, section):
     folder, model = save("LlamaForCausalLM")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
