@@ -193,12 +193,16 @@ def read_scores(folder: str | Path, overrides: Sequence[str], *, with_data: bool
     )
     place = [f"output.dir={folder.resolve().with_name(name)}", *["push=null"] * bool(made.push)]
     recipe = read([*dropped, *place, *overrides])
-    if recipe.budget.max_drop and not _held_out_alike(made, recipe):
+    trained = trained_before(report) or not made.model.pretrained
+    fitted = "dense model was trained" if trained else "scores were made"
+    if not trained and made.criterion.needs == "nothing":
+        fitted = ""
+    if recipe.budget.max_drop and fitted and made.held_out_key() != recipe.held_out_key():
         raise RecipeError(
             "--from-scores",
             [
-                "budget.max_drop: the dense model was trained in that run with samples that would "
-                "have to be held out; run the recipe with it, or with data.num_held_out"
+                f"budget.max_drop: the {fitted} in that run with samples that would have to be "
+                "held out; run the recipe with it, or with data.num_held_out"
             ],
         )
     try:
@@ -229,7 +233,7 @@ def read_scores(folder: str | Path, overrides: Sequence[str], *, with_data: bool
         made,
         dense,
         blocks,
-        trained=trained_before(report),
+        trained=trained,
     )
 
 
@@ -246,12 +250,6 @@ def weights_of(model: nn.Module) -> str | None:
         some = flat[:: max(1, len(flat) // _MOST_ELEMENTS)].cpu().contiguous()
         digests.append(hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:32]
-
-
-def _held_out_alike(made: Recipe, recipe: Recipe) -> bool:
-    """Whether what a promise is measured on was held out from a dense model that a run made."""
-    trained = made.model.train is not None or not made.model.pretrained
-    return not trained or made.held_out_key() == recipe.held_out_key()
 
 
 def recipe_of(folder: Path) -> Recipe:

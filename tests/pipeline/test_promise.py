@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import timm
 
+import sosp_hub
 from sosp_hub.pipeline import planning
 from sosp_hub.prune import main
 
@@ -13,6 +15,16 @@ PROMISE = [
     "data.num_train=300", "data.num_held_out=150", "budget.structures=null",
     "budget.max_drop={divergence: 0.5}", "budget.probes=2", "model.train={epochs: 1}",
 ]  # fmt: skip
+
+
+@pytest.fixture
+def pretrained(recipe, tmp_path):
+    """The recipe with weights that no run made."""
+    sosp_hub.save_pretrained(timm.create_model("test_resnet", num_classes=10), tmp_path / "dense")
+    model = f"model: {{library: timm, id: {tmp_path / 'dense'}, task: image-classification}}"
+    lines = recipe.read_text().splitlines()
+    recipe.write_text("\n".join(model if row.startswith("model:") else row for row in lines))
+    return recipe
 
 
 def report_of(recipe, name="out"):
@@ -97,8 +109,17 @@ def test_what_cannot_be_promised_is_refused(given, told, recipe, capsys):
     assert told in " ".join(capsys.readouterr().err.split())
 
 
-def test_scores_of_a_model_that_saw_the_samples_are_refused(recipe, capsys):
-    assert main([str(recipe), "model.train={epochs: 1}", "data.num_train=300"]) == 0
-    given = ["--from-scores", str(recipe.parent / "out"), "--with-data"]
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (["model.train={epochs: 1}"], "the dense model was trained in that run with samples that"),
+        (["model.train={epochs: 1, when: new_head}"], "the scores were made in that run with"),
+        ([], "the scores were made in that run with"),
+        (["criterion={name: magnitude}"], "is measured, and there is no data"),
+    ],
+)
+def test_scores_of_what_saw_the_samples_are_refused(keys, told, pretrained, capsys):
+    assert main([str(pretrained), *keys, "data.num_train=300"]) == 0
+    given = ["--from-scores", str(pretrained.parent / "out")]
     assert main([*given, "budget.max_drop={divergence: 0.5}"]) == 2
-    assert "would have to be held out" in " ".join(capsys.readouterr().err.split())
+    assert told in " ".join(capsys.readouterr().err.split())
