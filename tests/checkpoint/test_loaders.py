@@ -18,6 +18,7 @@ from sosp_hub.errors import CheckpointError
 from tests.checkpoint import cuts
 from tests.checkpoint.test_families import output
 from tests.compare import assert_close
+from tests.structure.oracles import half
 
 pytestmark = pytest.mark.slow
 
@@ -379,6 +380,64 @@ def test_lora_on_a_pruned_base(llama, tmp_path):
         sosp_hub.from_pretrained(folder), tmp_path / "adapter"
     ).eval()
     assert_close(output(again, TOKENS), output(tuned, TOKENS), relative=1e-6)
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert_close(output(alone, TOKENS), output(tuned, TOKENS), relative=1e-6)
+    beside = sosp_hub.from_pretrained(folder)
+    beside.load_adapter(str(tmp_path / "adapter"))
+    assert_close(output(beside.eval(), TOKENS), output(tuned, TOKENS), relative=1e-6)
+
+
+CODE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "of_ones_own"
+    vocab_size, width, inner = 20, 8, 16
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.up = nn.Linear(config.width, config.inner)
+        self.down = nn.Linear(config.inner, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids, **_):
+        return CausalLMOutput(logits=self.down(torch.relu(self.up(self.embed(input_ids)))))
+"""
+
+
+def test_a_model_of_shipped_code_is_loaded_by_the_class_that_its_config_maps(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "own"))
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    (folder / "modeling_own.py").write_text(CODE)
+    mapped = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnModel"}
+    record = {
+        "model_type": "of_ones_own",
+        "architectures": ["OwnModel"],
+        "auto_map": {auto: f"modeling_own.{name}" for auto, name in mapped.items()},
+    }
+    (folder / "config.json").write_text(json.dumps(record))
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    auto = transformers.AutoModelForCausalLM
+    auto.from_config(config, trust_remote_code=True).save_pretrained(folder)
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    tokens = {"input_ids": torch.arange(10).reshape(2, 5)}
+    graph = sosp_hub.trace(model, tokens)
+    pruned = sosp_hub.apply(model, graph, half(graph))
+    sosp_hub.save_pretrained(pruned, tmp_path / "small")
+    with pytest.raises(CheckpointError, match=r"pass model_class=, or trust_remote_code=True"):
+        sosp_hub.from_pretrained(tmp_path / "small")
+    loaded = sosp_hub.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    assert_close(output(loaded, tokens), output(pruned, tokens), relative=1e-6)
 
 
 def test_cifar_resnet_loads_by_name(tmp_path):

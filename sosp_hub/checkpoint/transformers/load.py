@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -279,9 +279,10 @@ def _load(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
                 f"the checkpoint holds a pruned {base}, "
                 f"which a {type(model).__name__} does not contain"
             )
+    held = {name for name, tensor in model.state_dict().items() if not tensor.is_meta}
     loaded = _ORIGINALS["loader"](model, *args, **kwargs)
     if record is not None or _CHECKED.get():
-        _refuse_invented(model, loaded[0])
+        _refuse_invented(model, loaded[0], held)
     if record is not None:
         _mark_filled(model, loaded[0])
     return loaded
@@ -304,8 +305,14 @@ def _from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return loaded
 
 
-def _refuse_invented(model: nn.Module, info: Any) -> None:
-    """Stops before transformers makes the tensors that the files do not hold, however large."""
+def _refuse_invented(model: nn.Module, info: Any, held: Collection[str]) -> None:
+    """Stops before transformers makes the tensors that the files do not hold, however large.
+
+    Args:
+        model: The model.
+        info: What was loaded.
+        held: Tensors that had data before: where adapters alone are loaded, all others.
+    """
     for name, held, built in sorted(info.mismatched_keys):
         raise CheckpointError(
             f"tensor {name!r}: the files hold {list(held)}, the config builds {list(built)}"
@@ -313,6 +320,7 @@ def _refuse_invented(model: nn.Module, info: Any) -> None:
     tied = tied_names(model)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     missing = {name: sizes.get(name, 0) for name in info.missing_keys if name not in tied}
+    missing = {name: size for name, size in missing.items() if name not in held}
     if sum(missing.values()) > sum(sizes.values()) / 2:
         largest = max(missing, key=lambda name: missing[name])
         raise CheckpointError(

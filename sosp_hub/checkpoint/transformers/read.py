@@ -34,13 +34,26 @@ def read(
         if not kwargs.get("trust_remote_code"):
             raise CheckpointError(
                 f"config.json: architectures: {ascii(config.get('architectures'))[:80]} is no "
-                f"model class of transformers {transformers.__version__}; pass model_class="
+                f"model class of transformers {transformers.__version__}; pass model_class=, or "
+                "trust_remote_code=True where the folder ships code that you trust"
             )
-        cls = transformers.AutoModel
+        cls = _auto_class(config)
     with adapter.checked():
         model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
     _check_all_read(model, info, config, folder, is_asked=asked is not None)
     return model
+
+
+def _auto_class(config: Mapping[str, Any]) -> Any:
+    """The Auto class that the config maps to the class it names."""
+    named, mapped = config.get("architectures"), config.get("auto_map")
+    for auto, reference in mapped.items() if isinstance(mapped, Mapping) else ():
+        wanted = named[0] if isinstance(named, list) and named else None
+        cls = getattr(transformers, auto, None) if isinstance(auto, str) else None
+        is_model = isinstance(cls, type) and auto.startswith("AutoModel")
+        if is_model and str(reference).rpartition(".")[2] == wanted:
+            return cls
+    return transformers.AutoModel
 
 
 def _check_all_read(
