@@ -314,6 +314,12 @@ def trainer_callback(make: Callable[[nn.Module, Optimizer], GradualPruning]) -> 
             del args, control
             if self.guard is not None:
                 self.guard.remove()
+            if hasattr(given["model"], "merge_and_unload"):
+                raise PlanError(
+                    f"trainer_callback: the {type(given['model']).__name__} has adapters beside "
+                    "its weights, and checkpoints would hold these alone, of a cut model that is "
+                    "in no file; train without adapters, or add them after the last cut"
+                )
             optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
             self.pruning = make(given["model"], optimizer)
             if state.global_step:

@@ -331,6 +331,17 @@ def test_a_transformers_trainer_cuts_while_it_trains(tmp_path):
     assert_close(saved.state_dict(), mixed.state_dict(), relative=0)
 
 
+@pytest.mark.filterwarnings("ignore")  # peft asks deprecated properties
+def test_a_trainer_whose_checkpoints_would_lack_the_cut_model_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query"]))
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True)
+    callback = sosp_hub.trainer_callback(schedule)
+    trainer = Trainer(model, arguments, train_dataset=Texts(), callbacks=[callback])
+    with pytest.raises(PlanError, match=r"has adapters beside its weights.*in no file"):
+        trainer.train()
+
+
 def test_the_best_checkpoint_of_a_trainer_is_one_since_the_last_cut(tmp_path):
     """An earlier one, of a larger model, was loaded into the cut one: raw errors of sizes."""
     arguments = TrainingArguments(
