@@ -144,6 +144,13 @@ def tables_of_a_module() -> None:
     expect(dict(module.named_buffers())["running_mean"].shape == (2,), "the buffer stays")
     expect([name for name, _ in module.named_children()] == ["child"], "the child is not there")
     expect(list(compat.child_table(module)) == ["none", "child"], "children that are None")
+    compat.put_in(module, "running_var", torch.ones(2))
+    expect(dict(module.named_buffers())["running_var"].shape == (2,), "the buffer stays")
+    memory, weight = nn.LSTM(2, 3), nn.Parameter(torch.zeros(12, 2))
+    compat.put_in(memory, "weight_ih_l0", weight)
+    lists = [each for each in vars(memory).values() if isinstance(each, list)]
+    held = [each for one in lists for each in one if isinstance(each, nn.Parameter)]
+    expect(any(each is weight for each in held), "a recurrent layer lists its old weight")
     handle = module.register_forward_hook(print)
     expect(list(compat.forward_hook_table(module).values()) == [print], "the hook is not there")
     handle.remove()
