@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.cut import apply
-from sosp_hub.errors import DataError, PlanError
+from sosp_hub.errors import DataError, PlanError, SospHubError
 from sosp_hub.modes import as_the_caller, evaluating, in_own_modes, without_autocast
 from sosp_hub.plan import PruningPlan
 from sosp_hub.progress import progress
@@ -148,16 +148,22 @@ def rebuild(
     model = unwrapped(model)
     check_batches(batches, "rebuild")
     batches = list(as_the_caller(batches))
-    rebuilt = rebuilt_weights(
-        model,
-        graph,
-        plan,
-        batches,
-        damping=damping,
-        dense_share=dense_share,
-        refine_steps=refine_steps,
-        process_sum=process_sum,
-    )
+    try:
+        rebuilt = rebuilt_weights(
+            model,
+            graph,
+            plan,
+            batches,
+            damping=damping,
+            dense_share=dense_share,
+            refine_steps=refine_steps,
+            process_sum=process_sum,
+        )
+    except SospHubError:
+        raise
+    except Exception:
+        apply(model, graph, plan, verify=verify, strict=True)  # tells whose cut does not run
+        raise
     pruned = apply(rebuilt.model, graph, rebuilt.plan, verify=verify, strict=True)
     if plan.kept and (not refine_steps if norms is None else norms):
         try:

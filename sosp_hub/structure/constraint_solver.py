@@ -242,11 +242,18 @@ def bar_counts(
             number: [kept for kept in range(1, atom.size + 1) if kept not in atom.barred]
             for number, atom in loose.items()
         }
-        if any(
-            flips({number: generator.choice(counts) for number, counts in left.items()})
-            for _ in range(3 * (len(loose) > 1))
-        ):
-            stuck = list(loose.values())
+        if len(loose) > 1:
+            few = {number: counts[0] for number, counts in left.items()}
+            most = max(loose, key=lambda number: loose[number].size)
+            if flips(few):  # several that are few at once: the largest may be what is not
+                wrong = {kept for kept in left[most][:-1] if flips({**few, most: kept})}
+                loose[most].barred |= wrong
+                left[most] = [kept for kept in left[most] if kept not in wrong]
+            if any(
+                flips({number: generator.choice(counts) for number, counts in left.items()})
+                for _ in range(3)
+            ):
+                stuck = list(loose.values())
         for atom in stuck:
             atom.pinned.setdefault(f"its size decides {comparison.where}")
         pinned |= bool(stuck)

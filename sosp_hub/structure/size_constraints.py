@@ -4,6 +4,7 @@ A number that carries its origin gives a constraint on attributes; a plain numbe
 the code and pins its axis.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from sosp_hub.structure.axes import Axis, cut_at, size_of, split
 from sosp_hub.structure.rules import Operation
 from sosp_hub.structure.terms import Terms
-from sosp_hub.structure.traced_int import TracedInt
+from sosp_hub.structure.traced_int import Op, TracedInt
 
 Demand = Callable[[Terms, Operation], None]
 _DEMANDS: dict[str, Demand] = {}
@@ -122,6 +123,15 @@ def _channel_shuffle(terms: Terms, op: Operation) -> None:
     halves = split(terms.of(op.tensor)[1], int(groups), "a channel shuffle")
     if halves is not None:
         terms.constrain(groups, halves[0], "groups")
+
+
+@_demand("batch_norm")
+def _batch_norm(terms: Terms, op: Operation) -> None:
+    """One value for each channel is refused, as where weights of one column are standardised."""
+    if op.argument(5, "training", False):
+        _, _, *rest = axes = terms.of(op.tensor)
+        values = functools.reduce(functools.partial(Op, "*"), rest, axes[0])
+        terms.hold(Op(">", values, 1), "a norm of each channel")
 
 
 @_demand("histc")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sosp_hub
-from sosp_hub.errors import DataError, PlanError
+from sosp_hub.errors import DataError, PlanError, VerificationError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.reconstruction.ridge import Layer
@@ -787,3 +787,22 @@ def test_complex_weights_stay_as_the_cut_left_them_and_are_told(caplog):
         assert "'b': it holds complex numbers" in caplog.text
         small = sosp_hub.apply(rebuilt.model, graph, rebuilt.plan)
         assert torch.equal(small.b, sosp_hub.apply(model, graph, plan).b)
+
+
+class Limited(nn.Linear):
+    """Wants more than it says: code that no trace looks into."""
+
+    def forward(self, x):
+        if x.numel() < 9 * len(x):
+            raise ValueError("too few columns")
+        return super().forward(x)
+
+
+def test_a_cut_that_does_not_run_is_told_as_apply_tells_it(monkeypatch):
+    monkeypatch.setattr("sosp_hub.structure.constraint_solver.bar_counts", lambda *_: False)
+    model = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), Limited(12, 3)).eval()
+    graph = trace(model, (torch.randn(2, 4),))
+    name = next(iter(graph.groups))
+    plan = PruningPlan({name: (0, 1, 2)}, {name: 12})
+    with pytest.raises(VerificationError, match=f"too few columns.*{name}"):
+        sosp_hub.rebuild(model, graph, plan, [(torch.randn(8, 4), None)])

@@ -268,6 +268,14 @@ def test_two_counts_that_decide_a_branch_together():
     assert check([], [wide, narrow], [true(">", wide, narrow)]) >= 1
 
 
+def test_of_several_counts_that_must_not_all_be_one_the_largest_is_not():
+    """Weights of one column in all cannot be standardised."""
+    groups, width = Atom(4), Atom(8)
+    more_than_one = true(">", Op("*", groups, width), 1)
+    assert check([], [groups, width], [more_than_one]) == 4 * 7
+    assert (groups.barred, width.barred) == (set(), {1})
+
+
 def test_a_repeat_factor_may_become_one():
     copies = Atom(4, roles={"copies"})
     settle([says(HEADS, copies)], (), [true(">", HEADS, 1)])

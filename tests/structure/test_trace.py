@@ -18,7 +18,7 @@ from sosp_hub.surgery.apply import apply
 from sosp_hub.surgery.widen import widen
 from tests.cases import CASES
 from tests.compare import assert_close
-from tests.structure.oracles import gated, half, run
+from tests.structure.oracles import gated, half, plan_of, run
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 RESNET = next(case for case in CASES if case.name == "test_resnet")
@@ -355,6 +355,15 @@ def test_a_weight_that_is_standardised_reads_and_is_no_place_for_a_gate(kind):
     twice = {group.name: (2,) * 6}
     with pytest.raises(PlanError, match="normalised before it" if gated_at else "not only weights"):
         widen(model, graph, twice, verify="fast")
+
+
+def test_weights_that_are_standardised_keep_more_than_one_column():
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), Standardised(6, 3, 1)).eval()
+    graph = trace(model, (torch.randn(2, 2, 4, 4),))
+    assert graph.groups["0:channel"].barred == {1}
+    apply(model, graph, plan_of(graph, {"0:channel": (1, 4)}), strict=True)
+    wide = nn.Sequential(nn.Conv2d(2, 6, 1), Standardised(6, 3, 3)).eval()
+    assert not trace(wide, (torch.randn(2, 2, 4, 4),)).groups["0:channel"].barred
 
 
 class FindsNothing(torch.nn.Module):
