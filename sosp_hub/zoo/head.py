@@ -45,6 +45,6 @@ def fit_head(
         trained = "" if section.train else "; it stays random, since model.train is not given"
         lost = "" if checkpoint is None else f", in place of its trained one with {checkpoint}"
         level = logging.INFO if checkpoint is None or asked else logging.WARNING
-        told = "%s gets a new head with %d outputs%s%s"
-        log.log(level, told, section.id, wanted, lost, trained)
+        told = "%s gets a new head with %d output%s%s%s"
+        log.log(level, told, section.id, wanted, "s" if wanted != 1 else "", lost, trained)
     return wanted, True
