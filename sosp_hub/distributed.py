@@ -14,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
+    DynamoBackend,
     broadcast_object_list,
     gather_object,
     reduce,
@@ -21,7 +22,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from sosp_hub.compat.accelerate import launched_for_several
+from sosp_hub.compat.accelerate import launched_for_several, shard_on_cpus_too
 from sosp_hub.errors import ModelError
 from sosp_hub.progress import progress
 
@@ -110,7 +111,8 @@ def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accel
         seed: Of the order of the samples.
 
     Raises:
-        ModelError: Accelerate is set up to spread a model's weights over processes.
+        ModelError: Accelerate is set up to spread a model's weights over processes in a way that
+            nothing here trains.
     """
     process_state()
     accelerator = Accelerator(
@@ -120,19 +122,67 @@ def make_accelerator(mixed_precision: str | None = None, seed: int = 0) -> Accel
             even_batches=False, use_seedable_sampler=True, data_seed=seed
         ),
     )
+    shard_on_cpus_too(accelerator)
     if accelerator.distributed_type in _SPREAD:
-        raise ModelError(
-            f"Accelerate is set up for {accelerator.distributed_type.value}; expected a whole "
-            "model on each device (DDP), as `accelerate launch --multi_gpu` or torchrun start. A "
-            "cut model that is too large to be trained so can be saved, and trained by "
-            "transformers' Trainer"
-        )
+        _check_spread(accelerator)
     if accelerator.num_processes == 1 and launched_for_several():
         logger.warning(
             "this is one process alone: `accelerate launch --cpu` starts several with "
             "--mpirun_hostfile only; write torchrun --nproc_per_node NUMBER -m ..."
         )
     return accelerator
+
+
+def _check_spread(accelerator: Any) -> None:
+    """Refuses all but FSDP2 of whole models, and has it add up gradients in float32."""
+    kind = accelerator.distributed_type
+    if kind != DistributedType.FSDP:
+        raise ModelError(
+            f"Accelerate is set up for {kind.value}; expected a whole model on each device (DDP), "
+            "as `accelerate launch --multi_gpu` or torchrun start, or FSDP2: `accelerate launch "
+            "--use_fsdp --fsdp_version 2`"
+        )
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy  # slow to import
+
+    plugin, state = accelerator.state.fsdp_plugin, accelerator.state
+    if plugin.fsdp_version != 2:
+        raise ModelError(
+            "Accelerate is set up for FSDP of version 1; expected 2: write --fsdp_version 2, or "
+            "fsdp_version: 2 in its configuration"
+        )
+    refused = {
+        "cpu_ram_efficient_loading": "false: scores need whole weights in each process",
+        "offload_params": "false: lower finetune.batch_size, or take more devices",
+        "activation_checkpointing": "false, and finetune.gradient_checkpointing: true",
+        "ignored_modules": "nothing: all weights are spread",
+    }
+    set_to = {
+        "cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+        "offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "activation_checkpointing": plugin.activation_checkpointing,
+        "ignored_modules": plugin.ignored_modules,
+    }
+    for key, instead in refused.items():
+        if set_to[key]:
+            raise ModelError(f"fsdp_{key} is {set_to[key]}; expected {instead}")
+    if state.parallelism_config is not None:
+        raise ModelError(
+            "Accelerate is set up with a parallelism_config; expected FSDP2 over all processes "
+            "alone: leave it out"
+        )
+    if state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ModelError(
+            "Accelerate is set up to compile models, which are not compiled while they are sharded "
+            "(FSDP2); write --dynamo_backend no"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise ModelError(
+            "finetune.mixed_precision: fp16 is not trained with sharded weights (FSDP2); write bf16"
+        )
+    if accelerator.mixed_precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            torch.bfloat16, reduce_dtype=torch.float32
+        )
 
 
 def from_main(value: Any) -> Any:

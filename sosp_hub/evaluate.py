@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sosp_hub.callable_module import make_callable
 from sosp_hub.compat.accelerate import check_weights
+from sosp_hub.compat.torch import is_sharded
 from sosp_hub.distributed import process_rows, process_sum, processes_together, to_device
 from sosp_hub.errors import DataError
 from sosp_hub.modes import (
@@ -26,7 +27,7 @@ from sosp_hub.modes import (
     without_autocast,
 )
 from sosp_hub.recipe.metrics import DIVERGENCE
-from sosp_hub.tasks.batches import as_batch, check_batches
+from sosp_hub.tasks.batches import as_batch, check_batches, in_step
 from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.metrics import ROOTS, Meter, OfAll
 from sosp_hub.tasks.predictions import Predictions
@@ -104,9 +105,11 @@ def evaluate(
     first_class = _METERS + len(used)
     sums = torch.zeros(first_class, 6, dtype=torch.float64)
     with evaluating(model), without_autocast(model):
-        for batch in as_the_caller(batches):
+        for batch, counts in _passes(model, as_the_caller(batches)):
             batch = to_device(as_batch(batch))
             loss = batch_loss(model, batch, loss_fn)
+            if not counts:
+                continue
             own = [_moments_of(*meter(loss, batch)) for meter in own_meters.values()]
             for collect, samples in collected.items():
                 samples.extend(collect(model, loss, batch))
@@ -156,6 +159,17 @@ def evaluate(
                 )
             metrics_by_name[name] = _ratio(row)
     return metrics_by_name
+
+
+def _passes(model: nn.Module, batches: Iterable[Any]) -> Iterable[tuple[Any, bool]]:
+    """The batches, all of which count; where weights are sharded, as many on every process."""
+    if not is_sharded(model):
+        return ((batch, True) for batch in batches)
+    nothing = DataError(
+        "a process has nothing to evaluate on, and all have to go through sharded weights (FSDP2) "
+        "together: give each at least one batch"
+    )
+    return in_step(batches, process_sum, nothing)
 
 
 def _known(metrics: Sequence[str], meters: Mapping[str, Any]) -> Sequence[str]:

@@ -8,8 +8,8 @@ import importlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from sosp_hub.atomic import put_in_place
-from sosp_hub.compat.accelerate import forget_prepared
 from sosp_hub.compat.torch import BatchNorm
 from sosp_hub.data.loading import make_loader
 from sosp_hub.distillation import StoredOutputs, Teacher
@@ -36,6 +35,7 @@ from sosp_hub.optimizers import SGD, AdamW
 from sosp_hub.progress import progress_bar
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
+from sosp_hub.sharding import check_sharding, load_state, prepared, save_state
 from sosp_hub.tasks.loss import Loss, batch_loss
 from sosp_hub.tasks.predictions import Predictions
 
@@ -102,6 +102,7 @@ def train_model(
         ModelError: A loss that is not finite.
     """
     accelerator = accelerator or make_accelerator(seed=seed)
+    check_sharding(accelerator, model, config, penalized=penalty is not None)
     if config.num_samples is not None:
         train = _some(train, config.num_samples, seed)
     batch_size = min(config.batch_size, len(train) // accelerator.num_processes)  # pyright: ignore
@@ -126,22 +127,24 @@ def train_model(
             start = accelerator.process_index * batch_size
             mine = _Reproducible(train, seed).__getitems__(range(start, start + batch_size))
             follow.fit(mine, checkpoint_dir and checkpoint_dir / "teacher_states.safetensors")
-    wrapped, optimizer, loader = accelerator.prepare(model, _optimizer(model, config), loader)
-    accelerator.gradient_accumulation_steps = config.gradient_accumulation
-    steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation)
-    total, epochs = config.epochs * steps_per_epoch, config.epochs
-    if isinstance(config, FinetuneSection) and config.tokens and epochs:
-        per_step = samples_per_step(train, config, accelerator) * tokens_of_sample(train)
-        total = math.ceil(config.tokens / per_step)
-        epochs = math.ceil(total / steps_per_epoch)
-    save_every = config.save_every_steps or steps_per_epoch
-    saved = _Saved(checkpoint_dir, accelerator, total, also)
-    step, history = saved.load()
     losses: list[Tensor] = []
     last: Any = None
-    _into_training(model, config)
-    shown = progress_bar(description, total, step, unit="steps")
-    with _prepared(accelerator, model, wrapped), shown as advance:
+    with ExitStack() as stack:
+        made = prepared(accelerator, model, _optimizer(model, config), loader)
+        wrapped, optimizer, loader = stack.enter_context(made)
+        accelerator.gradient_accumulation_steps = config.gradient_accumulation
+        steps_per_epoch = math.ceil(len(loader) / config.gradient_accumulation)
+        total, epochs = config.epochs * steps_per_epoch, config.epochs
+        if isinstance(config, FinetuneSection) and config.tokens and epochs:
+            per_step = samples_per_step(train, config, accelerator) * tokens_of_sample(train)
+            total = math.ceil(config.tokens / per_step)
+            epochs = math.ceil(total / steps_per_epoch)
+        save_every = config.save_every_steps or steps_per_epoch
+        each_step = samples_per_step(train, config, accelerator)
+        saved = _Saved(checkpoint_dir, accelerator, model, optimizer, total, each_step, also)
+        step, history = saved.load()
+        _into_training(model, config)
+        advance = stack.enter_context(progress_bar(description, total, step, unit="steps"))
         for epoch in range(step // steps_per_epoch, epochs):
             loader.set_epoch(epoch)
             done = (step - epoch * steps_per_epoch) * config.gradient_accumulation
@@ -181,6 +184,7 @@ def train_model(
                     advance()
                 ends = _ends_part(step, steps_per_epoch, parts_per_epoch) or step == total
                 if after_part and ends:
+                    _same_buffers(model)
                     after_part(step / steps_per_epoch)
                     _into_training(model, config)
                 if save:
@@ -188,13 +192,18 @@ def train_model(
                 if step == total:
                     last = batch
                     break
-    for buffer in model.buffers():  # each process had its own batches
-        broadcast(buffer)
+    _same_buffers(model)
     model.eval()
     if last is not None:  # what the last step did shows only in another pass
         with torch.no_grad(), accelerator.autocast():
             _point([batch_loss(model, last, loss_fn).value], step, config.epochs, config.rate)
     return history
+
+
+def _same_buffers(model: nn.Module) -> None:
+    """Those of the main process on all: each had its own batches."""
+    for buffer in model.buffers():
+        broadcast(buffer)
 
 
 def _into_training(model: nn.Module, config: TrainSection) -> None:
@@ -254,24 +263,38 @@ class _Saved:
     """Resumable state of a training run: always one whole folder, never half of one."""
 
     def __init__(
-        self, folder: Path | None, accelerator: Accelerator, total: int, also: Resumable | None
+        self,
+        folder: Path | None,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        total: int,
+        samples_per_step: int,
+        also: Resumable | None,
     ) -> None:
         self.folder, self.accelerator, self.also = folder, accelerator, also
-        self.shape = {"total_steps": total, "num_processes": accelerator.num_processes}
+        self.trained = model, optimizer
+        dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad}
+        self.shape = {
+            "total_steps": total,
+            "samples_per_step": samples_per_step,
+            "dtypes": sorted(dtypes),
+        }
 
     def load(self) -> tuple[int, list[dict[str, float]]]:
         """Steps that are done and their history; nothing where there is no state that fits."""
         last, record = from_main(self._last())  # all processes see what one sees
         if last is None:
             return 0, []
-        if any(record[key] != value for key, value in self.shape.items()):
+        if any(record.get(key) != value for key, value in self.shape.items()):
             logger.info(
-                "%s has another number of steps or processes: training starts from the beginning",
+                "%s has other steps (their number, their samples on all processes, or the dtype "
+                "of the weights): training starts from the beginning",
                 last,
             )
             self._clear()
             return 0, []
-        self.accelerator.load_state(str(last))
+        load_state(self.accelerator, *self.trained, last)
         if self.also is not None and "also" in record:
             self.also.load_state_dict(record["also"])
         logger.info("resuming from step %d of %d", record["step"], record["total_steps"])
@@ -289,7 +312,7 @@ class _Saved:
             return
         final = self.folder / f"step-{step:09d}"
         draft = final.with_suffix(".draft")
-        self.accelerator.save_state(str(draft), safe_serialization=True)
+        save_state(self.accelerator, *self.trained, draft)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             record = {"step": step, **self.shape, "history": history}
@@ -305,17 +328,6 @@ class _Saved:
                 if old != but:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _prepared(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> Iterator[None]:
-    """Afterwards, also after an error, nothing of an accelerator is left on the model."""
-    try:
-        yield
-    finally:
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        accelerator.free_memory()
-        forget_prepared(model)
 
 
 def _seed(seed: int) -> None:

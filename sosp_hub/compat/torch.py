@@ -175,6 +175,23 @@ SHARDED = "FullyShardedDataParallel"
 _WRAPPERS = "DistributedDataParallel", "DataParallel", SHARDED
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether weights are spread over processes (FSDP2), which gather them for each pass.
+
+    After a pass some of them may still be whole: the classes of the modules tell as well.
+    """
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters()) or any(
+        hasattr(module, "reshard") for module in model.modules()
+    )
+
+
+def forget_sharding(module: nn.Module) -> None:
+    """Lets ``fully_shard`` take a module again, which it does once and has no way back from."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    _module_state_mapping.pop(module, None)
+
+
 def eagerly() -> AbstractContextManager[Any]:
     """Has compiled modules run the code that they were made of."""
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and it is slow to import

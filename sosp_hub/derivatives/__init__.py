@@ -6,7 +6,7 @@ so batches, micro-batches and processes that are weighted by what they count (sa
 tokens) give the answer of one process and one batch.
 """
 
-from sosp_hub.derivatives.average import Protocol, is_sharded
+from sosp_hub.derivatives.average import Protocol
 from sosp_hub.derivatives.divergence import divergence
 from sosp_hub.derivatives.gauss_newton import GaussNewton, gauss_newton
 from sosp_hub.derivatives.gram import LowRank, Matrix
@@ -31,6 +31,5 @@ __all__ = [
     "gate_gradient",
     "gauss_newton",
     "hessian_product",
-    "is_sharded",
     "sample_squares",
 ]

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sosp_hub.compat.torch import out_of_memory
+from sosp_hub.compat.torch import is_sharded, out_of_memory
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import GateKind, Gates, SharedBySamplesError, gated
 from sosp_hub.modes import without_autocast
 from sosp_hub.structure.groups import Groups
-from sosp_hub.tasks.batches import num_samples, split_batch
+from sosp_hub.tasks.batches import in_step, num_samples, split_batch
 from sosp_hub.tasks.loss import forward
 from sosp_hub.tasks.predictions import whole
 
@@ -193,31 +193,14 @@ def _run(
 def _run_in_step(
     batches: "Batches", protocol: Protocol, step: _Step, totals: list[Tensor]
 ) -> Iterator[tuple[Any, Seen]]:
-    """Each micro-batch with what ``step`` saw, as many passes on every process.
-
-    All processes gather sharded weights together, so one that is done goes through its last batch
-    again, for nothing, until the others are done too.
-    """
+    """Each micro-batch with what ``step`` saw, as many passes on every process."""
     mine = (part for batch in batches for part in split_batch(batch, protocol.micro_batch_size))
-    last = None
-    while True:
-        part = next(mine, None)
-        waits = torch.tensor([part is not None, part is None and last is None]).double()
-        busy, idle = (protocol.process_sum or (lambda flags: flags))(waits).tolist()
-        if idle and busy:
-            raise CriterionError(
-                "a process has no calibration data, and all have to go through sharded weights "
-                "(FSDP2) together: give each at least one batch"
-            )
-        if not busy:
-            return
-        last = last if part is None else part
-        if part is None:
-            step(last, [torch.zeros_like(total) for total in totals])
-        else:
+    nothing = CriterionError(
+        "a process has no calibration data, and all have to go through sharded weights (FSDP2) "
+        "together: give each at least one batch"
+    )
+    for part, counts in in_step(mine, protocol.process_sum or (lambda flags: flags), nothing):
+        if counts:
             yield part, step(part, totals)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether weights are spread over processes (FSDP2), which gather them for each pass."""
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+        else:
+            step(part, [torch.zeros_like(total) for total in totals])

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sosp_hub.compat.torch import RECOMPUTED_OTHERWISE, out_of_memory
+from sosp_hub.compat.torch import RECOMPUTED_OTHERWISE, is_sharded, out_of_memory
 from sosp_hub.derivatives.average import (
     DEFAULT,
     Protocol,
     Seen,
     average,
-    is_sharded,
 )
 from sosp_hub.derivatives.rows import by_group, first_order, gradient_by, row, used
 from sosp_hub.double_backward import CheapSecondDerivatives

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from sosp_hub.compat.accelerate import load_whole_models
 from sosp_hub.data.loading import Split, calibration_batches, load_split, most_calibration
 from sosp_hub.data.source import DataInfo, OpenData, SplitName, open_data
 from sosp_hub.data.split import Part
@@ -284,6 +285,7 @@ def open_context(
     if scores is not None:
         recipe = recipe.model_copy(update={"model": scores.model()})
     with cache.timed("load", "load model and data"):
+        load_whole_models()
         accelerator = make_accelerator(recipe.finetune.mixed_precision, recipe.seed)
         set_seed(recipe.seed)
         data = open_data(recipe.data, recipe.model.task, seed=recipe.seed) if with_data else None

@@ -22,7 +22,9 @@ from sosp_hub.pipeline.promising import check_promise, promised
 from sosp_hub.pipeline.stage_cache import step
 from sosp_hub.pipeline.training import dense, masked
 from sosp_hub.plan import PruningPlan
+from sosp_hub.recipe.criteria import MaskTrainedCriterion
 from sosp_hub.recipe.schema import Recipe
+from sosp_hub.sharding import check_sharding
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.groups import Group
 
@@ -83,6 +85,10 @@ def check(context: Context) -> None:
     scoring.check_loss(criterion, context.loss_fn(context.model))
     check_promise(context)
     check_measuring(context)
+    masked_training = isinstance(criterion, MaskTrainedCriterion)
+    for training in (context.dense_training, context.recipe.finetune):
+        if training is not None and (training.epochs or masked_training):
+            check_sharding(context.accelerator, context.model, training, penalized=masked_training)
     for target in budget.target:
         try:
             target.check(context.model)

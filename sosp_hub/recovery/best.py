@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from torch import nn
 
 from sosp_hub.atomic import write_text
@@ -15,6 +15,7 @@ from sosp_hub.data.loading import make_loader
 from sosp_hub.data.split import Part, Split
 from sosp_hub.distributed import is_main, process_state, wait_for_everyone
 from sosp_hub.errors import DataError
+from sosp_hub.sharding import save_weights
 
 
 def hold_out(
@@ -46,8 +47,19 @@ def hold_out(
 
 
 def held_out_loader(part: Part, batch_size: int, accelerator: Any, num_workers: int = 0) -> Any:
-    """This process's batches of the held-out samples."""
-    loader = make_loader(part, batch_size, num_workers=num_workers)
+    """This process's batches of the held-out samples, of which each has some where all can.
+
+    Raises:
+        DataError: Too few for processes that share weights, which they go through together.
+    """
+    share = len(part) // accelerator.num_processes
+    if not share and accelerator.is_fsdp2:
+        raise DataError(
+            f"{len(part)} held-out samples for {accelerator.num_processes} processes that share "
+            "weights (FSDP2); each needs one at least: raise finetune.held_out or data.num_train, "
+            "or start fewer processes"
+        )
+    loader = make_loader(part, min(batch_size, max(share, 1)), num_workers=num_workers)
     return accelerator.prepare_data_loader(loader)
 
 
@@ -96,17 +108,17 @@ class BestState:
     def offer(self, epoch: float, loss: float) -> bool:
         """Keeps the model's weights if there are no better ones; whether it did."""
         known = self.selected
+        old = self._read()["weights"] if known else ""
         wait_for_everyone()
         # After a kill, epochs from this one on are run again: what they left counts no more.
         stays = known if known and known.epoch < epoch and not math.isnan(known.loss) else None
         is_best = stays is None or loss < stays.loss
         losses = [each for each in (known.losses if known else ()) if each[0] < epoch]
         best = (epoch, loss) if stays is None or is_best else (stays.epoch, stays.loss)
+        new = ("best-1" if old.startswith("best-0") else "best-0") + ".safetensors"
+        if is_best:
+            save_weights(self.model, self.folder / new)
         if is_main():
-            old = self._read()["weights"] if known else ""
-            new = ("best-1" if old.startswith("best-0") else "best-0") + ".safetensors"
-            if is_best:
-                save_model(self.model, str(self.folder / new))
             record = {"epoch": best[0], "loss": best[1], "losses": [*losses, (epoch, loss)]}
             write_text(self.record, json.dumps({**record, "weights": new if is_best else old}))
             if is_best and old:

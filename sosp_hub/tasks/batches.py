@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sosp_hub.errors import DataError
@@ -107,6 +108,32 @@ def is_listed(batch: Any) -> bool:
         and len(inputs) == len(targets)
         and _one_each(targets)
     )
+
+
+def in_step(
+    batches: Iterable[Any], process_sum: Callable[[Tensor], Tensor], nothing: Exception
+) -> Iterator[tuple[Any, bool]]:
+    """As many batches on every process, each with whether it counts.
+
+    All processes gather sharded weights (FSDP2) together: one that is done gets its last batch
+    again, for nothing, until the others are done too.
+
+    Args:
+        batches: Of this process.
+        process_sum: Sum of a tensor over all processes.
+        nothing: Is raised, on all of them, where a process has no batch and others have.
+    """
+    mine, last = iter(batches), None
+    while True:
+        batch = next(mine, None)
+        waits = torch.tensor([batch is not None, batch is None and last is None]).double()
+        busy, idle = process_sum(waits).tolist()
+        if idle and busy:
+            raise nothing
+        if not busy:
+            return
+        last = last if batch is None else batch
+        yield last, batch is not None
 
 
 def num_samples(batch: Any) -> int:

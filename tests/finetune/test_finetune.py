@@ -3,16 +3,13 @@
 import copy
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from sosp_hub import distributed
 from sosp_hub.errors import DataError, ModelError
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recipe.training import TrainSection
@@ -323,11 +320,3 @@ def test_norms_keep_their_statistics_where_they_are_to(freeze):
 def test_a_net_without_batch_norm_has_nothing_to_recalibrate():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     assert recalibrate_norm(model, [(torch.randn(4, 2), torch.zeros(4).long())]) == 0
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_weights_that_accelerate_would_spread_are_refused(kind, monkeypatch):
-    made = SimpleNamespace(distributed_type=DistributedType(kind), num_processes=2)
-    monkeypatch.setattr(distributed, "Accelerator", lambda **_: made)
-    with pytest.raises(ModelError, match=f"set up for {kind}; expected a whole model on each"):
-        distributed.make_accelerator()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -227,6 +228,38 @@ def test_after_a_training_another_accelerator_prepares_the_model(monkeypatch):
             assert model(points.points).dtype == torch.float32
             prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
             assert "forward" in vars(prepared)
+
+
+class Decorated(nn.Sequential):
+    """As the models of transformers: what the caller gets is what the decorator makes."""
+
+    @staticmethod
+    def _doubled(forward):
+        @functools.wraps(forward)
+        def run(self, x):
+            return 2 * forward(self, x)
+
+        return run
+
+    forward = _doubled(nn.Sequential.forward)
+
+
+def test_after_a_training_in_mixed_precision_forward_is_decorated_as_it_was(monkeypatch):
+    """Accelerate, which unwraps it, goes on through the decorators of the class."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model, points = Decorated(*net()), Points(64)
+    with process_state_kept():
+        recover(model, points, config(held_out=0.25))
+    assert "forward" not in vars(model)
+    assert_close(model(points.points), 2 * nn.Sequential(*model)(points.points), relative=0)
+
+
+def test_a_forward_of_the_models_own_is_there_after_a_training():
+    model, points = net(), Points(64)
+    model.forward = functools.partial(nn.Sequential.forward, model)
+    own = model.forward
+    recover(model, points, config(held_out=0.25))
+    assert model.forward is own
 
 
 def test_too_few_samples_are_refused():

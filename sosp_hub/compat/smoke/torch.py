@@ -6,7 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from sosp_hub.compat import torch as compat
@@ -236,6 +238,35 @@ def compiled_models() -> None:
     wrapped = torch.compile(nn.DataParallel(compiled))
     expect(compat.unwrapped(wrapped) is model, "a model for several devices hides its own")
     expect(hasattr(fsdp, compat.SHARDED), f"there is no {compat.SHARDED}")
+
+
+@smoke("fine-tuning with FSDP2, twice in one run")
+def models_that_were_sharded() -> None:
+    mine = dist.is_available() and not dist.is_initialized()
+    if mine:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, mesh = nn.Linear(2, 2), init_device_mesh("cpu", (dist.get_world_size(),))
+        plain, kind = set(vars(model)), type(model)
+        expect(not compat.is_sharded(model), "a plain model is sharded")
+        for _ in range(2):
+            kept = dict(compat.parameter_table(model))
+            tables = {name: dict(table) for name, table in compat.hook_tables(model).items()}
+            fsdp.fully_shard(model, mesh=mesh)
+            expect(compat.is_sharded(model), "a sharded model is plain")
+            compat.forget_sharding(model)
+            model.__class__ = kind
+            for name in vars(model).keys() - plain:
+                del vars(model)[name]
+            compat.parameter_table(model).update(kept)
+            for name, table in compat.hook_tables(model).items():
+                table.clear()
+                table.update(tables[name])
+        expect(not compat.is_sharded(model), "a model that was sharded still is")
+        expect(model(torch.ones(1, 2)).shape == (1, 2), "it computes nothing")
+    finally:
+        if mine:
+            dist.destroy_process_group()
 
 
 @smoke("trace, scores and verification of compiled models and of models with compiled parts")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sosp_hub.compat.torch import is_sharded
 from sosp_hub.criteria.compute.context import Context
 from sosp_hub.criteria.compute.weights import by_structure, check_read, reading
-from sosp_hub.derivatives import is_sharded
 from sosp_hub.errors import CriterionError
 from sosp_hub.gates import gated
 from sosp_hub.structure.groups import Group, Groups, Site
