@@ -8,7 +8,6 @@ process alone would give: whoever wrote it, one process or several go on with it
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +215,12 @@ def _part(whole: Any, like: Any) -> Any:
     return distribute_tensor(here, mesh, placements, src_data_rank=None).clone()
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, under all names of those that are tied."""
+    kinds = model.named_parameters, model.named_buffers
+    return {name: each for named in kinds for name, each in named(remove_duplicate=False)}
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
     """Whole weights in a file that the main process writes; all processes call it together."""
     if not is_sharded(model):
@@ -223,11 +228,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
             save_model(model, str(path))
         return
     _reshard(model)
-    tensors = chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
     first: dict[int, str] = {}
-    names = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in _tensors(model).items()}
     state = model.state_dict()
     whole = {name: _gathered(state[name]) for name in state if names[name] == name}
     if is_main():
@@ -238,7 +240,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if not is_sharded(model):
         load_model(model, path)
         return
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    held = _tensors(model)
     with safe_open(path, "pt") as file, torch.no_grad():
         for name in file.keys():  # noqa: SIM118 - it is no dict
             held[name].copy_(_part(file.get_tensor(name), held[name]))

@@ -96,7 +96,7 @@ def train(name: str, folder: Path | None = None, *, stop_at: int = 0) -> dict[st
     }
 
 
-def stopped(folder: Path, name: str = "clipped") -> None:
+def stopped(folder: Path, name: str) -> None:
     """Leaves the state of a training that stops; its model has the best weights so far."""
     with pytest.raises(StoppedError):
         train(name, folder, stop_at=STOP_AT)
@@ -183,13 +183,13 @@ def main(folder: Path, names: list[str]) -> None:
     state = process_state()
     rank = state.process_index
     found: dict[str, Any] = {name: train(name) for name in names}
-    stopped(folder / "of several")
+    stopped(folder / "of several", names[0])
     assert all(p.isfinite().all() for p in train.left.parameters())
     if rank == 0:
         shutil.copytree(folder / "of several", folder / "for one")
     state.wait_for_everyone()
-    found["resumed"] = train("clipped", folder / "of several")
-    found["resumed of one"] = train("clipped", folder / "of one")
+    found["resumed"] = train(names[0], folder / "of several")
+    found["resumed of one"] = train(names[0], folder / "of one")
     found["in 16 bits"] = in_16_bits()
     (folder / f"{rank}.json").write_text(json.dumps(found))
     with pytest.raises(StoppedError):

@@ -254,6 +254,15 @@ def test_after_a_training_in_mixed_precision_forward_is_decorated_as_it_was(monk
     assert_close(model(points.points), 2 * nn.Sequential(*model)(points.points), relative=0)
 
 
+def test_a_model_that_the_caller_has_prepared_is_so_afterwards():
+    with process_state_kept():
+        model = Accelerator(cpu=True, mixed_precision="bf16").prepare(net())
+        before = dict(vars(model))
+        recover(model, Points(64), config(held_out=0.25))
+        assert vars(model).keys() == before.keys()
+        assert all(vars(model)[name] is before[name] for name in ("forward", "_original_forward"))
+
+
 def test_a_forward_of_the_models_own_is_there_after_a_training():
     model, points = net(), Points(64)
     model.forward = functools.partial(nn.Sequential.forward, model)
