@@ -122,12 +122,13 @@ def write_result(
             processor=loaded.image_processor,
         )
     write_text(draft / RECIPE, dump_recipe(recipe, whole=False))
-    save_file(saliency, draft / SALIENCY)
+    if saliency:  # none where each round of a schedule scores anew
+        save_file(saliency, draft / SALIENCY)
     if curvature is not None:
         shutil.copyfile(curvature, draft / CURVATURE)
-    for file in (SALIENCY, CURVATURE)[: 1 + (curvature is not None)]:
-        mode = (draft / "config.json").stat().st_mode
-        (draft / file).chmod(mode)  # safetensors lets only the owner read
+    for file in (draft / SALIENCY, draft / CURVATURE):
+        if file.exists():
+            file.chmod((draft / "config.json").stat().st_mode)  # safetensors: the owner alone reads
     keep_inputs(draft / CALIBRATION)
     if recipe.model.path is not None:
         copy_licence_files(Path(recipe.model.path).expanduser(), draft)

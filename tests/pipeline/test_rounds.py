@@ -39,6 +39,7 @@ def test_rounds_lead_to_the_budget_and_are_told(recipe, capsys):
     assert report["plan"]["provenance"]["rounds"] == 3
     card = (recipe.parent / "out" / "README.md").read_text()
     assert "## Rounds before the last" in card
+    assert not (recipe.parent / "out" / "saliency.safetensors").exists()  # it would hold no score
     model = from_pretrained(recipe.parent / "out")
     assert sum(p.numel() for p in model.parameters()) == report["cost"]["after"]["params"]
     again = ["--from-scores", str(recipe.parent / "out"), "budget.macs=0.5"]
