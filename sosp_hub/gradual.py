@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from sosp_hub.allocation import allocate
 from sosp_hub.atomic import write_text
 from sosp_hub.compat.torch import unwrapped
+from sosp_hub.compat.transformers import exportable_state
 from sosp_hub.cost import Cost, cost
 from sosp_hub.cut import apply_
 from sosp_hub.errors import BudgetError, PlanError
@@ -294,9 +295,8 @@ def trainer_callback(make: Callable[[nn.Module, Optimizer], GradualPruning]) -> 
         ... )  # for Trainer(..., callbacks=[callback])
     """
     from transformers import TrainerCallback  # the package does without
-    from transformers.trainer_callback import ExportableState
 
-    class PruningCallback(TrainerCallback, ExportableState):
+    class PruningCallback(TrainerCallback, exportable_state()):
         pruning: GradualPruning | None = None
         schedule: Any = None  # what `state` gave, where the Trainer restores its callbacks
         guard: RemovableHandle | None = None

@@ -35,6 +35,13 @@ def takes_sdpa(model: Any) -> bool:
     return bool(getattr(model, "_supports_sdpa", False))
 
 
+def exportable_state() -> Any:
+    """What a callback is too whose state the Trainer writes into a checkpoint and gives back."""
+    from transformers.trainer_callback import ExportableState
+
+    return ExportableState
+
+
 def is_taken(config: Any, numbers: Mapping[str, int]) -> bool:
     """Whether a config that is read from a file may hold these numbers, those that it has."""
     changed = copy.deepcopy(config)

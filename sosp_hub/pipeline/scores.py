@@ -270,7 +270,7 @@ def _report_of(folder: Path) -> dict[str, Any]:
     report = read_report(folder)
     for name, present in (
         (REPORT, report is not None),
-        (SALIENCY, (folder / SALIENCY).is_file() or "rounds" in (report or {})),
+        (SALIENCY, (folder / SALIENCY).is_file() or bool((report or {}).get("rounds"))),
     ):
         if not present:
             raise OutputExistsError(

@@ -92,6 +92,7 @@ def allocate_within(
 
     Example:
         >>> import sosp_hub, torch
+        >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
         >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")

@@ -14,6 +14,7 @@ DOCUMENTED = {  # modules whose pages say what is in them
     *("accelerate.utils", "timm.data", "timm.models", "timm.models.resnet"),
     *("huggingface_hub.errors", "huggingface_hub.hf_api", "huggingface_hub.utils"),
     *("torch.autograd", "torch.autograd.function", "torch.distributed"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor"),
     *("torch.nn", "torch.nn.attention", "torch.nn.modules.module"),
     *("torch.nn.functional", "torch.optim", "torch.overrides", "torch.profiler"),
     *("torch.utils.data", "torch.utils.flop_counter", "torch.utils.hooks"),

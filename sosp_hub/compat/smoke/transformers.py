@@ -218,3 +218,19 @@ def models_of_a_config() -> None:
         model = compat.build(cls, config, torch.bfloat16)
         expect(type(model) is transformers.LlamaForCausalLM, f"built a {type(model).__name__}")
         expect(model.dtype == torch.bfloat16, f"built in {model.dtype}")
+
+
+@smoke("schedules in a Trainer that goes on from a checkpoint")
+def callbacks_with_a_state() -> None:
+    stateful: Any = compat.exportable_state()
+
+    class Counting(transformers.TrainerCallback, stateful):
+        def __init__(self, number: int = 0) -> None:
+            self.number = number
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {"number": self.number}, "attributes": {}}
+
+    state = transformers.TrainerState(stateful_callbacks=[Counting(3)])
+    kept = (state.stateful_callbacks or {}).get("Counting")
+    expect(kept == Counting(3).state(), f"a trainer's state keeps {kept}")
