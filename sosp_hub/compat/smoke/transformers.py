@@ -232,5 +232,6 @@ def callbacks_with_a_state() -> None:
             return {"args": {"number": self.number}, "attributes": {}}
 
     state = transformers.TrainerState(stateful_callbacks=[Counting(3)])
-    kept = (state.stateful_callbacks or {}).get("Counting")
+    states: Any = state.stateful_callbacks
+    kept = states.get("Counting")
     expect(kept == Counting(3).state(), f"a trainer's state keeps {kept}")
