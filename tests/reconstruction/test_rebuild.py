@@ -21,6 +21,7 @@ from tests.cases import CASES, with_trait
 from tests.compare import assert_close
 from tests.structure.oracles import fill
 from tests.structure.test_experts import build as build_experts
+from tests.structure.test_trace import Standardised
 from tests.surgery.test_apply import WritesToItself
 
 pytestmark = pytest.mark.slow
@@ -789,20 +790,12 @@ def test_complex_weights_stay_as_the_cut_left_them_and_are_told(caplog):
         assert torch.equal(small.b, sosp_hub.apply(model, graph, plan).b)
 
 
-class Limited(nn.Linear):
-    """Wants more than it says: code that no trace looks into."""
-
-    def forward(self, x):
-        if x.numel() < 9 * len(x):
-            raise ValueError("too few columns")
-        return super().forward(x)
-
-
 def test_a_cut_that_does_not_run_is_told_as_apply_tells_it(monkeypatch):
+    """One column is left of a weight that is standardised; that it may not be is made unknown."""
     monkeypatch.setattr("sosp_hub.structure.constraint_solver.bar_counts", lambda *_: False)
-    model = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), Limited(12, 3)).eval()
-    graph = trace(model, (torch.randn(2, 4),))
-    name = next(iter(graph.groups))
-    plan = PruningPlan({name: (0, 1, 2)}, {name: 12})
-    with pytest.raises(VerificationError, match=f"too few columns.*{name}"):
-        sosp_hub.rebuild(model, graph, plan, [(torch.randn(8, 4), None)])
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), Standardised(6, 3, 1)).eval()
+    images = torch.randn(8, 2, 4, 4)
+    graph = trace(model, (images[:2],))
+    plan = PruningPlan({"0:channel": (3,)}, {"0:channel": 6})
+    with pytest.raises(VerificationError, match=r"more than 1 value.*0:channel"):
+        sosp_hub.rebuild(model, graph, plan, [(images, None)])
