@@ -78,11 +78,17 @@ def faster_without_data(model: nn.Module) -> bool:
     return sum(w.numel() for w in weights) > _SMALL or any(w.is_meta for w in weights)
 
 
-def may_be_scaled_by_width(model: nn.Module, graph: Graph, plan: Plan) -> bool:
-    """Whether a fused kernel that was not traced may scale attention by a width that is cut."""
-    return _could_be_fused(model, graph) and any(
-        graph.groups[name].kind == "head_dim" for name in plan.kept
-    )
+def find_scales(model: nn.Module, graph: Graph, plan: Plan) -> None:
+    """Traces the fused kernel that a model may run, where it scales attention by a width of a plan.
+
+    Args:
+        model: As for `find_routes`; before the cut.
+        graph: Is told what that kernel scales by.
+        plan: The cut.
+    """
+    widths = {name for name, group in graph.groups.items() if group.kind == "head_dim"}
+    if widths & plan.num_kept().keys() and _could_be_fused(model, graph):
+        find_routes(model, graph, one_call=True)
 
 
 def all_ways(model: nn.Module, graph: Graph) -> "Run | None":

@@ -26,6 +26,7 @@ from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.copies import share_model, unshared
 from sosp_hub.structure.deferred import data_of, deferred, is_deferred
 from sosp_hub.structure.graph import Graph
+from sosp_hub.structure.routes import find_scales
 from sosp_hub.surgery.attributes import rewrite
 from sosp_hub.surgery.layers import drop_layers
 from sosp_hub.surgery.proof import verified_plan
@@ -291,6 +292,7 @@ def cut(
         on_cut: Is given the name of each tensor that was cut, what stays along each of its
             dimensions, and the new tensor.
     """
+    find_scales(model, graph, plan)
     with torch.no_grad():
         for name in graph.tensors:
             positions = graph.kept_positions(name, plan)

@@ -19,6 +19,7 @@ from sosp_hub.structure import routes
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery.apply import apply, cut
+from sosp_hub.surgery.carry import carrying
 from tests.compare import assert_close
 from tests.structure.oracles import fill, gated, half, plan_of, run
 
@@ -363,6 +364,18 @@ def test_narrower_heads_are_scaled_alike_fused_or_not(name, verify, traced_fused
     loaded = sosp_hub.from_pretrained(tmp_path)
     for fused in (True, False):
         assert_close(set_fused(loaded, fused)(x), expected)
+
+
+def test_an_average_that_follows_the_cut_is_scaled_as_the_cut_model():
+    """Schedules prepare what follows a cut before they cut."""
+    model, x = set_fused(fill(FUSED["vit"]().eval()), False), torch.randn(2, 3, 16, 16)
+    graph, plan = narrow_heads(model, x)
+    average = copy.deepcopy(model)
+    follow = carrying(average, graph, plan)
+    pruned = apply(model, graph, plan, verify="fast")
+    follow(pruned)
+    assert_close(average(x), pruned(x))
+    assert average.blocks[0].attn.scale == pruned.blocks[0].attn.scale == 6**-0.5
 
 
 class Mean(nn.Module):

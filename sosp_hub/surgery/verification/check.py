@@ -22,7 +22,6 @@ from sosp_hub.structure.routes import (
     all_ways,
     faster_without_data,
     find_routes,
-    may_be_scaled_by_width,
     tell_unchecked,
     ways_apart,
 )
@@ -198,8 +197,6 @@ def _check_outputs(
                 )
         return ran
 
-    if may_be_scaled_by_width(model, graph, plan):
-        find_routes(model, graph, one_call=True)
     pruned, outputs = check(None)
     if not _equal_on_all_ways(dense, in_use(graph), plan, pruned, outputs):
         find_routes(model, graph, one_call=True)  # what other ways read is then cut as well
