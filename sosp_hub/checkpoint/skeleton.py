@@ -11,6 +11,7 @@ from torch import nn
 from sosp_hub.checkpoint.format import headers
 from sosp_hub.checkpoint.format.proof import without_data
 from sosp_hub.checkpoint.format.record import library_in
+from sosp_hub.compat.torch import parameter_table, put_in, with_marks
 from sosp_hub.compat.transformers import as_stored, no_init_weights, tied_names
 from sosp_hub.errors import CheckpointError
 from sosp_hub.structure.isolation import isolated
@@ -69,11 +70,12 @@ def build_bare(folder: Path, config: Mapping[str, Any], *, is_timm: bool) -> nn.
     if is_timm:
         from sosp_hub.checkpoint.timm.load import build_from_folder
 
-        try:
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # it reads values while built
             with without_data():
-                return build_from_folder(folder)
-        except (RuntimeError, NotImplementedError):  # code that reads values while it builds
-            return build_from_folder(folder).to("meta")
+                model = build_from_folder(folder)
+            if not any(buffer.is_meta for buffer in model.buffers()):  # made on a weight's device
+                return model
+        return _without_weights(build_from_folder(folder))
     import transformers
 
     from sosp_hub.checkpoint.transformers.load import build
@@ -83,6 +85,18 @@ def build_bare(folder: Path, config: Mapping[str, Any], *, is_timm: bool) -> nn.
     parsed = transformers.AutoConfig.from_pretrained(folder)
     with isolated(cls), without_data(), no_init_weights():
         return build(cls, parsed)
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """The same model, whose parameters lose their data, and whose buffers keep it."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in [*parameter_table(module).items()]:
+            if old is not None:
+                if old not in made:
+                    made[old] = nn.Parameter(old.detach().to("meta"), old.requires_grad)
+                put_in(module, name, with_marks(made[old], old))
+    return model
 
 
 @contextlib.contextmanager

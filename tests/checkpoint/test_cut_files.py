@@ -35,13 +35,24 @@ TRANSFORMERS = {
         ),
     ),
 }  # fmt: skip
-TIMM = ("test_resnet", "test_vit", "test_efficientnet", "test_mambaout")
+WINDOWS = {
+    "img_size": 16, "patch_size": 4, "window_size": 2, "embed_dim": 24, "num_heads": (2, 4),
+    "depths": (2, 2),
+}  # fmt: skip
+TIMM = {
+    "test_resnet": {},
+    "test_vit": {},
+    "test_efficientnet": {},
+    "test_mambaout": {},
+    "swin_tiny_patch4_window7_224": WINDOWS,  # masks of shifted windows, in no file
+}
 
 
 def dense_folder(name, tmp_path, **how):
     torch.manual_seed(0)
     if name in TIMM:
-        sosp_hub.save_pretrained(timm.create_model(name, num_classes=5).eval(), tmp_path / "dense")
+        model = timm.create_model(name, num_classes=5, **TIMM[name]).eval()
+        sosp_hub.save_pretrained(model, tmp_path / "dense")
     else:
         cls, config = TRANSFORMERS[name]
         cls(config).eval().save_pretrained(tmp_path / "dense", **how)
