@@ -793,9 +793,9 @@ def test_complex_weights_stay_as_the_cut_left_them_and_are_told(caplog):
 def test_a_cut_that_does_not_run_is_told_as_apply_tells_it(monkeypatch):
     """One column is left of a weight that is standardised; that it may not be is made unknown."""
     monkeypatch.setattr("sosp_hub.structure.constraint_solver.bar_counts", lambda *_: False)
-    model = nn.Sequential(nn.Conv2d(2, 6, 1), Standardised(6, 3, 1)).eval()
-    images = torch.randn(8, 2, 4, 4)
+    layers = nn.Conv2d(2, 6, 1), Standardised(6, 3, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+    model, images = nn.Sequential(*layers).eval(), torch.randn(8, 2, 4, 4)
     graph = trace(model, (images[:2],))
-    plan = PruningPlan({"0:channel": (3,)}, {"0:channel": 6})
+    kept, sizes = {"0:channel": (3,), "2:channel": (0, 1)}, {"0:channel": 6, "2:channel": 4}
     with pytest.raises(VerificationError, match=r"more than 1 value.*0:channel"):
-        sosp_hub.rebuild(model, graph, plan, [(images, None)])
+        sosp_hub.rebuild(model, graph, PruningPlan(kept, sizes), [(images, None)])
