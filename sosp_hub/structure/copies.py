@@ -5,6 +5,7 @@ import copyreg
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import ModuleType, NoneType
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sosp_hub.compat.torch import FakeMode, with_marks
 from sosp_hub.structure.deferred import is_deferred
 
-_PLAIN = {str, int, float, bool, type(None)}
+_PLAIN = {str, int, float, bool, NoneType, ModuleType}
 _CONTAINERS = {dict, set, OrderedDict}
 _TABLES = {name for name in vars(nn.Module()) if name.startswith("_")} - {"_buffers"}
 

@@ -5,7 +5,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -199,11 +199,14 @@ def _keep_hooks(
         handle.hooks_dict_ref, handle.extra_dict_ref = first, tuple(more)
 
 
+_WITHOUT_HANDLES = (nn.Module, Tensor, str, type, ModuleType)
+
+
 def _handles(value: Any, seen: set[int]) -> Iterator[RemovableHandle]:
     """Handles of hooks that a module holds itself, also in lists, dictionaries and objects."""
     if isinstance(value, RemovableHandle):
         yield value
-    elif id(value) not in seen and not isinstance(value, nn.Module | Tensor | str | type):
+    elif id(value) not in seen and not isinstance(value, _WITHOUT_HANDLES):
         seen.add(id(value))
         inside = value.values() if isinstance(value, Mapping) else ()
         if isinstance(value, list | tuple | set):

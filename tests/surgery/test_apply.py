@@ -458,6 +458,36 @@ def test_tied_weights_stay_tied():
     assert pruned.lm_head.weight.shape[1] == model.lm_head.weight.shape[1] // 2
 
 
+class HoldsAModuleOfPython(nn.Module):
+    """Which ``copy.deepcopy`` does not copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.functions = torch.nn.functional
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.down(self.functions.relu(self.up(x)))
+
+
+def test_a_model_that_holds_a_module_of_python_is_cut():
+    model, x = HoldsAModuleOfPython().eval(), torch.randn(3, 4)
+    graph = trace(model, x)
+    plan = half(graph)
+    expected = gated(nn.Sequential(model.up, nn.ReLU(), model.down), *_as_sequence(model, x, plan))
+    assert_close([apply(model, graph, plan)(x)], expected)
+    apply_(model, graph, plan)
+    assert_close([model(x)], expected)
+    assert model.functions is torch.nn.functional
+
+
+def _as_sequence(model, x, plan):
+    """The same layers without the module of Python, their graph, and the plan for it."""
+    (kept,) = plan.kept.values()
+    graph = trace(nn.Sequential(model.up, nn.ReLU(), model.down).eval(), x)
+    return graph, plan_of(graph, dict.fromkeys(graph.groups, kept))
+
+
 def test_a_whole_plan_changes_nothing():
     model, graph = prepared(LLAMA)
     everything = plan_of(graph, {n: tuple(range(g.size)) for n, g in graph.groups.items()})
