@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sosp_hub.allocation import allocate
     from sosp_hub.checkpoint.weightless import save_plan
     from sosp_hub.compare import compare
-    from sosp_hub.cut import apply, apply_, apply_plan_file
+    from sosp_hub.cut import apply, apply_, apply_plan_file, carry
     from sosp_hub.evaluate import evaluate
     from sosp_hub.expand import expand
     from sosp_hub.export import export
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sosp_hub.report.saved import save_pretrained
     from sosp_hub.scoring import score
     from sosp_hub.structure.trace import trace
-    from sosp_hub.surgery.carry import carry
 
 __version__ = "0.1.0"
 
@@ -42,7 +41,7 @@ _HOME = {
     "apply": "sosp_hub.cut",
     "apply_": "sosp_hub.cut",
     "apply_plan_file": "sosp_hub.cut",
-    "carry": "sosp_hub.surgery.carry",
+    "carry": "sosp_hub.cut",
     "compare": "sosp_hub.compare",
     "evaluate": "sosp_hub.evaluate",
     "expand": "sosp_hub.expand",

@@ -1,12 +1,13 @@
-"""The verbs that cut a model: by a plan in memory, or by one that was published alone."""
+"""The verbs that cut a model and what lives beside it: by a plan in memory or a published one."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sosp_hub.checkpoint import io
 from sosp_hub.checkpoint.cut_files import cut_files
@@ -24,6 +25,10 @@ from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery.apply import Verify
+from sosp_hub.surgery.carry import carried_tensors, copy_of_the_model
+from sosp_hub.surgery.carry import carrying as surgery_carrying
+
+Carried = TypeVar("Carried", Optimizer, nn.Module, Mapping[str, Tensor])
 
 
 @in_own_modes
@@ -127,6 +132,104 @@ def apply_(
     if plan.provenance.get("uniform") is True:
         io.tell_obstacle(why_not_plain(inside))
     return model
+
+
+@in_own_modes
+def carry(
+    what: Carried,
+    pruned: nn.Module,
+    graph: Graph,
+    plan: PruningPlan,
+    *,
+    dense: nn.Module | None = None,
+) -> Carried:
+    """Cuts what belongs to a model like the model was cut; call it right after each cut.
+
+    Args:
+        what: An optimizer of the model: it is pointed at the parameters of ``pruned``, its moments
+            are cut like the weights, and its groups and learning rates stay, as do parameters of
+            other models that it holds. A copy of the model
+            with averaged weights (EMA), or what holds one, such as
+            ``torch.optim.swa_utils.AveragedModel``: it is cut in place. Or a dictionary of tensors
+            that are named and shaped like the model's: a new one is returned. Gates and shifts
+            of the plan are folded into weights; moments stay those of the weights as they were.
+        pruned: The cut model.
+        graph: What ``trace`` found in the model before the cut.
+        plan: The plan of the cut.
+        dense: For an optimizer after ``apply``: the model before the cut. After ``apply_``, which
+            remembers what it replaced, nothing.
+
+    Returns:
+        The optimizer or the module itself; a new dictionary.
+
+    Raises:
+        PlanError: A tensor that is none of the model's, or not of its size before the cut, or an
+            optimizer with none of its parameters, or with tensors that do not say how they are cut;
+            what was given is left as it was.
+
+    Example:
+        >>> import sosp_hub, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
+        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
+        >>> plan = sosp_hub.allocate(graph, scores, structures=0.5)
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> small = sosp_hub.apply(net, graph, plan)
+        >>> optimizer = sosp_hub.carry(optimizer, small, graph, plan, dense=net)
+        >>> [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
+        [(4, 4), (4,), (2, 4), (2,)]
+    """
+    if not isinstance(graph, Graph) or not isinstance(plan, PruningPlan):
+        raise PlanError(
+            f"carry got a {type(graph).__name__} and a {type(plan).__name__}; expected "
+            "carry(what, pruned, graph, plan)"
+        )
+    plan = graph.provable(plan)
+    pruned, dense = unwrapped(pruned), unwrapped(dense)
+    if what is pruned:
+        raise PlanError(
+            "carry got one model as what follows the cut and as the cut model; give what "
+            "apply(...) returned as the second, or cut it with apply_(model, graph, plan)"
+        )
+    if isinstance(what, Optimizer | nn.Module):
+        carrying(what, graph, plan, dense)(pruned)
+        return what
+    if isinstance(what, Mapping) and all(isinstance(each, Tensor) for each in what.values()):
+        return carried_tensors(what, pruned, graph, plan)
+    raise PlanError(
+        f"carry got a {type(what).__name__}; expected an optimizer, a module with averaged weights "
+        "or a dictionary of tensors such as a state dict"
+    )
+
+
+def carrying(
+    what: Optimizer | nn.Module, graph: Graph, plan: PruningPlan, dense: nn.Module | None = None
+) -> Callable[[nn.Module], None]:
+    """``carry`` in two parts: what can go wrong is done now, the rest by what is returned.
+
+    Args:
+        what: As there, an optimizer or a module; it changes in the second part.
+        graph: What ``trace`` found in the model before the cut.
+        plan: The plan of the cut.
+        dense: For an optimizer: the model before the cut, unless ``apply_`` has cut it already.
+
+    Returns:
+        What to call with the cut model.
+
+    Raises:
+        PlanError: As there.
+    """
+    put = surgery_carrying(what, graph, plan, dense)
+    if isinstance(what, Optimizer):
+        return put
+    average = copy_of_the_model(what, graph)
+    skeleton = skeleton_before(average)
+
+    def put_and_describe(pruned: nn.Module) -> None:
+        put(pruned)
+        describe_cut(average, skeleton, None)
+
+    return put_and_describe
 
 
 def _shown(graph: Graph, verify: Verify) -> Any:

@@ -19,7 +19,7 @@ from sosp_hub.atomic import write_text
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.compat.transformers import exportable_state
 from sosp_hub.cost import Cost, cost
-from sosp_hub.cut import apply_
+from sosp_hub.cut import apply_, carrying
 from sosp_hub.errors import BudgetError, PlanError
 from sosp_hub.modes import as_the_caller, evaluating, in_own_modes
 from sosp_hub.plan import PruningPlan
@@ -28,7 +28,6 @@ from sosp_hub.reconstruction.norms import carried, norm_moments, recalibrate_nor
 from sosp_hub.reconstruction.rebuild import rebuilt_weights
 from sosp_hub.scoring import score
 from sosp_hub.structure.trace import trace
-from sosp_hub.surgery.carry import carrying
 from sosp_hub.tasks.batches import check_batches
 from sosp_hub.untrusted import UnreadableError, read_json
 

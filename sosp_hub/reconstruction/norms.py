@@ -19,7 +19,7 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.reconstruction.gram import ProcessSum
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.trace import output_tensors
-from sosp_hub.surgery.carry import carry
+from sosp_hub.surgery.carry import carried_tensors
 from sosp_hub.tasks.batches import as_batch, num_samples
 from sosp_hub.tasks.loss import forward
 
@@ -142,7 +142,9 @@ def carried(moments: Moments, pruned: nn.Module, graph: Graph, plan: PruningPlan
     """The moments of the channels that a plan keeps; gates and shifts are of other tensors."""
     plan = replace(plan, gates={}, shifts={})
     parts = moments.handed_on, moments.estimated
-    return Moments(*(carry(part, pruned, graph, plan) if part else part for part in parts))
+    return Moments(
+        *(carried_tensors(part, pruned, graph, plan) if part else part for part in parts)
+    )
 
 
 @torch.no_grad()

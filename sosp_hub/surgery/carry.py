@@ -1,18 +1,16 @@
-"""``carry``: what lives beside a model, cut by the same plan: averages of its weights, optimizers.
+"""What lives beside a model, cut by the same plan: averages of its weights, optimizers, tensors.
 
 LoRA adapters need nothing of this: trace the model with its adapters, and they are cut with it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sosp_hub.compat.torch import unwrapped
 from sosp_hub.errors import PlanError
-from sosp_hub.modes import in_own_modes
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.copies import copy_model
@@ -22,84 +20,15 @@ from sosp_hub.surgery.layers import names_after
 from sosp_hub.surgery.replaced import replaced
 from sosp_hub.tasks.batches import tensors
 
-Carried = TypeVar("Carried", Optimizer, nn.Module, Mapping[str, Tensor])
-
-
-@in_own_modes
-def carry(
-    what: Carried,
-    pruned: nn.Module,
-    graph: Graph,
-    plan: PruningPlan,
-    *,
-    dense: nn.Module | None = None,
-) -> Carried:
-    """Cuts what belongs to a model like the model was cut; call it right after each cut.
-
-    Args:
-        what: An optimizer of the model: it is pointed at the parameters of ``pruned``, its moments
-            are cut like the weights, and its groups and learning rates stay, as do parameters of
-            other models that it holds. A copy of the model
-            with averaged weights (EMA), or what holds one, such as
-            ``torch.optim.swa_utils.AveragedModel``: it is cut in place. Or a dictionary of tensors
-            that are named and shaped like the model's: a new one is returned. Gates and shifts
-            of the plan are folded into weights; moments stay those of the weights as they were.
-        pruned: The cut model.
-        graph: What ``trace`` found in the model before the cut.
-        plan: The plan of the cut.
-        dense: For an optimizer after ``apply``: the model before the cut. After ``apply_``, which
-            remembers what it replaced, nothing.
-
-    Returns:
-        The optimizer or the module itself; a new dictionary.
-
-    Raises:
-        PlanError: A tensor that is none of the model's, or not of its size before the cut, or an
-            optimizer with none of its parameters, or with tensors that do not say how they are cut;
-            what was given is left as it was.
-
-    Example:
-        >>> import sosp_hub, torch
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> graph = sosp_hub.trace(net, (torch.randn(1, 4),))
-        >>> scores = sosp_hub.score(net, graph, [], criterion="magnitude")
-        >>> plan = sosp_hub.allocate(graph, scores, structures=0.5)
-        >>> optimizer = torch.optim.Adam(net.parameters())
-        >>> small = sosp_hub.apply(net, graph, plan)
-        >>> optimizer = sosp_hub.carry(optimizer, small, graph, plan, dense=net)
-        >>> [tuple(p.shape) for p in optimizer.param_groups[0]["params"]]
-        [(4, 4), (4,), (2, 4), (2,)]
-    """
-    if not isinstance(graph, Graph) or not isinstance(plan, PruningPlan):
-        raise PlanError(
-            f"carry got a {type(graph).__name__} and a {type(plan).__name__}; expected "
-            "carry(what, pruned, graph, plan)"
-        )
-    plan = graph.provable(plan)
-    pruned, dense = unwrapped(pruned), unwrapped(dense)
-    if what is pruned:
-        raise PlanError(
-            "carry got one model as what follows the cut and as the cut model; give what "
-            "apply(...) returned as the second, or cut it with apply_(model, graph, plan)"
-        )
-    if isinstance(what, Optimizer | nn.Module):
-        carrying(what, graph, plan, dense)(pruned)
-        return what
-    if isinstance(what, Mapping) and all(isinstance(each, Tensor) for each in what.values()):
-        return _carry_tensors(what, pruned, graph, plan)
-    raise PlanError(
-        f"carry got a {type(what).__name__}; expected an optimizer, a module with averaged weights "
-        "or a dictionary of tensors such as a state dict"
-    )
-
 
 def carrying(
     what: Optimizer | nn.Module, graph: Graph, plan: PruningPlan, dense: nn.Module | None = None
 ) -> Callable[[nn.Module], None]:
-    """``carry`` in two parts: all that can go wrong is done now, the rest by what is returned.
+    """The cut in two parts: all that can go wrong is done now, the rest by what is returned.
 
     Args:
-        what: As there, an optimizer or a module; it changes in the second part.
+        what: An optimizer of the model, or a module that holds a copy of it; it changes in the
+            second part.
         graph: What ``trace`` found in the model before the cut.
         plan: The plan of the cut.
         dense: For an optimizer: the model before the cut, unless ``apply_`` has cut it already.
@@ -108,11 +37,11 @@ def carrying(
         What to call with the cut model.
 
     Raises:
-        PlanError: As there.
+        PlanError: As for ``sosp_hub.carry``.
     """
     if isinstance(what, Optimizer):
         return _carrying_optimizer(what, graph, plan, dense)
-    average = _copy_of_the_model(what, graph)
+    average = copy_of_the_model(what, graph)
     smaller = cut(fold(copy_model(average), graph, plan), graph, plan)
 
     def put(_: nn.Module) -> None:
@@ -248,8 +177,8 @@ def _check_beside(values: Mapping[Any, Any]) -> None:
             )
 
 
-def _copy_of_the_model(averaged: nn.Module, graph: Graph) -> nn.Module:
-    """The outermost module inside that looks like the model before the cut."""
+def copy_of_the_model(averaged: nn.Module, graph: Graph) -> nn.Module:
+    """The outermost module inside that looks like the model before the cut; else PlanError."""
     first: PlanError | None = None
     for module in averaged.modules():
         try:
@@ -264,9 +193,10 @@ def _copy_of_the_model(averaged: nn.Module, graph: Graph) -> nn.Module:
     ) from first
 
 
-def _carry_tensors(
+def carried_tensors(
     tensors: Mapping[str, Tensor], pruned: nn.Module, graph: Graph, plan: PruningPlan
 ) -> dict[str, Tensor]:
+    """Tensors that are named and shaped like the model's, cut as it was; else PlanError."""
     main = {alias: name for name, others in graph.aliases.items() for alias in others}
     if not any(main.get(name, name) in graph.tensors for name in tensors):
         raise PlanError(

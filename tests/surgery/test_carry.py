@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.optimization import Adafactor
 
 import sosp_hub
+from sosp_hub.cut import apply_, carry
 from sosp_hub.errors import PlanError
 from sosp_hub.plan import PruningPlan
 from sosp_hub.structure.trace import trace
-from sosp_hub.surgery.apply import apply, apply_
-from sosp_hub.surgery.carry import carry
+from sosp_hub.surgery.apply import apply
+from tests.compare import assert_close
+from tests.structure.oracles import half
 
 KEPT = (0, 2, 5)
 CUTS = [lambda t: t[list(KEPT)], lambda t: t[list(KEPT)], lambda t: t[:, list(KEPT)], lambda t: t]
@@ -207,6 +210,30 @@ def test_an_averaged_model_is_cut_in_place_and_goes_on(wrap):
     average(inputs)
     with pytest.raises(PlanError, match="nothing in this"):
         carry(average, model, graph, plan)
+
+
+def a_llama() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 20}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), a_llama])
+def test_an_average_says_what_was_cut_when_it_is_saved(make, tmp_path):
+    model = make().eval()
+    plain = isinstance(model, nn.Sequential)
+    inputs = torch.randn(2, 4) if plain else torch.arange(6)[None]
+    average = torch.optim.swa_utils.AveragedModel(model)
+    graph = trace(model, (inputs,))
+    plan = half(graph)
+    carry(average, apply_(model, graph, plan), graph, plan)
+    small = average.module
+    if plain:
+        sosp_hub.save_pretrained(small, tmp_path)
+        again = sosp_hub.from_pretrained(tmp_path, model=make())
+    else:
+        small.save_pretrained(tmp_path)
+        again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert_close(again.state_dict(), small.state_dict(), relative=0)
 
 
 def test_a_step_that_cannot_train_the_cut_model_raises():

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from sosp_hub.allocation import allocate
+from sosp_hub.cut import carry
 from sosp_hub.errors import VerificationError
 from sosp_hub.structure.deferred import _AT_ONCE
 from sosp_hub.structure.trace import trace
 from sosp_hub.surgery import apply as surgery
 from sosp_hub.surgery import proof
 from sosp_hub.surgery.apply import apply, cut
-from sosp_hub.surgery.carry import carry
 from sosp_hub.surgery.proof import verified_plan
 from sosp_hub.surgery.verification import check
 from sosp_hub.surgery.verification.masked import masked_outputs
