@@ -242,3 +242,15 @@ class TerminalHandler(logging.Handler):
 def show_at_once() -> None:
     """From now on every stage is shown when it begins, as commands do."""
     _display.patience_s = 0.0
+
+
+@contextmanager
+def only_errors(library: str) -> Iterator[None]:
+    """The log of a library without what it would say of a step that is ours alone."""
+    log = logging.getLogger(library)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

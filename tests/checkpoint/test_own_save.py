@@ -259,3 +259,11 @@ def test_models_that_were_not_cut_save_as_before(tmp_path):
         finally:
             sosp_hub.enable()
         assert (with_hooks / "config.json").read_bytes() == (without / "config.json").read_bytes()
+
+
+def test_a_cut_says_nothing_of_the_config_that_is_not_saved_yet(caplog):
+    model = timm.create_model("test_resnet", num_classes=3, in_chans=1).eval()
+    graph = sosp_hub.trace(model, (torch.randn(2, 1, 32, 32),))
+    scores = sosp_hub.score(model, graph, [], criterion="magnitude")
+    sosp_hub.apply(model, graph, sosp_hub.allocate(graph, scores, macs=0.7))
+    assert not [each for each in caplog.records if each.name.startswith("timm")]

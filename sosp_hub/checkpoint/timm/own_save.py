@@ -14,6 +14,7 @@ from sosp_hub.checkpoint.timm.save import complete_config, describe
 from sosp_hub.compat.timm import get_config_writer, set_config_writer
 from sosp_hub.errors import CheckpointError
 from sosp_hub.modes import in_own_modes
+from sosp_hub.progress import only_errors
 
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
 
@@ -24,7 +25,7 @@ def describe_cut(model: nn.Module) -> None:
     The delta is computed when timm saves the model; where there is none, that raises.
     """
     model.__dict__[CUT] = True
-    with contextlib.suppress(Exception):  # the cut holds; what it lacks is said at save time
+    with only_errors("timm"), contextlib.suppress(Exception):  # both say it at save time
         store_in_state(model, describe(model)[1].base)
 
 

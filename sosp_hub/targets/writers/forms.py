@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from sosp_hub.checkpoint.inputs import made_up_inputs
 from sosp_hub.compat.transformers import EXPERTS_KEY
 from sosp_hub.errors import CheckpointError
 from sosp_hub.modes import collector_paused
+from sosp_hub.progress import only_errors
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -55,7 +55,7 @@ def write_onnx(
     try:
         from onnxscript import optimizer
 
-        with _plain_experts(model), _only_errors("onnxscript"), collector_paused():
+        with _plain_experts(model), only_errors("onnxscript"), collector_paused():
             program: Any = torch.onnx.export(
                 model.eval(),
                 args,
@@ -121,18 +121,6 @@ def arguments(model: nn.Module, inputs: Inputs | None) -> tuple[tuple[Any, ...],
         caches = hasattr(getattr(model, "config", None), "use_cache")
         return (), {**inputs, **({"use_cache": False} if caches else {})}
     return tuple(inputs), {}
-
-
-@contextlib.contextmanager
-def _only_errors(library: str) -> Iterator[None]:
-    """Its log without warnings, such as of a constant that could not be computed ahead."""
-    log = logging.getLogger(library)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 @contextlib.contextmanager
