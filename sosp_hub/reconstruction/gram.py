@@ -11,7 +11,8 @@ ProcessSum = Callable[[Tensor], Tensor]
 class Gram:
     """``X'X``, the sums of the columns of ``X``, and its number of rows, for each slot.
 
-    ``T``, the inputs of what a layer should compute, is ``X`` itself, or is added beside it. While
+    ``T``, the inputs of what a layer should compute, is ``X`` itself, or is added beside it; it may
+    have more columns. While
     ``X`` has at most half as many rows as inputs it is kept itself, which takes less memory than
     ``X'X``.
 
@@ -31,14 +32,15 @@ class Gram:
 
     @classmethod
     def zeros(
-        cls, num_slots: int, num_inputs: int, device: torch.device, *, target: bool = False
+        cls, num_slots: int, num_inputs: int, device: torch.device, num_targets: int | None = None
     ) -> "Gram":
-        """Of no rows yet; ``target``: those of ``T`` come with them."""
+        """Of no rows yet; those of ``T`` come with them where its number of inputs is given."""
         options = {"dtype": torch.float64, "device": device}
-        square, row = (num_slots, num_inputs, num_inputs), (num_slots, num_inputs)
-        gram = cls(torch.zeros(row, **options), torch.zeros(num_slots, **options), [])
-        if target:
-            shapes = square, square, row
+        sums = torch.zeros(num_slots, num_inputs, **options)
+        gram = cls(sums, torch.zeros(num_slots, **options), [])
+        if num_targets is not None:
+            sizes = (num_targets, num_inputs), (num_targets, num_targets), (num_targets,)
+            shapes = [(num_slots, *size) for size in sizes]
             gram.target = tuple(torch.zeros(shape, **options) for shape in shapes)  # pyright: ignore
         return gram
 
@@ -86,6 +88,8 @@ class Gram:
 
     def toward(self, share: float) -> "Gram":
         """With ``(1 - share) X + share T`` in the place of ``T``."""
+        if share == 1:
+            return self
         mixed = Gram(self.sums, self.counts, self._rows, self._products)
         mixed.epsilon = self.epsilon
         if self.target is None or share == 0:

@@ -45,10 +45,17 @@ class Product(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """A weight whose products are caught, and the dimension that they sum over."""
+    """A weight whose products are caught.
+
+    Attributes:
+        weight: It itself.
+        dim: The dimension that they sum over.
+        size: Of that before the cut: a convolution looks at as many places before as after it.
+    """
 
     weight: Tensor
     dim: int
+    size: int
 
 
 class Products(TorchFunctionMode):
@@ -140,7 +147,7 @@ class Products(TorchFunctionMode):
 
     def _product(self, tensor: str, name: str, given: Mapping[str, Any]) -> None:
         weight, x, bias = given["weight"], given["input"], given.get("bias")
-        parameter, dim = self._watched[tensor]
+        parameter, dim, size = self._watched[tensor]
         if weight.is_complex():
             self._refuse(tensor, "it holds complex numbers")
             return
@@ -155,7 +162,7 @@ class Products(TorchFunctionMode):
             x = x if x.dim() == weight.dim() else x.unsqueeze(0)
             name_key, keys = zlib.crc32(tensor.encode()), self._keys(len(x))
             seeds = range(len(x)) if keys is None else keys.tolist()
-            num_inputs = x.shape[1] // groups * taps
+            num_inputs = (size // groups if dim == 0 else size) * taps
             enough = _ROWS_PER_INPUT * num_inputs // max(self._all_samples, 1)
             if dim == 0:
                 x, given = _as_convolution(x, weight, given)

@@ -42,6 +42,7 @@ class PartlyCut:
 
     Attributes:
         model: The model, of which the caller's shares nothing.
+        masked: The groups that are masked.
         readers: The weights that can be solved again, by name.
         positions: Of each tensor and dimension where the dense model has what this one has; None =
             all of it.
@@ -49,16 +50,29 @@ class PartlyCut:
     """
 
     model: nn.Module
+    masked: frozenset[str]
     readers: dict[str, Reader]
     positions: Mapping[str, tuple[NDArray[np.int64] | None, ...]]
     left: dict[str, str]
 
     def index(self, tensor: str) -> tuple[NDArray[np.int64], ...]:
         """What this model has of a tensor of the dense one, for ``dense[index]``."""
+        return np.ix_(*self._places(tensor))
+
+    def outputs(self, tensor: str, num_inputs: int) -> tuple[NDArray[np.int64], ...]:
+        """The same of a reader, with all inputs that it has in the dense model."""
+        places = self._places(tensor)
+        places[self.readers[tensor].dim] = np.arange(num_inputs)
+        return np.ix_(*places)
+
+    def reads_cut(self, tensor: str) -> bool:
+        """Whether some of what a reader sums over is cut for real."""
+        return self.positions[tensor][self.readers[tensor].dim] is not None
+
+    def _places(self, tensor: str) -> list[NDArray[np.int64]]:
         shape = get_tensor(self.model, tensor).shape
         places = zip(shape, self.positions[tensor], strict=True)
-        found = [np.arange(size) if at is None else at for size, at in places]
-        return np.ix_(*found)
+        return [np.arange(size) if at is None else at for size, at in places]
 
 
 def partly_cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> PartlyCut:
@@ -89,9 +103,12 @@ def partly_cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> PartlyCut:
     bypassed(model, graph, _only(plan, layers))
     norms = _norms_behind(graph)
     readers: dict[str, Reader] = {}
-    for name in plan.kept.keys() - whole - obstacles.keys():
+    masked = [name for name in plan.kept if name not in whole and name not in obstacles]
+    for name in (*masked, *(name for name in obstacles if name not in layers)):
         for member in graph.readers(name):
             if member.tensor in readers or member.tensor.startswith(gone):
+                continue
+            if member.tensor in graph.normalised:
                 continue
             stays = graph.kept_positions(member.tensor, plan)[member.dim]
             assert stays is not None  # the group is cut
@@ -111,7 +128,7 @@ def partly_cut(model: nn.Module, graph: Graph, plan: PruningPlan) -> PartlyCut:
         removed[torch.as_tensor(reader.kept)] = False
         with torch.no_grad():
             weight.index_fill_(reader.dim, removed.nonzero()[:, 0].to(weight.device), 0.0)
-    return PartlyCut(model, readers, positions, left)
+    return PartlyCut(model, frozenset(masked), readers, positions, left)
 
 
 def _only(plan: PruningPlan, names: set[str]) -> PruningPlan:

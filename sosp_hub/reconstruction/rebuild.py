@@ -1,9 +1,9 @@
 """``rebuild``: a cut whose readers are solved again, so that little of it is lost."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import repeat, takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -112,7 +112,9 @@ def rebuild(
             a layer's inputs; ``auto``: of each layer the one of least error on a quarter of the
             data that the fit does not see.
         dense_share: What a layer should compute: 0 = what it computed with all its columns, of
-            what it is given now; 1 = what it computes in the dense model; between: a mix.
+            what it is given now; 1 = what it computes in the dense model; between: a mix. Where a
+            normalisation or another mean runs over what is cut, so that no mask stands for it, it
+            is always what it computes in the dense model.
         refine_steps: Steps of Adam on all weights of each block (the smallest module that holds
             all that makes and reads what is cut: an MLP, an attention, a residual block), after its
             readers are solved, toward what the uncut block computes of the same inputs; a batch a
@@ -206,7 +208,7 @@ def rebuilt_weights(
         with isolated(partly.model), evaluating(result), without_autocast(result):
             options = _Options(damping, dense_share, refine_steps, process_sum)
             work = _Work(model, result, graph, partly, kept_batches, options)
-            blocks = _blocks(graph, plan, work.order, work.runs_once) if refine_steps else {}
+            blocks = _blocks(graph, partly, work.order, work.runs_once) if refine_steps else {}
             layers += work.run(blocks)
             left |= work.left
             refined += work.blocks
@@ -266,22 +268,28 @@ class _Work:
         self._biases = {
             p.untyped_storage().data_ptr(): n for n, p in partly.model.named_parameters()
         }
-        watched = {
-            name: Watched(get_tensor(partly.model, name), reader.dim)
-            for name, reader in partly.readers.items()
-        }
         chains, total = _chains(dense, graph), self._num_samples(batches)
-        self._stream = Stream(partly.model, watched, batches, chains, graph.example_inputs, total)
+
+        def stream(model: nn.Module, names: Iterable[str]) -> Stream:
+            watched = {
+                name: Watched(get_tensor(model, name), dim, get_tensor(dense, name).shape[dim])
+                for name in names
+                for dim in [partly.readers[name].dim]
+            }
+            return Stream(model, watched, batches, chains, graph.example_inputs, total)
+
+        self._stream = stream(partly.model, partly.readers)
         self.left = dict(self._stream.refused)
         self.blocks: list[RefinedBlock] = []
         self._dense_stream = None
-        if options.dense_share:
+        aside = [name for name in self._stream.order if self._share(name)]
+        if aside:
             twin = share_model(dense, graph.written).eval().requires_grad_(False)
-            watched = {
-                name: Watched(get_tensor(twin, name), partly.readers[name].dim)
-                for name in self._stream.order
-            }
-            self._dense_stream = Stream(twin, watched, batches, chains, graph.example_inputs, total)
+            self._dense_stream = stream(twin, aside)
+
+    def _share(self, name: str) -> float:
+        """How much of what a weight should compute is what it computes in the dense model."""
+        return 1.0 if self._partly.reads_cut(name) else self._options.dense_share
 
     def _num_samples(self, batches: Sequence[Any]) -> int:
         own = torch.tensor(float(sum(num_samples(batch) for batch in batches)))
@@ -305,14 +313,16 @@ class _Work:
         """
         order = self._stream.order
         largest = max((self._num_bytes(name) for name in order), default=0)
+        streams = [each for each in (self._stream, self._dense_stream) if each is not None]
         logger.info(
             "rebuild: solving %d weights that read a cut axis takes up to %.2g GB of memory, and "
             "%.2g GB for each activation kept between passes",
-            len(order), largest / 1e9, self._stream.num_bytes / 1e9,
+            len(order), largest / 1e9, sum(each.num_bytes for each in streams) / 1e9,
         )  # fmt: skip
         layers = []
         for name in progress(order, "rebuild", unit="weights"):
-            layers.append(self._layer(name))
+            if (layer := self._layer(name)) is not None:
+                layers.append(layer)
             if name in blocks:
                 self._refine(blocks[name])
         return layers
@@ -354,20 +364,23 @@ class _Work:
 
     def _num_bytes(self, name: str) -> int:
         slots, _, inputs = self._matrices(self._partly.model, name).shape
-        return 8 * 4 * slots * inputs**2  # two parts, their sum, and the damped matrix
+        targets = self._matrices(self._dense, name).shape[2] if self._share(name) else 0
+        return 8 * 4 * slots * (inputs**2 + targets * inputs + targets**2)  # two parts, sum, damped
 
     def _matrices(self, model: nn.Module, name: str) -> Tensor:
-        weight = get_tensor(model, name).detach()
+        weight, dim = get_tensor(model, name).detach(), self._partly.readers[name].dim
         if model is not self._partly.model:
-            weight = weight[_on(self._partly.index(name), weight)]
-        groups = self._stream.first[name].groups
-        return to_matrices(weight, self._partly.readers[name].dim, groups).double()
+            weight = weight[_on(self._partly.outputs(name, weight.shape[dim]), weight)]
+        return to_matrices(weight, dim, self._stream.first[name].groups).double()
 
-    def _layer(self, name: str) -> RebuiltLayer:
+    def _layer(self, name: str) -> RebuiltLayer | None:
+        """Solves a weight; None where that cannot be done, for which `left` says why."""
         reader, first = self._partly.readers[name], self._stream.first[name]
         start, dense = self._matrices(self._partly.model, name), self._matrices(self._dense, name)
         slots, outputs, inputs = dense.shape
-        parts = self._sums(name, (slots, inputs), dense.device)
+        parts = self._sums(name, start, dense)
+        if parts is None:
+            return None
         gram = parts[0] + parts[1]
         if not gram.counts.any():
             raise DataError(
@@ -379,7 +392,7 @@ class _Work:
                 "the weights, or rebuild in float32"
             )
         bias = self._bias(name, reader, first, (slots, outputs))
-        layer = Layer(dense, start, _columns(reader, dense, first), bias[1])
+        layer = Layer(dense, start, _columns(reader, start, first), bias[1])
         damping = self._options.damping
         if damping == "auto":
             damping = _best(layer, parts[0], parts[1])
@@ -388,39 +401,54 @@ class _Work:
         better = (errors[1] <= errors[0]) & new.start.flatten(1).isfinite().all(1)
         new = layer.take(new, better)
         self._write(name, reader, first, new, bias[0])
-        own = gram.toward(0)
-        size = float(Layer(dense, torch.zeros_like(dense), layer.kept, None).error(own).sum())
+        own = gram if self._partly.reads_cut(name) else gram.toward(0)
+        size = float(Layer(dense, torch.zeros_like(start), layer.kept, None).error(own).sum())
         error = float(torch.where(better, errors[1], errors[0]).sum())
         return RebuiltLayer(
             name, inputs, len(layer.kept), int(gram.counts.max()), float(damping),
             float(errors[0].sum()) / (size or 1.0), error / (size or 1.0),
         )  # fmt: skip
 
-    def _sums(self, name: str, shape: tuple[int, int], device: torch.device) -> list[Gram]:
-        """Sums over three quarters of the samples and over the others, of all processes."""
-        reader, dense = self._partly.readers[name], self._dense_stream
-        aside = dense is not None and self._partly.positions[name][reader.dim] is None
-        parts = [Gram.zeros(*shape, device, target=aside) for _ in range(2)]
+    def _sums(self, name: str, start: Tensor, dense: Tensor) -> list[Gram] | None:
+        """Sums over three quarters of the samples and over the others, of all processes.
+
+        None where nothing but what the dense model computes can be the target, and that reads other
+        rows.
+        """
+        share, stream = self._share(name), self._dense_stream if self._share(name) else None
+        if stream is not None and name in stream.refused:
+            self.left[name] = f"in the dense model {stream.refused[name]}"
+            return None
+        (slots, _, inputs), device = start.shape, start.device
+        aside = dense.shape[2] if stream is not None else None
+        parts = [Gram.zeros(slots, inputs, device, aside) for _ in range(2)]
         run = self._stream.run(name)
-        others = dense.run(name) if dense is not None and aside else None
-        pairs = ((one, None) for one in run) if others is None else zip(run, others, strict=True)
-        for products, others in pairs:
+        beside = repeat(None) if stream is None else stream.run(name)
+        apart = torch.zeros((), device=device)
+        for products, others in zip(run, beside, strict=stream is not None):
             if others is not None and not _alike(products, others):
-                raise DataError(
-                    f"{name!r} reads other rows in the dense model than after the cut (experts "
-                    "get other tokens); write dense_share=0"
-                )
+                apart += 1
+                continue
             for product, other in zip(products, others or products, strict=True):
                 keys = product.keys
                 keys = torch.arange(product.rows.shape[1]) if keys is None else keys
                 held_out = (keys % 4 == 3).to(product.rows.device)
                 for part, chosen in zip(parts, (~held_out, held_out), strict=True):
                     if bool(chosen.any()):
-                        rows = product.rows[:, chosen], other.rows[:, chosen] if aside else None
-                        part.add(rows[0], product.slots, rows[1])
+                        target = None if stream is None else other.rows[:, chosen]
+                        part.add(product.rows[:, chosen], product.slots, target)
+        process_sum = self._options.process_sum
+        if stream is not None and (apart if process_sum is None else process_sum(apart)):
+            if self._partly.reads_cut(name):
+                self.left[name] = "it reads other rows in the dense model than after the cut"
+                return None
+            raise DataError(
+                f"{name!r} reads other rows in the dense model than after the cut (experts get "
+                "other tokens); write dense_share=0"
+            )
         for part in parts:
-            part.sum_over(self._options.process_sum)
-        return [part.toward(self._options.dense_share) for part in parts]
+            part.sum_over(process_sum)
+        return [part.toward(share) for part in parts]
 
     def _bias(
         self, name: str, reader: Reader, first: Product, shape: tuple[int, ...]
@@ -466,11 +494,11 @@ class _Work:
 
 
 def _blocks(
-    graph: Graph, plan: PruningPlan, order: Sequence[str], runs_once: Callable[[str], bool]
+    graph: Graph, partly: PartlyCut, order: Sequence[str], runs_once: Callable[[str], bool]
 ) -> dict[str, str]:
-    """The smallest modules that hold all that makes and reads a cut group, by their last weight."""
+    """The smallest modules that hold all that makes and reads a masked group, by last weight."""
     found: set[str] = set()
-    for name in plan.kept:
+    for name in partly.masked:
         group, solved = graph.groups[name], {member.tensor for member in graph.readers(name)}
         if group.kind in ("residual", "layer") or not solved & set(order):
             continue
@@ -484,14 +512,14 @@ def _blocks(
     return {weight: block for block, weight in last.items()}
 
 
-def _columns(reader: Reader, dense: Tensor, first: Product) -> Tensor:
+def _columns(reader: Reader, start: Tensor, first: Product) -> Tensor:
     """Kept columns of the matrices; a convolution's channel has one for each tap of its window."""
-    kept = torch.as_tensor(reader.kept, device=dense.device)
+    kept = torch.as_tensor(reader.kept, device=start.device)
     if not first.groups:
         return kept
     taps = first.taps
     if reader.dim == 0:  # of a transposed one that counts through all groups, each keeps the same
-        kept = (kept % (dense.shape[2] // taps)).unique()
+        kept = (kept % (start.shape[2] // taps)).unique()
     return (kept[:, None] * taps + torch.arange(taps, device=kept.device)).flatten()
 
 
@@ -507,7 +535,8 @@ def _best(layer: Layer, fit: Gram, held_out: Gram) -> float:
 
 def _alike(products: Sequence[Product], others: Sequence[Product]) -> bool:
     """Whether two passes took the same rows of the same samples."""
-    return [(p.slots, p.rows.shape) for p in products] == [(p.slots, p.rows.shape) for p in others]
+    rows = [[(p.slots, p.rows.shape[:2]) for p in each] for each in (products, others)]
+    return rows[0] == rows[1]
 
 
 def _on(index: tuple[np.ndarray, ...], tensor: Tensor) -> tuple[Tensor, ...]:

@@ -18,8 +18,8 @@ class Layer:
     """A layer of one matrix for each slot, ``(slots, outputs, inputs)`` in float64.
 
     Attributes:
-        dense: What it computed before the cut.
-        start: What it computes after the cut: 0 in removed columns.
+        dense: What it computed before the cut, of what the Gram matrices call ``T``.
+        start: What it computes after the cut, of their ``X``: 0 in removed columns.
         kept: Positions of the columns that stay.
         bias: How much the bias of ``start`` is above that of ``dense``, ``(slots, outputs)``; None
             = there is no bias, and none is fitted.
@@ -84,11 +84,12 @@ class Layer:
 
     def error(self, gram: Gram) -> Tensor:
         """Sum over rows and outputs of the squared distance to the targets, by slot."""
-        off = self.start - self.dense
         if (rows := gram.rows) is not None:
+            off = self.start - self.dense
             rest = rows @ off.mT if self.bias is None else rows @ off.mT + self.bias[:, None]
             return rest.square().sum((1, 2))
         if gram.target is None:  # of one difference, for the sake of rounding
+            off = self.start - self.dense
             total = ((off @ gram.products) * off).sum((1, 2))
             away = (off @ gram.sums[:, :, None])[:, :, 0]
         else:

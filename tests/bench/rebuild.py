@@ -1,10 +1,12 @@
 """What ``rebuild`` wins right after a cut: accuracy of ResNet-20, perplexity of SmolLM2.
 
     python -m tests.bench.rebuild resnet FOLDER [--kept 0.3 0.5] [--criteria surgeon fisher]
+    python -m tests.bench.rebuild normed FOLDER [--macs 0.7 0.5 0.35]
     python -m tests.bench.rebuild text MODEL_FOLDER TEXT_FOLDER OTHER_TEXT_FOLDER [--params 0.8 0.7]
         [--beside TEXT_FOLDER]
 
-``FOLDER`` holds Fashion-MNIST's IDX files (it trains ResNet-20 for two short epochs first), text
+``FOLDER`` holds Fashion-MNIST's IDX files (it trains ResNet-20 for two short epochs first;
+``normed``: a ResNet-20 with layers normalised over all channels, and a small ConvNeXt V2), text
 folders hold ``*.txt`` files; every fifth file of the first is held out, the second is another
 domain. With ``--beside`` half of the calibration windows come from a third folder. Prints one line
 a variant.
@@ -15,12 +17,14 @@ import copy
 import gzip
 import itertools
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sosp_hub
@@ -46,10 +50,13 @@ def images_of(folder, stem, num, seed=0):
     return F.pad((images - 0.286) / 0.353, (2, 2, 2, 2))[:, None], labels
 
 
-def train(model, images, labels, epochs):
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def train(model, images, labels, epochs, make=SGD, most=0.2):
+    optimizer = make(model.parameters())
     steps = epochs * (len(images) // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, most, total_steps=steps)
     for _ in range(epochs):
         for at in torch.randperm(len(images)).split(128)[: len(images) // 128]:
             loss = F.cross_entropy(model.train()(images[at]), labels[at])
@@ -119,6 +126,46 @@ def windows(tokenizer, texts, num, length, seed):
     return torch.tensor(found)
 
 
+def group_normed(model):
+    """The model with a norm over all channels in the place of each BatchNorm."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _BatchNorm):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, nn.GroupNorm(1, module.num_features))
+    return model
+
+
+NORMED = {
+    "ResNet-20, GroupNorm": lambda: group_normed(
+        timm.create_model("cifar_resnet20", num_classes=10, in_chans=1)
+    ),
+    "ConvNeXt V2": lambda: timm.create_model(
+        "convnextv2_atto", num_classes=10, in_chans=1, patch_size=2, depths=(2, 2, 4, 2),
+        dims=(32, 64, 128, 256),
+    ),
+}  # fmt: skip
+
+
+def normed(args):
+    for name, make in NORMED.items():
+        torch.manual_seed(args.seed)
+        images, labels = images_of(args.folder, "train", 8000, args.seed)
+        model = train(make(), images, labels, 2, partial(torch.optim.AdamW, lr=2e-3), 2e-3)
+        test = images_of(args.folder, "t10k", 2000)
+        print(f"{name}, seed {args.seed}: dense {accuracy(model, *test):.1f}", flush=True)
+        calibration = list(zip(images[:512].split(64), labels[:512].split(64), strict=True))
+        graph = sosp_hub.trace(model, (images[:2],))
+        saliency = sosp_hub.score(model, graph, calibration, "fisher", per="macs")
+        for macs in args.macs:
+            plan = sosp_hub.allocate(graph, saliency, macs=macs)
+            cut = accuracy(sosp_hub.apply(model, graph, plan), *test)
+            start = time.process_time()
+            small = sosp_hub.rebuild(model, graph, plan, calibration)
+            seconds = time.process_time() - start
+            told = f"cut {cut:.1f}, rebuilt {accuracy(small, *test):.1f} ({seconds:.0f} s)"
+            print(f"  macs {macs}: {told}", flush=True)
+
+
 def perplexity(model, tokens):
     losses = []
     with torch.no_grad():
@@ -159,7 +206,7 @@ def text(args):
     )  # fmt: skip
     print(f"scored in {time.process_time() - start:.0f} s", flush=True)
     for params in args.params:
-        plan = sosp_hub.allocate(graph, saliency, params=params)
+        plan = sosp_hub.allocate(graph, saliency, params=params, kinds=args.kinds)
         show(f"cut {params}", sosp_hub.apply(model, graph, plan, "fast"), test, dense)
         for damping, steps in itertools.product(args.dampings, args.refine_steps):
             start = time.process_time()
@@ -187,6 +234,11 @@ def main():
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--num-images", type=int, default=512, help="to rebuild with (512)")
     one.set_defaults(run=resnet)
+    three = verbs.add_parser("normed")
+    three.add_argument("folder", type=Path)
+    three.add_argument("--macs", type=float, nargs="+", default=[0.7, 0.5, 0.35])
+    three.add_argument("--seed", type=int, default=0)
+    three.set_defaults(run=normed)
     two = verbs.add_parser("text")
     for name in ("model", "texts", "others"):
         two.add_argument(name, type=Path)

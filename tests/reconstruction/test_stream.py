@@ -18,7 +18,7 @@ class Block(nn.Module):
 
 def stream_of(model, batches, ends="down.weight"):
     watched = {
-        name: Watched(parameter, 1)
+        name: Watched(parameter, 1, parameter.shape[1])
         for name, parameter in model.named_parameters()
         if name.endswith(ends)
     }
