@@ -585,7 +585,7 @@ def test_a_block_that_is_cut_for_real_is_not_trained_toward_the_cut():
     x = torch.randn(32, 6)
     graph = trace(model, (x[:2],))
     plan = half_of(graph, ("neuron",))
-    assert plan.kept["0.a:neuron"] and len(plan.kept["0.a:neuron"]) < 8
+    assert len(plan.kept["0.a:neuron"]) < 8
     batches = [(part, torch.zeros(len(part))) for part in x.split(8)]
     rebuilt = rebuilt_weights(model, graph, plan, batches, refine_steps=4)
     assert "0.b.weight" in {layer.tensor for layer in rebuilt.layers}
