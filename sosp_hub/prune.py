@@ -117,8 +117,8 @@ def command_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("a model without a recipe (the recipe is written for you)")
     model.add_argument("--task", help="what the model does: the hub's pipeline tag")
     model.add_argument("--data", metavar="FILE", help="local file or folder, or a hub id")
-    model.add_argument("--macs", type=float, metavar="SHARE", help="multiply-accumulates to keep")
-    model.add_argument("--params", type=float, metavar="SHARE", help="parameters to keep")
+    model.add_argument("--macs", type=_share, metavar="SHARE", help="multiply-accumulates to keep")
+    model.add_argument("--params", type=_share, metavar="SHARE", help="parameters to keep")
     model.add_argument(
         "--library", choices=("timm", "transformers"), help="where the name does not tell"
     )
@@ -135,6 +135,14 @@ def command_parser() -> argparse.ArgumentParser:
         help="with --from-scores: also measure, re-estimate norms and fine-tune",
     )
     return parser
+
+
+def _share(given: str) -> float | str:
+    """A number, or what was written instead, which the recipe then refuses with what to write."""
+    try:
+        return float(given)
+    except ValueError:
+        return given
 
 
 def _tell_forecast(recipe: Recipe, options: argparse.Namespace) -> int:

@@ -241,7 +241,30 @@ def test_a_trained_head_is_not_trained_again_unasked(train, new_head, trains):
     assert (Context.dense_training.fget(context) is not None) == trains
 
 
+def test_few_texts_go_through_a_model_of_words_at_a_time():
+    given = {"library": "transformers", "data": "x/y", "budget": {}}
+    recipe = quick_recipe("a/b", task="text-generation", **given)
+    assert recipe.criterion.name == "fisher"  # that of the task
+    sizes = {recipe.criterion.batch_size, recipe.evaluate.batch_size, recipe.finetune.batch_size}
+    assert sizes == {4}
+    other = quick_recipe("a/b", task="text-classification", **given)
+    steps = [r.finetune.batch_size * r.finetune.gradient_accumulation for r in (recipe, other)]
+    assert steps == [16, 16]
+    kept = quick_recipe("a/b", task="fill-mask", **given, overrides=["criterion.batch_size=32"])
+    assert kept.criterion.batch_size == 32
+
+
 TASK = ("--task", "text-classification")
+
+
+@pytest.mark.parametrize(
+    ("given", "write"), [("30%", "0.3"), ("30", "0.3"), ("0,3", "0.5"), ("", "0.5")]
+)
+def test_a_share_that_is_none_says_what_to_write(capsys, given, write):
+    code, _, told = called(capsys, "prune", "a/b", *TASK, "--data", "x/y", "--params", given)
+    assert code == 2
+    assert "budget.params: got" in told
+    assert f"the fraction that is kept, write {write}" in told
 
 
 @pytest.mark.parametrize(

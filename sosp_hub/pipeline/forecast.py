@@ -197,7 +197,7 @@ def forecast(recipe: Recipe) -> Forecast:
     free = {"cpu": _free_ram()}
     if device.type != "cpu":
         free["device"] = _free_on(device)
-    stages = _stages(recipe, loaded, graph, cost, kept, device.type)
+    stages = _stages(recipe, loaded, graph, kept, device.type)
     stages = tuple(_judged(each, recipe, rate, free) for each in stages)
     return Forecast(
         model=recipe.model.id,
@@ -217,6 +217,31 @@ def forecast(recipe: Recipe) -> Forecast:
         free_bytes=free,
         stages=stages,
     )
+
+
+def too_large(
+    recipe: Recipe, loaded: Loaded, graph: Graph, *, num_train: int, num_test: int
+) -> list[Stage]:
+    """The stages of a run that its machine has too little memory for, as far as can be told.
+
+    Args:
+        recipe: Of the run.
+        loaded: Its model, where it runs.
+        graph: Of that model.
+        num_train: Samples that there are to calibrate and to train with.
+        num_test: Samples that are measured.
+    """
+    device = next((tensor.device for tensor in loaded.model.parameters()), torch.device("cpu"))
+    free = {"cpu": _free_ram()}
+    if device.type != "cpu":
+        free["device"] = _free_on(device)
+    place, weights = "cpu" if device.type == "cpu" else "device", CostModel(graph)().bytes
+    if (room := free[place]) is not None:
+        free[place] = room + weights  # which are there already, and count in every stage
+    counts = {"num_train": num_train, "num_test": num_test}
+    stages = _stages(recipe, loaded, graph, 1.0, device.type, **counts)
+    judged = (_judged(each, recipe, None, free) for each in stages)
+    return [stage for stage in judged if stage.fits is False]
 
 
 def _budgets(recipe: Recipe, graph: Graph) -> tuple[dict[str, float], float, tuple[str, ...]]:
@@ -252,33 +277,42 @@ def _budgets(recipe: Recipe, graph: Graph) -> tuple[dict[str, float], float, tup
 
 
 def _stages(
-    recipe: Recipe, loaded: Loaded, graph: Graph, cost: Any, kept: float, device: str
+    recipe: Recipe,
+    loaded: Loaded,
+    graph: Graph,
+    kept: float,
+    device: str,
+    *,
+    num_train: int | None = None,
+    num_test: int | None = None,
 ) -> Iterator[tuple[Stage, float]]:
-    """Stages without times, and the multiply-accumulates of each."""
-    place = "cpu" if device == "cpu" else "device"
+    """Stages without times, and the multiply-accumulates of each.
+
+    Numbers of samples are those of the recipe, and assumed where it gives none and nor do these.
+    """
+    place, cost = "cpu" if device == "cpu" else "device", CostModel(graph)()
     activations, largest = _activation_bytes(graph)
     weights, params = cost.bytes, cost.params
     criterion, section = recipe.criterion, recipe.evaluate
-    num_train, num_test = recipe.data.num_train, recipe.data.num_test
-    measured = num_test or _ASSUMED_SAMPLES
+    num_train = num_train or recipe.data.num_train or _ASSUMED_SAMPLES
+    measured = num_test or recipe.data.num_test or _ASSUMED_SAMPLES
 
-    def pass_over(batch: int) -> int:
-        return weights + 3 * largest * batch
+    def pass_over(batch: int, num: int = measured) -> int:
+        return weights + 3 * largest * min(batch, num)
 
-    def training(batch: int, config: Any, of: int) -> int:
+    def training(config: Any, of: int) -> int:
         size = max(weights // max(params, 1), 1)
         state = {"adamw": 2 * 4, "adamw_8bit": 2, "sgd": 4}[config.optimizer]
         if size < 4 and config.optimizer != "adamw_8bit":
             state += 4  # the weights in float32
-        return 2 * of + state * (of // size) + activations * batch
+        return 2 * of + state * (of // size) + activations * min(config.batch_size, num_train)
 
     yield Stage("load", 0, None, weights, "cpu"), 0.0
     config = recipe.model.train
     new_head = find_task(recipe.model.task).head or not recipe.model.pretrained  # there may be one
     if config is not None and (config.when == "always" or new_head):
-        num = num_train or _ASSUMED_SAMPLES
-        num = min(num, config.num_samples or num) * config.epochs
-        need = training(config.batch_size, config, weights)
+        num = min(num_train, config.num_samples or num_train) * config.epochs
+        need = training(config, weights)
         yield Stage("dense", num, None, need, place), 3.0 * num * cost.macs
     yield (
         Stage("dense_metrics", measured, None, pass_over(section.batch_size), place),
@@ -286,9 +320,10 @@ def _stages(
     )
     passes = criterion.training_passes(loaded.num_labels)
     num = criterion.num_samples if passes else 0
-    batch = getattr(criterion, "micro_batch_size", None) or criterion.batch_size
+    size = min(criterion.batch_size, num_train)
+    batch = min(size, getattr(criterion, "micro_batch_size", None) or size)
     ratio = _SECOND_ORDER_PEAK if isinstance(criterion, SecondOrderCriterion) else 1.0
-    need = weights + round(ratio * activations * batch) if passes > 1 / 3 else pass_over(batch)
+    need = weights + round(ratio * activations * batch) if passes > 1 / 3 else pass_over(batch, num)
     yield (
         Stage("saliency", num, None, need if num else weights, place),
         3.0 * passes * num * cost.macs,
@@ -296,24 +331,23 @@ def _stages(
     need = round((1.0 + kept) * weights)  # verified or not
     yield Stage("cut", graph.num_samples, None, need, "cpu"), 4.0 * cost.macs
     if recipe.rebuilds():
-        grams, work = _gram_cost(graph, recipe)
-        num, batch = recipe.rebuild.num_samples, criterion.batch_size
-        need = 2 * weights + grams + largest * num + 3 * largest * batch
+        grams, held, work = _rebuild_cost(graph, recipe)
+        num = recipe.rebuild.num_samples
+        need = 2 * weights + grams + held * min(num, num_train) + 3 * largest * size
         macs = num * (3.0 * cost.macs + work)
         if steps := recipe.rebuild.refine_steps:
-            need += 3 * largest * num  # what a block is given, gives, and gave uncut
-            macs += 3.0 * (num + steps * batch) * cost.macs
+            need += 3 * held * min(num, num_train)  # what a block is given, gives, and gave uncut
+            macs += 3.0 * (num + steps * size) * cost.macs
         yield Stage("rebuilt", num, None, need, place), macs
     config = recipe.finetune
     left = round(kept * weights)
     if config.epochs:
-        num = num_train or _ASSUMED_SAMPLES
-        num = min(num, config.num_samples or num) * config.epochs
-        need = training(config.batch_size, config, left)
+        num = min(num_train, config.num_samples or num_train) * config.epochs
+        need, held = training(config, left), activations * min(config.batch_size, num_train)
         if config.lora:
-            need = left + activations * config.batch_size
+            need = left + held
         if config.gradient_checkpointing:
-            need -= round(0.7 * activations * config.batch_size)
+            need -= round(0.7 * held)
         if config.follows():
             need += weights
         yield Stage("final", num, None, need, place), 3.0 * num * kept * cost.macs
@@ -370,7 +404,10 @@ def _changes(stage: Stage, recipe: Recipe) -> Iterator[str]:
 
 
 def _activation_bytes(graph: Graph) -> tuple[int, int]:
-    """Bytes of all results of a pass of one sample, and of the largest of them; views are none."""
+    """Bytes of all results of a pass of one sample, and of the largest of them; views are none.
+
+    Of a sample of the size that costs are told for, taken to be larger by what it costs more.
+    """
     total = largest = 0
     item = max((graph.item_bytes[name] for name in graph.parameters), default=4)
     for step in graph.steps:
@@ -380,11 +417,22 @@ def _activation_bytes(graph: Graph) -> tuple[int, int]:
             held = prod(size_of(axis) for axis in axes) * item
             total += held
             largest = max(largest, held)
-    return total // graph.num_samples, largest // graph.num_samples
+    traced, sized = (
+        sum(prod(size_of(axis) for axis in axes) for _, axes in of.macs) / of.num_samples
+        for of in (graph, graph.sized)
+    )
+    longer = sized / traced if traced else 1.0
+    total, largest = (round(each * longer / graph.num_samples) for each in (total, largest))
+    return total, largest
 
 
-def _gram_cost(graph: Graph, recipe: Recipe) -> tuple[int, float]:
-    """Bytes of the largest Gram matrix (two of them, in float64), and MACs of all for a sample."""
+def _rebuild_cost(graph: Graph, recipe: Recipe) -> tuple[int, int, float]:
+    """What a rebuild holds and computes.
+
+    Returns:
+        Bytes of the largest Gram matrix (two of them, in float64), bytes of the largest result of
+        a layer that reads a cut axis for one sample, and MACs of all Gram matrices for a sample.
+    """
     widths: dict[str, int] = {}
     for name in eligible_groups(graph, recipe):
         for member in graph.readers(name):
@@ -393,12 +441,14 @@ def _gram_cost(graph: Graph, recipe: Recipe) -> tuple[int, float]:
     rows: dict[str, float] = {}
     for module, axes in graph.sized.macs:
         rows[module] = rows.get(module, 0.0) + prod(size_of(axis) for axis in axes)
-    work = 0.0
+    work = held = 0.0
     for tensor, width in widths.items():
         params = prod(size_of(axis) for axis in graph.tensors[tensor])
-        work += rows.get(tensor.rpartition(".")[0], 0.0) / params * width**2
-    largest = max(widths.values(), default=0)
-    return 2 * 8 * largest**2, work / graph.sized.num_samples
+        places = rows.get(tensor.rpartition(".")[0], 0.0) / params
+        work += places * width**2
+        held = max(held, places * params / width * graph.item_bytes.get(tensor, 4))
+    largest, num = max(widths.values(), default=0), graph.sized.num_samples
+    return 2 * 8 * largest**2, round(held / num), work / num
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -14,8 +14,9 @@ from sosp_hub.distributed import (
 )
 from sosp_hub.errors import HubError
 from sosp_hub.pipeline.after_cut import follow_up
-from sosp_hub.pipeline.context import open_context
+from sosp_hub.pipeline.context import Context, open_context
 from sosp_hub.pipeline.curvature import calibration_of, stored_curvature
+from sosp_hub.pipeline.forecast import too_large
 from sosp_hub.pipeline.output_folder import alone, check_place
 from sosp_hub.pipeline.planning import check, decide_and_cut, score
 from sosp_hub.pipeline.promising import promised
@@ -28,7 +29,7 @@ from sosp_hub.pipeline.training import measure_dense, train_dense, train_masks
 from sosp_hub.progress import clock, progress_bar
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.report.facts import overall_metrics
-from sosp_hub.report.numbers import is_worse, metric_value
+from sosp_hub.report.numbers import is_worse, metric_value, size
 from sosp_hub.report.terminal import Report, show_result
 
 
@@ -72,6 +73,7 @@ def run(
     _say_what_is_kept(cache)
     context = open_context(recipe, cache, scores, with_data=with_data)
     check(context)
+    _warn_of_memory(context)
     train_dense(context)
     dense = measure_dense(context)
     if scores is not None:
@@ -150,6 +152,27 @@ def _warn_of_recovery(metrics: Mapping[str, Any]) -> None:
                 name,
                 metric_value(name, metrics["final"][name]["value"]),
                 metric_value(name, before[name]["value"]),
+            )
+
+
+def _warn_of_memory(context: Context) -> None:
+    """Says which stages need more memory than is free; a system may end a run without a word."""
+    if context.data is None or not is_main():
+        return
+    stages = too_large(
+        context.recipe,
+        context.loaded,
+        context.graph,
+        num_train=len(context.train),
+        num_test=len(context.test),
+    )
+    for stage in stages:
+        if stage.name not in context.cache.kept:
+            logger.warning(
+                "%s will take about %s of memory, more than is free here; write %s",
+                stage.name,
+                size(stage.memory_bytes),
+                "; or ".join(stage.change),
             )
 
 

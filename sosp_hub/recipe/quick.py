@@ -54,8 +54,12 @@ def quick_recipe(
         },
         "data": {"path" if Path(data).exists() or _is_file_name(data) else "id": data},
         "budget": dict(budget),
-        "finetune": {"epochs": 3, "batch_size": 16},  # small: people first try a few samples
+        "finetune": {"epochs": 3, "batch_size": _STEP},
     }
+    if batch_size := _batch_size(task):
+        record |= {"criterion": {"batch_size": batch_size}, "evaluate": {"batch_size": batch_size}}
+        more = {"batch_size": batch_size, "gradient_accumulation": _STEP // batch_size}
+        record["finetune"] |= more
     name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
     source = "the command line"
     return parse_recipe(
@@ -63,7 +67,15 @@ def quick_recipe(
     )
 
 
-_TRAIN = {"epochs": 5, "batch_size": 16, "when": "new_head"}
+_STEP = 16
+"""Samples of a step of training; few, as people first try a few samples."""
+
+_TRAIN = {"epochs": 5, "batch_size": _STEP, "when": "new_head"}
+
+
+def _batch_size(task: str) -> int | None:
+    known = known_task(task)
+    return None if known is None else known.batch_size
 
 
 def _learns(task: str) -> bool:

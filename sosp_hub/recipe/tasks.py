@@ -36,6 +36,7 @@ class Task(ABC):
         of_all: Those that are of all samples together, and no means over them.
         counted: What metrics are means over.
         criterion: The section of a recipe that names no criterion; {} = what scores elsewhere.
+        batch_size: Samples of one step where a model has no recipe; None = the recipe's defaults.
         learns: Whether there is something to train a model with; else only to follow another.
         pretrained_rate: Peak learning rate of weights that were trained.
         random_rate: Peak learning rate of weights that were random.
@@ -61,6 +62,7 @@ class Task(ABC):
     of_all: ClassVar[tuple[str, ...]] = ()
     counted: ClassVar[str] = "samples"
     criterion: ClassVar[Mapping[str, Any]] = {}
+    batch_size: ClassVar[int | None] = None
     learns: ClassVar[bool] = True
     pretrained_rate: ClassVar[float] = 5e-5
     random_rate: ClassVar[float] = 1e-3

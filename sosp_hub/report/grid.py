@@ -5,6 +5,8 @@ import io
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -48,11 +50,10 @@ class Grid:
         csv.writer(buffer, lineterminator="\n").writerows([self.head, *self.rows])
         return buffer.getvalue()
 
-    def terminal(self) -> Table:
-        """With title and note."""
+    def terminal(self) -> Group:
+        """With title and note, which may be wider than the table."""
         table = Table(
             title=_text(self.title) if self.title else None,
-            caption=_text(self.note) if self.note else None,
             box=box.SIMPLE_HEAD,
             header_style="bold",
         )
@@ -61,7 +62,8 @@ class Grid:
             table.add_column(_text(name), justify=justify, overflow="fold")
         for row in self.rows:
             table.add_row(*map(_text, row))
-        return table
+        note = [Padding(_text(self.note), (0, 1))] if self.note else []
+        return Group(table, *note)
 
 
 def _line(cells: tuple[object, ...]) -> str:

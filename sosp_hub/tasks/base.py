@@ -42,6 +42,7 @@ class LanguageModelTask(TextTask, ABC):
 
     columns: ClassVar[tuple[str, ...]] = ("text",)
     head: ClassVar[bool] = False
+    batch_size: ClassVar[int | None] = 4  # each token has an output for every word there is
 
     def rows(self, table: Any, section: Any, where: str) -> "Rows":
         """Texts alone."""

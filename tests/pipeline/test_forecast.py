@@ -202,3 +202,42 @@ def test_an_output_that_cannot_be_written_is_told_before_a_run(tmp_path, capsys)
     for place in (tmp_path / "taken", tmp_path / "taken" / "inside"):
         assert main(["quickstart", f"output.dir={place}", "--plan-only"]) == 2
         assert "is a file; write the name of a new folder" in capsys.readouterr().err
+
+
+def test_a_run_sees_what_the_forecast_sees(llama):
+    llama["criterion"]["name"] = "fisher"
+    recipe = as_recipe(llama, ("data.num_train=100", "data.num_test=10"), "prune")
+    told = {stage.name: stage.memory_bytes for stage in forecast(recipe).stages}
+    loaded = module.load_model(recipe.model, data=module.DataInfo(), weights=False)
+    sized = module.example_inputs(loaded, num_tokens=24)
+    short = module.example_inputs(loaded, num_tokens=8)
+    graph = module.trace(loaded.model, short, outputs=("logits",), cost_inputs=sized)
+    stages = module._stages(recipe, loaded, graph, 1.0, "cpu")
+    seen = {stage.name: stage.memory_bytes for stage, _ in stages}
+    assert seen.keys() == told.keys()
+    for name in ("dense_metrics", "saliency", "rebuilt", "final"):
+        assert 0.95 < seen[name] / told[name] < 1.2, name
+
+
+def test_a_rebuild_holds_what_layers_give_and_no_logits(llama):
+    llama["data"] |= {"max_length": 512, "num_train": 1000}
+    few, many = (
+        next(
+            stage.memory_bytes
+            for stage in forecast(as_recipe(llama, (f"rebuild.num_samples={num}",), "prune")).stages
+            if stage.name == "rebuilt"
+        )
+        for num in (100, 200)
+    )
+    assert many - few == 100 * 512 * SIZES["hidden_size"] * 4
+
+
+def test_no_more_samples_are_held_than_there_are(llama):
+    few = ("data.num_train=3", "data.num_test=3")
+    keys = ("criterion.batch", "finetune.batch", "evaluate.batch")
+    small = (*few, *(f"{key}_size=3" for key in keys), "rebuild.num_samples=3")
+    sizes = [
+        [stage.memory_bytes for stage in forecast(as_recipe(llama, given, "prune")).stages]
+        for given in (few, small)
+    ]
+    assert sizes[0] == sizes[1]

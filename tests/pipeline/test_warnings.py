@@ -1,7 +1,9 @@
-"""What a run says when fine-tuning made a metric of the test split worse."""
+"""What a run says of too little memory, and when fine-tuning made a metric worse."""
 
 import pytest
 
+import sosp_hub
+from sosp_hub.pipeline import forecast
 from sosp_hub.pipeline.run import _warn_of_recovery
 
 pytestmark = pytest.mark.slow
@@ -37,3 +39,13 @@ def test_a_metric_that_fell_is_said_with_the_keys_to_change(
     _warn_of_recovery(metrics)
     assert ("finetune.learning_rate" in caplog.text) is warned
     assert (name in caplog.text) is warned
+
+
+def test_what_will_not_fit_is_said_before_it_begins(recipe, monkeypatch, caplog):
+    sosp_hub.prune(recipe)
+    assert "of memory" not in caplog.text
+    monkeypatch.setattr(forecast, "_free_ram", lambda: 1 << 20)
+    sosp_hub.prune(recipe, overwrite=True)
+    told = [record.message for record in caplog.records if "of memory" in record.message]
+    (scores,) = [line for line in told if line.startswith("saliency will take about")]
+    assert "more than is free here; write criterion.batch_size=2" in scores

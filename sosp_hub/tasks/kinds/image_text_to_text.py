@@ -28,6 +28,7 @@ class ImageTextToText(OwnTask):
     columns: ClassVar[tuple[str, ...]] = ("image", "source", "target")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits",)
     head: ClassVar[bool] = False
+    batch_size: ClassVar[int | None] = 4
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "accuracy", "exact_match", "loss")
     counted: ClassVar[str] = "tokens"
     pretrained_rate: ClassVar[float] = 2e-5

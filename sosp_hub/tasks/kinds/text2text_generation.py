@@ -24,6 +24,7 @@ class Text2Text(TextTask):
     columns: ClassVar[tuple[str, ...]] = ("source", "target")
     outputs: ClassVar[tuple[str, ...] | None] = ("logits",)
     head: ClassVar[bool] = False
+    batch_size: ClassVar[int | None] = 4
     of_all: ClassVar[tuple[str, ...]] = (
         *("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "word_error_rate", "exact_match"),
     )
