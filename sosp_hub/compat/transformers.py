@@ -108,6 +108,17 @@ def tied_names(model: Any) -> Mapping[str, str]:
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
+def unstored_names(model: Any) -> frozenset[str]:
+    """Names of tensors that a model's class computes and never saves."""
+    return frozenset(getattr(type(model), "_keys_to_ignore_on_save", None) or ())
+
+
+def store_all(model: Any) -> None:
+    """Has a model save the tensors too that its class computes: it was cut, and they with it."""
+    if getattr(model, "_keys_to_ignore_on_save", None):
+        model._keys_to_ignore_on_save = set()
+
+
 def as_stored(model: Any, part: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A model's state under the names of its files: transformers renames some as it loads.
 

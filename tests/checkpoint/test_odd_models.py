@@ -116,6 +116,34 @@ def test_a_cut_of_layers_alone_is_saved(build, tmp_path):
         assert_close(found, expected, relative=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [{"neuron", "head"}, None])
+def test_tables_that_a_class_computes_are_no_missing_weights(kinds, tmp_path):
+    """More than half of a tiny Marian are its positions, which transformers does not store."""
+    torch.manual_seed(0)
+    config = tf.MarianConfig(
+        vocab_size=40, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=0,
+        decoder_start_token_id=0, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = tf.MarianMTModel(config).eval()
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(), "use_cache": False}
+    graph = sosp_hub.trace(model, inputs, "logits")
+    kept = {
+        name: kept
+        for name, kept in half(graph).kept.items()
+        if kinds is None or graph.groups[name].kind in kinds
+    }
+    pruned = sosp_hub.apply(model, graph, plan_of(graph, kept), verify="fast")
+    loaded = sosp_hub.from_pretrained(sosp_hub.save_pretrained(pruned, tmp_path / "small"))
+    pruned.save_pretrained(tmp_path / "own")
+    loaded.save_pretrained(tmp_path / "again")
+    own = [sosp_hub.from_pretrained(tmp_path / name) for name in ("own", "again")]
+    for each in (loaded, *own):
+        for found, expected in zip(run(each, graph), run(pruned, graph), strict=True):
+            assert_close(found, expected, relative=1e-6)
+
+
 def test_a_rebuilt_model_that_fails_is_not_the_same():
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(4, 2)
     assert proof.same_output(other, model, (torch.ones(1, 3),)) is False

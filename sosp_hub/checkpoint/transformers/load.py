@@ -35,8 +35,10 @@ from sosp_hub.compat.transformers import (
     loud_layers,
     quiet_layers,
     set_loader,
+    store_all,
     takes_other_sizes,
     tied_names,
+    unstored_names,
 )
 from sosp_hub.errors import CheckpointError
 from sosp_hub.structure.isolation import isolated
@@ -50,6 +52,9 @@ _BUILT: contextvars.ContextVar[dict[int, set[str]] | None] = contextvars.Context
     "built", default=None
 )
 """Names of the modules that each model has when its own class has built it, by id."""
+
+_MOST_COMPUTED = 2**22
+"""Numbers of tables that a class computes itself, which may be most of a small model."""
 
 _CHECKED: contextvars.ContextVar[bool] = contextvars.ContextVar("checked", default=False)
 
@@ -237,6 +242,8 @@ def _post_init(self: PreTrainedModel) -> None:
         built.setdefault(id(self), {name for name, _ in self.named_modules()})
     shrink(self, parse_delta)
     _ORIGINALS["post_init"](self)
+    if getattr(self, APPLIED, False):
+        store_all(self)
 
 
 def _set_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
@@ -321,6 +328,9 @@ def _refuse_invented(model: nn.Module, info: Any, held: Collection[str]) -> None
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     missing = {name: sizes.get(name, 0) for name in info.missing_keys if name not in tied}
     missing = {name: size for name, size in missing.items() if name not in held}
+    computed = unstored_names(model) & missing.keys()
+    if sum(missing[name] for name in computed) <= _MOST_COMPUTED:
+        missing = {name: size for name, size in missing.items() if name not in computed}
     if sum(missing.values()) > sum(sizes.values()) / 2:
         largest = max(missing, key=lambda name: missing[name])
         raise CheckpointError(

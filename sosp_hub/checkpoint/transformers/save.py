@@ -18,7 +18,7 @@ from sosp_hub.checkpoint.transformers import load as adapter
 from sosp_hub.checkpoint.transformers import native
 from sosp_hub.checkpoint.transformers.per_layer import describe_layers, held_in_cache
 from sosp_hub.checkpoint.transformers.ship import ship
-from sosp_hub.compat.transformers import no_init_weights
+from sosp_hub.compat.transformers import no_init_weights, store_all
 from sosp_hub.errors import CheckpointError
 from sosp_hub.structure.isolation import isolated
 
@@ -51,6 +51,8 @@ def write(
     config, delta, obstacle = describe(model)
     state = _state(model, delta)
     _check_loud(model, config, delta, state)
+    if not delta.empty:
+        store_all(model)
     with adapter.not_pending(model):
         model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     _write_config(model, folder, config, delta)
@@ -105,6 +107,7 @@ def attach(model: PreTrainedModel) -> None:
             store_in_state(model.get_submodule(name), section)
     adapter.forget(model.config)
     if not delta.empty:
+        store_all(model)
         setattr(model.config, KEY, delta.to_json())
         describe_layers(model, model.config, held)
 

@@ -102,6 +102,27 @@ def tied_tensors() -> None:
     expect(list(names) == ["lm_head.weight"], f"the tied tensors are {list(names)}")
 
 
+@smoke("loading tiny models with tables that their class computes")
+def computed_tensors() -> None:
+    config = transformers.MarianConfig(
+        vocab_size=8, d_model=4, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=4,
+        decoder_ffn_dim=4, encoder_attention_heads=1, decoder_attention_heads=1, pad_token_id=0,
+        decoder_start_token_id=0, max_position_embeddings=8,
+    )  # fmt: skip
+    model = transformers.MarianMTModel(config)
+    names = {f"model.{side}coder.embed_positions.weight" for side in ("en", "de")}
+    told = compat.unstored_names(model)
+    expect(told == names, f"a Marian stores all but {sorted(told)}")
+    expect(not compat.unstored_names(_llama()), "a Llama computes tensors")
+    compat.store_all(model)
+    with tempfile.TemporaryDirectory() as folder, _silence():
+        model.model.encoder.embed_positions.weight.data.zero_()
+        model.save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder)
+    expect(not loaded.model.encoder.embed_positions.weight.any(), "stored ones are not loaded")
+    expect(bool(loaded.model.decoder.embed_positions.weight.any()), "others are not stored")
+
+
 @smoke("inspect and misfits of models whose files have other names")
 def names_in_files() -> None:
     config = transformers.MixtralConfig(**_SIZES, num_local_experts=2)
