@@ -157,6 +157,18 @@ def test_pipeline(tmp_path):
         assert_close(classify.model.timm_model.state_dict()[name], tensor, relative=0, what=name)
 
 
+def test_transformers_knows_the_classes_of_a_timm_model(tmp_path):
+    model = cuts.pruned_timm("test_vit")
+    names = [f"class {number}" for number in range(model.num_classes)]
+    labels = {"label_names": names, "num_classes": model.num_classes}
+    model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | labels
+    sosp_hub.save_pretrained(model, tmp_path)
+    wrapper = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert wrapper.config.id2label[3] == "class 3"
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert loaded.pretrained_cfg["label_names"] == names
+
+
 def test_timm_wrapper_saves_what_loads(tmp_path):
     model = cuts.pruned_timm("test_vit")
     folder = sosp_hub.save_pretrained(model, tmp_path / "small")
