@@ -108,6 +108,23 @@ def _net():
     return net
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (4,)])
+def test_batches_in_the_place_of_samples_are_told(shape):
+    layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2)]
+    net = torch.nn.Sequential(*layers) if len(shape) == 3 else _net()
+    batches = [(torch.randn(8, *shape), torch.arange(8) % 2) for _ in range(20)]
+    with pytest.raises(DataError, match=r"holds batches, as .*score takes them.*sample in zip"):
+        sosp_hub.finetune(net, batches, learning_rate=0.1)
+    samples = [sample for inputs, labels in batches for sample in zip(inputs, labels, strict=True)]
+    sosp_hub.finetune(net, samples, learning_rate=0.01, epochs=1)
+
+
+def test_an_error_of_samples_is_left_alone():
+    samples = [(torch.randn(5), torch.tensor(i % 2)) for i in range(20)]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        sosp_hub.finetune(_net(), samples, learning_rate=0.1)
+
+
 @pytest.mark.slow
 def test_finetune_gives_a_better_copy_and_leaves_all_else_as_it_was():
     net, data, before = _net(), _samples(), random_states()

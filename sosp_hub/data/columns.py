@@ -22,12 +22,20 @@ def check_columns(
     """
     if not len(table):
         raise DataError(f"data: {where} has no rows; give a data set with samples")
-    for key in keys:
-        column = getattr(section, key)
-        if column not in table.column_names:
-            names = shortened(", ".join(_with_parts(table)), 300)
-            advice = _separator(table.column_names) or f". Write data.{key}=NAME, one of these"
-            raise DataError(f"data.{key}: {where} has no column {column!r}; it has {names}{advice}")
+    named = {key: getattr(section, key) for key in keys}
+    missing = {key: name for key, name in named.items() if name not in table.column_names}
+    if not missing:
+        return
+    columns = _with_parts(table)
+    names = shortened(", ".join(columns), 300)
+    keys_of_data = ", ".join(f"data.{key}" for key in missing)
+    lacks = f"no column {', '.join(map(repr, missing.values()))}"
+    write = " ".join(f"data.{key}=NAME" for key in missing)
+    advice = f". Write {write}, {'one' if len(missing) == 1 else 'each one'} of these"
+    if not {*columns} - {*named.values()}:
+        advice = "; all of them are named already. Give a data set that has one more"
+    advice = _separator(table.column_names) or advice
+    raise DataError(f"{keys_of_data}: {where} has {lacks}; it has {names}{advice}")
 
 
 def texts_of(table: "Dataset", section: "DataSection", key: str, where: str) -> list[str]:

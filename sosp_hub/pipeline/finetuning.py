@@ -1,8 +1,10 @@
 """``finetune``: training after a cut, for those who call the verbs one by one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import Dataset, default_collate
@@ -10,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 from sosp_hub.compat.accelerate import check_weights
 from sosp_hub.compat.torch import unwrapped
 from sosp_hub.data.split import MadeSplit, Split
-from sosp_hub.errors import DataError, ModelError, RecipeError
+from sosp_hub.errors import DataError, ModelError, RecipeError, SospHubError
 from sosp_hub.modes import (
     called_as_the_caller,
     check_models,
@@ -23,6 +25,8 @@ from sosp_hub.recipe.faults import explain
 from sosp_hub.recipe.schema import FinetuneSection
 from sosp_hub.recovery.recover import Recovery, recover
 from sosp_hub.structure.copies import copy_model
+from sosp_hub.tasks.batches import tensors
+from sosp_hub.tasks.loss import batch_loss
 
 if TYPE_CHECKING:
     from sosp_hub.types import LossFn
@@ -81,16 +85,17 @@ def finetune(
     """
     check_models(model)
     result = copy_model(unwrapped(model))
-    finetune_(
-        result,
-        _split(train, collate),
-        learning_rate=learning_rate,
-        epochs=epochs,
-        loss_fn=loss_fn,
-        teacher=teacher,
-        seed=seed,
-        **options,
-    )
+    with _batches_told(result, train, loss_fn):
+        finetune_(
+            result,
+            _split(train, collate),
+            learning_rate=learning_rate,
+            epochs=epochs,
+            loss_fn=loss_fn,
+            teacher=teacher,
+            seed=seed,
+            **options,
+        )
     return result
 
 
@@ -145,7 +150,8 @@ def finetune_(
             "the dense model, or a copy of this one (sosp_hub.finetune makes one)"
         )
     models = [model] if followed is None else [followed, model]
-    with as_guest(), evaluating(*models), without_autocast(model):
+    told = _batches_told(model, train, loss_fn)
+    with told, as_guest(), evaluating(*models), without_autocast(model):
         try:
             return recover(
                 model,
@@ -157,6 +163,33 @@ def finetune_(
             )
         finally:
             model.to(device)
+
+
+@contextmanager
+def _batches_told(model: nn.Module, train: Any, loss_fn: "LossFn | None") -> Iterator[None]:
+    """Says what is wrong where a training fails because samples are batches already."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError, SospHubError) as error:
+        if isinstance(train, Split) or not _takes_as_batch(model, train, loss_fn):
+            raise
+        raise DataError(
+            "train: holds batches, as sosp_hub.score takes them, and is to hold samples, which "
+            "are put together here; give [sample for inputs, labels in batches for sample in "
+            "zip(inputs, labels)]"
+        ) from error
+
+
+def _takes_as_batch(model: nn.Module, train: Any, loss_fn: "LossFn | None") -> bool:
+    """Whether what should be a sample is a batch: the model has a loss on it as it is."""
+    try:
+        first = train[0]
+        sizes = {tensor.shape[:1] for tensor in tensors(first)}
+        with torch.no_grad():
+            batch_loss(model, first, loss_fn)
+    except Exception:  # noqa: BLE001 - whatever it is, it is no batch of this model
+        return False
+    return len(sizes) == 1 and sizes != {()}
 
 
 def _section(options: dict[str, Any]) -> FinetuneSection:

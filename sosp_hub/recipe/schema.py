@@ -3,9 +3,10 @@
 import difflib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from sosp_hub.recipe.criteria import CRITERIA, AnyCriterion, MaskTrainedCriterion
 from sosp_hub.recipe.metrics import Drop, read_drops
@@ -503,6 +504,16 @@ class OutputSection(Section):
         "budget=...) and --from-scores rebuild at any budget without the data; they are published "
         "with the model",
     )
+
+    @field_validator("dir")
+    @classmethod
+    def _has_a_name(cls, given: str | None) -> str | None:
+        if given is not None and Path(given).name in ("", ".."):
+            raise ValueError(
+                f"got {given!r}, a folder that is there already; write the name of a new folder, "
+                "such as runs/small"
+            )
+        return given
 
 
 def _named(entry: Any) -> Any:

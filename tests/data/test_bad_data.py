@@ -241,3 +241,32 @@ def test_line_ends_within_texts_are_no_rows(tmp_path):
     text = "\n".join(["a line"] * 1000)
     (tmp_path / "rows.csv").write_text("text,label\n" + f'"{text}",x\n' * 400)
     assert read_table([tmp_path / "rows.csv"])["text"][:] == [text] * 400
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            {},
+            "^data.text, data.label: .* has no column 'text', 'label'; it has genre, sentence. "
+            "Write data.text=NAME data.label=NAME, each one of these$",
+        ),
+        ({"text": "sentence"}, "^data.label: .*Write data.label=NAME, one of these$"),
+        (
+            {"text": "sentence", "label": "genre", "text_pair": "other"},
+            "^data.text_pair: .*Write data.text_pair=NAME, one of these$",
+        ),
+    ],
+)
+def test_all_columns_that_are_missing_are_told_at_once(keys, words, tmp_path):
+    (tmp_path / "rows.csv").write_text("genre,sentence\na,b\nc,d\n")
+    section = DataSection(path=str(tmp_path / "rows.csv"), test=None, **keys)
+    with pytest.raises(DataError, match=words):
+        open_data(section, "text-classification")
+
+
+def test_a_table_without_a_column_for_labels_is_not_asked_for_its_name(tmp_path):
+    (tmp_path / "rows.csv").write_text("sentence\nb\nd\n")
+    section = DataSection(path=str(tmp_path / "rows.csv"), test=None, text="sentence")
+    with pytest.raises(DataError, match=r"it has sentence; all of them are named already\. Give"):
+        open_data(section, "text-classification")

@@ -123,7 +123,7 @@ def test_images_without_classes_need_no_folders(tmp_path):
         write_image(tmp_path / f"{i}.png")
     (tmp_path / "README.md").write_text("about them")
     assert len(opened(tmp_path, "self").train) == 4
-    with pytest.raises(DataError, match=r"no column 'image'; it has text"):
+    with pytest.raises(DataError, match=r"no column 'image', 'label'; it has text"):
         opened(tmp_path, "image-classification")
 
 
@@ -161,7 +161,7 @@ def test_a_column_of_another_name_is_told_how_to_name_it(tmp_path):
     write_rows(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(
         DataError,
-        match=r"it has translation\.\w\w, translation\.\w\w\. Write data\.source=NAME, one of",
+        match=r"it has translation\.\w\w, translation\.\w\w\. Write data\.source=NAME data",
     ):
         opened(tmp_path / "pairs.jsonl", "translation")
     keys = {"source": "translation.en", "target": "translation.de"}

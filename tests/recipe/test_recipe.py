@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from sosp_hub.errors import RecipeError
 from sosp_hub.recipe.criteria import CRITERIA, Criterion
 from sosp_hub.recipe.describe import describe_recipe
-from sosp_hub.recipe.load import dump_recipe, load_recipe
+from sosp_hub.recipe.load import as_recipe, dump_recipe, load_recipe
 from sosp_hub.recipe.schema import Recipe
 from sosp_hub.recipe.section import Section
 from sosp_hub.recipe.study_grid import cells_of
@@ -526,3 +526,15 @@ def test_a_learning_rate_that_is_not_given_suits_the_weights(model, rate, tmp_pa
     assert recipe.at_rate(recipe.finetune).learning_rate == rate
     recipe = load_recipe(path, ["finetune.learning_rate=0.25"], "prune")
     assert recipe.at_rate(recipe.finetune).learning_rate == 0.25
+
+
+@pytest.mark.parametrize("folder", [".", "..", "/", "runs/.."])
+def test_an_output_folder_has_a_name_of_its_own(folder):
+    """What a run keeps is put beside it, by its name."""
+    sections = {
+        "model": {"library": "timm", "id": "resnet18", "task": "image-classification"},
+        "data": {"id": "x/y"},
+        "output": {"dir": folder},
+    }
+    with pytest.raises(RecipeError, match=r"output\.dir: got .*write the name of a new folder"):
+        as_recipe(sections, (), "prune")
