@@ -103,6 +103,8 @@ def _shares(folder: Path, budget: Any) -> "list[tuple[str, float]]":
                 "which of them, such as budget={'params': 0.7}"
             )
         named = {keys[0]: budget}
+    if not named:
+        raise BudgetError("budget: got {}; name what is kept, such as budget={'params': 0.7}")
     for key, share in named.items():
         number = isinstance(share, int | float) and not isinstance(share, bool)
         known = [name for name in BUDGETS if name not in ("threshold", *MEASURED)]

@@ -178,6 +178,7 @@ def test_kept_inputs_hold_no_labels_and_are_published(any_budget):
         ({"parms": 0.5}, "parms=0.5"),
         ({"threshold": 0.5}, "threshold"),
         (True, "params=True"),
+        ({}, "got {}; name what is kept"),
         (0.001, "least that can be reached"),
     ],
 )
