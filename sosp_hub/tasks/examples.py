@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sosp_hub.data.processing import ImageProcessing
+from sosp_hub.errors import ModelError
 
 
 def image_inputs(loaded: Any, batch_size: int) -> tuple[Tensor, ...] | dict[str, Any]:
@@ -30,7 +31,14 @@ def text_inputs(loaded: Any, batch_size: int, num_tokens: int) -> dict[str, Any]
     processor = loaded.processor
     num_tokens = min(num_tokens, processor.max_positions or num_tokens)
     config: Any = loaded.model.config
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        raise ModelError(
+            f"model: {type(loaded.model).__name__} takes no texts (its config has no vocab_size), "
+            "and no preprocessor_config.json says how images are made for it; save one beside "
+            "config.json with AutoImageProcessor.from_pretrained(BASE).save_pretrained(FOLDER), or "
+            "cut it in Python with inputs of your own: sosp_hub.trace(model, inputs)"
+        )
     if processor.tokenizer is not None:
         vocabulary = min(len(processor.tokenizer), vocabulary)
     tokens = torch.randint(vocabulary, (batch_size, num_tokens), generator=chance)

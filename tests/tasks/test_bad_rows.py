@@ -4,9 +4,11 @@ import io
 import json
 import shutil
 import wave
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import transformers
 
 from recipes import make_data
 from sosp_hub.data.loading import load_split
@@ -309,3 +311,14 @@ def test_classes_of_objects_have_the_names_that_the_table_lists(folders, tmp_pat
     listed = task.rows(as_lists, section, "rows")
     assert listed.columns["classes"] == [["boot"]] * 4
     assert listed.columns["boxes"][0] == [[2.0, 2.0, 9.0, 9.0]]
+
+
+def test_a_model_of_neither_texts_nor_images_is_told():
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTMAEConfig(**small, intermediate_size=16, image_size=32)
+    model = transformers.ViTMAEModel(config)
+    loaded = SimpleNamespace(
+        model=model, processor=SimpleNamespace(max_positions=None, tokenizer=None)
+    )
+    with pytest.raises(ModelError, match=r"ViTMAEModel takes no texts.*preprocessor_config\.json"):
+        find_task("self").example_inputs(loaded, 2, 8)
