@@ -103,6 +103,8 @@ class Products(TorchFunctionMode):
         order = _ARGUMENTS.get(name)
         if order is not None:
             given = {**dict(zip(order, args, strict=False)), **kwargs}
+            if name in _EITHER_WAY and self._is_watched(given["input"]):  # weight @ columns
+                name, given = "linear", {"weight": args[0], "input": _as_rows(args[1])}
             weight = given.get("weight")
             if isinstance(weight, Tensor) and type(weight) in (Tensor, torch.nn.Parameter):
                 tensor = self._names.get(weight.untyped_storage().data_ptr())
@@ -116,6 +118,9 @@ class Products(TorchFunctionMode):
         if name == "__getitem__":
             self._note_gathered(args[0], args[1], result)
         return result
+
+    def _is_watched(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._names
 
     def _note_gathered(self, parameter: Any, numbers: Any, result: Any) -> None:
         """Remembers a tensor that holds for each row the matrix of its expert."""
@@ -236,6 +241,14 @@ _ARGUMENTS = {
         ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
     ),
 }
+
+
+_EITHER_WAY = ("mm", "matmul", "__matmul__")
+
+
+def _as_rows(columns: Tensor) -> Tensor:
+    """What a matrix is multiplied with, as the inputs of a linear layer."""
+    return columns.mT if columns.dim() > 1 else columns[None]
 
 
 def _whole(weight: Tensor, parameter: Tensor, dim: int, side: int) -> bool:

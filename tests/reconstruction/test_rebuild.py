@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import operator
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -806,6 +807,28 @@ def test_columns_of_given_length_are_not_solved(batches):
     assert rebuilt.left == {"b.weight": f"group {name!r}: 'b.weight' is normalised before it reads"}
     assert not rebuilt.layers
     sosp_hub.apply(rebuilt.model, graph, rebuilt.plan, strict=True)
+
+
+@pytest.mark.parametrize("product", [torch.matmul, operator.matmul, torch.mm])
+def test_a_weight_on_the_left_of_its_inputs_is_solved_as_a_linear_layer(product):
+    """As in the mixers of Mamba."""
+
+    class Left(Perceptron):
+        def forward(self, x):
+            return product(self.c.weight, torch.relu(self.a(x)).mT).mT
+
+    model, x = Left(bias=False).double(), torch.randn(40, 6, dtype=torch.float64)
+    model.c = nn.Linear(8, 3, bias=False).double()
+    graph = trace(model, (x[:2],))
+    plan = PruningPlan({"a:neuron": (0, 2, 3, 6)}, {"a:neuron": 8})
+    batches = [(part, torch.zeros(len(part))) for part in x.split(20)]
+    rebuilt = rebuilt_weights(model, graph, plan, batches, damping=DAMPING)
+    with torch.no_grad():
+        rows, dense, kept = torch.relu(model.a(x)), model.c.weight.detach(), [0, 2, 3, 6]
+    start = torch.zeros_like(dense)
+    start[:, kept] = dense[:, kept]
+    new, _ = least_squares(rows, start, dense, None, kept)
+    assert_close(rebuilt.model.c.weight, new, relative=1e-9)
 
 
 def test_a_product_that_is_not_followed_is_told_and_the_rest_goes_on(caplog):
