@@ -7,7 +7,7 @@ an operation.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -81,7 +81,14 @@ class WhereRead(DispatchMode):
     """Within it operations get the data of deferred parameters; the outermost of several modes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not types:  # plain tensors alone
+            return func(*args, **(kwargs or {}))
         return func(*_read(args), **_read(kwargs or {}))
+
+
+def where_read(model: nn.Module) -> AbstractContextManager[Any]:
+    """``WhereRead`` for a model that has deferred parameters; others need no mode."""
+    return WhereRead() if any(map(is_deferred, model.parameters())) else nullcontext()
 
 
 def _read(value: Any) -> Any:

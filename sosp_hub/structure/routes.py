@@ -9,6 +9,7 @@ together in as few passes as can be.
 import functools
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from sosp_hub.compat.transformers import attention_of, set_attention, takes_sdpa
 from sosp_hub.errors import SospHubError, TraceError
 from sosp_hub.plan import Plan
+from sosp_hub.structure.axes import size_of
 from sosp_hub.structure.copies import copy_inputs
 from sosp_hub.structure.graph import Graph, Route
 from sosp_hub.structure.inputs import (
@@ -33,7 +35,8 @@ from sosp_hub.structure.shadow import is_config
 from sosp_hub.structure.trace import call, trace
 
 _LOG = logging.getLogger("sosp_hub")
-_SMALL = 5_000_000
+_FEW_MACS = 2_000_000
+"""Multiply-accumulates that take less time than what torch does for one operation without data."""
 
 
 def find_routes(model: nn.Module, graph: Graph, *, one_call: bool = False) -> None:
@@ -48,7 +51,7 @@ def find_routes(model: nn.Module, graph: Graph, *, one_call: bool = False) -> No
             another call of this.
     """
     found = graph.routes
-    fake = faster_without_data(model)
+    fake = faster_without_data(model, graph)
     ways = _left(model, graph)
     some = [way for way in ways if not way.several_calls] if one_call else ways
     if found.complete or (one_call and found.known):
@@ -72,10 +75,10 @@ def find_routes(model: nn.Module, graph: Graph, *, one_call: bool = False) -> No
     found.complete = len(some) == len(ways)
 
 
-def faster_without_data(model: nn.Module) -> bool:
+def faster_without_data(model: nn.Module, graph: Graph) -> bool:
     """Whether a model runs in less time without its data; so does one that has none."""
-    weights = list(model.parameters())
-    return sum(w.numel() for w in weights) > _SMALL or any(w.is_meta for w in weights)
+    macs = sum(math.prod(map(size_of, axes)) for _, axes in graph.macs)
+    return macs > _FEW_MACS * len(graph.steps) or any(w.is_meta for w in model.parameters())
 
 
 def find_scales(model: nn.Module, graph: Graph, plan: Plan) -> None:
@@ -100,7 +103,7 @@ def all_ways(model: nn.Module, graph: Graph) -> "Run | None":
 def ways_apart(model: nn.Module, graph: Graph) -> "Iterator[tuple[Run, ...]]":
     """What is to be run together to see whether outputs depend on how a model is run.
 
-    First each way alone; then shorter inputs, and all other ways together, in this order.
+    First each way alone; then all ways but shorter inputs together, and these, in this order.
     """
     ways = _left(model, graph)
     for way in ways:
@@ -108,7 +111,7 @@ def ways_apart(model: nn.Module, graph: Graph) -> "Iterator[tuple[Run, ...]]":
     length = [way for way in ways if way.change is _other_length]
     rest = [way for way in ways if way not in length]
     if len(ways) > 1:
-        yield tuple(_changed(model, graph, part) for part in (length, rest) if part)
+        yield tuple(_changed(model, graph, part) for part in (rest, length) if part)
 
 
 def alike(runs: "Sequence[Run]", found: Sequence[Any], plain: Any) -> list[tuple[Tensor, Tensor]]:

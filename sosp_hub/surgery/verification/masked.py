@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sosp_hub.compat.torch import TensorTable, result_aliases
@@ -18,7 +20,7 @@ from sosp_hub.plan import PruningPlan
 from sosp_hub.structure import rules
 from sosp_hub.structure.axes import keep_mask, size_of
 from sosp_hub.structure.copies import copy_inputs
-from sosp_hub.structure.deferred import WhereRead, data_of, deferred
+from sosp_hub.structure.deferred import data_of, deferred, where_read
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated, random_numbers_kept
 from sosp_hub.structure.terms import Axes, Step
@@ -119,9 +121,7 @@ def masked_pass(
 def _replayed(
     twin: nn.Module, real: Graph, plan: PruningPlan, run: Program, loops: bool
 ) -> tuple[list[Tensor], list[Shapes]]:
-    masks = {atom: torch.as_tensor(mask) for atom, mask in real.keep(plan).items()}
-    masks_of = {atom: mask.numpy() for atom, mask in masks.items()}
-    replay = _Replay(list(real.steps), masks_of, loops)
+    replay = _Replay(list(real.steps), real.keep(plan), loops)
     tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
     inputs = copy_inputs(real.example_inputs)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def _replayed(
             else:
                 tensors[name].copy_(replay.masked(tensors[name], axes))
         bypassed(twin, real, plan)
-        with isolated(twin), WhereRead(), replay, AttentionSteps(replay):
+        with isolated(twin), where_read(twin), replay, AttentionSteps(replay):
             result = run(twin, inputs)
     replay.finish()
     return output_tensors(wanted_outputs(result, real.outputs)), replay.shapes
@@ -139,6 +139,9 @@ def _replayed(
 
 _CONTEXT = 8
 """Operations by which a place in a loop is told from others."""
+
+
+Mask = NDArray[np.bool_]
 
 
 class _Replay(StepMode):
@@ -151,7 +154,7 @@ class _Replay(StepMode):
             values tell.
     """
 
-    def __init__(self, steps: list[Step], masks: dict[int, Any], loops: bool = False) -> None:
+    def __init__(self, steps: list[Step], masks: dict[int, Mask], loops: bool = False) -> None:
         super().__init__()
         self.steps = essential(steps)
         self.at = 0
@@ -160,6 +163,7 @@ class _Replay(StepMode):
         self.loops = loops
         self.shapes: list[Shapes] = []
         self.parameters = TensorTable()
+        self._masks: dict[Axes, list[Mask | None]] = {}
 
     def finish(self) -> None:
         """Raises VerificationError where the record goes on."""
@@ -169,9 +173,12 @@ class _Replay(StepMode):
                 f"the model takes another path with other values: it ends before {step.name}"
             )
 
-    def masks_of(self, axes: Axes) -> list[Tensor | None]:
-        found = [keep_mask(axis, self.masks) for axis in axes]
-        return [None if mask.all() else torch.as_tensor(mask) for mask in found]
+    def masks_of(self, axes: Axes) -> list[Mask | None]:
+        """Keep mask along each axis; None = all stay."""
+        if axes not in self._masks:
+            found = [keep_mask(axis, self.masks) for axis in axes]
+            self._masks[axes] = [None if mask.all() else mask for mask in found]
+        return self._masks[axes]
 
     def masked(self, tensor: Tensor, axes: Axes) -> Tensor:
         """The tensor with zeros at removed positions, laid out in memory as it was."""
@@ -180,8 +187,7 @@ class _Replay(StepMode):
             tensor = tensor.clone()
         for dim, mask in enumerate(masks):
             if mask is not None:
-                shape = [-1 if i == dim else 1 for i in range(tensor.dim())]
-                tensor.masked_fill_(~mask.to(tensor.device).view(shape), 0)
+                tensor.index_fill_(dim, _positions(~mask, tensor), 0)
         return tensor
 
     def step(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
@@ -281,7 +287,7 @@ class _Replay(StepMode):
             if isinstance(value, Tensor):
                 for dim, mask in enumerate(self.masks_of(next(axes))):
                     if mask is not None:
-                        value = value.index_select(dim, mask.nonzero()[:, 0].to(value.device))
+                        value = value.index_select(dim, _positions(mask, value))
                 return value
             if isinstance(value, tuple | list):
                 return type(value)(shrink(item) for item in value)
@@ -304,8 +310,7 @@ class _Replay(StepMode):
         parts = list(rules.tensors(func(*small, **small_kwargs)))
         for result, part, result_axes in zip(rules.tensors(full), parts, step.outputs, strict=True):
             if step.picked is not None and part is parts[-1]:  # values come first
-                kept = torch.as_tensor(keep_mask(step.picked, self.masks)).nonzero()[:, 0]
-                part = kept.to(part.device)[part]
+                part = _positions(keep_mask(step.picked, self.masks), part)[part]
             result.copy_(self._grow(part, result_axes))
         return full
 
@@ -315,5 +320,10 @@ class _Replay(StepMode):
                 shape = list(tensor.shape)
                 shape[dim] = len(mask)
                 full = tensor.new_zeros(shape)
-                tensor = full.index_copy(dim, mask.nonzero()[:, 0].to(tensor.device), tensor)
+                tensor = full.index_copy(dim, _positions(mask, tensor), tensor)
         return tensor
+
+
+def _positions(mask: Mask, like: Tensor) -> Tensor:
+    """Where a mask is true, on the device of ``like``."""
+    return torch.from_numpy(mask.nonzero()[0]).to(like.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sosp_hub.errors import VerificationError
 from sosp_hub.structure.copies import copy_inputs
-from sosp_hub.structure.deferred import WhereRead
+from sosp_hub.structure.deferred import where_read
 from sosp_hub.structure.graph import Graph
 from sosp_hub.structure.isolation import isolated
 from sosp_hub.structure.trace import Program, call, output_tensors, wanted_outputs
@@ -31,7 +31,7 @@ def outputs_of(model: nn.Module, graph: Graph) -> list[Tensor]:
 
 def results_of(model: nn.Module, graph: Graph, runs: Iterable[tuple[Program, Any]]) -> list[Any]:
     """What the model returns, called in these ways with these inputs, one after the other."""
-    with isolated(model), torch.no_grad(), WhereRead():
+    with isolated(model), torch.no_grad(), where_read(model):
         results = [run(model.eval(), copy_inputs(inputs)) for run, inputs in runs]
     return [wanted_outputs(result, graph.outputs) for result in results]
 

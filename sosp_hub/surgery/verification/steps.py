@@ -1,5 +1,6 @@
 """The steps that a pass takes, and the shapes that a trace and a plan predict of each."""
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -71,7 +72,8 @@ def check_shapes(
         Whether all could be compared: else the model takes other steps than were traced.
     """
     try:
-        taken = steps_taken(pruned, graph.example_inputs, run)
+        fake = faster_without_data(pruned, graph)
+        taken = steps_taken(pruned, graph.example_inputs, run, fake=fake)
     except Exception as error:
         raise VerificationError(
             f"the cut model does not run: {type(error).__name__}: {error}"
@@ -79,12 +81,14 @@ def check_shapes(
     return compare_steps(taken, graph, plan, scaled=scaled)
 
 
-def steps_taken(model: nn.Module, inputs: Any, run: Program = call) -> "list[_Taken]":
-    """The steps of a pass: with data where that takes less time, or where code looks at values.
+def steps_taken(
+    model: nn.Module, inputs: Any, run: Program = call, *, fake: bool = True
+) -> "list[_Taken]":
+    """The steps of a pass: without data unless ``fake`` is False, or code looks at values.
 
     Two models with the same weights that take the same steps compute the same.
     """
-    if faster_without_data(model):
+    if fake:
         try:
             return _steps_of(model, inputs, run, FakeMode())
         except Exception:
@@ -218,6 +222,7 @@ class Recorder(StepMode):
         return out
 
 
+@functools.cache
 def plain_name(name: str) -> str:
     """``view`` and ``_unsafe_view`` are one operation here."""
     return name.removeprefix("aten.").partition(".")[0].removeprefix("_unsafe_").rstrip("_") or name
