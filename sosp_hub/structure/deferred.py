@@ -18,7 +18,7 @@ from sosp_hub.compat.torch import DispatchMode, FakeMode, TensorTable
 
 _COMPUTE = TensorTable()
 """From a deferred parameter to what computes it."""
-_SMALL = 4096
+_SMALL = 16_384
 """Numbers in a parameter that is not worth deferring."""
 _AT_ONCE = ContextVar("_AT_ONCE", default=False)
 

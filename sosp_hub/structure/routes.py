@@ -103,41 +103,49 @@ def all_ways(model: nn.Module, graph: Graph) -> "Run | None":
 def ways_apart(model: nn.Module, graph: Graph) -> "Iterator[tuple[Run, ...]]":
     """What is to be run together to see whether outputs depend on how a model is run.
 
-    First each way alone; then all ways but shorter inputs together, and these, in this order.
+    First each way alone, then those of `ways_together`.
     """
     ways = _left(model, graph)
     for way in ways:
         yield (_changed(model, graph, [way]),)
+    if len(ways) > 1:
+        yield from ways_together(model, graph)
+
+
+def ways_together(model: nn.Module, graph: Graph) -> "Iterator[tuple[Run, ...]]":
+    """All ways, in as few runs as show whether outputs depend on how a model is run.
+
+    In one where a cache promises that no token sees a later one; then shorter inputs apart.
+    """
+    ways = _left(model, graph)
     length = [way for way in ways if way.change is _other_length]
     rest = [way for way in ways if way not in length]
-    if len(ways) > 1:
-        yield tuple(_changed(model, graph, part) for part in (rest, length) if part)
+    if length and any(way.change is _step_by_step for way in rest):
+        yield (_changed(model, graph, ways),)
+    yield tuple(_changed(model, graph, part) for part in (rest, length) if part)
 
 
 def alike(runs: "Sequence[Run]", found: Sequence[Any], plain: Any) -> list[tuple[Tensor, Tensor]]:
     """Pairs of outputs that are equal where outputs do not depend on how a model is run.
 
     Attention is the same in any kernel and with a cache, and a sample whatever others are there. A
-    padded sample is what it is without the padding; where none is padded, no token sees a later
+    padded sample is what it is without the padding; where that is not run, no token sees a later
     one.
 
     Args:
-        runs: Ways to run the model together, of ``ways_apart``.
+        runs: Ways to run the model together, of ``ways_apart`` or ``ways_together``.
         found: What it returned.
         plain: What it returned for the traced inputs.
     """
     pairs = []
     padded = next((out for run, out in zip(runs, found, strict=True) if run.padded), None)
     for run, out in zip(runs, found, strict=True):
-        if run.shorter and padded is not None:
+        if run.shorter and not run.padded and padded is not None:
             pairs += _pairs(padded, out, lambda t, run=run: run.shortened(t[:1]), lambda t: t[:1])
-        elif run.shorter:
-            pairs += _pairs(out, plain, lambda t: t, run.shortened)
-        else:
-            same = slice(run.padded, None)
-            pairs += _pairs(
-                out, plain, lambda t, s=same: t[s], lambda t, s=same, run=run: run.chosen(t)[s]
-            )
+            continue
+        pairs += _pairs(out, plain, run.whole, lambda t, run=run: run.whole(run.chosen(t)))
+        if run.shorter and run.padded:
+            pairs += _pairs(out, plain, run.unpadded, run.unpadded)
     return pairs
 
 
@@ -237,14 +245,23 @@ class Run:
             return self.calls(model, inputs)
 
     def chosen(self, plain: Tensor) -> Tensor:
-        """Those samples of an output that are run here."""
-        return plain if self.samples is None else plain[self.samples]
+        """Those samples and tokens of an output for the traced inputs that are run here."""
+        some = plain if self.samples is None else plain[self.samples]
+        return self.shortened(some) if self.shorter else some
 
-    def shortened(self, output: Tensor) -> Tensor:
-        """The part of an output for the tokens that shorter inputs have."""
+    def whole(self, output: Tensor) -> Tensor:
+        """The samples of an output that are not padded here."""
+        return output[self.padded :]
+
+    def unpadded(self, output: Tensor) -> Tensor:
+        """What an output has for the tokens of the first sample that are not padding here."""
+        return self.shortened(output[:1], _FEWER)
+
+    def shortened(self, output: Tensor, fewer: int = 0) -> Tensor:
+        """The part of an output for the tokens that shorter inputs have, or for ``fewer``."""
         length = num_tokens(self.inputs)
-        for_tokens = output.dim() > 1 and output.shape[1] == length + _FEWER
-        return output[:, :length] if for_tokens else output
+        for_tokens = output.dim() > 1 and output.shape[1] in {length, length + _FEWER}
+        return output[:, : length - fewer] if for_tokens else output
 
 
 class Calls(tuple[Tensor, ...]):

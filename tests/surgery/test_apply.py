@@ -888,7 +888,7 @@ class AsksWhere(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 3)
+        self.up, self.down = nn.Linear(64, 512), nn.Linear(512, 3)
 
     def forward(self, x):
         assert self.up.weight.data_ptr()

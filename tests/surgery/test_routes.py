@@ -568,3 +568,18 @@ def test_a_loaded_mixture_with_fewer_heads_is_right_in_every_use(name, tmp_path)
             assert_close(loaded(**inputs).logits, pruned(**inputs).logits, relative=1e-6)
         texts = [each.generate(**padded(), **SHORT) for each in (loaded, pruned)]
         assert torch.equal(*texts)
+
+
+def test_one_run_of_all_ways_is_compared_with_the_traced_inputs():
+    """Three samples of seven tokens for two of nine; the first lacks two more."""
+    plain = torch.randn(2, 9, 4)
+    inputs = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}
+    way = routes.Run("all", nn.Identity(), inputs, samples=[0, 1, 0], padded=True, shorter=True)
+    right = plain[[0, 1, 0], :7].clone()
+    right[0, 5:] = 0  # what is computed for padding
+    for found in (right, routes.Calls((right[:, :6], right[:, 6:]))):
+        assert all(torch.equal(*pair) for pair in routes.alike([way], [found], plain))
+    for place in ((0, 0), (0, 4), (1, 0), (1, 6), (2, 0), (2, 6)):
+        wrong = right.clone()
+        wrong[place] += 1
+        assert not all(torch.equal(*pair) for pair in routes.alike([way], [wrong], plain)), place

@@ -1,7 +1,7 @@
 """Choices among values that are equal but for rounding."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +28,14 @@ class Choices(DispatchMode):
 
     Of values that are equal but for rounding, such as the scores of a plain background, one model
     takes others than the other one, and both are right.
+
+    Args:
+        any_made: Whether the pass chooses at all; else no operation is looked at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_made: bool = True) -> None:
         super().__init__()
+        self._any_made = any_made
         self._made: list[tuple[str, list[Tensor], Any]] = []
         self._notes = False
 
@@ -39,14 +43,14 @@ class Choices(DispatchMode):
     def noted(self) -> Iterator[None]:
         """Within it choices are written down, in place of what was written down before."""
         self._made, self._notes = [], True
-        with self:
+        with self if self._any_made else nullcontext():
             yield
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Within it those choices are made again, in their order, each where its values return."""
         self._notes = False
-        with self:
+        with self if self._any_made else nullcontext():
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
