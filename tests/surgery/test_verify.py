@@ -20,7 +20,7 @@ from sosp_hub.surgery.apply import apply, cut
 from sosp_hub.surgery.proof import verified_plan
 from sosp_hub.surgery.verification import check
 from sosp_hub.surgery.verification.masked import masked_outputs
-from sosp_hub.surgery.verification.outputs import TOLERANCE
+from sosp_hub.surgery.verification.outputs import TOLERANCE, relative_error
 from tests.cases import CASES
 from tests.compare import assert_close
 from tests.structure.oracles import difference, fill, gated, half, plan_of, run
@@ -165,6 +165,11 @@ def test_outputs_that_are_not_numbers_are_noticed(block):
     plan = plan_of(graph, {name: (0, 2)})
     with pytest.raises(VerificationError):
         apply(model, graph, plan, strict=True)
+
+
+def test_no_number_in_the_place_of_one_is_noticed():
+    found, expected = torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0])
+    assert relative_error([found], [expected]) == float("inf")
 
 
 def test_only_the_broken_group_is_named(monkeypatch, block):
