@@ -249,7 +249,9 @@ def _header(
     if name not in tensors:
         raise CheckpointError(
             f"tensor {name!r}: the config builds {list(shape)}, no file holds it under this name; "
-            "load the model with its library, save it again, and cut that"
+            "where its class computes it, as Marian its positions, cut the model in memory "
+            "(apply_plan_file without out=); else load it with its library, save it again, and cut "
+            "that"
         )
     if tensors[name].shape != shape:
         raise CheckpointError(
