@@ -234,6 +234,19 @@ def test_timm_arguments(tmp_path):
     assert larger(torch.zeros(1, 3, 192, 192)).shape == (1, 7)
 
 
+def test_timm_leaves_a_head_out_of_the_features_that_was_cut(tmp_path):
+    """As that of an EfficientNet, which is no module of the class that timm builds for features."""
+    model, images = timm.create_model("mobilenetv3_small_050").eval(), torch.randn(2, 3, 64, 64)
+    graph = sosp_hub.trace(model, (images,))
+    scores = sosp_hub.score(model, graph, [], criterion="magnitude")
+    pruned = sosp_hub.apply(model, graph, sosp_hub.allocate(graph, scores, structures=0.7), "fast")
+    assert pruned.conv_head.weight.shape != model.conv_head.weight.shape
+    folder = sosp_hub.save_pretrained(pruned, tmp_path / "small")
+    features = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+    expected = pruned.forward_intermediates(images, intermediates_only=True)
+    assert_close(features(images), expected, relative=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_timm_models_of_any_number_of_channels(name, tmp_path):

@@ -8,7 +8,8 @@ it again, and both refuse what the closed format cannot say.
 import contextlib
 import copy
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def diff(
     )
 
 
-def apply_section(model: nn.Module, section: Section, path: str) -> None:
+def apply_section(model: nn.Module, section: Section, path: str, *, part: bool = False) -> None:
     """Turns a skeleton into the pruned model, in place, after everything was checked.
 
     Tensors keep their leading slices, or stay without data on the meta device. Names
@@ -95,12 +96,13 @@ def apply_section(model: nn.Module, section: Section, path: str) -> None:
         model: The skeleton.
         section: Its part of the delta.
         path: Place of the section in the file, for messages.
+        part: The model has a part of the skeleton's children and attributes: others are left out.
 
     Raises:
         CheckpointError: A name that the model lacks, a value of another type, or a size that grows
             by more than the section declares.
     """
-    plan = _Applied(model, section, path)
+    plan = _Applied(model, _there(section, model) if part else section, path)
     plan.check()
     plan.apply()
 
@@ -244,6 +246,28 @@ class _Found:
             )
         for key in before.keys() - after.keys():
             raise CheckpointError(f"tensor {join(name, key)!r} is missing from the model")
+
+
+def _there(section: Section, model: nn.Module) -> Section:
+    """What a section says of the children and attributes that a model has."""
+
+    def named(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: value for n, value in values.items() if hasattr(model, n.partition(".")[0])}
+
+    modules = named(section.modules)
+    known = plain_attributes(model)
+    if own := {key: v for key, v in section.modules.get("", {}).items() if key in known}:
+        modules[""] = own
+    return replace(
+        section,
+        modules=modules,
+        configs=named(section.configs),
+        tensors=named(section.tensors),
+        replaced=named(section.replaced),
+        buffers=tuple(named(dict.fromkeys(section.buffers))),
+        biases=tuple(named(dict.fromkeys(section.biases))),
+        dropped=tuple(named(dict.fromkeys(section.dropped))),
+    )
 
 
 class _Applied:

@@ -45,9 +45,10 @@ CUT = "_sosp_hub_cut"
 _WHERE = "config.json: model_args.delta"
 _ZOO = "sosp_hub.zoo.cifar_resnet"  # registers the networks that timm lacks
 _NO_ARGS = ("cache_dir", "pretrained_cfg_overlay", "pretrained_model_args")
-_PENDING: contextvars.ContextVar[list[Delta] | None] = contextvars.ContextVar(
+_PENDING: contextvars.ContextVar[list[tuple[Delta, bool]] | None] = contextvars.ContextVar(
     "pending", default=None
 )
+"""The delta of the model that is being built, and whether only the features of that are."""
 _READ: contextvars.ContextVar[dict[str, Tensor] | None] = contextvars.ContextVar(
     "read", default=None
 )
@@ -89,7 +90,7 @@ def sosp_hub_pruned(
     if source_args:  # of the real architecture, which adapts its weights to other arguments
         own = ("base_architecture", "delta")
         kwargs["pretrained_model_args"] = {k: v for k, v in source_args.items() if k not in own}
-    pending = [record]
+    pending = [(record, bool(kwargs.get("features_only")))]
     token, reading = _PENDING.set(pending), _READ.set({})
     own_args = {key: kwargs[key] for key in kwargs if key not in _NO_ARGS}
     all_read = pretrained and own_args == kwargs.get("pretrained_model_args")
@@ -239,9 +240,9 @@ def _adapting(timms_own: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def adapt(model: nn.Module, variant: str) -> nn.Module:
         if not (pending := _PENDING.get()):
             return timms_own(model, variant)
-        delta = pending.pop()
+        delta, features_only = pending.pop()
         with versions_said(delta, timm.__version__):
-            apply_section(model, delta.base, f"{_WHERE}.base")
+            apply_section(model, delta.base, f"{_WHERE}.base", part=features_only)
         announce(model, delta.feature_channels)
         if names := delta.base.buffers:
             _put_back(model, names)
