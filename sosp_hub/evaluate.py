@@ -242,13 +242,20 @@ def metrics_of_samples(
     return found
 
 
-@torch.no_grad()
 def measure_latency(
     models: Sequence[nn.Module],
     inputs: Any,
     budget_s: float = 2.0,
 ) -> list[float]:
-    """Median seconds of one forward pass of each model.
+    """Median seconds of one forward pass of each model; arguments as for `time_passes`."""
+    return [statistics.median(mine) for mine in time_passes(models, inputs, budget_s)]
+
+
+@torch.no_grad()
+def time_passes(
+    models: Sequence[nn.Module], inputs: Any, budget_s: float = 2.0
+) -> list[list[float]]:
+    """Seconds of forward passes of each model.
 
     The models take turns, so that whatever else the machine does hits all of them alike.
 
@@ -267,7 +274,7 @@ def measure_latency(
             model(*positional, **named)
             synchronize()
             mine.append(time.perf_counter() - start)
-    return [statistics.median(mine[3:]) for mine in seconds]  # the first ones warm up
+    return [mine[3:] for mine in seconds]  # the first ones warm up
 
 
 def _of_all(meter: OfAll, samples: Sequence[Any]) -> Metric:

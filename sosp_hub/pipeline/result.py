@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from sosp_hub.checkpoint.io import save_pretrained
 from sosp_hub.cost import cost
 from sosp_hub.distributed import logger
 from sosp_hub.errors import BudgetError, HubError
-from sosp_hub.evaluate import measure_latency
+from sosp_hub.evaluate import time_passes
 from sosp_hub.latency import Decoder
 from sosp_hub.pipeline.measuring import hardware, timed_inputs
 from sosp_hub.pipeline.memory import forward_peak
@@ -192,12 +193,12 @@ def _summary(scores: torch.Tensor) -> dict[str, float]:
 def latency_of(
     recipe: Recipe, loaded: Loaded, pruned: nn.Module, budget_s: float = 2.0
 ) -> dict[str, Any]:
-    """Seconds of a forward pass before and after, measured in turn, and on what.
+    """Median seconds of a forward pass before and after, measured in turn, their spread, on what.
 
     Of a model that generates text it is the prefill: the pass over a prompt.
     """
     inputs, stated = _for_latency(recipe, loaded)
-    return _both(measure_latency([loaded.model.eval(), pruned.eval()], inputs, budget_s), stated)
+    return _both(time_passes([loaded.model.eval(), pruned.eval()], inputs, budget_s), stated)
 
 
 def decoding_of(
@@ -212,7 +213,7 @@ def decoding_of(
         steps = [Decoder(model.eval(), tokens) for model in (loaded.model, pruned)]
     except BudgetError:  # it has no cache of keys and values
         return {}
-    return {"decode": _both(measure_latency(steps, (tokens[:, :1],), budget_s), stated)}
+    return {"decode": _both(time_passes(steps, (tokens[:, :1],), budget_s), stated)}
 
 
 def _for_latency(recipe: Recipe, loaded: Loaded) -> tuple[Any, dict[str, Any]]:
@@ -229,9 +230,13 @@ def _for_latency(recipe: Recipe, loaded: Loaded) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def _both(seconds: Sequence[float], stated: Mapping[str, Any]) -> dict[str, Any]:
-    pairs = zip(("before", "after"), seconds, strict=True)
-    return {when: {"seconds": value, **stated} for when, value in pairs}
+def _both(seconds: Sequence[Sequence[float]], stated: Mapping[str, Any]) -> dict[str, Any]:
+    measured = {}
+    for when, passes in zip(("before", "after"), seconds, strict=True):
+        low, median, high = statistics.quantiles(passes, n=4)
+        spread = {"quartiles": [low, high], "passes": len(passes)}
+        measured[when] = {"seconds": median, **spread, **stated}
+    return measured
 
 
 def peak_memory_of(recipe: Recipe, loaded: Loaded, pruned: nn.Module) -> dict[str, Any]:

@@ -311,7 +311,12 @@ def _costs(
         if pair[0] and pair[1]:
             rows.append((words, show(pair[0]), show(pair[1]), numbers.change(pair[0], pair[1])))
     speed = _speed_note(latency) if rows else ""
-    note = f"Latency was measured on: {speed}." if speed else ""
+    notes = [
+        f"Latency was measured on: {speed}." if speed else "",
+        _latency_spread("pass", latency),
+        _latency_spread("token", decode),
+    ]
+    note = " ".join(filter(None, notes))
     return Grid("Size and speed", ("", "dense", "this model", "change"), tuple(rows), note)
 
 
@@ -600,6 +605,18 @@ def _unmeasured(report: Mapping[str, Any]) -> tuple[str, ...]:
         absent.append("quality by class or by kind of text")
     absent.append("robustness, bias, and any data other than the test split above")
     return tuple(absent)
+
+
+def _latency_spread(one: str, measured: Mapping[str, Any]) -> str:
+    """Between which times the middle half lies, dense and cut taking turns."""
+    both = [measured.get(when) or {} for when in ("before", "after")]
+    if not all(each.get("quartiles") and each.get("passes") for each in both):
+        return ""
+    dense, cut = (" to ".join(map(numbers.seconds, each["quartiles"])) for each in both)
+    return (
+        f"The middle half of {both[1]['passes']} times, in turn, was {dense} a {one} (dense) and "
+        f"{cut} (this model)."
+    )
 
 
 def _speed_note(latency: Mapping[str, Any]) -> str:

@@ -37,6 +37,8 @@ class _Cost(_Part):
 
 class _Measured(_Part):
     seconds: Amount | None = None
+    quartiles: Annotated[list[Amount], Field(min_length=2, max_length=2)] | None = None
+    passes: Count | None = None
     bytes: Amount | None = None
     batch: Count | None = None
     length: Count | None = None

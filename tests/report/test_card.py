@@ -212,6 +212,27 @@ def test_a_slower_model_says_so(image):
     assert "latency: 17.1 ms → 21 ms, slower although it is smaller" in render(changed(image, slow))
 
 
+def test_the_spread_of_latency_stands_below_its_table(image):
+    def timed(report):
+        for when, low, high in (("before", 0.017, 0.0184), ("after", 0.0093, 0.0116)):
+            report["latency"][when] |= {"quartiles": [low, high], "passes": 57}
+
+    words = (
+        "The middle half of 57 times, in turn, was 17 ms to 18.4 ms a pass (dense) and 9.3 ms to "
+        "11.6 ms (this model)."
+    )
+    assert words not in render(image)
+    assert words in " ".join(render(changed(image, timed)).split())
+
+
+def test_a_report_holds_the_quartiles_of_what_was_timed():
+    from sosp_hub.pipeline.result import _both
+
+    told = _both([[4.0, 1.0, 3.0, 2.0, 5.0], [1.0] * 5], {"batch": 1})
+    assert told["before"] == {"seconds": 3.0, "quartiles": [1.5, 4.5], "passes": 5, "batch": 1}
+    assert told["after"]["quartiles"] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("key", "absent"),
     [
