@@ -22,7 +22,11 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from sosp_hub.compat.accelerate import launched_for_several, shard_on_cpus_too
+from sosp_hub.compat.accelerate import (
+    launched_for_several,
+    shard_on_cpus_too,
+    sharding_asked,
+)
 from sosp_hub.errors import ModelError
 from sosp_hub.progress import progress
 
@@ -51,6 +55,11 @@ def _leave() -> None:
     """
     if _is_joined() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
+
+
+def num_shards() -> int:
+    """Over how many processes a training will spread weights, gradients and optimizer state."""
+    return process_state().num_processes if sharding_asked() else 1
 
 
 def is_main() -> bool:

@@ -24,14 +24,22 @@ def launched_for_several() -> bool:
     return {"ACCELERATE_DYNAMO_MODE", "MASTER_ADDR"} <= given and "RANK" not in given
 
 
+def sharding_asked() -> bool:
+    """Whether the environment asks for weights that are spread over processes in training."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def shard_on_cpus_too(accelerator: Any) -> None:
     """FSDP that the environment asks for counts on CPUs, where Accelerate passes it over.
 
     Also in an accelerator that is not the first of its process.
     """
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     kinds = DistributedType.MULTI_CPU, DistributedType.FSDP
-    if asked and accelerator.distributed_type in kinds and "fsdp_plugin" not in vars(_state()):
+    if (
+        sharding_asked()
+        and accelerator.distributed_type in kinds
+        and "fsdp_plugin" not in vars(_state())
+    ):
         PartialState().distributed_type = DistributedType.FSDP
         _state().distributed_type = DistributedType.FSDP
         _state().fsdp_plugin = FullyShardedDataParallelPlugin()

@@ -16,7 +16,7 @@ from sosp_hub.allocation import MEASURED
 from sosp_hub.compat.torch import operation, result_aliases
 from sosp_hub.cost import CostModel
 from sosp_hub.data.source import DataInfo
-from sosp_hub.distributed import process_state
+from sosp_hub.distributed import num_shards, process_state
 from sosp_hub.errors import BudgetError
 from sosp_hub.pipeline.eligible import eligible_groups
 from sosp_hub.pipeline.output_folder import check_usable
@@ -305,7 +305,8 @@ def _stages(
         state = {"adamw": 2 * 4, "adamw_8bit": 2, "sgd": 4}[config.optimizer]
         if size < 4 and config.optimizer != "adamw_8bit":
             state += 4  # the weights in float32
-        return 2 * of + state * (of // size) + activations * min(config.batch_size, num_train)
+        spread = (2 * of + state * (of // size)) // num_shards()
+        return max(of, spread) + activations * min(config.batch_size, num_train)  # whole at first
 
     yield Stage("load", 0, None, weights, "cpu"), 0.0
     config = recipe.model.train

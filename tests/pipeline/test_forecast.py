@@ -166,6 +166,26 @@ def test_a_teacher_needs_the_room_of_its_weights(llama):
     assert following - alone == told[0].bytes
 
 
+def test_a_training_with_fsdp_spreads_all_but_what_its_samples_need(llama, monkeypatch):
+    told = forecast(as_recipe(llama, ("finetune.epochs=1",), "prune"))
+    whole = {stage.name: stage.memory_bytes for stage in told.stages}
+
+    def need(num=None):
+        if num is not None:
+            monkeypatch.setattr("sosp_hub.pipeline.forecast.num_shards", lambda: num)
+        stages = forecast(as_recipe(llama, ("finetune.epochs=1",), "prune")).stages
+        return {stage.name: stage.memory_bytes for stage in stages}
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert need() == whole  # one process
+    one, two, many = (need(num) for num in (1, 2, 1000))
+    finals = [each.pop("final") for each in (one, two, many)]
+    assert one == two == many
+    left = finals[1] - finals[2]  # of many the weights remain, whole before they are spread
+    assert 0.5 * told.bytes < left < told.bytes
+    assert finals[0] - finals[1] == pytest.approx(2 * left, abs=4)
+
+
 def test_json_on_the_command_line(llama, file_of, capsys, tmp_path):
     assert main([file_of(llama), "--plan-only", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
