@@ -379,6 +379,17 @@ def test_a_model_that_is_in_training_is_verified_in_evaluation(monkeypatch, capl
         apply(model, graph, plan, verify=verify, strict=True)
 
 
+def test_fast_verification_of_a_mask_of_ones_needs_no_outputs(caplog):
+    """With data transformers leaves such a mask out; traces, which have none, keep it."""
+    model = fill(LLAMA.model())
+    inputs = LLAMA.inputs()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    graph = trace(model, inputs, outputs="logits")
+    with caplog.at_level("INFO"):
+        apply(model, graph, half(graph, lambda group: group.exact), "fast", strict=True)
+    assert "other steps" not in caplog.text
+
+
 class Averaged(nn.Module):
     """Its sum is divided by a width that it reads as text, which no trace can follow."""
 
