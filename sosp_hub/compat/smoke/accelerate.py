@@ -76,6 +76,7 @@ def loading_in_every_process() -> None:
     options.dynamo_backend, options.num_cpu_threads_per_process = "no", 1
     variables = prepare_multi_gpu_env(options)
     with mock.patch.dict(os.environ, variables), compat.process_state_kept():
+        expect(compat.sharding_asked(), "what is launched is not told of FSDP")
         before = FullyShardedDataParallelPlugin().cpu_ram_efficient_loading
         compat.load_whole_models()
         after = FullyShardedDataParallelPlugin().cpu_ram_efficient_loading
