@@ -205,20 +205,7 @@ def carry(
 def carrying(
     what: Optimizer | nn.Module, graph: Graph, plan: PruningPlan, dense: nn.Module | None = None
 ) -> Callable[[nn.Module], None]:
-    """``carry`` in two parts: what can go wrong is done now, the rest by what is returned.
-
-    Args:
-        what: As there, an optimizer or a module; it changes in the second part.
-        graph: What ``trace`` found in the model before the cut.
-        plan: The plan of the cut.
-        dense: For an optimizer: the model before the cut, unless ``apply_`` has cut it already.
-
-    Returns:
-        What to call with the cut model.
-
-    Raises:
-        PlanError: As there.
-    """
+    """`sosp_hub.surgery.carry.carrying`; a module then also says what was cut when it is saved."""
     put = surgery_carrying(what, graph, plan, dense)
     if isinstance(what, Optimizer):
         return put

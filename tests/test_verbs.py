@@ -119,6 +119,19 @@ def test_batches_in_the_place_of_samples_are_told(shape):
     sosp_hub.finetune(net, samples, learning_rate=0.01, epochs=1)
 
 
+def test_an_error_of_samples_that_could_be_batches_is_left_alone():
+    """A model of vectors takes a sample alone too."""
+
+    def loss(outputs, targets):
+        if torch.is_grad_enabled():
+            raise RuntimeError("out of memory")
+        return (outputs - targets).square().mean()
+
+    samples = [(torch.randn(4), torch.randn(4)) for _ in range(20)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sosp_hub.finetune_(torch.nn.Linear(4, 4), samples, learning_rate=0.1, loss_fn=loss)
+
+
 def test_an_error_of_samples_is_left_alone():
     samples = [(torch.randn(5), torch.tensor(i % 2)) for i in range(20)]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

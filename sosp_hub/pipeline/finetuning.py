@@ -181,15 +181,21 @@ def _batches_told(model: nn.Module, train: Any, loss_fn: "LossFn | None") -> Ite
 
 
 def _takes_as_batch(model: nn.Module, train: Any, loss_fn: "LossFn | None") -> bool:
-    """Whether what should be a sample is a batch: the model has a loss on it as it is."""
-    try:
-        first = train[0]
-        sizes = {tensor.shape[:1] for tensor in tensors(first)}
-        with torch.no_grad():
+    """Whether the model has a loss on what should be a sample, and none on a batch of that."""
+    with evaluating(model), torch.no_grad():
+        try:
+            first = train[0]
+            sizes = {tensor.shape[:1] for tensor in tensors(first)}
             batch_loss(model, first, loss_fn)
-    except Exception:  # noqa: BLE001 - whatever it is, it is no batch of this model
-        return False
-    return len(sizes) == 1 and sizes != {()}
+        except Exception:  # noqa: BLE001 - whatever it is, it is no batch of this model
+            return False
+        if len(sizes) != 1 or sizes == {()}:
+            return False
+        try:
+            batch_loss(model, default_collate([first]), loss_fn)
+        except Exception:  # noqa: BLE001 - so that it is none to put together
+            return True
+    return False
 
 
 def _section(options: dict[str, Any]) -> FinetuneSection:

@@ -391,8 +391,6 @@ def _changes(stage: Stage, recipe: Recipe) -> Iterator[str]:
         yield f"data.max_length={recipe.data.max_length // 4}"
     if stage.name == "saliency" and isinstance(recipe.criterion, SecondOrderCriterion):
         yield "criterion.name=flap or another criterion that needs no gradients"
-    if stage.name == "cut" and recipe.structure.verify == "thorough":
-        yield "structure.verify=fast"
     if of_weights:
         yield "a plan of another machine and `sosp cut`, which never loads the model"
     if stage.name == "final":

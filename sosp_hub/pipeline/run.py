@@ -169,10 +169,10 @@ def _warn_of_memory(context: Context) -> None:
     for stage in stages:
         if stage.name not in context.cache.kept:
             logger.warning(
-                "%s will take about %s of memory, more than is free here; write %s",
+                "%s will take about %s of memory, more than is free here%s",
                 stage.name,
                 size(stage.memory_bytes),
-                "; or ".join(stage.change),
+                f"; write {'; or '.join(stage.change)}" if stage.change else "",
             )
 
 

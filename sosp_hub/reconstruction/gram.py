@@ -12,9 +12,8 @@ class Gram:
     """``X'X``, the sums of the columns of ``X``, and its number of rows, for each slot.
 
     ``T``, the inputs of what a layer should compute, is ``X`` itself, or is added beside it; it may
-    have more columns. While
-    ``X`` has at most half as many rows as inputs it is kept itself, which takes less memory than
-    ``X'X``.
+    have more columns. While ``X`` has at most half as many rows as inputs it is kept itself, which
+    takes less memory than ``X'X``.
 
     Attributes:
         sums: ``(slots, inputs)``.

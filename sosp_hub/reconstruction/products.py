@@ -103,8 +103,11 @@ class Products(TorchFunctionMode):
         order = _ARGUMENTS.get(name)
         if order is not None:
             given = {**dict(zip(order, args, strict=False)), **kwargs}
-            if name in _EITHER_WAY and self._is_watched(given["input"]):  # weight @ columns
-                name, given = "linear", {"weight": args[0], "input": _as_rows(args[1])}
+            if name in _EITHER_WAY:
+                given = {_OPERANDS.get(key, key): value for key, value in given.items()}
+                left, right = given["input"], given["weight"]
+                if self._is_watched(left) and not self._is_watched(right):
+                    name, given = "linear", {"weight": left, "input": _as_rows(right)}
             weight = given.get("weight")
             if isinstance(weight, Tensor) and type(weight) in (Tensor, torch.nn.Parameter):
                 tensor = self._names.get(weight.untyped_storage().data_ptr())
@@ -244,6 +247,9 @@ _ARGUMENTS = {
 
 
 _EITHER_WAY = ("mm", "matmul", "__matmul__")
+"""Products in which the weight may stand on the left."""
+_OPERANDS = {"other": "weight", "mat2": "weight"}
+"""What keywords of these are called here."""
 
 
 def _as_rows(columns: Tensor) -> Tensor:

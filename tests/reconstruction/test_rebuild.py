@@ -809,7 +809,16 @@ def test_columns_of_given_length_are_not_solved(batches):
     sosp_hub.apply(rebuilt.model, graph, rebuilt.plan, strict=True)
 
 
-@pytest.mark.parametrize("product", [torch.matmul, operator.matmul, torch.mm])
+LEFT = {
+    "matmul": torch.matmul,
+    "operator": operator.matmul,
+    "mm": torch.mm,
+    "matmul by keyword": lambda weight, columns: torch.matmul(weight, other=columns),
+    "mm by keyword": lambda weight, columns: torch.mm(weight, mat2=columns),
+}
+
+
+@pytest.mark.parametrize("product", LEFT.values(), ids=LEFT)
 def test_a_weight_on_the_left_of_its_inputs_is_solved_as_a_linear_layer(product):
     """As in the mixers of Mamba."""
 

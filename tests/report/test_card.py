@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 
 from sosp_hub.errors import HubError
+from sosp_hub.pipeline.result import _both
 from sosp_hub.recipe.criteria import CRITERIA
 from sosp_hub.report.card import _calibration, render_card
 from sosp_hub.report.drawing import tick_names
@@ -226,8 +227,6 @@ def test_the_spread_of_latency_stands_below_its_table(image):
 
 
 def test_a_report_holds_the_quartiles_of_what_was_timed():
-    from sosp_hub.pipeline.result import _both
-
     told = _both([[4.0, 1.0, 3.0, 2.0, 5.0], [1.0] * 5], {"batch": 1})
     assert told["before"] == {"seconds": 3.0, "quartiles": [1.5, 4.5], "passes": 5, "batch": 1}
     assert told["after"]["quartiles"] == [1.0, 1.0]

@@ -19,7 +19,7 @@ from sosp_hub.compat.timm import write_config
 from sosp_hub.errors import CheckpointError
 
 _NO_LIMIT = 2**62
-_CLASSES = {"label_names", "label_descriptions"}
+_CLASSES = ("label_names", "label_descriptions")
 """Of a model's ``pretrained_cfg``: readers beside timm look for them in the root of its config."""
 
 
@@ -95,8 +95,9 @@ def complete_config(model: nn.Module, path: Path, args: dict[str, Any], delta: D
         config["architecture"] = adapter.ARCHITECTURE
         own = {"base_architecture": adapter.base_architecture(model), "delta": delta.to_json()}
         config["model_args"] = own | args
-    for key in _CLASSES & config["pretrained_cfg"].keys():
-        config.setdefault(key, config["pretrained_cfg"].pop(key))
+    for key in _CLASSES:
+        if key in config["pretrained_cfg"]:
+            config.setdefault(key, config["pretrained_cfg"].pop(key))
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
