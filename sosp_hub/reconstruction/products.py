@@ -102,7 +102,7 @@ class Products(TorchFunctionMode):
                 return body_of(func)(*args, **kwargs)
         order = _ARGUMENTS.get(name)
         if order is not None:
-            given = {**dict(zip(order, args, strict=False)), **kwargs}
+            given: dict[str, Any] = {**dict(zip(order, args, strict=False)), **kwargs}
             if name in _EITHER_WAY:
                 given = {_OPERANDS.get(key, key): value for key, value in given.items()}
                 left, right = given["input"], given["weight"]
